@@ -1,0 +1,56 @@
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# the models of the demo and the tests are small: more threads than cores only get in each other's way
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help install demo demo-base test lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo '  PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)  ARGS="..." (passed on to demo, test and bench)'
+
+install: $(STAMP) ## create .venv and install everything, once
+
+# torch first and by name, then nothing may replace it
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python %d.%d found; Python 3.11 or newer is needed: make PYTHON=/path/to/python3" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--constraint $(VENV)/constraints.txt --editable ".[demo,test]"
+	@touch $@
+
+demo: $(STAMP) ## a tiny LLaVA learns four tasks one after another; report in runs/demo (ARGS="--seeds 3")
+	$(BIN)/cllava-fast demo --overwrite $(ARGS)
+
+demo-base: $(STAMP) ## pretrain the demo's tiny LLaVA again (about 5 minutes on two cores)
+	$(BIN)/python -m cllava_fast.demo.pretrain --output cllava_fast/demo/base $(ARGS)
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## time the ops against their rivals (ARGS="--quick")
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+clean: ## remove what was built or run here (not .venv)
+	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

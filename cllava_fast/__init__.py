@@ -1,0 +1,59 @@
+"""Continual tuning of frozen vision-language models, fast.
+
+Names only; each is imported when it is first used, so that ``import cllava_fast`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cllava_fast import ops
+    from cllava_fast.data import Sample, Stream, Task
+    from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
+    from cllava_fast.model import load_pretrained, patch, save_pretrained, unpatch
+    from cllava_fast.pool import Pool
+    from cllava_fast.train import ContinualArguments, ContinualResult, ContinualTrainer, PreparedStream
+
+__all__ = [
+    "ContinualArguments",
+    "ContinualResult",
+    "ContinualTrainer",
+    "IncrementConfig",
+    "JointLoraConfig",
+    "LoraConfig",
+    "Pool",
+    "PreparedStream",
+    "Sample",
+    "Stream",
+    "Task",
+    "load_pretrained",
+    "ops",
+    "patch",
+    "save_pretrained",
+    "unpatch",
+]
+
+_HOMES = {
+    "data": ("Sample", "Stream", "Task"),
+    "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
+    "model": ("load_pretrained", "patch", "save_pretrained", "unpatch"),
+    "pool": ("Pool",),
+    "train": ("ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("cllava_fast.ops")
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"cllava_fast.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,101 @@
+"""What is learned: samples, tasks and the stream that orders them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+ImageSource = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One instruction about at most one image, and the answer that is wanted.
+
+    ``image`` is a path, a PIL image, or None for a text-only sample. Samples that share one image should share the
+    same object (or path): features of the frozen vision tower are computed once per image.
+    """
+
+    instruction: str
+    answer: str
+    image: ImageSource | None = None
+    id: str = ""
+
+    def open_image(self) -> Image.Image | None:
+        """The image in RGB, or None.
+
+        Raises FileNotFoundError, or ``PIL.UnidentifiedImageError`` (an OSError) for a file that is no image.
+        """
+        if self.image is None:
+            return None
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
+        with Image.open(self.image) as image:
+            return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of the stream. ``validation`` is what hyperparameters are chosen on; ``test`` is only ever measured."""
+
+    name: str
+    train: Sequence[Sample]
+    test: Sequence[Sample]
+    validation: Sequence[Sample] = ()
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+
+class Stream:
+    """Tasks in the order in which they are learned, checked at once so that no run fails halfway.
+
+    Raises:
+        ValueError: no task, two tasks of one name, a task without training or test samples, a sample without an
+            instruction or an answer.
+        FileNotFoundError: a sample names an image that does not exist.
+    """
+
+    def __init__(self, tasks: Sequence[Task], name: str = "stream") -> None:
+        self.name = name
+        self.tasks = list(tasks)
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+    def _check(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"stream {self.name!r} has no task; give at least one Task")
+        seen: set[str] = set()
+        for task in self.tasks:
+            if task.name in seen:
+                raise ValueError(f"stream {self.name!r} names task {task.name!r} twice; give every task its own name")
+            seen.add(task.name)
+            for split in ("train", "test"):
+                if len(getattr(task, split)) == 0:
+                    raise ValueError(f"task {task.name!r} has no {split} sample; every task needs at least one")
+            for split in ("train", "validation", "test"):
+                for position, sample in enumerate(getattr(task, split)):
+                    _check_sample(sample, f"{task.name}/{split}[{position}]")
+
+
+def _check_sample(sample: Sample, where: str) -> None:
+    for field in ("instruction", "answer"):
+        value = getattr(sample, field)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: {field} is {value!r}; expected a text that is not blank")
+    if isinstance(sample.image, (str, Path)) and not Path(sample.image).is_file():
+        raise FileNotFoundError(
+            f"{where}: image {str(sample.image)!r} does not exist; check the path or the image folder"
+        )

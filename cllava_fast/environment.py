@@ -1,0 +1,46 @@
+"""What a result was measured with: versions, device, date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from datetime import UTC, datetime
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "sentence-transformers",
+    "safetensors",
+    "flash-attn",
+)
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the packages that matter (None: not installed), the device, threads and the date in UTC."""
+    import torch
+
+    import cllava_fast
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cllava_fast": cllava_fast.__version__,
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "gpu": gpu,
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

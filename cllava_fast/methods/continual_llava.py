@@ -1,0 +1,159 @@
+"""Continual LLaVA (arXiv 2411.02564): instructions pick rows of a pool; what earlier tasks picked is context.
+
+The coefficient of row n for sample b, with c and i the weights and rows that ``select`` returned:
+
+    alpha[b, n] = sum_m c[b,m] * ( [n == i[b,m]]  +  w[task(i[b,m]), task(n)] * z[n] * [task(n) < task(i[b,m])] )
+
+In training every selected row belongs to the task at hand. At inference no task is named: all committed rows compete,
+and each selected row brings the context that it was trained with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cllava_fast import ops
+from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection
+from cllava_fast.pool import Pool
+
+Context = Literal["product", "factor", "none"]
+KeyInit = Literal["instructions", "orthogonal"]
+
+
+@dataclass(frozen=True)
+class IncrementConfig(MethodConfig):
+    """Configuration of Continual LLaVA.
+
+    Args:
+        rows_per_task: rows that a task adds to the pool.
+        top_m: rows selected for each sample.
+        rank: R, rank of one row's increment.
+        scale: factor on every increment.
+        a_std: standard deviation of ``A`` at birth (``B`` is born zero).
+        targets: linears of each language layer that get increments.
+        context: ``"product"`` adds ``sum c B^T A`` of earlier rows; ``"factor"`` sums ``A`` and ``B`` separately and
+            multiplies afterwards, as the method's public ancestors do; ``"none"`` leaves the context out.
+        context_init: ``w`` at birth.
+        surrogate: what turns an instruction into a query; see ``cllava_fast.surrogate``.
+        key_init: ``"instructions"`` bears keys as embeddings of the task's instructions, ``"orthogonal"`` as random
+            orthonormal vectors.
+    """
+
+    method: ClassVar[str] = "continual_llava"
+
+    rows_per_task: int = 8
+    top_m: int = 4
+    rank: int = 8
+    scale: float = 1.0
+    a_std: float = 1.0
+    targets: tuple[str, ...] = ("self_attn.o_proj",)
+    context: Context = "product"
+    context_init: float = 0.25
+    surrogate: str = "sentence"
+    key_init: KeyInit = "instructions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.top_m <= self.rows_per_task:
+            raise ValueError(
+                f"top_m is {self.top_m}; expected 1 to {self.rows_per_task}, since a task's block has "
+                f"{self.rows_per_task} rows (rows_per_task)"
+            )
+        for field, choices in (("context", get_args(Context)), ("key_init", get_args(KeyInit))):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected one of {list(choices)}")
+
+
+class ContinualLlava(Method):
+    """The coefficient policy of Continual LLaVA."""
+
+    aligns_keys = True
+    config: IncrementConfig
+
+    def __init__(self, config: IncrementConfig) -> None:
+        self.config = config
+
+    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
+        config = self.config
+        assert queries is not None
+        if config.key_init == "orthogonal":
+            keys = torch.nn.init.orthogonal_(torch.empty(config.rows_per_task, pool.key_dim), generator=generator)
+        else:
+            keys = sample_keys(queries, config.rows_per_task, generator)
+        context_init = None if config.context == "none" else config.context_init
+        pool.open_block(
+            config.rows_per_task, keys=keys, a_std=config.a_std, context_init=context_init, generator=generator
+        )
+
+    def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
+        assert queries is not None and pool.block_keys is not None
+        pool.commit(name, mean_weight(queries, pool.block_keys.detach(), self.config.top_m, groups))
+
+    def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
+        assert query is not None
+        if training and pool.block_rows:
+            assert pool.block_keys is not None
+            return self._select_block(pool, query, pool.block_keys.detach(), groups)
+        if not pool.num_rows:
+            return None
+        index, weight, _ = ops.select(query, pool.keys, self.config.top_m, groups=groups, check_values=False)
+        return Selection(
+            past=Pairs(*self._with_context(pool, index, weight, context_rows=pool.last_block_start)),
+            index=index,
+            weight=weight,
+            mix=self.config.context == "factor",
+        )
+
+    def _select_block(self, pool: Pool, query: Tensor, keys: Tensor, groups: int) -> Selection:
+        """Training: the open block alone is allowed, and all earlier rows are its context."""
+        top_m, first = self.config.top_m, pool.num_rows
+        index, weight, _ = ops.select(query, keys, top_m, groups=groups, check_values=False)
+        all_index, coefficient = self._with_context(pool, index + first, weight, context_rows=first)
+        past = Pairs(all_index[:, top_m:], coefficient[:, top_m:]) if all_index.shape[1] > top_m else None
+        return Selection(
+            block=Pairs(index, coefficient[:, :top_m]),
+            past=past,
+            index=index + first,
+            weight=weight,
+            mix=self.config.context == "factor",
+        )
+
+    def _with_context(self, pool: Pool, index: Tensor, weight: Tensor, context_rows: int) -> tuple[Tensor, Tensor]:
+        """The selected pairs ``[B, M]``, and behind them the pairs of the first ``context_rows`` rows.
+
+        Later rows are the context of no one, so their coefficients, which are zero, are left out.
+        """
+        if self.config.context == "none" or not context_rows:
+            return index, weight
+        row_task, row_mean, block = pool.row_task, pool.row_mean, pool.block_rows
+        if block:
+            row_task = torch.cat([row_task, row_task.new_full((block,), pool.num_tasks)])
+            row_mean = torch.cat([row_mean, row_mean.new_zeros(block)])
+        index, coefficient = ops.aggregate(index, weight, row_task, row_mean, pool.context_matrix())
+        pairs = self.config.top_m + context_rows
+        return index[:, :pairs], coefficient[:, :pairs]
+
+
+def sample_keys(queries: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """``[rows, D]``: distinct queries ``[n, D]`` drawn at random.
+
+    A task with fewer distinct instructions than rows uses them again with a little noise: equal keys would be selected
+    together for ever.
+    """
+    distinct = torch.unique(queries.float().cpu(), dim=0)
+    order = torch.randperm(len(distinct), generator=generator)
+    keys = distinct[order.repeat(rows // len(order) + 1)[:rows]]
+    noise = torch.randn(keys.shape, generator=generator) * (0.01 * keys.std())
+    noise[: len(order)] = 0.0
+    return keys + noise
+
+
+def mean_weight(queries: Tensor, keys: Tensor, top_m: int, groups: int) -> Tensor:
+    """``z [n]``: mean selection weight of every key over ``queries [Q, D]``; not selected counts as 0."""
+    index, weight, _ = ops.select(queries.to(keys.device), keys, top_m, groups=groups)
+    total = torch.zeros(len(queries), len(keys), dtype=torch.float64, device=keys.device)
+    return total.scatter_(1, index, weight.double()).mean(0).float()

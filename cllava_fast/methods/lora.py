@@ -1,0 +1,67 @@
+"""Sequential and joint LoRA (Hu et al., arXiv 2106.09685) as one row that acts on every sample: the yardsticks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection
+from cllava_fast.pool import Pool
+
+
+@dataclass(frozen=True)
+class LoraConfig(MethodConfig):
+    """One LoRA, tuned on task after task.
+
+    Args:
+        rank: R; 32 equals the active rank of Continual LLaVA's defaults (4 rows of rank 8).
+        scale: factor on the increment (LoRA's ``alpha / r``).
+        a_std: standard deviation of ``A`` at birth.
+        targets: linears of each language layer that get increments.
+    """
+
+    method: ClassVar[str] = "sequential_lora"
+
+    rank: int = 32
+    scale: float = 1.0
+    a_std: float = 1.0
+    targets: tuple[str, ...] = ("self_attn.o_proj",)
+
+
+@dataclass(frozen=True)
+class JointLoraConfig(LoraConfig):
+    """One LoRA, tuned once on all tasks together."""
+
+    method: ClassVar[str] = "joint_lora"
+
+
+class SequentialLora(Method):
+    """Every task goes on training the same row."""
+
+    uses_query = False
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
+
+    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
+        if not pool.block_rows:
+            pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+
+    def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
+        """Nothing is frozen: the next task overwrites what it needs."""
+
+    def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
+        if not pool.block_rows:
+            return None
+        device = pool.row_task.device
+        index = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        return Selection(block=Pairs(index, torch.ones(1, 1, device=device)))
+
+
+class JointLora(SequentialLora):
+    """The upper yardstick: all tasks' data at once."""
+
+    joint = True

@@ -1,0 +1,127 @@
+"""``save_pretrained`` and ``load_pretrained``: the learned increments as a folder, without the base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from cllava_fast.methods import config_from_dict
+from cllava_fast.model import paths
+from cllava_fast.model.patching import get_increments, patch, unpatch
+from cllava_fast.surrogate import fingerprint
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FORMAT = 1
+
+
+def save_pretrained(model: Any, path: str | os.PathLike[str]) -> Path:
+    """Writes what a patched model has learned: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    The folder appears whole or not at all; one that this function wrote before is replaced.
+
+    Raises:
+        ValueError: the model is not patched.
+        FileExistsError: ``path`` holds something else.
+    """
+    increments = get_increments(model)
+    pool, target = increments.pool, Path(path)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())):
+        raise FileExistsError(f"{target} holds something else; give an empty or a new folder")
+    weights = save({f"pool.{name}": tensor for name, tensor in pool.state().items()}, metadata={"format": "pt"})
+    config = {
+        "format": FORMAT,
+        "config": increments.config.to_dict(),
+        "tasks": pool.task_names,
+        "surrogate_fingerprint": increments.surrogate.fingerprint if increments.surrogate else None,
+        "base_fingerprint": base_fingerprint(model),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _write(temporary / WEIGHTS, weights)
+        _write(temporary / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        temporary.chmod(0o755)
+        _replace_folder(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any | None = None) -> Any:
+    """Reads what ``save_pretrained`` wrote into a LLaVA, which is patched if it is not yet. Outputs are bit-equal.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: another base model or surrogate, a changed or damaged file, missing or unexpected tensors, or a
+            model patched with another config. Nothing is changed then.
+    """
+    folder = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist; expected a folder written by save_pretrained()")
+    try:
+        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"format is not {FORMAT}")
+        config, tasks, digest = config_from_dict(saved["config"]), list(saved["tasks"]), saved["weights_sha256"]
+        surrogate_fingerprint, base = saved["surrogate_fingerprint"], saved["base_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+    weights = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != digest:
+        raise ValueError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
+    try:
+        state = {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    paths.check_is_llava(model)
+    was_patched = hasattr(model, "increments")
+    if base_fingerprint(model) != base:
+        raise ValueError(f"{folder} was learned on another base model; load the base that it was trained with")
+    patch(model, config, processor=processor)
+    increments = get_increments(model)
+    try:
+        present = increments.surrogate.fingerprint if increments.surrogate else None
+        if present != surrogate_fingerprint:
+            raise ValueError(
+                f"{folder} was learned with another surrogate than {config.to_dict().get('surrogate')!r} here"
+            )
+        increments.pool.load_state(state, tasks)
+    except BaseException:
+        if not was_patched:
+            unpatch(model)
+        raise
+    return model
+
+
+def base_fingerprint(model: Any) -> str:
+    """Fingerprint of the frozen language layers, the same whether the model is patched or not."""
+    return fingerprint(paths.language_model(model))
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Renames ``new`` to ``target``; a folder that stood there is removed only afterwards."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / "old")
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,240 @@
+"""What ``patch`` adds to a model: the pool, the method, the surrogate, and which rows act on the batch at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cllava_fast import ops
+from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, make_method
+from cllava_fast.model import paths
+from cllava_fast.model.instructions import InstructionReader, text_ids
+from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.surrogate import BackboneSurrogate, Surrogate, make_surrogate
+
+
+class Request(NamedTuple):
+    """What one call to the model says about its instructions."""
+
+    batch: int
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    labels: Tensor | None
+    pixel_values: Tensor | None
+    instructions: Sequence[str] | None
+    query: Tensor | None
+
+
+class Increments(nn.Module):
+    """Registered as ``model.increments`` by ``patch``.
+
+    Attributes:
+        config: the method's configuration.
+        method: the coefficient policy.
+        pool: the rows; the only state.
+        active: what acts on the batch that is in the layers right now.
+        pending: what acts during the ``generate`` that is under way.
+    """
+
+    def __init__(self, model: nn.Module, config: MethodConfig, processor: Any | None) -> None:
+        super().__init__()
+        self.config = config
+        self.method: Method = make_method(config)
+        self.processor = processor
+        image_token_id: int = model.config.image_token_id  # type: ignore[union-attr,assignment]
+        self._image_token_id = image_token_id
+        self._special_ids = _special_ids(model) | {image_token_id}
+        self.reader = None if processor is None else InstructionReader(processor, image_token_id)
+        self.surrogate = self._make_surrogate(model)
+        self.pool = Pool(
+            rank=config.rank,
+            key_dim=self.surrogate.dim if self.surrogate else 0,
+            shapes={
+                path: _shape(linear, model) for path, linear in paths.adapted_linears(model, config.targets).items()
+            },
+        )
+        self.active: Selection | None = None
+        self.pending: Selection | None = None
+        self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
+
+    def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
+        name = getattr(self.config, "surrogate", None)
+        if not self.method.uses_query or name is None:
+            return None
+        if self.reader is None and name != "backbone":
+            raise ValueError(
+                f"surrogate {name!r} reads instructions and needs a processor; none was given and none is saved beside "
+                'the model\'s weights: patch(model, config, processor=...), or use surrogate="backbone"'
+            )
+        embedding = paths.input_embedding(model)
+        return make_surrogate(
+            name,
+            embedding=embedding,
+            tokenize=self.reader.tokenize if self.reader else None,
+            vision_tower=paths.vision_tower(model),
+            image_dim=paths.vision_width(model),
+            device=embedding.weight.device,
+        )
+
+    @property
+    def groups(self) -> int:
+        return self.surrogate.groups if self.surrogate else 1
+
+    # -- from a call to a selection ------------------------------------------------------------------------------
+
+    def select(self, request: Request, pooled_image: Any, past_key_values: Any | None = None) -> Selection | None:
+        """What acts on each sample of the request; None where nothing has been learned.
+
+        Args:
+            pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
+            past_key_values: a cache that remembers the selection of the prompt it was filled with.
+        """
+        learning = self.training and self.pool.block_rows > 0
+        if not learning and not self.pool.num_rows and self.method.uses_query:
+            return None
+        if not self.method.uses_query:
+            selection = self.method.select(self.pool, None, 1, learning)
+            return selection and selection.expand(request.batch)
+        if request.query is None and request.instructions is None:
+            remembered = self.pending or self._remembered(past_key_values)
+            if remembered is not None:
+                return remembered.expand(request.batch)
+        query = self.query(request, pooled_image)
+        selection = self.method.select(self.pool, query.to(self.pool.keys.device), self.groups, learning)
+        return selection and selection.expand(request.batch)
+
+    def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
+        """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
+        if past_key_values is not None and selection is not None and not self.training:
+            self._by_cache[past_key_values] = selection
+
+    def _remembered(self, past_key_values: Any | None) -> Selection | None:
+        if past_key_values is None or not past_key_values.get_seq_length():
+            return None
+        selection = self._by_cache.get(past_key_values)
+        if selection is None:
+            raise ValueError(
+                "past_key_values was not filled by this patched model, so its instruction is unknown; "
+                "pass instructions=[...] with one text for each sample"
+            )
+        return selection
+
+    def query(self, request: Request, pooled_image: Any) -> Tensor:
+        """Queries ``[B, D]`` float32 from what the request says, in this order: query, instructions, input_ids."""
+        surrogate = self.surrogate
+        assert surrogate is not None
+        if request.query is not None:
+            return self._check_query(request.query, request.batch)
+        if request.instructions is None and request.input_ids is None:
+            raise ValueError("no instruction: input_ids is None; pass instructions=[...] with one text for each sample")
+        if self.reader is None and request.instructions is None:
+            assert isinstance(surrogate, BackboneSurrogate) and request.input_ids is not None
+            ids = text_ids(request.input_ids, request.attention_mask, request.labels, self._special_ids)
+            return surrogate.from_ids(ids)
+        texts = self._texts(request)
+        if not surrogate.uses_image:
+            return surrogate.query(texts)
+        return surrogate.query(texts, self._image_per_sample(pooled_image, request))
+
+    def _texts(self, request: Request) -> list[str]:
+        if request.instructions is None:
+            assert self.reader is not None and request.input_ids is not None
+            return self.reader.read(request.input_ids, request.attention_mask)
+        texts = request.instructions
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"instructions is {texts!r}; expected a list with one text for each sample")
+        if not texts or request.batch % len(texts):
+            raise ValueError(f"instructions holds {len(texts)} texts; expected {request.batch}, one for each sample")
+        return [self.reader.canonical(text) for text in texts] if self.reader else list(texts)
+
+    def _check_query(self, query: Tensor, batch: int) -> Tensor:
+        assert self.surrogate is not None
+        if query.dim() != 2 or query.shape[1] != self.surrogate.dim or not len(query) or batch % len(query):
+            raise ValueError(f"query is {list(query.shape)}; expected [{batch}, {self.surrogate.dim}]")
+        if not torch.isfinite(query).all():
+            raise ValueError("query holds NaN or Inf; check the surrogate's embeddings")
+        return query.float()
+
+    def _image_per_sample(self, pooled_image: Any, request: Request) -> Tensor | None:
+        """Mean of each sample's pooled images ``[B, d]``; zeros for samples without, None where no sample has any."""
+        if request.input_ids is None:
+            raise ValueError('surrogate "text+image" counts images in input_ids; pass them, or query= [B, D]')
+        tokens = (request.input_ids == self._image_token_id).sum(1).cpu()  # [B]
+        if not tokens.any():
+            return None
+        if request.pixel_values is None:
+            raise ValueError('surrogate "text+image" needs pixel_values beside the image tokens, or query= [B, D]')
+        pooled = pooled_image(request.pixel_values)
+        counts = tokens // max(int(tokens.sum()) // len(pooled), 1)  # images of each sample
+        if int(counts.sum()) != len(pooled):
+            raise ValueError(f"{len(pooled)} images came with {int(tokens.sum())} image tokens in input_ids")
+        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        total = torch.zeros(len(counts), pooled.shape[1], dtype=torch.float64)
+        total.index_add_(0, owner, pooled.detach().double().cpu())
+        return (total / counts.clamp(min=1)[:, None]).float()
+
+    # -- in the layers -------------------------------------------------------------------------------------------
+
+    def inject(self, x: Tensor, linear: nn.Linear | None, base: Tensor | None, factors: Factors) -> Tensor:
+        """The adapted linear's output: frozen linear plus what is active.
+
+        Args:
+            x: ``[B, S, d_in]``.
+            linear: the frozen layer where it is a plain linear, whose product the op may fuse with the increments.
+            base: its output ``[B, S, d_out]`` where it is any other kind of layer.
+            factors: the layer's rows.
+        """
+        selection = self.active
+        assert selection is not None
+        if x.dim() != 3 or x.shape[0] != selection.batch_size:
+            raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{selection.batch_size}, S, d_in]")
+        y = base
+        for A, B, pairs in _terms(selection, factors):
+            index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
+            if y is None:
+                assert linear is not None
+                y = ops.inject(
+                    x, linear.weight, A, B, index, coefficient, bias=linear.bias, scale=self.config.scale,
+                    check_values=False,
+                )  # fmt: skip
+            else:
+                y = ops.inject_add(y, x, A, B, index, coefficient, scale=self.config.scale, check_values=False)
+        assert y is not None
+        return y
+
+
+def _terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
+    """``(A, B, pairs)`` whose increments add up to what acts. Committed and open rows stay two pools, so that no
+    gradient of committed rows ever exists."""
+    terms: list[tuple[Tensor, Tensor, Pairs]] = []
+    if selection.block is not None:
+        assert factors.block_A is not None and factors.block_B is not None
+        terms.append((factors.block_A, factors.block_B, selection.block))
+    if selection.past is not None:
+        terms.append((factors.A, factors.B, selection.past))
+    if not selection.mix:
+        return terms
+    mixed = [ops.mix_factors(A, B, pairs.coefficient.to(A.device), pairs.index.to(A.device)) for A, B, pairs in terms]
+    A = torch.stack([a.float() for a, _ in mixed]).sum(0)  # [B, R, d_in]
+    B = torch.stack([b.float() for _, b in mixed]).sum(0)  # [B, R, d_out]
+    index = torch.arange(len(A), device=A.device)[:, None]
+    return [(A, B, Pairs(index, torch.ones(index.shape, device=A.device)))]
+
+
+def _shape(linear: nn.Module, model: nn.Module) -> LinearShape:
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    # quantised weights are stored as integers
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else model.dtype
+    return LinearShape(linear.in_features, linear.out_features, dtype, weight.device)  # type: ignore[arg-type]
+
+
+def _special_ids(model: nn.Module) -> set[int]:
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    ids: set[int] = set()
+    for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ids

@@ -1,0 +1,113 @@
+"""Reads the instruction back from ``input_ids``: the last user turn, without image tokens and template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# LLaVA-1.5's own, for processors without a chat template
+DEFAULT_MARKERS = ("USER:", "ASSISTANT:")
+
+
+class InstructionReader:
+    """Finds instructions by the role markers of the processor's chat template.
+
+    Texts are canonical: what the tokenizer makes of them, with white space folded, so that an instruction read back
+    from ids and the same instruction given as text are one and the same query.
+    """
+
+    def __init__(self, processor: Any, image_token_id: int) -> None:
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._image_token_id = image_token_id
+        self._canonical: dict[str, str] = {}
+        markers = template_markers(processor) or DEFAULT_MARKERS
+        self.user, self.assistant = (self._decode(self.tokenize(marker)) for marker in markers)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return " ".join(text.split())
+
+    def canonical(self, text: str) -> str:
+        """``text`` as it would be read back from ids. Raises ValueError for a blank text."""
+        known = self._canonical.get(text)
+        if known is None:
+            ids = [i for i in self.tokenize(text) if i != self._image_token_id]
+            known = self._canonical[text] = self._decode(ids)
+            if not known:
+                raise ValueError(f"the instruction {text!r} is blank; expected a text")
+        return known
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
+        """Instructions of ``input_ids [B, S]``; padding is where ``attention_mask [B, S]`` is 0.
+
+        Raises:
+            ValueError: a sample without a user turn, or with an empty one.
+        """
+        keep = input_ids != self._image_token_id
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            keep = keep & attention_mask.bool()
+        return [
+            self._read_one(ids[mask].tolist(), sample)
+            for sample, (ids, mask) in enumerate(zip(input_ids.cpu(), keep.cpu(), strict=True))
+        ]
+
+    def _read_one(self, ids: list[int], sample: int) -> str:
+        text = self._decode(ids)
+        start = text.rfind(self.user)
+        if start < 0:
+            raise ValueError(
+                f"no instruction found in input_ids of sample {sample}: there is no user turn ({self.user!r}) in "
+                f"{text[:80]!r}; build the prompt with the processor's chat template, or pass instructions=[...]"
+            )
+        turn = text[start + len(self.user) :]
+        end = turn.find(self.assistant)
+        turn = (turn if end < 0 else turn[:end]).strip()
+        if not turn:
+            raise ValueError(f"the last user turn of sample {sample} is empty in input_ids; pass instructions=[...]")
+        return turn
+
+
+def template_markers(processor: Any) -> tuple[str, str] | None:
+    """What stands before a user's and before an assistant's words in the chat template, or None without a template."""
+    if getattr(processor, "chat_template", None) is None or not hasattr(processor, "apply_chat_template"):
+        return None
+    first, answer, second = "qzfirstzq", "qzanswerzq", "qzsecondzq"
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    messages = [turn("user", first), turn("assistant", answer), turn("user", second)]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if not all(word in text for word in (first, answer, second)):
+        return None
+    user = text.split(answer)[1].split(second)[0].strip()
+    assistant = text.split(second)[1].strip()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for special in (tokenizer.eos_token, tokenizer.bos_token):
+        if special:
+            user = user.removeprefix(special).strip()
+            assistant = assistant.removeprefix(special).strip()
+    return (user, assistant) if user and assistant else None
+
+
+def text_ids(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, special: set[int]
+) -> list[Tensor]:
+    """Ids of each sample's text without special and padded tokens: all that can be had without a tokenizer.
+
+    Positions with a label are answers and left out, except in a sample that has labels everywhere.
+    """
+    keep = torch.ones_like(input_ids, dtype=torch.bool)
+    for token in special:
+        keep &= input_ids != token
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        keep &= attention_mask.bool()
+    if labels is not None and labels.shape == input_ids.shape:
+        asked = keep & (labels == -100)
+        keep = torch.where(asked.any(1, keepdim=True), asked, keep)
+    return [ids[mask] for ids, mask in zip(input_ids, keep, strict=True)]

@@ -1,0 +1,270 @@
+"""``patch`` and ``unpatch``: one transformers LLaVA learns to carry increments, in place, and back again.
+
+Nothing is copied or subclassed: ``forward`` of the adapted linears, ``forward`` and ``generate`` of the model are
+shadowed on this instance, and the selection travels to the layers as a keyword argument, so that a layer recomputed by
+activation checkpointing sees the selection of its own forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
+from cllava_fast.model import paths
+from cllava_fast.model.increments import Increments, Request
+from cllava_fast.pool import Factors
+
+SELECTION = "increment_selection"  # the keyword argument that travels through the language model
+
+
+@dataclass
+class _Patch:
+    """What unpatch needs to restore the model that came in."""
+
+    requires_grad: dict[str, bool]
+    hooks: list[Any]
+
+
+@dataclass
+class _Adapter:
+    """What an adapted linear knows. A plain object, so that the linear gains no submodule and no state-dict key."""
+
+    increments: Increments
+    factors: Factors
+
+
+def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | None = None) -> Any:
+    """Gives a LLaVA a pool of increments and freezes everything else. In place; this instance only; idempotent.
+
+    Until a task is learned, outputs stay equal to the bit. ``forward`` and ``generate`` additionally take
+    ``instructions`` (one text a sample; by default the last user turn is read back from ``input_ids``), ``query``
+    (``[B, D]``, embeddings of the surrogate) and ``image_features`` (``[images, tokens, d]`` in place of
+    ``pixel_values``: the projected features of the frozen vision tower, computed once).
+
+    Args:
+        model: a ``transformers.LlavaForConditionalGeneration``.
+        config: the method's configuration; ``IncrementConfig()`` by default.
+        processor: the model's processor; by default the one saved beside the model's weights. Without any,
+            only ``surrogate="backbone"`` works.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: the model is no LLaVA, or the config no method's.
+        ValueError: the model is patched with another config, or holds adapters of another library.
+    """
+    paths.check_is_llava(model)
+    present = getattr(model, "increments", None)
+    if isinstance(present, Increments):
+        if config is not None and config != present.config:
+            raise ValueError(f"the model is patched with {present.config}; unpatch(model) before another patch")
+        return model
+    _check_not_adapted(model)
+    config = IncrementConfig() if config is None else config
+    increments = Increments(model, config, _find_processor(model) if processor is None else processor)
+
+    record = _Patch({name: p.requires_grad for name, p in model.named_parameters()}, hooks=[])
+    model.requires_grad_(False)
+    for path, linear in paths.adapted_linears(model, config.targets).items():
+        linear.__dict__["_adapter"] = _Adapter(increments, increments.pool.factors(path))
+        _shadow(linear, "forward", _linear_forward)
+    for attention in paths.attentions(model):
+        receive = functools.partial(_receive_selection, increments)
+        record.hooks.append(attention.register_forward_pre_hook(receive, with_kwargs=True))
+    _shadow(model.model, "get_image_features", _get_image_features)
+    _shadow(model, "forward", _forward)
+    _shadow(model, "generate", _generate)
+    increments.train(model.training)
+    model.increments = increments
+    model.__dict__["_patch"] = record
+    return model
+
+
+def unpatch(model: Any) -> Any:
+    """Restores exactly the model that came in; what was learned is dropped (``save_pretrained`` first).
+
+    Raises:
+        ValueError: the model is not patched, or something else was patched over it since.
+    """
+    increments = get_increments(model)
+    linears = paths.adapted_linears(model, increments.config.targets)
+    shadowed = [(model, "forward"), (model, "generate"), (model.model, "get_image_features")]
+    shadowed += [(linear, "forward") for linear in linears.values()]
+    for module, name in shadowed:
+        if not hasattr(module.__dict__.get(name), "_original"):
+            raise ValueError(f"{name} of {type(module).__name__} was replaced after patch(); undo that first")
+    for module, name in shadowed:
+        original = module.__dict__.pop(name)._original
+        if original is not None:
+            module.__dict__[name] = original
+    for linear in linears.values():
+        del linear.__dict__["_adapter"]
+    record: _Patch = model.__dict__.pop("_patch")
+    for hook in record.hooks:
+        hook.remove()
+    del model.increments
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+    return model
+
+
+def get_increments(model: Any) -> Increments:
+    """The ``Increments`` of a patched model. Raises ValueError if the model is not patched."""
+    increments = getattr(model, "increments", None)
+    if not isinstance(increments, Increments):
+        raise ValueError(f"the {type(model).__name__} is not patched; call cllava_fast.patch(model) first")
+    return increments
+
+
+def _check_not_adapted(model: Any) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") or hasattr(module, "_adapter"):
+            raise ValueError(f"{name} carries adapters of another patch already; remove them before patch(model)")
+
+
+def _find_processor(model: Any) -> Any | None:
+    """The processor saved beside the weights. Nothing is downloaded."""
+    folder = Path(model.name_or_path or "")
+    if not model.name_or_path or not any(
+        (folder / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")
+    ):
+        return None
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _shadow(module: nn.Module, name: str, function: Any) -> None:
+    """Puts ``function`` before the method ``name`` of this one instance; ``copy.deepcopy`` keeps working."""
+    present = module.__dict__.get(name)
+    original = getattr(type(module), name) if present is None else present
+
+    @functools.wraps(original)  # callers inspect the signature
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # looked up by class, never held: a copied model must call its own parts
+        call = functools.partial(original, self) if present is None else original
+        return function(self, call, *args, **kwargs)
+
+    method._original = present  # type: ignore[attr-defined]
+    module.__dict__[name] = MethodType(method, module)
+
+
+def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
+    adapter: _Adapter = linear._adapter
+    increments = adapter.increments
+    if increments.active is None:
+        return original(x)
+    if type(linear) is nn.Linear:
+        return increments.inject(x, linear, None, adapter.factors)
+    return increments.inject(x, None, original(x), adapter.factors)
+
+
+def _receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    increments.active = kwargs.pop(SELECTION, None)
+    return args, kwargs
+
+
+def _get_image_features(llava: Any, original: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Lets features that were computed before pass in place of pixels, which have one dimension more."""
+    if pixel_values.dim() != 3:
+        return original(pixel_values, *args, **kwargs)
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=list(pixel_values))  # type: ignore[arg-type]
+
+
+def _forward(
+    model: Any,
+    original: Any,
+    *args: Any,
+    instructions: list[str] | None = None,
+    query: Tensor | None = None,
+    image_features: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
+    increments: Increments = model.increments
+    selection = _select(model, kwargs, instructions, query, kwargs.get("past_key_values"))
+    if image_features is not None:
+        kwargs["pixel_values"] = _check_features(image_features, kwargs)
+    try:
+        output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
+    finally:
+        increments.active = None
+    if increments.pending is None:
+        increments.remember(getattr(output, "past_key_values", None), selection)
+    return output
+
+
+def _generate(
+    model: Any,
+    original: Any,
+    inputs: Tensor | None = None,
+    *args: Any,
+    instructions: list[str] | None = None,
+    query: Tensor | None = None,
+    image_features: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    if inputs is not None:
+        kwargs["input_ids"] = inputs
+    increments: Increments = model.increments
+    # with a cache, too, input_ids hold the whole conversation, and its last turn is what is asked now
+    pending = _select(model, kwargs, instructions, query, None)
+    if image_features is not None:
+        kwargs["pixel_values"] = _check_features(image_features, kwargs)
+    increments.pending = pending
+    try:
+        output = original(None, *args, **kwargs)
+    finally:
+        increments.pending = None
+    increments.remember(getattr(output, "past_key_values", None), pending)
+    return output
+
+
+def _select(
+    model: Any, kwargs: dict[str, Any], instructions: list[str] | None, query: Tensor | None, cache: Any
+) -> Selection | None:
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    if tokens is None:
+        return None  # the model says what it misses
+    request = Request(
+        batch=len(tokens),
+        input_ids=ids,
+        attention_mask=kwargs.get("attention_mask"),
+        labels=kwargs.get("labels"),
+        pixel_values=kwargs.get("pixel_values"),
+        instructions=instructions,
+        query=query,
+    )
+    return model.increments.select(request, functools.partial(pooled_image, model), cache)
+
+
+def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
+    """Mean of the frozen vision tower's last hidden state: ``[images, d]``."""
+    tower = paths.vision_tower(model)
+    parameter = next(tower.parameters())
+    return tower(pixel_values.to(parameter.device, parameter.dtype)).last_hidden_state.mean(1)
+
+
+def _check_features(features: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    if kwargs.get("pixel_values") is not None:
+        raise ValueError("pixel_values and image_features were both given; give one of them")
+    if features.dim() != 3:
+        raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, d]")
+    return features
+
+
+@functools.cache
+def _parameter_names(forward: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(forward).parameters if name != "self"]

@@ -1,0 +1,97 @@
+"""Checks of arguments that the ops share: each names the argument, what came, what was expected, what to do.
+
+Everything here is plain Python on shapes and dtypes, so that torch.compile folds it away; the few checks that read
+values ask `can_read` first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def shape(name: str, tensor: Tensor, pattern: str, sizes: dict[str, int]) -> None:
+    """`tensor` must look like `pattern` ("B S d_in"); `sizes` holds what earlier arguments said, and learns more."""
+    names = pattern.split()
+    if tensor.dim() != len(names):
+        raise ValueError(
+            f"{name}: expected {len(names)} dimensions [{', '.join(names)}], got shape {tuple(tensor.shape)}. "
+            f"Reshape {name} before the call."
+        )
+    for axis, size_name in enumerate(names):
+        size = tensor.shape[axis]
+        if sizes.setdefault(size_name, size) != size:
+            raise ValueError(
+                f"{name}: expected [{', '.join(names)}] with {size_name} = {sizes[size_name]} as in the arguments "
+                f"before it, got shape {tuple(tensor.shape)}. Give all arguments the same {size_name}."
+            )
+
+
+def device(reference: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name}: is on {tensor.device}, expected {reference.device} like the first argument. "
+                f"Move it with {name}.to({str(reference.device)!r})."
+            )
+
+
+def floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}. Cast it with {name}.float().")
+
+
+def integer(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: expected torch.int64, got {tensor.dtype}. Cast it with {name}.long().")
+
+
+def full_precision(exact: bool, **tensors: Tensor) -> None:
+    """Coefficients stay float32 whatever the model runs in; float64 only where the computation is float64 (`exact`)."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 and not (exact and tensor.dtype == torch.float64):
+            wanted = "torch.float32 or torch.float64" if exact else "torch.float32"
+            raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}. Keep it in float32 or cast it back.")
+
+
+def same_dtype(name: str, tensor: Tensor, like: str, reference: Tensor) -> None:
+    if tensor.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
+        raise ValueError(
+            f"{name}: has dtype {tensor.dtype} but {like} has {reference.dtype}. "
+            f"Cast one of them, or run under torch.autocast."
+        )
+
+
+def can_read(tensor: Tensor, cuda: bool) -> bool:
+    """Whether a check may look at values: never while tracing or capturing; on a GPU only if asked to (it waits)."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or torch._is_functional_tensor(tensor):
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return cuda and tensor.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def within(name: str, tensor: Tensor, limit: int, limit_name: str) -> None:
+    """Every entry of an integer tensor is in [0, limit). Reads values."""
+    if tensor.numel() == 0:
+        return
+    low, high = (bound.item() for bound in tensor.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"{name}: expected entries in [0, {limit_name}) = [0, {limit}), got {low}..{high}. "
+            f"Check where {name} was built; pad with any valid entry and coefficient 0."
+        )
+
+
+def finite(name: str, tensor: Tensor) -> None:
+    """No NaN and no infinity. Reads values."""
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}: expected finite values, got {int(bad.sum())} NaN or infinite of {tensor.numel()}, "
+            f"first at {first}. Check what computed {name}."
+        )

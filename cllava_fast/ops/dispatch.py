@@ -1,0 +1,157 @@
+"""Which backend runs an op, and the reason in words.
+
+A backend is a name and one function per op that it implements; an op's folder registers it with one line:
+
+    dispatch.register("triton", {"inject": triton.inject, "inject_backward": triton.backward}, usable=triton.usable)
+
+For each call the first registered backend of `ORDER` that is usable on this machine and accepts the call's device,
+dtype and sizes is taken. `CLLAVA_BACKEND=name` or `with backend("name"):` asks for one by name; if that one cannot run,
+the call fails with the reason: there is no silent fall-back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+# "cuda" and "cpu" are this library's own native code; "triton" its kernels; "reference" is plain PyTorch.
+ORDER = ("cuda", "triton", "cpu", "reference")
+AUTO = "auto"
+VARIABLE = "CLLAVA_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """The backend asked for does not exist, is not built, or cannot run this call."""
+
+
+class Site(NamedTuple):
+    """What the choice depends on: where the call's tensors live, the dtype it computes in, its sizes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    sizes: tuple[tuple[str, int], ...]
+
+
+class Choice(NamedTuple):
+    backend: str
+    run: Callable[..., Any]
+    reason: str
+
+
+class Row(NamedTuple):
+    """One line of `table()`."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str
+
+
+class _Kernel(NamedTuple):
+    run: Callable[..., Any]
+    usable: Callable[[], str | None]
+    accepts: Callable[[str, Site], str | None]
+
+
+_kernels: dict[str, dict[str, _Kernel]] = {}  # op -> backend -> kernel
+# Process-wide rather than per thread or context: autograd runs backward ops on threads of its own.
+_asked: list[str] = []
+
+
+def _always_usable() -> None:
+    return None
+
+
+def _accepts_all(op: str, site: Site) -> None:
+    return None
+
+
+def register(
+    backend: str,
+    kernels: Mapping[str, Callable[..., Any]],
+    usable: Callable[[], str | None] = _always_usable,
+    accepts: Callable[[str, Site], str | None] = _accepts_all,
+) -> None:
+    """Add a backend for some ops. `usable()` and `accepts(op, site)` return None for yes, or why not in words."""
+    _known(backend)
+    for op, run in kernels.items():
+        if backend in _kernels.setdefault(op, {}):
+            raise BackendError(f"backend {backend!r} is already registered for {op!r}")
+        _kernels[op][backend] = _Kernel(run, usable, accepts)
+    _choose.cache_clear()
+
+
+def choose(op: str, site: Site) -> Choice:
+    """The backend that runs `op` at `site`. Cached: a repeated site costs a dictionary look-up."""
+    return _choose(op, site, _asked[-1] if _asked else os.environ.get(VARIABLE) or AUTO)
+
+
+@lru_cache(maxsize=8192)
+def _choose(op: str, site: Site, asked: str) -> Choice:
+    if asked != AUTO:
+        _known(asked)
+        refusal = _refusal(op, asked, site)
+        if refusal is not None:
+            raise BackendError(
+                f"{op}: backend {asked!r} was asked for but cannot run: {refusal}. "
+                f"Ask for another one, or unset {VARIABLE} / leave ops.backend(...) to choose automatically."
+            )
+        return Choice(asked, _kernels[op][asked].run, "asked for by name")
+    refusals: list[str] = []
+    for name in ORDER:
+        refusal = _refusal(op, name, site)
+        if refusal is None:
+            reason = f"first that can run ({'; '.join(refusals)})" if refusals else "first in order"
+            return Choice(name, _kernels[op][name].run, reason)
+        refusals.append(f"{name}: {refusal}")
+    raise BackendError(f"{op}: no backend can run on {site.device} with {site.dtype}: {'; '.join(refusals)}")
+
+
+def _refusal(op: str, backend: str, site: Site | None) -> str | None:
+    kernel = _kernels.get(op, {}).get(backend)
+    if kernel is None:
+        return f"not registered for {op}"
+    refusal = kernel.usable()
+    if refusal is None and site is not None:
+        refusal = kernel.accepts(op, site)
+    return refusal
+
+
+def _known(backend: str) -> None:
+    if backend not in ORDER:
+        raise BackendError(f"unknown backend {backend!r}: expected one of {', '.join(ORDER)}")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op of this process on backend `name` inside the block; `"auto"` restores the automatic choice.
+
+    Takes precedence over `CLLAVA_BACKEND`. Raises at once if no op has that backend, and at the call if this op or
+    this shape has not. A backward pass obeys the block that it runs in, not the one its forward ran in.
+    """
+    if name != AUTO:
+        _known(name)
+        if not any(name in kernels for kernels in _kernels.values()):
+            registered = sorted({other for kernels in _kernels.values() for other in kernels})
+            raise BackendError(f"backend {name!r} is not registered in this installation: there is {registered}")
+    _asked.append(name)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def table() -> list[Row]:
+    """Every op x backend, whether it can run on this machine at all, and why (not)."""
+    rows = []
+    for op in sorted(_kernels):
+        for name in ORDER:
+            refusal = _refusal(op, name, None)
+            reason = refusal or ("plain PyTorch, any device and dtype" if name == "reference" else "usable")
+            rows.append(Row(op, name, refusal is None, reason))
+    return rows

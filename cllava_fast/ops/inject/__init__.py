@@ -1,0 +1,119 @@
+"""inject: a frozen linear plus each sample's own low-rank increments, without ever building their dense sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cllava_fast.ops import checks, dispatch
+from cllava_fast.ops.inject import autograd, reference
+
+dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
+dispatch.register("reference", {"inject_backward": reference.inject_backward})
+
+
+def inject(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    check_values: bool = True,
+) -> Tensor:
+    """A frozen linear plus, for each sample, its own weighted increments.
+
+    The increment of Continual LLaVA (arXiv 2411.02564), with one list of pairs per sample:
+
+        y[b, s] = weight x[b, s] + bias + scale * sum_p coefficient[b, p] * B[index[b, p]]^T (A[index[b, p]] x[b, s])
+
+    Args:
+        x: `[B, S, d_in]`, floating; any strides; B, S and P may be 0.
+        weight: `[d_out, d_in]`, same dtype as x. **Frozen**: it gets no gradient, and one that asks for a gradient is
+            refused rather than silently left without. The same holds for bias.
+        A: `[N, R, d_in]`, floating. B: `[N, R, d_out]`, floating, rank-major. Their dtype may differ from x's (float32
+            master factors under a bfloat16 model): they are cast to x's inside; their gradients come back in their own.
+        index: int64 `[B, P]`, rows in [0, N); a row may appear more than once in a sample.
+        coefficient: float32 `[B, P]` (float64 is taken with float64 x); applied in float32 between the two
+            products. A coefficient of 0 with any valid row is padding.
+        bias: `[d_out]`, or None. scale: a number.
+        check_values: also check, for CPU tensors, that `index` is in range.
+
+    Returns:
+        y `[B, S, d_out]` in x's dtype; under autocast x, weight and bias are cast as `F.linear` casts them. Gradients
+        go to `x`, `A`, `B`, `coefficient`, computed only where asked for, in a fixed order (bit-equal run to run).
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
+    """
+    sizes: dict[str, int] = {}
+    checks.shape("x", x, "B S d_in", sizes)
+    checks.shape("weight", weight, "d_out d_in", sizes)
+    checks.floating(x=x)
+    checks.same_dtype("weight", weight, "x", x)
+    for name, frozen in (("weight", weight), ("bias", bias)):
+        if frozen is not None and frozen.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, but inject computes none for it: the base layer must be frozen. "
+                f"Call {name}.requires_grad_(False), or run the trained layer yourself and use inject_add."
+            )
+    if bias is not None:
+        checks.shape("bias", bias, "d_out", sizes)
+        checks.same_dtype("bias", bias, "x", x)
+    checks.device(x, weight=weight, bias=bias)
+    _check_pairs(x, A, B, index, coefficient, sizes, check_values)
+    y: Tensor = autograd.INJECT(x, weight, bias, A, B, index, coefficient, scale)
+    return y
+
+
+def inject_add(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    scale: float = 1.0,
+    *,
+    check_values: bool = True,
+) -> Tensor:
+    """`inject` on top of any base layer's output (quantised, wrapped, trained), or of another `inject`.
+
+        out[b, s] = y[b, s] + scale * sum_p coefficient[b, p] * B[index[b, p]]^T (A[index[b, p]] x[b, s])
+
+    Args:
+        y: `[B, S, d_out]`, same dtype as x; not modified. The rest as for `inject`.
+
+    Returns:
+        a new `[B, S, d_out]`. Gradients go to `y`, `x`, `A`, `B` and `coefficient`. Under autocast y and x are cast.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
+    """
+    sizes: dict[str, int] = {}
+    checks.shape("y", y, "B S d_out", sizes)
+    checks.shape("x", x, "B S d_in", sizes)
+    checks.floating(y=y, x=x)
+    checks.same_dtype("x", x, "y", y)
+    checks.device(y, x=x)
+    _check_pairs(x, A, B, index, coefficient, sizes, check_values)
+    total: Tensor = autograd.INJECT_ADD(y, x, A, B, index, coefficient, scale)
+    return total
+
+
+def _check_pairs(
+    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, sizes: dict[str, int], check_values: bool
+) -> None:
+    checks.shape("A", A, "N R d_in", sizes)
+    checks.shape("B", B, "N R d_out", sizes)
+    checks.shape("index", index, "B P", sizes)
+    checks.shape("coefficient", coefficient, "B P", sizes)
+    checks.floating(A=A, B=B)
+    checks.integer(index=index)
+    checks.full_precision(x.dtype == torch.float64, coefficient=coefficient)
+    checks.device(x, A=A, B=B, index=index, coefficient=coefficient)
+    if check_values and checks.can_read(index, cuda=False):
+        checks.within("index", index, sizes["N"], "N")

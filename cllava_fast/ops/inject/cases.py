@@ -1,0 +1,62 @@
+"""Shapes of inject that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    B: int
+    S: int
+    d_in: int
+    d_out: int
+    N: int
+    R: int
+    P: int
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{value}" for name, value in self._asdict().items())
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+CASES = (
+    Case(B=1, S=1, d_in=1, d_out=1, N=1, R=1, P=1),
+    Case(B=2, S=3, d_in=40, d_out=24, N=5, R=8, P=4),
+    Case(B=4, S=1, d_in=192, d_out=40, N=16, R=4, P=4),
+    Case(B=3, S=7, d_in=17, d_out=33, N=3, R=3, P=11),
+    Case(B=1, S=577, d_in=40, d_out=40, N=8, R=8, P=4),
+    Case(B=2, S=5, d_in=48, d_out=32, N=24, R=16, P=28),
+    Case(B=0, S=3, d_in=8, d_out=8, N=4, R=2, P=3),
+    Case(B=2, S=0, d_in=8, d_out=12, N=4, R=2, P=3),
+    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0),
+)
+QUICK = (
+    Case(B=4, S=64, d_in=512, d_out=512, N=32, R=8, P=4),
+    Case(B=4, S=1, d_in=512, d_out=512, N=32, R=8, P=4),
+)
+BENCH = (
+    *QUICK,
+    Case(B=4, S=64, d_in=512, d_out=512, N=32, R=8, P=36),
+    Case(B=4, S=577, d_in=1024, d_out=1024, N=64, R=8, P=4),
+)
+
+
+def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """x, weight, A, B, index, coefficient, bias, of unit scale; rows may repeat within a sample."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    x = normal(case.B, case.S, case.d_in).to(dtype)
+    weight = (normal(case.d_out, case.d_in) / case.d_in**0.5).to(dtype)
+    A = (normal(case.N, case.R, case.d_in) / case.d_in**0.5).to(dtype)
+    B = normal(case.N, case.R, case.d_out).to(dtype)
+    index = torch.randint(case.N, (case.B, case.P), generator=generator)
+    coefficient = normal(case.B, case.P).to(exact)
+    return x, weight, A, B, index, coefficient, normal(case.d_out).to(dtype)

@@ -1,0 +1,71 @@
+"""How an op enters torch: schema, kernels behind `dispatch`, fake tensors, autocast, gradient; one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cllava_fast.ops import dispatch
+
+NAMESPACE = "cllava_fast"
+DEVICES = ("cpu", "cuda")
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    site: Callable[..., dispatch.Site],
+    fake: Callable[..., Any],
+    autocast: tuple[str, ...] = (),
+) -> Any:
+    """Define `cllava_fast::name` and return its overload.
+
+    `site(*args)` says what the backend is chosen by; `fake(*args)` allocates the outputs; `autocast` names the
+    arguments that an autocast region casts to its dtype (as it does for `F.linear`); the rest keep their own.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def kernel(*args: Any) -> Any:
+        return dispatch.choose(name, site(*args)).run(*args)
+
+    torch.library.impl(qualified, DEVICES, kernel)
+    torch.library.register_fake(qualified, fake)
+    casts = frozenset(i for i, argument in enumerate(op._schema.arguments) if argument.name in autocast)
+    for device in DEVICES:
+        torch.library.impl(qualified, f"Autocast{device.upper()}", _under_autocast(op, device, casts))
+    return op
+
+
+def no_second_derivative(op: Any) -> None:
+    """Make the gradient of a backward op a clear error instead of a silently wrong zero."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{op} has no derivative of its own: second derivatives of this library's ops are not implemented. "
+            "Call backward without create_graph=True."
+        )
+
+    torch.library.register_autograd(op, backward)
+
+
+def _under_autocast(op: Any, device: str, casts: frozenset[int]) -> Callable[..., Any]:
+    # Backward ops need this as well, with nothing to cast: a loss.backward() inside the region would otherwise have
+    # the matmuls of the reference recast under our feet.
+    def run(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        cast = [_cast(argument, dtype) if i in casts else argument for i, argument in enumerate(args)]
+        with torch.autocast(device, enabled=False):
+            return op(*cast)
+
+    return run
+
+
+def _cast(argument: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(argument, torch.Tensor) or argument.dtype == torch.float64 or not argument.is_floating_point():
+        return argument
+    return argument.to(dtype)

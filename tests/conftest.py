@@ -1,0 +1,56 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+# nothing in the tests may reach for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+# the models of the tests are too small to share between threads
+torch.set_num_threads(1)
+
+# fresh data in every run; the variable repeats one
+SEED = int(os.environ.get("CLLAVA_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
+
+
+def pytest_report_header() -> str:
+    return f"CLLAVA_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    from cllava_fast.demo.tokenizer import build_processor
+
+    return build_processor()
+
+
+@pytest.fixture
+def new_llava(processor: Any) -> Callable[[], Any]:
+    """Makes equal tiny LLaVAs with random weights."""
+    from cllava_fast.demo.base import new_base
+
+    return lambda: new_base(processor, seed=0).eval()
+
+
+@pytest.fixture
+def llava(new_llava: Callable[[], Any]) -> Any:
+    return new_llava()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """Data of its own for each test."""
+    return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))

@@ -1,0 +1,80 @@
+"""What tests of the patched model share: inputs, and pools that have learned something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cllava_fast.model import get_increments
+
+QUESTIONS = (
+    "which bar is the tallest?",
+    "what color is the shape?",
+    "which digit is written here?",
+    "is the box ticked?",
+    "how many bars are there?",
+    "is the number shown greater than five?",
+)
+
+
+def image(generator: torch.Generator) -> Image.Image:
+    pixels = torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def prompt(processor: Any, question: str, with_image: bool = True) -> str:
+    content = [{"type": "text", "text": question}]
+    if with_image:
+        content.insert(0, {"type": "image"})
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+
+
+def inputs(
+    processor: Any, questions: tuple[str, ...], generator: torch.Generator, side: str = "left"
+) -> dict[str, Any]:
+    """One random image and one question a sample, padded on ``side``."""
+    return dict(
+        processor(
+            text=[prompt(processor, question) for question in questions],
+            images=[image(generator) for _ in questions],
+            return_tensors="pt",
+            padding=True,
+            padding_side=side,
+        )
+    )
+
+
+def take(batch: dict[str, Any], i: int) -> dict[str, Any]:
+    """Sample i without its padding."""
+    mask = batch["attention_mask"][i].bool()
+    return {
+        "input_ids": batch["input_ids"][i : i + 1, mask],
+        "attention_mask": batch["attention_mask"][i : i + 1, mask],
+        "pixel_values": batch["pixel_values"][i : i + 1],
+    }
+
+
+def learn(model: Any, tasks: int, generator: torch.Generator, b_std: float = 0.02, commit_last: bool = True) -> Any:
+    """Commits tasks with random increments, with keys at the questions, as if they had been trained."""
+    increments = get_increments(model)
+    for _ in range(tasks):
+        task = increments.pool.num_tasks
+        queries = torch.randn(40, increments.pool.key_dim, generator=generator)
+        if increments.surrogate is not None and increments.reader is not None:
+            texts = [increments.reader.canonical(q) for q in QUESTIONS]
+            queries = increments.surrogate.query(texts)[:, : increments.pool.key_dim]
+        increments.method.open_task(increments.pool, queries, generator)
+        pool = increments.pool
+        if pool.block_keys is not None:
+            pool.block_keys.data += 0.3 * torch.randn(pool.block_keys.shape, generator=generator) / pool.key_dim**0.5
+        if pool.block_context is not None:
+            torch.nn.init.normal_(pool.block_context, std=0.5, generator=generator)
+        for factors in pool.layers.values():
+            torch.nn.init.normal_(factors.block_B, std=b_std, generator=generator)
+        if commit_last or task < tasks - 1:
+            increments.method.close_task(pool, f"task{task}", queries, increments.groups)
+    return increments

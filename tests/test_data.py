@@ -1,0 +1,104 @@
+"""Streams that are refused, and batches as the model wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from cllava_fast.data import Sample, Stream, Task
+from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
+from tests.helpers import image, prompt
+
+SAMPLE = Sample("which bar is the tallest?", "red", Image.new("RGB", (64, 64)))
+
+
+def task(name: str = "a", **splits: Any) -> Task:
+    return Task(name, **{"train": [SAMPLE], "test": [SAMPLE], **splits})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "error", "message"),
+    [
+        ([], ValueError, "has no task"),
+        ([task("a"), task("b"), task("a")], ValueError, "names task 'a' twice"),
+        ([task(train=[])], ValueError, "'a' has no train sample"),
+        ([task(test=[])], ValueError, "'a' has no test sample"),
+        ([task(train=[SAMPLE, Sample(" ", "x")])], ValueError, r"a/train\[1\]: instruction is ' '"),
+        ([task(test=[Sample("what?", "")])], ValueError, r"a/test\[0\]: answer is ''"),
+        (
+            [task(validation=[Sample("what?", "x", "no/such.png")])],
+            FileNotFoundError,
+            r"a/validation\[0\]: image 'no/such",
+        ),
+    ],
+)
+def test_a_wrong_stream_is_refused(tasks: list[Task], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Stream(tasks)
+
+
+def test_images_open_as_rgb(tmp_path: Path) -> None:
+    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    opened = Sample("q", "a", tmp_path / "grey.png").open_image()
+    assert opened.mode == "RGB" and opened.getpixel((0, 0)) == (7, 7, 7)
+    assert Sample("q", "a").open_image() is None
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(OSError):
+        Sample("q", "a", tmp_path / "bad.png").open_image()
+
+
+def test_prompt_ids_are_the_processors_own(processor: Any, generator: torch.Generator) -> None:
+    picture = image(generator)
+    encoder = Encoder(processor)
+    for with_image in (True, False):
+        sample = Sample("which bar is the tallest?", "red", picture if with_image else None)
+        (example,) = encoder.encode([sample])
+        images = {"images": picture} if with_image else {}
+        expected = processor(text=prompt(processor, sample.instruction, with_image), **images)["input_ids"]
+        assert example.prompt_ids == torch.as_tensor(expected).flatten().tolist()
+        assert processor.tokenizer.convert_ids_to_tokens(example.answer_ids) == ["red", "</s>"]
+
+
+def test_labels_cover_the_answer_alone(processor: Any) -> None:
+    encoder = Encoder(processor)
+    samples = [Sample("is the box ticked?", "yes"), Sample("is it?", "five red")]
+    batch = Collator(encoder, None, training=True)(encoder.encode(samples))
+    for i, answer in enumerate((["yes", "</s>"], ["five", "red", "</s>"])):
+        labels = batch["labels"][i]
+        assert processor.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist()) == answer
+        length = int(batch["attention_mask"][i].sum())
+        assert batch["attention_mask"][i, :length].all(), "training pads on the right"
+        tail = slice(length - len(answer), length)
+        assert torch.equal(labels[tail], batch["input_ids"][i, tail])
+    prompts = Collator(encoder, None, training=False)(encoder.encode(samples))
+    assert "labels" not in prompts and prompts["attention_mask"][:, -1].all(), "generation pads on the left"
+
+
+def test_images_go_through_the_vision_tower_once(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    encoder, features = Encoder(processor), ImageFeatures()
+    pictures = [image(generator) for _ in range(3)]
+    samples = [Sample("is it?", "no", pictures[i % 3]) for i in range(7)] + [Sample("is it?", "no")]
+    calls = []
+    handle = llava.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    features.add(samples, encoder, llava, batch_size=2)
+    features.add(samples, encoder, llava, batch_size=2)
+    handle.remove()
+    assert len(calls) == 2
+    batch = Collator(encoder, features, training=True)(encoder.encode(samples))
+    direct = llava.get_image_features(encoder.pixels(pictures)).pooler_output
+    assert batch["image_features"].shape[0] == 7
+    torch.testing.assert_close(batch["image_features"][4], direct[1], atol=1e-5, rtol=1e-5)
+    pooled = features.pooled(samples, 128)
+    assert torch.equal(pooled[0], pooled[3]) and torch.count_nonzero(pooled[7]) == 0
+
+
+def test_beyond_the_memory_limit_pixels_are_opened_for_each_batch(llava: Any, processor: Any, generator: Any) -> None:
+    encoder, features = Encoder(processor), ImageFeatures(limit=1)
+    samples = [Sample("is it?", "no", image(generator)) for _ in range(2)]
+    features.add(samples, encoder, llava)
+    batch = Collator(encoder, features, training=False)(encoder.encode(samples))
+    assert batch["pixel_values"].shape == (2, 3, 64, 64) and "image_features" not in batch

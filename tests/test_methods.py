@@ -1,0 +1,195 @@
+"""Coefficient policies against their formulas, written out with loops in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cllava_fast.methods import (
+    ContinualLlava,
+    IncrementConfig,
+    JointLoraConfig,
+    LoraConfig,
+    Selection,
+    config_from_dict,
+    make_method,
+)
+from cllava_fast.methods.continual_llava import mean_weight, sample_keys
+from cllava_fast.pool import LinearShape, Pool
+
+D = 12
+
+
+def trained_pool(config: IncrementConfig, tasks: int, generator: torch.Generator) -> tuple[ContinualLlava, Pool]:
+    method = ContinualLlava(config)
+    pool = Pool(rank=config.rank, key_dim=D, shapes={"o": LinearShape(6, 5)})
+    for task in range(tasks):
+        queries = torch.randn(30, D, generator=generator)
+        method.open_task(pool, queries, generator)
+        if pool.block_context is not None:
+            torch.nn.init.normal_(pool.block_context, generator=generator)
+        torch.nn.init.normal_(pool.factors("o").block_B, generator=generator)
+        method.close_task(pool, f"task{task}", queries, 1)
+    return method, pool
+
+
+def weights_of(query: Tensor, keys: Tensor, rows: list[int], top_m: int) -> dict[int, float]:
+    """Row -> weight by the definition: top-M cosines, negative counts as 0, even weights where nothing is left."""
+    cosine = {n: float(torch.cosine_similarity(query.double(), keys[n].double(), dim=0)) for n in rows}
+    best = sorted(rows, key=lambda n: (-cosine[n], n))[:top_m]
+    total = sum(max(cosine[n], 0.0) for n in best)
+    return {n: (max(cosine[n], 0.0) / total if total >= 1e-6 else 1 / top_m) for n in best}
+
+
+def alpha_of(weights: dict[int, float], task: list[int], z: Tensor, w: Tensor) -> Tensor:
+    """The formula of Continual LLaVA's coefficients, row by row."""
+    alpha = torch.zeros(len(task), dtype=torch.float64)
+    for m, weight in weights.items():
+        alpha[m] += weight
+        for n in range(len(task)):
+            if task[n] < task[m]:
+                alpha[n] += weight * float(w[task[m], task[n]]) * float(z[n])
+    return alpha
+
+
+def dense(selection: Selection, rows: int, first_block_row: int) -> Tensor:
+    """``[B, N]`` coefficients of all rows, the open block's behind the committed ones."""
+    alpha = torch.zeros(selection.batch_size, rows, dtype=torch.float64)
+    for pairs, offset in ((selection.past, 0), (selection.block, first_block_row)):
+        if pairs is not None:
+            alpha.scatter_add_(1, pairs.index + offset, pairs.coefficient.detach().double())
+    return alpha
+
+
+@pytest.mark.parametrize("context", ["product", "none"])
+def test_coefficients_at_inference(context: str, generator: torch.Generator) -> None:
+    method, pool = trained_pool(IncrementConfig(context=context), tasks=4, generator=generator)
+    query = torch.randn(9, D, generator=generator)
+    selection = method.select(pool, query, groups=1, training=False)
+    task, w = pool.row_task.tolist(), pool.context if context == "product" else torch.zeros(4, 4)
+    for b in range(9):
+        weights = weights_of(query[b], pool.keys, list(range(32)), 4)
+        expected = alpha_of(weights, task, pool.row_mean, w)
+        torch.testing.assert_close(dense(selection, 32, 32)[b], expected, atol=1e-6, rtol=1e-6)
+        assert set(selection.index[b].tolist()) == set(weights)
+
+
+def test_coefficients_in_training_use_the_open_block_alone_and_all_earlier_context(generator: torch.Generator) -> None:
+    method, pool = trained_pool(IncrementConfig(), tasks=2, generator=generator)
+    method.open_task(pool, torch.randn(30, D, generator=generator), generator)
+    torch.nn.init.normal_(pool.block_context, generator=generator)
+    # the best keys of all belong to committed rows; training must not take them
+    query = torch.cat([pool.keys[:3], torch.randn(4, D, generator=generator)])
+    selection = method.select(pool, query, groups=1, training=True)
+    keys = torch.cat([pool.keys, pool.block_keys.detach()])
+    task = [*pool.row_task.tolist(), *[2] * 8]
+    z = torch.cat([pool.row_mean, torch.zeros(8)])
+    for b in range(7):
+        expected = alpha_of(weights_of(query[b], keys, list(range(16, 24)), 4), task, z, pool.context_matrix().detach())
+        torch.testing.assert_close(dense(selection, 24, 16)[b], expected, atol=1e-6, rtol=1e-6)
+    selection.past.coefficient.sum().backward()
+    assert pool.block_context.grad.abs().min() > 0 and pool.block_keys.grad is None
+
+
+def test_rows_of_an_untrained_task_are_never_selected_at_inference(generator: torch.Generator) -> None:
+    method, pool = trained_pool(IncrementConfig(), tasks=1, generator=generator)
+    method.open_task(pool, torch.randn(30, D, generator=generator), generator)
+    query = pool.block_keys.detach().clone()
+    selection = method.select(pool, query, groups=1, training=False)
+    assert selection.block is None and int(selection.index.max()) < 8 and int(selection.past.index.max()) < 8
+
+
+def test_old_tasks_coefficients_do_not_change_when_a_task_is_added(generator: torch.Generator) -> None:
+    method, pool = trained_pool(IncrementConfig(), tasks=2, generator=generator)
+    pool.keys[:, 0] += 10.0  # a cone, and the new task on the other side
+    query = pool.keys[:8].clone()
+    before = dense(method.select(pool, query, 1, False), 16, 16)
+    far = torch.randn(30, D, generator=generator) - 10.0 * torch.eye(D)[0]
+    method.open_task(pool, far, generator)
+    torch.nn.init.normal_(pool.block_context, generator=generator)
+    method.close_task(pool, "later", far, 1)
+    after = dense(method.select(pool, query, 1, False), 24, 24)
+    assert torch.equal(after[:, :16], before) and torch.count_nonzero(after[:, 16:]) == 0
+
+
+def test_nothing_acts_before_the_first_task_is_committed(generator: torch.Generator) -> None:
+    method, pool = trained_pool(IncrementConfig(), tasks=0, generator=generator)
+    assert method.select(pool, torch.randn(2, D), groups=1, training=False) is None
+
+
+def test_mean_weight_is_the_mean_over_samples(generator: torch.Generator) -> None:
+    keys, queries = torch.randn(8, D, generator=generator), torch.randn(50, D, generator=generator)
+    expected = torch.zeros(8, dtype=torch.float64)
+    for query in queries:
+        for row, weight in weights_of(query, keys, list(range(8)), 4).items():
+            expected[row] += weight / 50
+    torch.testing.assert_close(mean_weight(queries, keys, 4, 1).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_keys_are_born_as_distinct_instructions(generator: torch.Generator) -> None:
+    distinct = torch.randn(20, D, generator=generator)
+    keys = sample_keys(distinct.repeat(5, 1), 8, generator)
+    assert len(torch.unique(keys, dim=0)) == 8
+    assert all((distinct == key).all(1).any() for key in keys)
+    few = sample_keys(distinct[:3].repeat(5, 1), 8, generator)
+    assert len(torch.unique(few, dim=0)) == 8 and torch.cdist(few, distinct[:3]).min(1).values.max() < 0.2
+
+
+def test_orthogonal_keys(generator: torch.Generator) -> None:
+    method, pool = trained_pool(IncrementConfig(key_init="orthogonal"), tasks=0, generator=generator)
+    method.open_task(pool, torch.randn(3, D), generator)
+    torch.testing.assert_close(pool.block_keys @ pool.block_keys.T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_lora_is_one_row_that_always_acts(generator: torch.Generator) -> None:
+    method = make_method(LoraConfig(rank=3))
+    pool = Pool(rank=3, key_dim=0, shapes={"o": LinearShape(6, 5)})
+    assert method.select(pool, None, 1, training=False) is None
+    method.open_task(pool, None, generator)
+    first = pool.factors("o").block_A
+    method.close_task(pool, "a", None, 1)
+    method.open_task(pool, None, generator)
+    assert pool.factors("o").block_A is first and pool.num_tasks == 0
+    selection = method.select(pool, None, 1, training=False).expand(5)
+    assert dense(selection, 1, 0).tolist() == [[1.0]] * 5
+    assert make_method(JointLoraConfig()).joint
+
+
+def test_expand_repeats_each_sample_for_its_beams(generator: torch.Generator) -> None:
+    method, pool = trained_pool(IncrementConfig(), tasks=1, generator=generator)
+    selection = method.select(pool, torch.randn(2, D, generator=generator), 1, training=False)
+    expanded = selection.expand(6)
+    assert torch.equal(expanded.past.index[3:], selection.past.index[1:].expand(3, -1))
+    with pytest.raises(ValueError, match="batch holds 3 samples; instructions were selected for 2"):
+        selection.expand(3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_m": 9}, "top_m is 9; expected 1 to 8"),
+        ({"top_m": 0}, "top_m is 0"),
+        ({"context": "sum"}, "context is 'sum'; expected one of"),
+        ({"key_init": "zeros"}, "key_init"),
+        ({"rank": 0}, "rank is 0"),
+        ({"targets": ()}, "targets is empty"),
+    ],
+)
+def test_a_config_refuses_what_it_cannot_do(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IncrementConfig(**fields)
+
+
+@pytest.mark.parametrize("config", [IncrementConfig(top_m=2), LoraConfig(rank=5), JointLoraConfig()])
+def test_configs_round_trip(config: IncrementConfig) -> None:
+    assert config_from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="unknown fields"):
+        config_from_dict({**config.to_dict(), "colour": 1})
+    with pytest.raises(ValueError, match="method is 'x'"):
+        config_from_dict({"method": "x"})
+
+
+def test_a_foreign_config_is_refused() -> None:
+    with pytest.raises(TypeError, match="config is a dict; expected one of"):
+        make_method({})

@@ -1,0 +1,383 @@
+"""The patched model: what it leaves alone, and which rows act on whom."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cllava_fast as cf
+from cllava_fast.model import get_increments
+from tests.helpers import QUESTIONS, inputs, learn, take
+
+CONFIG = cf.IncrementConfig(a_std=0.1)
+BACKBONE = cf.IncrementConfig(a_std=0.1, surrogate="backbone")
+
+
+def last_logits(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**batch, **kwargs).logits[:, -1]
+
+
+def selected(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    """``[B, M]`` rows that acted in the layers, recorded where they act."""
+    seen = []
+    increments = get_increments(model)
+    inject = increments.inject
+
+    def record(*args: Any) -> Tensor:
+        seen.append(increments.active.index)
+        return inject(*args)
+
+    increments.inject = record  # type: ignore[method-assign]
+    try:
+        last_logits(model, batch, **kwargs)
+    finally:
+        del increments.inject
+    return seen[0]
+
+
+def test_bit_equal_until_a_task_is_learned(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    batch = inputs(processor, QUESTIONS, generator)
+    before = last_logits(llava, batch)
+    generated = llava.generate(**batch, max_new_tokens=4)
+    cf.patch(llava, CONFIG, processor=processor)
+    assert torch.equal(last_logits(llava, batch), before)
+    assert torch.equal(llava.generate(**batch, max_new_tokens=4), generated)
+    # an open block acts in training alone
+    learn(llava, 1, generator, commit_last=False)
+    assert torch.equal(last_logits(llava, batch), before)
+
+
+def test_unpatch_restores_the_model_that_came_in(
+    llava: Any, new_llava: Callable, processor: Any, generator: Any
+) -> None:
+    llava.model.vision_tower.requires_grad_(False)
+    batch = inputs(processor, QUESTIONS, generator)
+    before, state = last_logits(llava, batch), copy.deepcopy(llava.state_dict())
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llava.modules()]
+    attributes = {name: set(module.__dict__) for name, module in llava.named_modules()}
+    grads = {name: p.requires_grad for name, p in llava.named_parameters()}
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator)
+    assert not torch.equal(last_logits(llava, batch), before)
+    assert not any(p.requires_grad for p in llava.parameters())
+    cf.unpatch(llava)
+    assert torch.equal(last_logits(llava, batch), before)
+    assert {name: set(module.__dict__) for name, module in llava.named_modules()} == attributes
+    assert {name: p.requires_grad for name, p in llava.named_parameters()} == grads
+    assert all(torch.equal(tensor, state[name]) for name, tensor in llava.state_dict().items())
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llava.modules()] == hooks
+    with pytest.raises(ValueError, match="not patched"):
+        cf.unpatch(llava)
+    cf.unpatch(cf.patch(llava, CONFIG, processor=processor))
+
+
+def test_base_names_in_the_state_dict_stay(llava: Any, processor: Any) -> None:
+    before = list(llava.state_dict())
+    cf.patch(llava, CONFIG, processor=processor)
+    assert [name for name in llava.state_dict() if not name.startswith("increments.")] == before
+
+
+def test_other_instances_are_untouched(new_llava: Callable, processor: Any, generator: torch.Generator) -> None:
+    patched, other = new_llava(), new_llava()
+    batch = inputs(processor, QUESTIONS, generator)
+    before = last_logits(other, batch)
+    learn(cf.patch(patched, CONFIG, processor=processor), 1, generator)
+    assert torch.equal(last_logits(other, batch), before)
+
+
+def test_patch_is_idempotent_and_refuses_another_config(llava: Any, processor: Any) -> None:
+    assert cf.patch(llava, CONFIG, processor=processor) is llava
+    increments = llava.increments
+    assert cf.patch(llava, CONFIG, processor=processor).increments is increments
+    assert cf.patch(llava).increments is increments
+    with pytest.raises(ValueError, match="is patched with .*unpatch"):
+        cf.patch(llava, cf.IncrementConfig(rank=3), processor=processor)
+
+
+def test_only_language_layers_are_adapted(llava: Any, processor: Any) -> None:
+    config = cf.IncrementConfig(targets=("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"))
+    cf.patch(llava, config, processor=processor)
+    adapted = [name for name, module in llava.named_modules() if "_adapter" in module.__dict__]
+    assert len(adapted) == 9 and all(name.startswith("model.language_model.layers.") for name in adapted)
+
+
+def test_everything_but_the_block_is_frozen_in_training(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 2, generator, commit_last=False)
+    increments.pool.train_keys(False)
+    llava.train()
+    batch = inputs(processor, QUESTIONS, generator, side="right")
+    llava(**batch, labels=batch["input_ids"]).loss.backward()
+    with_gradient = {name for name, p in llava.named_parameters() if p.grad is not None}
+    assert {name.split(".")[-1] for name in with_gradient} == {"block_A", "block_B", "block_context"}
+    assert all(name.startswith("increments.pool.") for name in with_gradient)
+    assert not any(buffer.requires_grad for buffer in llava.buffers())
+    assert all(float(p.grad.abs().sum()) > 0 for p in llava.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("config", [CONFIG, cf.IncrementConfig(a_std=0.1, context="factor"), BACKBONE])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_what_its_samples_are(
+    config: cf.IncrementConfig, side: str, llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, config, processor=processor)
+    learn(llava, 3, generator)
+    batch = inputs(processor, QUESTIONS, generator, side)
+    rows = selected(llava, batch)
+    assert len({tuple(sorted(row)) for row in rows.tolist()}) > 1, "every sample must get its own rows"
+    with torch.no_grad():
+        logits = llava(**batch).logits
+    for i in range(len(QUESTIONS)):
+        alone = take(batch, i)
+        assert torch.equal(selected(llava, alone)[0], rows[i])
+        single = llava(**alone).logits[0]
+        torch.testing.assert_close(logits[i][batch["attention_mask"][i].bool()], single, atol=2e-4, rtol=1e-4)
+
+
+def test_increments_are_the_formula(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Against dense offsets added to the weights by hand, one sample at a time."""
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, scale=1.5), processor=processor)
+    increments = learn(llava, 3, generator)
+    batch = inputs(processor, QUESTIONS[:3], generator)
+    got = last_logits(llava, batch)
+    pool, expected = increments.pool, []
+    for i in range(3):
+        query = increments.surrogate.query([increments.reader.canonical(QUESTIONS[i])])
+        selection = increments.method.select(pool, query, 1, training=False)
+        alpha = torch.zeros(pool.num_rows).index_add_(0, selection.past.index[0], selection.past.coefficient[0])
+        plain = cf.unpatch(copy.deepcopy(llava))
+        for path in pool.layers:
+            factors = pool.factors(path.replace("/", "."))
+            offset = torch.einsum("n,nro,nri->oi", alpha, factors.B, factors.A)
+            plain.get_submodule(path.replace("/", ".")).weight.data += 1.5 * offset
+        expected.append(last_logits(plain, take(batch, i))[0])
+    torch.testing.assert_close(got, torch.stack(expected), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "generation", [{}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
+)
+def test_generate_in_mixed_batches(generation: dict, llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS, generator)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **generation}
+    together = llava.generate(**batch, **options)[:, -5:]
+    returned = generation.get("num_return_sequences", 1)
+    for i in range(len(QUESTIONS)):
+        alone = llava.generate(**take(batch, i), **options)[:, -5:]
+        assert torch.equal(together[i * returned : (i + 1) * returned], alone)
+
+
+def test_cached_decoding_by_hand_keeps_the_prompts_selection(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS, generator)
+    with torch.no_grad():
+        prefill = llava(**batch, use_cache=True)
+        token = prefill.logits[:, -1].argmax(-1, keepdim=True)
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
+        step = llava(input_ids=token, attention_mask=mask, past_key_values=prefill.past_key_values)
+        full = {**batch, "input_ids": torch.cat([batch["input_ids"], token], 1), "attention_mask": mask}
+        whole = llava(**full)
+    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
+
+
+def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    batch = inputs(processor, QUESTIONS[:2], generator)
+    with torch.no_grad():
+        cache = llava(**batch, use_cache=True).past_key_values
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    token = torch.full((2, 1), 9)
+    with pytest.raises(ValueError, match="its instruction is unknown"):
+        llava(input_ids=token, past_key_values=cache)
+    llava(input_ids=token, past_key_values=cache, instructions=list(QUESTIONS[:2]))
+
+
+def test_said_outright_or_read_back_is_the_same(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 2, generator)
+    batch = inputs(processor, QUESTIONS, generator)
+    read = last_logits(llava, batch)
+    said = last_logits(llava, batch, instructions=[f" {q.upper()} " for q in QUESTIONS])
+    query = increments.surrogate.query([increments.reader.canonical(q) for q in QUESTIONS])
+    assert torch.equal(read, said) and torch.equal(read, last_logits(llava, batch, query=query))
+    other = last_logits(llava, batch, instructions=list(reversed(QUESTIONS)))
+    assert not torch.allclose(read, other)
+    generated = llava.generate(**batch, instructions=list(reversed(QUESTIONS)), max_new_tokens=1, output_logits=True,
+                               return_dict_in_generate=True)  # fmt: skip
+    torch.testing.assert_close(generated.logits[0], other, atol=1e-5, rtol=1e-5)
+
+
+def test_image_features_stand_in_for_pixels(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    batch = inputs(processor, QUESTIONS, generator)
+    features = torch.stack(llava.get_image_features(batch["pixel_values"]).pooler_output)
+    rest = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
+    assert torch.equal(last_logits(llava, rest, image_features=features), last_logits(llava, batch))
+    a, b = (llava.generate(**k, max_new_tokens=3) for k in (batch, {**rest, "image_features": features}))
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="both given"):
+        llava(**batch, image_features=features)
+    with pytest.raises(ValueError, match=r"expected \[images, tokens, d\]"):
+        llava(**rest, image_features=features[0])
+
+
+def test_text_and_image_queries(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate="text+image"), processor=processor)
+    increments = get_increments(llava)
+    same = inputs(processor, (QUESTIONS[0],) * 4, generator)
+    for _ in range(3):
+        pixels = torch.randn(30, 3, 64, 64, generator=generator)
+        with torch.no_grad():
+            pooled = llava.model.vision_tower(pixels).last_hidden_state.mean(1)
+        queries = increments.surrogate.query([QUESTIONS[0]] * 30, pooled)
+        increments.method.open_task(increments.pool, queries, generator)
+        for factors in increments.pool.layers.values():
+            torch.nn.init.normal_(factors.block_B, std=0.05, generator=generator)
+        increments.method.close_task(increments.pool, f"t{_}", queries, increments.groups)
+    rows = selected(llava, same)
+    assert len({tuple(row) for row in rows.tolist()}) > 1, "equal questions about different images differ"
+    for i in range(4):
+        assert torch.equal(selected(llava, take(same, i))[0], rows[i])
+    rest = {name: tensor for name, tensor in same.items() if name != "pixel_values"}
+    with pytest.raises(ValueError, match="needs pixel_values"):
+        llava(**rest)
+
+
+def test_a_copied_model_is_a_model_of_its_own(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    batch = inputs(processor, QUESTIONS, generator)
+    twin = copy.deepcopy(llava)
+    before = last_logits(llava, batch)
+    assert torch.equal(last_logits(twin, batch), before)
+    for factors in twin.increments.pool.layers.values():
+        factors.B.zero_()
+    assert not torch.equal(last_logits(twin, batch), before) and torch.equal(last_logits(llava, batch), before)
+    cf.unpatch(twin)
+    assert torch.equal(last_logits(llava, batch), before)
+
+
+def test_activation_checkpointing_recomputes_with_its_own_selection(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 2, generator, commit_last=False)
+    increments.pool.train_keys(False)
+    llava.train()
+    batches = [inputs(processor, part, generator, side="right") for part in (QUESTIONS[:3], QUESTIONS[3:])]
+
+    def gradients() -> dict[str, Tensor]:
+        llava.zero_grad()
+        # both forward passes before the backward pass
+        sum(llava(**b, labels=b["input_ids"], use_cache=False).loss for b in batches).backward()
+        return {name: p.grad.clone() for name, p in llava.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    enable = getattr(llava, "activation_checkpointing_enable", None) or llava.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_base_layer_that_is_no_plain_linear(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for layer in llava.model.language_model.layers:
+        layer.self_attn.o_proj.__class__ = Doubled
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 1, generator)
+    linear = llava.model.language_model.layers[0].self_attn.o_proj
+    x = torch.randn(2, 3, 128, generator=generator)
+    increments.active = increments.method.select(
+        increments.pool, torch.randn(2, increments.pool.key_dim, generator=generator), 1, training=False
+    )
+    factors, pairs = increments.pool.factors("model.language_model.layers.0.self_attn.o_proj"), increments.active.past
+    zero = cf.ops.inject_add(torch.zeros(2, 3, 128), x, factors.A, factors.B, pairs.index, pairs.coefficient)
+    torch.testing.assert_close(linear(x), 2 * x @ linear.weight.T + zero)
+
+
+def test_bfloat16_model(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    batch = inputs(processor, QUESTIONS, generator)
+    llava.to(torch.bfloat16)
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 2, generator)
+    assert increments.pool.factors("model.language_model.layers.0.self_attn.o_proj").A.dtype == torch.bfloat16
+    assert increments.pool.keys.dtype == torch.float32
+    assert torch.isfinite(last_logits(llava, {**batch, "pixel_values": batch["pixel_values"].bfloat16()})).all()
+
+
+class TestRefusals:
+    def test_a_model_that_is_no_llava(self, processor: Any) -> None:
+        with pytest.raises(TypeError, match="model is a Linear; expected transformers.LlavaForConditionalGeneration"):
+            cf.patch(nn.Linear(2, 2), processor=processor)
+        with pytest.raises(TypeError, match="pass the unwrapped model"):
+            cf.patch(nn.DataParallel(nn.Linear(2, 2)), processor=processor)
+
+    def test_a_model_with_adapters_of_another_library(self, llava: Any, processor: Any) -> None:
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(llava, peft.LoraConfig(target_modules=["o_proj"]))
+        with pytest.raises(TypeError, match="PEFT"):
+            cf.patch(wrapped, CONFIG, processor=processor)
+        with pytest.raises(ValueError, match="adapters of another patch"):
+            cf.patch(llava, CONFIG, processor=processor)
+        assert not hasattr(llava, "increments")
+
+    def test_no_processor_anywhere(self, llava: Any) -> None:
+        with pytest.raises(ValueError, match='needs a processor.*surrogate="backbone"'):
+            cf.patch(llava)
+        assert not hasattr(llava, "increments") and "forward" not in llava.__dict__
+        cf.patch(llava, BACKBONE)
+
+    def test_an_unknown_target_or_surrogate(self, llava: Any, processor: Any) -> None:
+        with pytest.raises(ValueError, match="'o_proj' is not in .* expected one of .*self_attn.o_proj"):
+            cf.patch(llava, cf.IncrementConfig(targets=("o_proj",)), processor=processor)
+        with pytest.raises(FileNotFoundError, match="surrogate 'nobody' was not found"):
+            cf.patch(llava, cf.IncrementConfig(surrogate="nobody"), processor=processor)
+        assert not hasattr(llava, "increments")
+
+    def test_no_instruction_to_be_found(self, llava: Any, processor: Any, generator: torch.Generator) -> None:
+        cf.patch(llava, CONFIG, processor=processor)
+        learn(llava, 1, generator)
+        with pytest.raises(ValueError, match=r"no user turn \('USER:'\).*instructions="):
+            llava(input_ids=torch.tensor([[9, 10, 11]]))
+        empty = processor(text=["USER: ASSISTANT:"], return_tensors="pt")
+        with pytest.raises(ValueError, match="last user turn of sample 0 is empty"):
+            llava(**empty)
+        embeds = torch.zeros(1, 3, 128)
+        with pytest.raises(ValueError, match="input_ids is None"):
+            llava(inputs_embeds=embeds)
+        llava(inputs_embeds=embeds, instructions=["which bar?"])
+
+    @pytest.mark.parametrize("call", ["forward", "generate"])
+    def test_bad_queries_and_instructions(
+        self, call: str, llava: Any, processor: Any, generator: torch.Generator
+    ) -> None:
+        cf.patch(llava, CONFIG, processor=processor)
+        increments = learn(llava, 1, generator)
+        batch = inputs(processor, QUESTIONS[:2], generator)
+        run = getattr(llava, call)
+        query = torch.randn(2, increments.pool.key_dim, generator=generator)
+        query[1, 3] = float("nan")
+        with pytest.raises(ValueError, match="query holds NaN or Inf"):
+            run(**batch, query=query)
+        with pytest.raises(ValueError, match=r"query is \[2, 3\]; expected \[2, 384\]"):
+            run(**batch, query=torch.randn(2, 3))
+        with pytest.raises(ValueError, match="instructions holds 3 texts; expected 2"):
+            run(**batch, instructions=["a", "b", "c"])
+        with pytest.raises(TypeError, match="expected a list with one text"):
+            run(**batch, instructions="what?")
+        assert increments.active is None and increments.pending is None

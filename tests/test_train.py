@@ -1,0 +1,255 @@
+"""The loop on a tiny stream: stages, what they may touch, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import cllava_fast as cf
+from cllava_fast import ops
+from cllava_fast.model import get_increments
+from cllava_fast.train import ContinualArguments, ContinualTrainer
+from cllava_fast.train.align import align_keys
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
+
+
+def stream(tasks: int = 2, samples: int = 24) -> cf.Stream:
+    """Task k asks in its own words for the colour of a plain image."""
+    questions = ("what color is the shape?", "which color stands here?", "which color has the bar?")
+    images = {name: Image.new("RGB", (64, 64), rgb) for name, rgb in COLORS.items()}
+    names = [list(COLORS)[i % 3] for i in range(samples)]
+    return cf.Stream(
+        [
+            cf.Task(
+                f"task{k}",
+                train=[cf.Sample(questions[k], name, images[name]) for name in names],
+                test=[cf.Sample(questions[k], name, images[name]) for name in names[:6]],
+                validation=[cf.Sample(questions[k], name, images[name]) for name in names[:3]],
+            )
+            for k in range(tasks)
+        ]
+    )
+
+
+def arguments(output: Path, **values: Any) -> ContinualArguments:
+    defaults: dict[str, Any] = dict(
+        output_dir=str(output), max_steps=6, align_steps=6, learning_rate=1e-2, lr_scheduler_type="linear",
+        warmup_steps=1, per_device_train_batch_size=8, max_new_tokens=3, progress=False,
+    )  # fmt: skip
+    return ContinualArguments(**{**defaults, **values})
+
+
+def trainer(
+    model: Any, processor: Any, output: Path, tasks: int = 2, config: Any = CONFIG, **values: Any
+) -> ContinualTrainer:
+    cf.patch(model, config, processor=processor)
+    return ContinualTrainer(model, processor, stream(tasks), arguments(output, **values))
+
+
+def test_learns_and_keeps_what_it_learned(llava: Any, processor: Any, tmp_path: Path) -> None:
+    """A random base that says nothing useful answers both tasks after tuning their increments alone."""
+    result = trainer(llava, processor, tmp_path / "run", max_steps=80).train()
+    losses = list(result.losses.values())
+    assert all(loss[-1] < 0.7 * loss[0] for loss in losses)
+    matrix = result.accuracy_matrix
+    assert matrix[0][1] is None and matrix[0][0] is not None
+    assert result.average_accuracy is not None and result.average_accuracy > 0.6
+    assert matrix[1][0] == matrix[0][0], "the first task must not be forgotten"
+    assert result.selection_accuracy is not None and result.selection_accuracy > 0.9
+    block = 4 * 2 * (128 + 128) * 3 + 4 * 384
+    assert result.trainable_parameters == block + 1  # and one w
+
+
+def test_base_and_committed_rows_stay_to_the_bit(llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    run = trainer(llava, processor, tmp_path / "run", tasks=3)
+    base = {name: tensor.clone() for name, tensor in llava.state_dict().items()}
+    pool = get_increments(llava).pool
+    committed: list[dict[str, torch.Tensor]] = []
+    commit = pool.commit
+
+    def spy(*args: Any) -> None:
+        commit(*args)
+        committed.append({name: tensor.clone() for name, tensor in pool.named_buffers()})
+
+    monkeypatch.setattr(pool, "commit", spy)
+    run.train()
+    after = llava.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in base.items() if not name.startswith("increments."))
+    for early in committed[:-1]:
+        for name, tensor in early.items():
+            last = committed[-1][name]
+            kept = last[: len(tensor), : len(tensor)] if name == "context" else last[: len(tensor)]
+            assert torch.equal(kept, tensor), name
+    w = committed[-1]["context"]
+    assert w[1, 0] != 0.25 and torch.count_nonzero(w.triu()) == 0, "w of a task is learned"
+
+
+def test_the_tuning_optimizer_holds_the_block_alone(
+    llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from transformers import Trainer
+
+    run = trainer(llava, processor, tmp_path / "run")
+    seen: list[set[str]] = []
+    create = Trainer.create_optimizer
+
+    def spy(self: Any, *args: Any) -> Any:
+        optimizer = create(self, *args)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        seen.append({name.split(".")[-1] for name, p in llava.named_parameters() if id(p) in held})
+        return optimizer
+
+    monkeypatch.setattr(Trainer, "create_optimizer", spy)
+    run.train()
+    assert seen == [{"block_A", "block_B"}, {"block_A", "block_B", "block_context"}]
+
+
+def test_alignment_moves_keys_to_their_queries_and_nothing_else(llava: Any, processor: Any, tmp_path: Path) -> None:
+    cf.patch(llava, cf.IncrementConfig(key_init="orthogonal"), processor=processor)
+    increments = get_increments(llava)
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.nn.functional.normalize(torch.randn(40, 384, generator=generator) + 3 * torch.randn(384), dim=1)
+    increments.method.open_task(increments.pool, queries, generator)
+    before = {name: p.detach().clone() for name, p in increments.pool.named_parameters()}
+
+    def mean_similarity() -> float:
+        return ops.select(queries, increments.pool.block_keys.detach(), 4)[2].mean().item()
+
+    start = mean_similarity()
+    args = arguments(tmp_path, align_steps=60, align_learning_rate=1e-2)
+    align_keys(increments.pool, queries, 4, 1, args, 0, "align")
+    assert mean_similarity() > start + 0.2
+    changed = {n for n, p in increments.pool.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"block_keys"}
+
+
+def test_a_run_is_a_function_of_its_seed(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    states = []
+    for i, seed in enumerate((3, 3, 4)):
+        model = new_llava()
+        torch.manual_seed(i)  # whatever went on before
+        trainer(model, processor, tmp_path / str(i), seed=seed).train()
+        states.append(get_increments(model).pool.state())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["keys"], states[2]["keys"])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    new_llava: Callable, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = new_llava()
+    expected = trainer(whole, processor, tmp_path / "whole", tasks=3).train()
+    cut = new_llava()
+    run = trainer(cut, processor, tmp_path / "cut", tasks=3)
+    learn = run._learn
+
+    def power_cut(number: int, names: list[str]) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return learn(number, names)
+
+    monkeypatch.setattr(run, "_learn", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    model = new_llava()
+    result = trainer(model, processor, tmp_path / "cut", tasks=3, resume=True).train()
+    assert result.accuracy_matrix == expected.accuracy_matrix
+    state, again = get_increments(whole).pool.state(), get_increments(model).pool.state()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def test_a_task_that_fails_leaves_no_half_block(llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    run = trainer(llava, processor, tmp_path / "run")
+    monkeypatch.setattr("cllava_fast.train.loop.tune", lambda *a, **k: (_ for _ in ()).throw(FloatingPointError("nan")))
+    with pytest.raises(FloatingPointError):
+        run.train()
+    assert get_increments(llava).pool.block_rows == 0 and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_diverging_run_stops(llava: Any, processor: Any, tmp_path: Path) -> None:
+    config = cf.IncrementConfig(a_std=1e38)  # overflows in the first product
+    run = trainer(llava, processor, tmp_path / "run", config=config, max_steps=30)
+    with pytest.raises((FloatingPointError, ValueError), match="loss is nan|NaN or Inf"):
+        run.train()
+    assert get_increments(llava).pool.num_tasks == 0
+
+
+def test_joint_and_sequential_lora(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    joint = trainer(new_llava(), processor, tmp_path / "j", config=cf.JointLoraConfig(rank=4, a_std=0.1)).train()
+    assert joint.accuracy_matrix[0] == [None, None] and None not in joint.accuracy_matrix[1]
+    assert joint.average_forgetting is None and joint.selection_accuracy is None
+    model = new_llava()
+    sequential = trainer(model, processor, tmp_path / "s", config=cf.LoraConfig(rank=4, a_std=0.1)).train()
+    assert sequential.accuracy_matrix[0][0] is not None
+    assert sequential.trainable_parameters == 4 * 256 * 3 and get_increments(model).pool.num_tasks == 0
+
+
+@pytest.mark.parametrize(
+    "option", [{"bf16": True}, {"activation_checkpointing": True}, {"gradient_accumulation_steps": 2}]
+)
+def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Path) -> None:
+    trainer(llava, processor, tmp_path / "run", **option).train()
+    # nothing of the engine stays on the model
+    cf.unpatch(llava)
+
+
+def test_an_unpatched_model_is_patched(llava: Any, processor: Any, tmp_path: Path) -> None:
+    run = ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
+    assert run.model is llava and get_increments(llava).config == cf.IncrementConfig()
+
+
+def test_validation_split_is_what_is_measured_when_asked(llava: Any, processor: Any, tmp_path: Path) -> None:
+    run = trainer(llava, processor, tmp_path / "run", eval_split="validation")
+    assert [len(e) for e in run._examples(["task0", "task1"])] == [3, 3]
+
+
+class TestRefusals:
+    def test_a_directory_with_another_run(self, new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+        trainer(new_llava(), processor, tmp_path / "run").train()
+        before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+        with pytest.raises(FileExistsError, match="holds another run"):
+            trainer(new_llava(), processor, tmp_path / "run", seed=1)
+        with pytest.raises(FileExistsError, match="set resume"):
+            trainer(new_llava(), processor, tmp_path / "run")
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "notes" / "a.txt").write_text("keep")
+        with pytest.raises(FileExistsError, match="other files"):
+            trainer(new_llava(), processor, tmp_path / "notes")
+        assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
+
+    def test_nothing_is_written_for_bad_input(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        empty = cf.Stream([cf.Task("a", train=[cf.Sample("q", "a")], test=[cf.Sample("q", "a")])])
+        with pytest.raises(ValueError, match="'a' has no validation sample"):
+            ContinualTrainer(llava, processor, empty, arguments(tmp_path / "run", eval_split="validation"))
+        with pytest.raises(TypeError, match="expected transformers.LlavaForConditionalGeneration"):
+            ContinualTrainer(torch.nn.Linear(1, 1), processor, stream(), arguments(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_model_that_has_learned_already(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        trainer(llava, processor, tmp_path / "run").train()
+        with pytest.raises(ValueError, match=r"has learned \['task0', 'task1'\] already"):
+            trainer(llava, processor, tmp_path / "other")
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("output_dir", ""), ("eval_split", "train"), ("learning_rate", float("nan")), ("eval_batch_size", 0)],
+    )
+    def test_arguments(self, field: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=field):
+            ContinualArguments(**{"output_dir": "x", field: value})
+
+
+def test_run_json_is_readable(llava: Any, processor: Any, tmp_path: Path) -> None:
+    trainer(llava, processor, tmp_path / "run").train()
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["method"]["method"] == "continual_llava" and run["arguments"]["max_steps"] == 6
+    assert len(run["matrix"]) == 2 and run["stream"] == {"task0": [24, 6], "task1": [24, 6]}
+    assert sorted(p.name for p in (tmp_path / "run" / "increments").iterdir()) == ["01-task0", "02-task1"]
