@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, BackendError) as error:
         print(f"cllava-fast: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="draw the report of a finished run again and print its table")
     report.add_argument("directory", help="folder that holds results.json")
+    report.add_argument("--output", help="folder to write it to (default: the same)")
     report.set_defaults(run=_report)
 
     env = commands.add_parser("env", help="versions, device, and which backend runs each op and why")
@@ -60,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
     from cllava_fast.demo.run import METHODS, DemoConfig, run_demo
     from cllava_fast.evaluate.report import print_table
 
@@ -76,6 +79,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         test=arguments.test,
         overwrite=arguments.overwrite,
     )
+    logging.disable_progress_bar()  # ours tell more
     results = run_demo(config)
     print_table(results)
     print(f"\nReport: {config.output}/report.md   Pictures: accuracy_matrix.png, forgetting.png in the same folder")
@@ -89,7 +93,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     directory = Path(arguments.directory)
     results = load_results(directory / "results.json")
-    write_report(results, directory)
+    write_report(results, arguments.output or directory)
     print_table(results)
     return 0
 

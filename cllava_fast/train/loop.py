@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
 from cllava_fast.data.stream import Stream
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import predict
+from cllava_fast.evaluate.report import write_text
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained
 from cllava_fast.model.paths import vision_width
 from cllava_fast.train.align import align_keys
@@ -153,7 +153,7 @@ class ContinualTrainer:
             progress["losses"][", ".join(phases[number])] = losses
             progress["seconds"] += time.perf_counter() - start
             progress["parameters"] = max(progress["parameters"], parameters)
-            write_json(self.output_dir / RUN, progress)
+            write_text(self.output_dir / RUN, json.dumps(progress, indent=2) + "\n")
         return ContinualResult(
             task_names=tasks,
             accuracy_matrix=self._matrix(progress["matrix"]),
@@ -213,7 +213,7 @@ class ContinualTrainer:
         by_task = self._examples(names)
         examples = [example for task in by_task for example in task]
         batches = -(-len(examples) // self.args.eval_batch_size)
-        with stage(f"evaluate {len(names)} tasks", batches, self.args.progress) as advance:
+        with stage(f"evaluate {len(names)} task(s)", batches, self.args.progress) as advance:
             answers = iter(
                 predict(
                     self.model,
@@ -251,10 +251,3 @@ class ContinualTrainer:
             right = increments.pool.row_task[selection.index] == task
             shares.append((selection.weight * right).sum(1).cpu())
         return torch.cat(shares).mean().item()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,0 +1,106 @@
+"""Pretrains the demo's base from nothing, in minutes: ``python -m cllava_fast.demo.pretrain --output DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, get_cosine_schedule_with_warmup
+
+from cllava_fast.data.encode import Collator, Encoder
+from cllava_fast.data.stream import Sample
+from cllava_fast.demo.base import new_base
+from cllava_fast.demo.mixture import draw_example
+from cllava_fast.demo.tokenizer import build_processor
+from cllava_fast.train.progress import stage
+
+
+@dataclass(frozen=True)
+class PretrainArguments:
+    steps: int = 2600
+    batch_size: int = 48
+    learning_rate: float = 1.5e-3
+    warmup: int = 100
+    seed: int = 0
+    workers: int = 1
+
+
+class _Batches(Dataset[dict[str, Tensor]]):
+    """Batch ``step`` is drawn from (seed, step) alone, whichever process draws it."""
+
+    def __init__(self, arguments: PretrainArguments, processor: LlavaProcessor) -> None:
+        self.arguments = arguments
+        self.encoder = Encoder(processor)
+        self.collate = Collator(self.encoder, None, training=True)
+
+    def __len__(self) -> int:
+        return self.arguments.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        rng = Random(f"pretrain/{self.arguments.seed}/{step}")
+        drawn = [draw_example(rng) for _ in range(self.arguments.batch_size)]
+        samples = [Sample(prompt, answer, image) for image, (prompt, answer) in drawn]
+        return self.collate(self.encoder.encode(samples))
+
+
+def pretrain(arguments: PretrainArguments) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Everything trains: vision tower, projector and language model."""
+    processor = build_processor()
+    model = new_base(processor, arguments.seed).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup, arguments.steps)
+    batches = DataLoader(_Batches(arguments, processor), batch_size=None, num_workers=arguments.workers)
+    with stage("pretrain", arguments.steps) as advance:
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            advance(f"loss {loss.item():.3f}")
+    return model.eval(), processor
+
+
+def save_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
+    """Writes the whole folder or nothing; a base that is there already is replaced."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        work.chmod(0o755)
+        model.save_pretrained(work / "new")
+        processor.save_pretrained(work / "new")
+        for file in (work / "new").iterdir():
+            file.chmod(0o644)
+        if output.exists():
+            output.rename(work / "old")
+        (work / "new").rename(output)
+    finally:
+        shutil.rmtree(work)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    defaults = PretrainArguments()
+    parser = argparse.ArgumentParser(description="Pretrain the demo's base model from nothing.")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it holds a base")
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    given = vars(parser.parse_args(argv))
+    output: Path = given.pop("output")
+    if output.exists() and any(output.iterdir()) and not (output / "model.safetensors").is_file():
+        parser.error(f"--output {output} holds something else than a base model; give an empty or a new folder")
+    save_base(*pretrain(PretrainArguments(**given)), output)
+
+
+if __name__ == "__main__":
+    main()

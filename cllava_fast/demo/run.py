@@ -1,0 +1,165 @@
+"""The demo: a tiny LLaVA learns a stream of four tasks by several methods, same steps, same data, and is measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import cllava_fast as cf
+from cllava_fast.data.encode import Collator
+from cllava_fast.demo.base import load_base
+from cllava_fast.demo.stream import build_stream
+from cllava_fast.environment import environment
+from cllava_fast.evaluate import metrics
+from cllava_fast.evaluate.predict import predict
+from cllava_fast.evaluate.report import write_report
+from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig, MethodConfig
+
+METHODS = ("frozen", "sequential_lora", "joint_lora", "continual_llava")
+MARK = "demo.json"  # says that a folder is the demo's own
+
+# Chosen on the validation split (`--split validation`), never on the test split.
+SCALE = 8.0
+A_STD = 128**-0.5  # 1 / sqrt(hidden size)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What ``cllava-fast demo`` decides.
+
+    Args:
+        output: folder for the report and the learned increments.
+        seeds: how many seeds; seed s draws its own stream and its own increments.
+        methods: which methods, of ``METHODS``.
+        ambiguous: share of the questions of two tasks that are word for word the same.
+        surrogate: as in ``IncrementConfig``.
+        context: as in ``IncrementConfig``.
+        steps: tuning steps for each task.
+        split: ``"validation"`` while hyperparameters are being chosen.
+        train, test: samples of each task.
+        overwrite: replace an earlier demo in ``output``.
+    """
+
+    output: str = "runs/demo"
+    seeds: int = 1
+    methods: tuple[str, ...] = METHODS
+    ambiguous: float = 0.0
+    surrogate: str = "sentence"
+    context: str = "product"
+    steps: int = 300
+    split: str = "test"
+    train: int = 1200
+    test: int = 200
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(f"methods is {list(self.methods)}; expected some of {list(METHODS)}")
+        if self.seeds < 1 or self.steps < 1:
+            raise ValueError(f"seeds is {self.seeds} and steps is {self.steps}; expected at least 1 of each")
+        if not 0.0 <= self.ambiguous <= 1.0:
+            raise ValueError(f"ambiguous is {self.ambiguous}; expected a share in 0..1")
+
+    def method_config(self, name: str) -> MethodConfig:
+        if name == "sequential_lora":
+            return LoraConfig(scale=SCALE, a_std=A_STD)
+        if name == "joint_lora":
+            return JointLoraConfig(scale=SCALE, a_std=A_STD)
+        return IncrementConfig(scale=SCALE, a_std=A_STD, surrogate=self.surrogate, context=self.context)  # type: ignore[arg-type]
+
+    def arguments(self, output_dir: Path, seed: int) -> cf.ContinualArguments:
+        return cf.ContinualArguments(
+            output_dir=str(output_dir),
+            seed=seed,
+            align_steps=60,
+            max_steps=self.steps,
+            learning_rate=1e-2,
+            lr_scheduler_type="linear",
+            warmup_steps=10,
+            per_device_train_batch_size=32,
+            eval_split=self.split,  # type: ignore[arg-type]
+            eval_batch_size=100,
+            max_new_tokens=8,
+            progress=self.progress,
+        )
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Runs the methods over the seeds and writes the report; returns what ``results.json`` holds.
+
+    Raises:
+        FileExistsError: ``config.output`` holds something else than an earlier demo, or one and ``overwrite`` is off.
+    """
+    output = Path(config.output)
+    _prepare_output(output, config.overwrite)
+    start = time.perf_counter()
+    per_seed: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
+    names: list[str] = []
+    for seed in range(config.seeds):
+        stream = build_stream(seed, train=config.train, test=config.test, ambiguous=config.ambiguous)
+        names = stream.task_names
+        data: cf.PreparedStream | None = None
+        for name in config.methods:
+            # a fresh base for each: no method sees what another left
+            model, processor = load_base()
+            data = data or cf.PreparedStream(stream, processor)
+            if name == "frozen":
+                result = _frozen(model, data, config)
+            else:
+                cf.patch(model, config.method_config(name), processor=processor)
+                folder = output / "methods" / name / f"seed{seed}"
+                result = cf.ContinualTrainer(model, processor, data, config.arguments(folder, seed)).train().to_dict()
+            per_seed[name].append(result)
+    results = {
+        "stream": names,
+        "seeds": list(range(config.seeds)),
+        "methods": {name: {**metrics.mean_over_seeds(values), "per_seed": values} for name, values in per_seed.items()},
+        "environment": environment(),
+        "config": {**asdict(config), "seconds_in_all": time.perf_counter() - start, **_method_settings(config)},
+    }
+    write_report(results, output)
+    return results
+
+
+def _method_settings(config: DemoConfig) -> dict[str, Any]:
+    arguments = config.arguments(Path("."), 0).identity()
+    return {"arguments": arguments, "method_configs": {
+        name: config.method_config(name).to_dict() for name in config.methods if name != "frozen"
+    }}  # fmt: skip
+
+
+def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> dict[str, Any]:
+    """The base as it is: it learns nothing, so its accuracy is the same after every task."""
+    start = time.perf_counter()
+    collate = Collator(data.encoder, None, training=False)
+    row: list[float] = []
+    for task in data.stream:
+        examples = data.examples(task.name, config.split, model)
+        answers = predict(model, examples, None, collate, batch_size=100, max_new_tokens=8)
+        row.append(metrics.exact_match(answers, [example.sample.answer for example in examples]))
+    size = len(row)
+    matrix: list[list[float | None]] = [[*row[: i + 1], *[None] * (size - i - 1)] for i in range(size)]
+    return {
+        "accuracy_matrix": matrix,
+        **metrics.summarize(matrix),
+        "selection_accuracy": None,
+        "trainable_parameters": 0,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _prepare_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not (output / MARK).is_file():
+            raise FileExistsError(f"{output} holds something else than a demo; give another --output")
+        if not overwrite:
+            raise FileExistsError(f"{output} holds an earlier demo; use --overwrite, or give another --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text(f'{{"started": "{datetime.now(UTC).isoformat(timespec="seconds")}"}}\n')

@@ -1,0 +1,1 @@
+"""Answers, metrics, plots and the report."""

@@ -1,0 +1,90 @@
+"""Metrics of continual learning, from an accuracy matrix, and of single answers.
+
+``matrix[i][j]`` is the accuracy on task j after task i was learned, a fraction in 0..1; None was not measured (tasks
+that were not seen yet; all rows but the last of a model that was trained on all tasks at once).
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+def average_accuracy(matrix: Matrix) -> float | None:
+    """Mean accuracy over all tasks after the last one (Lopez-Paz & Ranzato 2017, ACC)."""
+    return _mean(matrix[-1])
+
+
+def average_forgetting(matrix: Matrix) -> float | None:
+    """Mean over earlier tasks of the best accuracy ever had minus the last (Chaudhry et al. 2018).
+
+    0 for a stream of one task; None where earlier rows were not measured.
+    """
+    last = len(matrix) - 1
+    drops: list[float | None] = []
+    for task in range(last):
+        best = _max(row[task] for row in matrix[task:last])
+        drops.append(_minus(best, matrix[last][task]))
+    return _mean(drops) if drops else 0.0
+
+
+def backward_transfer(matrix: Matrix) -> float | None:
+    """Mean over earlier tasks of the last accuracy minus the one just after learning (Lopez-Paz & Ranzato 2017)."""
+    last = len(matrix) - 1
+    gains = [_minus(matrix[last][task], matrix[task][task]) for task in range(last)]
+    return _mean(gains) if gains else 0.0
+
+
+def mean_average_accuracy(matrix: Matrix) -> float | None:
+    """Mean over the measured steps of the mean accuracy on the tasks seen so far."""
+    rows = [_mean(row[: step + 1]) for step, row in enumerate(matrix)]
+    return _mean([row for row in rows if row is not None])
+
+
+def summarize(matrix: Matrix) -> dict[str, float | None]:
+    """All metrics of a matrix by name."""
+    functions = (average_accuracy, average_forgetting, backward_transfer, mean_average_accuracy)
+    return {function.__name__: function(matrix) for function in functions}
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, single spaces, no punctuation at the ends."""
+    return " ".join(text.lower().split()).strip(string.punctuation + " ")
+
+
+def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
+    """Share of predictions that equal their answer after ``normalize_answer``."""
+    if len(predictions) != len(answers) or not answers:
+        raise ValueError(f"{len(predictions)} predictions came with {len(answers)} answers; expected one for each")
+    pairs = zip(predictions, answers, strict=True)
+    return sum(normalize_answer(p) == normalize_answer(a) for p, a in pairs) / len(answers)
+
+
+def mean_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of equally shaped (nested) numbers, entry by entry; None where any seed has None."""
+    return {key: _mean_entry([result[key] for result in results]) for key in results[0]}
+
+
+def _mean_entry(values: Sequence[Any]) -> Any:
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], list):
+        return [_mean_entry(entries) for entries in zip(*values, strict=True)]
+    return values[0] if all(value == values[0] for value in values) else sum(values) / len(values)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _max(values: Any) -> float | None:
+    known = list(values)
+    return None if any(value is None for value in known) else max(known)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b

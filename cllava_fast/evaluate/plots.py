@@ -1,0 +1,89 @@
+"""Pictures of a run: who knows what after which task, and who forgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, told apart by colour-blind readers too
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+
+
+def title_of(method: str) -> str:
+    known = {"continual_llava": "Continual LLaVA", "frozen": "Frozen"}
+    return known.get(method) or " ".join(word.capitalize() for word in method.split("_")).replace("Lora", "LoRA")
+
+
+def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
+    """One heat map a method: accuracy on each task (columns) after each task (rows), all on one scale."""
+    from matplotlib.figure import Figure
+
+    tasks, methods = results["stream"], results["methods"]
+    size = len(tasks)
+    columns = min(len(methods), 4)
+    rows = math.ceil(len(methods) / columns)
+    cell = 0.62
+    figure = Figure(figsize=(columns * (cell * size + 1.35), rows * (cell * size + 1.5)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(methods) :]:
+        axes.set_visible(False)
+    for axes, (name, result) in zip(grid.flat, methods.items(), strict=False):
+        values = [[math.nan if v is None else v for v in row] for row in result["accuracy_matrix"]]
+        axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if not math.isnan(value):
+                    color = "white" if value < 0.6 else "black"
+                    axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=10)
+        axes.set_xticks(range(size), tasks, rotation=30, ha="right")
+        axes.set_yticks(range(size), tasks)
+        axes.set_title(_with_average(name, result), fontsize=11)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("after learning")
+    figure.supxlabel("accuracy on (%)", fontsize=10)
+    _save(figure, path)
+
+
+def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
+    """One panel a task: its accuracy as the stream goes on, one line a method, a band over the seeds."""
+    from matplotlib.figure import Figure
+
+    tasks, methods = results["stream"], results["methods"]
+    figure = Figure(figsize=(2.6 * len(tasks) + 1.2, 3.7), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for task, (name, axes) in enumerate(zip(tasks, panels, strict=True)):
+        for number, (method, result) in enumerate(methods.items()):
+            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+            steps = [i for i in range(task, len(tasks)) if result["accuracy_matrix"][i][task] is not None]
+            line = [result["accuracy_matrix"][i][task] for i in steps]
+            axes.plot(steps, line, color=color, marker=marker, markersize=5, label=title_of(method), zorder=3)
+            spread = [[seed["accuracy_matrix"][i][task] for seed in result.get("per_seed", [])] for i in steps]
+            if steps and len(spread[0]) > 1:
+                low, high = [min(v) for v in spread], [max(v) for v in spread]
+                axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set_title(name, fontsize=11)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+        axes.set_xlim(-0.3, len(tasks) - 0.7)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy (%)")
+    figure.supxlabel("after learning", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False)
+    _save(figure, path)
+
+
+def _with_average(name: str, result: Mapping[str, Any]) -> str:
+    average = result["average_accuracy"]
+    return title_of(name) if average is None else f"{title_of(name)}\naverage {100 * average:.1f} %"
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=140, format="png", facecolor="white")
