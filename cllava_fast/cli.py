@@ -12,6 +12,8 @@ import cllava_fast
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 for a refused input, 130 for an interrupt."""
     arguments = parser().parse_args(argv)
+    from cllava_fast.ops.dispatch import BackendError  # not above: --help need not wait for torch
+
     try:
         return arguments.run(arguments)
     except (ValueError, TypeError, OSError, FloatingPointError, BackendError) as error:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cllava_fast as cf
+from cllava_fast import atomic
 from cllava_fast.model import files
 from tests.helpers import QUESTIONS, inputs, learn
 
@@ -66,14 +67,12 @@ def test_a_failing_write_leaves_the_last_good_state(
 ) -> None:
     cf.save_pretrained(learned, tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    write = files._write
 
-    def full_disk(path: Path, data: bytes) -> None:
+    def full_disk(path: Path) -> None:
         if path.name == files.CONFIG:
             raise OSError(28, "No space left on device")
-        write(path, data)
 
-    monkeypatch.setattr(files, "_write", full_disk)
+    monkeypatch.setattr(atomic, "_to_disk", full_disk)
     with pytest.raises(OSError, match="No space"):
         cf.save_pretrained(learned, tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, get_cosine_schedule_with_warmup
 
+from cllava_fast.atomic import new_folder
 from cllava_fast.data.encode import Collator, Encoder
 from cllava_fast.data.stream import Sample
 from cllava_fast.demo.base import new_base
@@ -27,7 +26,8 @@ from cllava_fast.train.progress import stage
 class PretrainArguments:
     steps: int = 2600
     batch_size: int = 48
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3  # of the hidden matrices
+    adamw_learning_rate: float = 1.5e-3  # of everything else
     warmup: int = 100
     seed: int = 0
     workers: int = 1
@@ -55,36 +55,41 @@ def pretrain(arguments: PretrainArguments) -> tuple[LlavaForConditionalGeneratio
     """Everything trains: vision tower, projector and language model."""
     processor = build_processor()
     model = new_base(processor, arguments.seed).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup, arguments.steps)
+    optimizers = _optimizers(model, arguments)
+    schedules = [get_cosine_schedule_with_warmup(o, arguments.warmup, arguments.steps) for o in optimizers]
     batches = DataLoader(_Batches(arguments, processor), batch_size=None, num_workers=arguments.workers)
     with stage("pretrain", arguments.steps) as advance:
         for batch in batches:
             loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            for part in (*optimizers, *schedules):
+                part.step()
+            model.zero_grad()
             advance(f"loss {loss.item():.3f}")
     return model.eval(), processor
 
 
+def _optimizers(model: LlavaForConditionalGeneration, arguments: PretrainArguments) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the hidden matrices: it needs about two thirds of the steps of AdamW alone."""
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_hidden = parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
+        (hidden if is_hidden else rest).append(parameter)
+    return [
+        torch.optim.Muon(hidden, lr=arguments.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=arguments.adamw_learning_rate, weight_decay=0.01, fused=True),
+    ]
+
+
 def save_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
     """Writes the whole folder or nothing; a base that is there already is replaced."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        work.chmod(0o755)
-        model.save_pretrained(work / "new")
-        processor.save_pretrained(work / "new")
-        for file in (work / "new").iterdir():
-            file.chmod(0o644)
-        if output.exists():
-            output.rename(work / "old")
-        (work / "new").rename(output)
-    finally:
-        shutil.rmtree(work)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # some come readable by their owner alone
 
 
 def main(argv: Sequence[str] | None = None) -> None:

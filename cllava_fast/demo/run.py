@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import cllava_fast as cf
+from cllava_fast.atomic import new_folder
 from cllava_fast.data.encode import Collator
 from cllava_fast.demo.base import load_base
 from cllava_fast.demo.stream import build_stream
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
+from cllava_fast.evaluate.plots import title_of
 from cllava_fast.evaluate.predict import predict
 from cllava_fast.evaluate.report import write_report
 from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig, MethodConfig
@@ -42,6 +44,7 @@ class DemoConfig:
         split: ``"validation"`` while hyperparameters are being chosen.
         train, test: samples of each task.
         overwrite: replace an earlier demo in ``output``.
+        progress: show what is going on.
     """
 
     output: str = "runs/demo"
@@ -93,11 +96,22 @@ class DemoConfig:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Runs the methods over the seeds and writes the report; returns what ``results.json`` holds.
 
+    ``config.output`` appears at the end, whole; an earlier demo stays there until then.
+
     Raises:
         FileExistsError: ``config.output`` holds something else than an earlier demo, or one and ``overwrite`` is off.
     """
     output = Path(config.output)
-    _prepare_output(output, config.overwrite)
+    _check_output(output, config.overwrite)
+    with new_folder(output) as folder:
+        (folder / MARK).write_text('{"format": 1}\n')
+        results = _run_methods(config, folder)
+        write_report(results, folder)
+    return results
+
+
+def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
+    console = Console(stderr=True)
     start = time.perf_counter()
     per_seed: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
     names: list[str] = []
@@ -106,6 +120,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         names = stream.task_names
         data: cf.PreparedStream | None = None
         for name in config.methods:
+            if config.progress:
+                console.rule(f"{title_of(name)}, seed {seed}", align="left")
             # a fresh base for each: no method sees what another left
             model, processor = load_base()
             data = data or cf.PreparedStream(stream, processor)
@@ -116,15 +132,13 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
                 folder = output / "methods" / name / f"seed{seed}"
                 result = cf.ContinualTrainer(model, processor, data, config.arguments(folder, seed)).train().to_dict()
             per_seed[name].append(result)
-    results = {
+    return {
         "stream": names,
         "seeds": list(range(config.seeds)),
         "methods": {name: {**metrics.mean_over_seeds(values), "per_seed": values} for name, values in per_seed.items()},
         "environment": environment(),
         "config": {**asdict(config), "seconds_in_all": time.perf_counter() - start, **_method_settings(config)},
     }
-    write_report(results, output)
-    return results
 
 
 def _method_settings(config: DemoConfig) -> dict[str, Any]:
@@ -154,12 +168,10 @@ def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> dict[str
     }
 
 
-def _prepare_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not (output / MARK).is_file():
-            raise FileExistsError(f"{output} holds something else than a demo; give another --output")
-        if not overwrite:
-            raise FileExistsError(f"{output} holds an earlier demo; use --overwrite, or give another --output")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARK).write_text(f'{{"started": "{datetime.now(UTC).isoformat(timespec="seconds")}"}}\n')
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / MARK).is_file():
+        raise FileExistsError(f"{output} holds something else than a demo; give another --output")
+    if not overwrite:
+        raise FileExistsError(f"{output} holds an earlier demo; use --overwrite, or give another --output")

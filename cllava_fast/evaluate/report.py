@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cllava_fast.atomic import write_file, write_text
 from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, title_of
 
 METRICS = ("accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
@@ -23,23 +24,9 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_text(folder / "matrix.csv", _csv(results))
-    write_whole(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
-    write_whole(folder / "forgetting.png", lambda path: plot_forgetting(results, path))
+    write_file(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
+    write_file(folder / "forgetting.png", lambda path: plot_forgetting(results, path))
     write_text(folder / "report.md", _markdown(results))
-
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a temporary file and renames it to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from cllava_fast.atomic import new_folder
 from cllava_fast.methods import config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.patching import get_increments, patch, unpatch
@@ -44,16 +43,9 @@ def save_pretrained(model: Any, path: str | os.PathLike[str]) -> Path:
         "base_fingerprint": base_fingerprint(model),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _write(temporary / WEIGHTS, weights)
-        _write(temporary / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        temporary.chmod(0o755)
-        _replace_folder(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with new_folder(target) as folder:
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
 
 
@@ -107,21 +99,3 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
 def base_fingerprint(model: Any) -> str:
     """Fingerprint of the frozen language layers, the same whether the model is patched or not."""
     return fingerprint(paths.language_model(model))
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    """Renames ``new`` to ``target``; a folder that stood there is removed only afterwards."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / "old")
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

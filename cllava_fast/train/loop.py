@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllava_fast.atomic import write_text
 from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
 from cllava_fast.data.stream import Stream
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import predict
-from cllava_fast.evaluate.report import write_text
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained
 from cllava_fast.model.paths import vision_width
 from cllava_fast.train.align import align_keys

@@ -1,0 +1,106 @@
+"""The demo end to end, a short one: its files, its numbers' shape, and what it never overwrites."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cllava_fast as cf
+from cllava_fast.demo.base import load_base
+from cllava_fast.demo.run import METHODS, DemoConfig, run_demo
+from cllava_fast.evaluate.report import METRICS, load_results
+
+TASKS = ["chart", "document", "icon", "digit"]
+
+
+def short(output: Path, **changes: Any) -> DemoConfig:
+    return DemoConfig(output=str(output), **{"steps": 3, "train": 48, "test": 12, "progress": False, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("runs") / "demo"
+    return output, run_demo(short(output, seeds=2))
+
+
+def test_leaves_its_files(run: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = run
+    for name in ("results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md"):
+        assert (output / name).stat().st_size > 0, name
+    for method in METHODS[1:]:
+        for seed in ("seed0", "seed1"):
+            assert list((output / "methods" / method / seed).rglob("*.safetensors")), (method, seed)
+
+
+def test_results_have_the_promised_shape(run: tuple[Path, dict[str, Any]]) -> None:
+    output, returned = run
+    results = load_results(output / "results.json")
+    assert results == json.loads(json.dumps(returned))
+    assert results["stream"] == TASKS and results["seeds"] == [0, 1]
+    assert list(results["methods"]) == list(METHODS)
+    for name, result in results["methods"].items():
+        assert set(METRICS) <= set(result) and len(result["per_seed"]) == 2
+        for i, row in enumerate(result["accuracy_matrix"]):
+            for j, value in enumerate(row):
+                assert (value is None) == (j > i or (name == "joint_lora" and i < 3)), (name, i, j)
+                assert value is None or 0.0 <= value <= 1.0
+        seeds = [seed["average_accuracy"] for seed in result["per_seed"]]
+        assert result["average_accuracy"] == pytest.approx(sum(seeds) / 2)
+    methods = results["methods"]
+    assert methods["frozen"]["trainable_parameters"] == 0
+    assert methods["frozen"]["average_forgetting"] == 0.0
+    assert methods["continual_llava"]["selection_accuracy"] > 0.5
+    assert methods["sequential_lora"]["selection_accuracy"] is None
+    assert len(list(csv.DictReader((output / "matrix.csv").open()))) == 3 * (3 * 10 + 4)
+
+
+def test_the_learned_increments_load_again(run: tuple[Path, dict[str, Any]]) -> None:
+    output, results = run
+    model, processor = load_base()
+    folder = output / "methods" / "continual_llava" / "seed0"
+    saved = sorted(path.parent for path in folder.rglob("*.safetensors"))
+    cf.load_pretrained(model, saved[-1], processor=processor)
+    assert any(parameter.abs().max() > 0 for name, parameter in model.named_buffers() if name.endswith("_B")) or any(
+        tensor.abs().max() > 0 for name, tensor in model.state_dict().items() if name.endswith("B")
+    )
+
+
+def test_the_same_config_gives_the_same_numbers(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, results = run
+    threads = torch.get_num_threads()
+    again = run_demo(short(tmp_path / "again", methods=("continual_llava",)))
+    assert torch.get_num_threads() == threads
+    first = results["methods"]["continual_llava"]["per_seed"][0]
+    second = again["methods"]["continual_llava"]["per_seed"][0]
+    for metric in METRICS:
+        if metric != "seconds":
+            assert first[metric] == second[metric], metric
+
+
+def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="something else than a demo"):
+            run_demo(short(taken, overwrite=overwrite))
+    assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
+
+
+def test_an_earlier_demo_goes_only_when_told(tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    run_demo(short(demo, methods=("frozen",)))
+    before = {p.name: p.read_bytes() for p in demo.iterdir() if p.is_file()}
+    with pytest.raises(FileExistsError, match="earlier demo; use --overwrite"):
+        run_demo(short(demo, methods=("frozen",)))
+    assert {p.name: p.read_bytes() for p in demo.iterdir() if p.is_file()} == before
+    with pytest.raises(ValueError, match="train is 0"):
+        run_demo(short(demo, methods=("frozen",), train=0, overwrite=True))
+    assert {p.name: p.read_bytes() for p in demo.iterdir() if p.is_file()} == before
+    run_demo(short(demo, methods=("frozen",), overwrite=True, test=8))
+    assert json.loads((demo / "results.json").read_text())["config"]["test"] == 8
