@@ -27,6 +27,7 @@ MARK = "demo.json"  # says that a folder is the demo's own
 # Chosen on the validation split (`--split validation`), never on the test split.
 SCALE = 8.0
 A_STD = 128**-0.5  # 1 / sqrt(hidden size)
+LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class DemoConfig:
             seed=seed,
             align_steps=60,
             max_steps=self.steps,
-            learning_rate=1e-2,
+            learning_rate=LEARNING_RATE,
             lr_scheduler_type="linear",
             warmup_steps=10,
             per_device_train_batch_size=32,

@@ -59,9 +59,9 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
 
     header, rows = table(results, brief=True)
     title = f"accuracy in % after the last task, {len(results['seeds'])} seed(s)"
-    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for position, name in enumerate(header):
-        shown.add_column(name, justify="left" if position == 0 else "right")
+        shown.add_column(name.replace(" ", "\n"), justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     (console or Console()).print(shown)

@@ -139,13 +139,16 @@ class ContinualLlava(Method):
 
 
 def sample_keys(queries: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """``[rows, D]``: distinct queries ``[n, D]`` drawn at random.
+    """``[rows, D]``: distinct queries among those of samples ``[n, D]`` drawn at random, so the frequent ones first.
 
+    Where two tasks share instructions, both then put keys there, and neither task takes them all.
     A task with fewer distinct instructions than rows uses them again with a little noise: equal keys would be selected
     together for ever.
     """
-    distinct = torch.unique(queries.float().cpu(), dim=0)
-    order = torch.randperm(len(distinct), generator=generator)
+    drawn = queries.float().cpu()[torch.randperm(len(queries), generator=generator)]
+    distinct, inverse = torch.unique(drawn, dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(drawn)).scatter_reduce(0, inverse, torch.arange(len(drawn)), "amin")
+    order = first.argsort()
     keys = distinct[order.repeat(rows // len(order) + 1)[:rows]]
     noise = torch.randn(keys.shape, generator=generator) * (0.01 * keys.std())
     noise[: len(order)] = 0.0
