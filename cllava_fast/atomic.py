@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,17 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
+    """Raises FileExistsError if ``path`` is a file, or a folder that holds anything else than ``names``."""
+    if not path.exists():
+        return
+    strangers = [path.name] if not path.is_dir() else sorted(p.name for p in path.iterdir() if p.name not in names)
+    if strangers:
+        raise FileExistsError(
+            f"{path} holds something else than {what}: {', '.join(strangers[:3])}; give an empty or a new folder"
+        )
 
 
 @contextmanager

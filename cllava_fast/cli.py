@@ -91,11 +91,15 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cllava_fast.evaluate.report import load_results, print_table, write_report
+    from cllava_fast.atomic import check_replaceable
+    from cllava_fast.evaluate.report import REPORT_FILES, load_results, print_table, write_report
 
     directory = Path(arguments.directory)
     results = load_results(directory / "results.json")
-    write_report(results, arguments.output or directory)
+    output = Path(arguments.output or directory)
+    if output.resolve() != directory.resolve():
+        check_replaceable(output, REPORT_FILES, "a report")
+    write_report(results, output)
     print_table(results)
     return 0
 

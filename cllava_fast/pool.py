@@ -7,7 +7,7 @@ task being learned is a set of parameters; ``commit`` moves it to the buffers fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,16 @@ class LinearShape:
     d_out: int
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+
+
+def _device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``Module.to``, ``.half()`` and the like, less its change of dtype."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return apply
 
 
 class Factors(nn.Module):
@@ -50,6 +60,11 @@ class Factors(nn.Module):
         self.block_A = nn.Parameter(a.to(self.A.device))
         # B is zero at birth: a new row changes nothing
         self.block_B = nn.Parameter(torch.zeros(rows, self.rank, self.shape.d_out, device=self.B.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
+        # committed rows follow the model's dtype; what trains stays float32
+        move = _device_only(fn)
+        return super()._apply(lambda t: move(t) if isinstance(t, nn.Parameter) else fn(t), recurse)
 
     def commit(self) -> None:
         assert self.block_A is not None and self.block_B is not None
@@ -103,6 +118,13 @@ class Pool(nn.Module):
         module = self.layers[path.replace(".", "/")]
         assert isinstance(module, Factors)
         return module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pool:
+        # keys, means and context stay float32 when the model is cast
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        return super()._apply(_device_only(fn), recurse=False)
 
     @property
     def num_rows(self) -> int:

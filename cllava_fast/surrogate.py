@@ -118,7 +118,8 @@ class BackboneSurrogate(Surrogate):
         self.dim = embedding.embedding_dim
         self._embedding = embedding
         self._tokenize = tokenize
-        self.fingerprint = fingerprint(embedding)
+        # without a tokenizer, the query is another: the mean over the whole prompt
+        self.fingerprint = fingerprint(embedding) + ("" if tokenize else "/prompt")
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         if self._tokenize is None:
@@ -209,6 +210,12 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def check_surrogate(name: str) -> None:
+    """Raises FileNotFoundError for a surrogate that ``make_surrogate`` would not find."""
+    if name != "backbone":
+        find_sentence_model("sentence" if name == "text+image" else name)
+
+
 def find_sentence_model(name: str) -> Path:
     """Folder of a sentence encoder: ``"sentence"``, a path, or an installed package that holds a ``model`` folder.
 
@@ -231,10 +238,15 @@ def find_sentence_model(name: str) -> Path:
     raise FileNotFoundError(f"surrogate {name!r} was not found; {hint}")
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over a few rows of every tensor of a module: cheap, and different for different weights."""
+def fingerprint(module: nn.Module, without: str | None = None) -> str:
+    """SHA-256 over a few numbers of every tensor of a module: cheap, and different for different weights.
+
+    Tensors whose name starts with ``without`` are left out.
+    """
     digest = hashlib.sha256()
     for key, tensor in module.state_dict().items():
+        if without is not None and key.startswith(without):
+            continue
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].cpu()
         digest.update(f"{key}{list(tensor.shape)}{tensor.dtype}".encode())

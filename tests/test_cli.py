@@ -46,6 +46,16 @@ def test_report_into_another_folder(finished: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "other" / "results.json").read_text())["stream"] == ["chart", "icon"]
 
 
+def test_a_report_is_not_written_over_other_files(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    assert cli.main(["report", str(finished), "--output", str(tmp_path / "other")]) == 1
+    assert "thesis.txt" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
 def test_the_table_fits_a_terminal_of_80_columns(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     size = 4

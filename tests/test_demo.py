@@ -65,9 +65,9 @@ def test_the_learned_increments_load_again(run: tuple[Path, dict[str, Any]]) -> 
     folder = output / "methods" / "continual_llava" / "seed0"
     saved = sorted(path.parent for path in folder.rglob("*.safetensors"))
     cf.load_pretrained(model, saved[-1], processor=processor)
-    assert any(parameter.abs().max() > 0 for name, parameter in model.named_buffers() if name.endswith("_B")) or any(
-        tensor.abs().max() > 0 for name, tensor in model.state_dict().items() if name.endswith("B")
-    )
+    pool = model.increments.pool
+    assert pool.task_names == results["stream"] == TASKS
+    assert all((factors.B.abs().amax((1, 2)) > 0).all() for factors in pool.layers.values())
 
 
 def test_the_same_config_gives_the_same_numbers(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -90,6 +90,12 @@ def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match="something else than a demo"):
             run_demo(short(taken, overwrite=overwrite))
     assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
+    demo = tmp_path / "demo"
+    run_demo(short(demo, methods=("frozen",)))
+    (demo / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="thesis.txt"):
+        run_demo(short(demo, methods=("frozen",), overwrite=True))
+    assert (demo / "thesis.txt").read_text() == "years of work"
 
 
 def test_an_earlier_demo_goes_only_when_told(tmp_path: Path) -> None:

@@ -59,7 +59,31 @@ def test_saving_replaces_its_own_folder_and_no_other(learned: Any, tmp_path: Pat
     with pytest.raises(FileExistsError, match="holds something else"):
         cf.save_pretrained(learned, tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    (tmp_path / "out" / "notes.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match=r"something else than saved increments: notes.txt"):
+        cf.save_pretrained(learned, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "keep"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_another_librarys_adapter_is_not_replaced(learned: Any, tmp_path: Path) -> None:
+    (tmp_path / files.CONFIG).write_text('{"peft_type": "LORA"}')
+    (tmp_path / files.WEIGHTS).write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="expected a file written by save_pretrained"):
+        cf.save_pretrained(learned, tmp_path)
+    assert (tmp_path / files.WEIGHTS).read_bytes() == b"theirs" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_backbone_queries_with_and_without_a_processor_differ(
+    new_llava: Callable, processor: Any, tmp_path: Path, generator: torch.Generator
+) -> None:
+    config = cf.IncrementConfig(surrogate="backbone")
+    model = cf.patch(new_llava(), config, processor=processor)
+    learn(model, 1, generator)
+    cf.save_pretrained(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="another surrogate"):
+        cf.load_pretrained(new_llava(), tmp_path / "out")
+    cf.load_pretrained(new_llava(), tmp_path / "out", processor=processor)
 
 
 def test_a_failing_write_leaves_the_last_good_state(
@@ -85,6 +109,8 @@ def test_a_failing_write_leaves_the_last_good_state(
         ("no weights", FileNotFoundError, "does not exist"),
         ("changed", ValueError, "was changed since it was saved"),
         ("another base", ValueError, "another base model"),
+        ("another projector", ValueError, "another base model"),
+        ("another vision tower", ValueError, "another base model"),
         ("another surrogate", ValueError, "another surrogate"),
         ("missing", ValueError, "1 tensors are missing"),
         ("field", ValueError, "unknown fields"),
@@ -107,6 +133,10 @@ def test_wrong_files_are_refused_and_the_model_stays(
         weights.write_bytes(data)
     elif damage == "another base":
         model.model.language_model.layers[1].mlp.up_proj.weight.data += 0.01
+    elif damage == "another projector":
+        model.model.multi_modal_projector.linear_1.weight.data += 0.01
+    elif damage == "another vision tower":
+        model.model.vision_tower.embeddings.patch_embedding.weight.data += 0.01
     elif damage == "another surrogate":
         values["surrogate_fingerprint"] = "0" * 64
     elif damage == "missing":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cllava_fast import surrogate as surrogates
+from cllava_fast.demo.tokenizer import build_tokenizer
 from cllava_fast.model.instructions import InstructionReader, template_markers
 from cllava_fast.surrogate import BackboneSurrogate, SentenceSurrogate, TextImageSurrogate, find_sentence_model
 from tests.helpers import QUESTIONS, inputs, prompt
@@ -31,11 +32,44 @@ def test_markers_of_another_template(processor: Any) -> None:
         chat_template = "x"
         tokenizer = processor.tokenizer
 
-        def apply_chat_template(self, messages: Any, **_: Any) -> str:
+        def apply_chat_template(self, messages: Any, add_generation_prompt: bool, **_: Any) -> str:
             turns = [f"<|{m['role']}|>\n{m['content'][0]['text']}</s>\n" for m in messages]
-            return "".join(turns) + "<|assistant|>\n"
+            return "".join(turns) + "<|assistant|>\n" * add_generation_prompt
 
-    assert template_markers(Chat()) == ("<|user|>", "<|assistant|>")
+    assert template_markers(Chat()) == ("<|user|>", "</s>")
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "</s>"])
+@pytest.mark.parametrize("system", ["", "<|im_start|>system\nyou are it<|im_end|>\n"])
+def test_reads_chat_ml(eos: str, system: str) -> None:
+    """Roles between special tokens, of which the one that ends a turn may be eos, and a system prompt, or none."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["user", "assistant", "system"])
+    tokenizer.eos_token = eos
+
+    class Chat:
+        chat_template = "x"
+
+        def apply_chat_template(self, messages: Any, add_generation_prompt: bool, **_: Any) -> str:
+            turns = [f"<|im_start|>{m['role']}\n{m['content'][0]['text']}<|im_end|>\n" for m in messages]
+            return system + "".join(turns) + "<|im_start|>assistant\n" * add_generation_prompt
+
+    chat = Chat()
+    chat.tokenizer = tokenizer  # type: ignore[attr-defined]
+    reader = InstructionReader(chat, tokenizer.convert_tokens_to_ids("<image>"))
+    one = [{"role": "user", "content": [{"type": "text", "text": "<image>\nwhich bar is the tallest?"}]}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    two = [*one, answer, {"role": "user", "content": [{"type": "text", "text": "is it blue?"}]}]
+    for messages, question in (
+        (one, "which bar is the tallest?"),
+        (two, "is it blue?"),
+        ([*two, answer], "is it blue?"),
+    ):
+        for add_generation_prompt in (True, False):
+            text = chat.apply_chat_template(messages, add_generation_prompt)
+            ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+            assert reader.read(ids) == [reader.canonical(question)], text
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -289,6 +289,7 @@ def test_activation_checkpointing_recomputes_with_its_own_selection(
     enable({"use_reentrant": False})
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
+    copy.deepcopy(llava)
 
 
 def test_a_base_layer_that_is_no_plain_linear(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -308,6 +309,77 @@ def test_a_base_layer_that_is_no_plain_linear(llava: Any, processor: Any, genera
     factors, pairs = increments.pool.factors("model.language_model.layers.0.self_attn.o_proj"), increments.active.past
     zero = cf.ops.inject_add(torch.zeros(2, 3, 128), x, factors.A, factors.B, pairs.index, pairs.coefficient)
     torch.testing.assert_close(linear(x), 2 * x @ linear.weight.T + zero)
+
+
+def test_a_model_cast_after_the_patch(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Committed rows follow the model; keys, means and context keep their precision, and so does what trains."""
+    cf.patch(llava, CONFIG, processor=processor)
+    pool = learn(llava, 3, generator, commit_last=False).pool
+    exact = {name: t.clone() for name, t in (*pool.named_buffers(), *pool.named_parameters())}
+    batch = inputs(processor, QUESTIONS, generator)
+    rows = selected(llava, batch)
+    llava.to(torch.bfloat16)
+    for name, tensor in (*pool.named_buffers(), *pool.named_parameters()):
+        if name.endswith((".A", ".B")):
+            assert tensor.dtype == torch.bfloat16
+        else:
+            assert torch.equal(tensor, exact[name]) and tensor.dtype == exact[name].dtype, name
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    assert torch.equal(selected(llava, batch), rows)
+    assert last_logits(llava, batch).dtype == torch.bfloat16
+    llava.train()
+    pool.train_keys(False)
+    llava(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for p in pool.parameters() if p is not pool.block_keys
+    )
+
+
+def test_what_others_put_on_a_linear_keeps_its_part(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    linear = llava.model.language_model.layers[0].self_attn.o_proj
+    linear.forward = lambda x: 2 * nn.functional.linear(x, linear.weight)
+    batch = inputs(processor, QUESTIONS, generator)
+    before = last_logits(llava, batch)
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator, b_std=0.0)
+    torch.testing.assert_close(last_logits(llava, batch), before)
+
+
+def test_a_new_turn_on_an_old_cache_asks_anew(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator)
+    first = processor(text=[f"USER: {QUESTIONS[0]} ASSISTANT:"], return_tensors="pt")
+    second = processor(text=[f"USER: {QUESTIONS[3]} ASSISTANT:"], return_tensors="pt")
+    wanted = selected(llava, dict(second))
+    assert not torch.equal(selected(llava, dict(first)), wanted)
+    with torch.no_grad():
+        cache = llava(**first, use_cache=True).past_key_values
+    rows = selected(llava, {"input_ids": second["input_ids"]}, past_key_values=cache)
+    assert torch.equal(rows, wanted)
+    # and the next token goes on with the new turn
+    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9]])}, past_key_values=cache), wanted)
+
+
+def test_a_cache_from_a_tuple_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator)
+    batch = inputs(processor, QUESTIONS[:2], generator)
+    wanted = selected(llava, batch)
+    with torch.no_grad():
+        _, cache, *_ = llava(**batch, use_cache=True, return_dict=False)
+    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9], [10]])}, past_key_values=cache), wanted)
+
+
+def test_the_base_is_not_saved_by_mistake(
+    llava: Any, processor: Any, tmp_path: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    with pytest.raises(ValueError, match="cllava_fast.save_pretrained"):
+        llava.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    cf.unpatch(llava)
+    llava.save_pretrained(tmp_path / "out")
+    assert type(llava).from_pretrained(tmp_path / "out") is not None
 
 
 def test_bfloat16_model(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -376,8 +448,11 @@ class TestRefusals:
             run(**batch, query=query)
         with pytest.raises(ValueError, match=r"query is \[2, 3\]; expected \[2, 384\]"):
             run(**batch, query=torch.randn(2, 3))
-        with pytest.raises(ValueError, match="instructions holds 3 texts; expected 2"):
-            run(**batch, instructions=["a", "b", "c"])
+        for texts in (["a"], ["a", "b", "c"], []):
+            with pytest.raises(ValueError, match=f"instructions holds {len(texts)} texts; expected 2"):
+                run(**batch, instructions=texts)
+        with pytest.raises(ValueError, match=r"query is \[1, 384\]; expected \[2, 384\]"):
+            run(**batch, query=torch.randn(1, 384))
         with pytest.raises(TypeError, match="expected a list with one text"):
             run(**batch, instructions="what?")
         assert increments.active is None and increments.pending is None

@@ -225,6 +225,28 @@ class TestRefusals:
             trainer(new_llava(), processor, tmp_path / "notes")
         assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
 
+    def test_a_stream_of_the_same_names_and_sizes(self, new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+        trainer(new_llava(), processor, tmp_path / "run").train()
+        other = stream()
+        task = other.tasks[1]
+        changed = [*task.train[:-1], cf.Sample("which color?", task.train[-1].answer, task.train[-1].image)]
+        other.tasks[1] = cf.Task(task.name, changed, task.test, task.validation)
+        model = cf.patch(new_llava(), CONFIG, processor=processor)
+        with pytest.raises(FileExistsError, match="holds another run"):
+            ContinualTrainer(model, processor, other, arguments(tmp_path / "run", resume=True))
+
+    def test_a_refused_run_leaves_the_model_alone(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("keep")
+        with pytest.raises(FileExistsError, match="other files"):
+            ContinualTrainer(llava, processor, stream(), arguments(tmp_path))
+        assert not hasattr(llava, "increments") and all(p.requires_grad for p in llava.parameters())
+
+    def test_a_model_patched_without_a_processor(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        cf.patch(llava, cf.IncrementConfig(surrogate="backbone"))
+        with pytest.raises(ValueError, match="patched without a processor"):
+            ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
     def test_nothing_is_written_for_bad_input(self, llava: Any, processor: Any, tmp_path: Path) -> None:
         empty = cf.Stream([cf.Task("a", train=[cf.Sample("q", "a")], test=[cf.Sample("q", "a")])])
         with pytest.raises(ValueError, match="'a' has no validation sample"):

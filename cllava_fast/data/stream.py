@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +90,17 @@ class Stream:
             for split in ("train", "validation", "test"):
                 for position, sample in enumerate(getattr(task, split)):
                     _check_sample(sample, f"{task.name}/{split}[{position}]")
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """SHA-256 over the samples in order: texts, and paths or pixels of images."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        image: object = sample.image
+        if isinstance(image, Image.Image):
+            image = [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+        digest.update(json.dumps([sample.instruction, sample.answer, str(image)]).encode())
+    return digest.hexdigest()
 
 
 def _check_sample(sample: Sample, where: str) -> None:

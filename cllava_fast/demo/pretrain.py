@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, get_cosine_schedule_with_warmup
 
-from cllava_fast.atomic import new_folder
+from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.data.encode import Collator, Encoder
 from cllava_fast.data.stream import Sample
 from cllava_fast.demo.base import new_base
 from cllava_fast.demo.mixture import draw_example
 from cllava_fast.demo.tokenizer import build_processor
 from cllava_fast.train.progress import stage
+
+FILES = (
+    "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     given = vars(parser.parse_args(argv))
     output: Path = given.pop("output")
-    if output.exists() and any(output.iterdir()) and not (output / "model.safetensors").is_file():
-        parser.error(f"--output {output} holds something else than a base model; give an empty or a new folder")
+    try:
+        check_replaceable(output, FILES, "a base model")
+    except FileExistsError as error:
+        parser.error(str(error))
     save_base(*pretrain(PretrainArguments(**given)), output)
 
 

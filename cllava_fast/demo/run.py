@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 import cllava_fast as cf
-from cllava_fast.atomic import new_folder
+from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.data.encode import Collator
 from cllava_fast.demo.base import load_base
 from cllava_fast.demo.stream import build_stream
@@ -18,8 +18,9 @@ from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.plots import title_of
 from cllava_fast.evaluate.predict import predict
-from cllava_fast.evaluate.report import write_report
+from cllava_fast.evaluate.report import REPORT_FILES, write_report
 from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig, MethodConfig
+from cllava_fast.surrogate import check_surrogate
 
 METHODS = ("frozen", "sequential_lora", "joint_lora", "continual_llava")
 MARK = "demo.json"  # says that a folder is the demo's own
@@ -67,8 +68,23 @@ class DemoConfig:
             raise ValueError(f"methods is {list(self.methods)}; expected some of {list(METHODS)}")
         if self.seeds < 1 or self.steps < 1:
             raise ValueError(f"seeds is {self.seeds} and steps is {self.steps}; expected at least 1 of each")
+        for name in ("train", "test"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number of samples")
         if not 0.0 <= self.ambiguous <= 1.0:
             raise ValueError(f"ambiguous is {self.ambiguous}; expected a share in 0..1")
+        # refused now, not when their turn comes
+        for name in self.methods:
+            self.method_config(name)
+        self.arguments(Path(self.output), 0)
+        check_surrogate(self.surrogate)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results: all but where they go and how the work is shown."""
+        values = asdict(self)
+        for name in ("output", "overwrite", "progress"):
+            del values[name]
+        return values
 
     def method_config(self, name: str) -> MethodConfig:
         if name == "sequential_lora":
@@ -138,7 +154,7 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
         "seeds": list(range(config.seeds)),
         "methods": {name: {**metrics.mean_over_seeds(values), "per_seed": values} for name, values in per_seed.items()},
         "environment": environment(),
-        "config": {**asdict(config), "seconds_in_all": time.perf_counter() - start, **_method_settings(config)},
+        "config": {**config.identity(), "seconds_in_all": time.perf_counter() - start, **_method_settings(config)},
     }
 
 
@@ -170,9 +186,8 @@ def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> dict[str
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / MARK).is_file():
-        raise FileExistsError(f"{output} holds something else than a demo; give another --output")
-    if not overwrite:
+    check_replaceable(output, (MARK, "methods", *REPORT_FILES), "a demo")
+    if (output / "results.json").exists() and not (output / MARK).is_file():
+        raise FileExistsError(f"{output} holds the report of another run; give another --output")
+    if not overwrite and (output / MARK).is_file():
         raise FileExistsError(f"{output} holds an earlier demo; use --overwrite, or give another --output")

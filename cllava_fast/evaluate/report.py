@@ -17,6 +17,8 @@ from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, 
 METRICS = ("accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
            "selection_accuracy", "trainable_parameters", "seconds")  # fmt: skip
 
+REPORT_FILES = ("results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md")
+
 
 def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
     """Writes results.json, matrix.csv, accuracy_matrix.png, forgetting.png and report.md, each whole or not at all."""

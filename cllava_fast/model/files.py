@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from cllava_fast.atomic import new_folder
+from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.methods import config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.patching import get_increments, patch, unpatch
@@ -29,11 +29,13 @@ def save_pretrained(model: Any, path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the model is not patched.
         FileExistsError: ``path`` holds something else.
+        ValueError: ``path`` holds an adapter that this library did not save.
     """
     increments = get_increments(model)
     pool, target = increments.pool, Path(path)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())):
-        raise FileExistsError(f"{target} holds something else; give an empty or a new folder")
+    check_replaceable(target, (CONFIG, WEIGHTS), "saved increments")
+    if (target / CONFIG).exists():
+        _read_config(target / CONFIG)  # another library's adapter has the same file names
     weights = save({f"pool.{name}": tensor for name, tensor in pool.state().items()}, metadata={"format": "pt"})
     config = {
         "format": FORMAT,
@@ -61,10 +63,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; expected a folder written by save_pretrained()")
+    saved = _read_config(folder / CONFIG)
     try:
-        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(f"format is not {FORMAT}")
         config, tasks, digest = config_from_dict(saved["config"]), list(saved["tasks"]), saved["weights_sha256"]
         surrogate_fingerprint, base = saved["surrogate_fingerprint"], saved["base_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
@@ -96,6 +96,16 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     return model
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"format is not {FORMAT}")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
+    return saved
+
+
 def base_fingerprint(model: Any) -> str:
-    """Fingerprint of the frozen language layers, the same whether the model is patched or not."""
-    return fingerprint(paths.language_model(model))
+    """Fingerprint of the whole frozen model, the same whether it is patched or not."""
+    return fingerprint(model, without="increments.")

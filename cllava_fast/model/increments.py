@@ -80,6 +80,10 @@ class Increments(nn.Module):
             device=embedding.weight.device,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model is in no forward pass, and caches know the original alone
+        return {**self.__dict__, "active": None, "pending": None, "_by_cache": WeakKeyDictionary()}
+
     @property
     def groups(self) -> int:
         return self.surrogate.groups if self.surrogate else 1
@@ -100,7 +104,7 @@ class Increments(nn.Module):
             selection = self.method.select(self.pool, None, 1, learning)
             return selection and selection.expand(request.batch)
         if request.query is None and request.instructions is None:
-            remembered = self.pending or self._remembered(past_key_values)
+            remembered = self.pending or self._remembered(request, past_key_values)
             if remembered is not None:
                 return remembered.expand(request.batch)
         query = self.query(request, pooled_image)
@@ -112,8 +116,12 @@ class Increments(nn.Module):
         if past_key_values is not None and selection is not None and not self.training:
             self._by_cache[past_key_values] = selection
 
-    def _remembered(self, past_key_values: Any | None) -> Selection | None:
+    def _remembered(self, request: Request, past_key_values: Any | None) -> Selection | None:
         if past_key_values is None or not past_key_values.get_seq_length():
+            return None
+        ids = request.input_ids
+        # the single token of a decoding step asks nothing
+        if ids is not None and ids.shape[1] > 1 and self.reader is not None and self.reader.has_turn(ids):
             return None
         selection = self._by_cache.get(past_key_values)
         if selection is None:
@@ -147,13 +155,13 @@ class Increments(nn.Module):
         texts = request.instructions
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"instructions is {texts!r}; expected a list with one text for each sample")
-        if not texts or request.batch % len(texts):
+        if len(texts) != request.batch:
             raise ValueError(f"instructions holds {len(texts)} texts; expected {request.batch}, one for each sample")
         return [self.reader.canonical(text) for text in texts] if self.reader else list(texts)
 
     def _check_query(self, query: Tensor, batch: int) -> Tensor:
         assert self.surrogate is not None
-        if query.dim() != 2 or query.shape[1] != self.surrogate.dim or not len(query) or batch % len(query):
+        if query.dim() != 2 or query.shape[1] != self.surrogate.dim or len(query) != batch:
             raise ValueError(f"query is {list(query.shape)}; expected [{batch}, {self.surrogate.dim}]")
         if not torch.isfinite(query).all():
             raise ValueError("query holds NaN or Inf; check the surrogate's embeddings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class InstructionReader:
         self._image_token_id = image_token_id
         self._canonical: dict[str, str] = {}
         markers = template_markers(processor) or DEFAULT_MARKERS
-        self.user, self.assistant = (self._decode(self.tokenize(marker)) for marker in markers)
+        self.user, self.end = (self._decode(self.tokenize(marker)) for marker in markers)
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -56,6 +57,10 @@ class InstructionReader:
             for sample, (ids, mask) in enumerate(zip(input_ids.cpu(), keep.cpu(), strict=True))
         ]
 
+    def has_turn(self, input_ids: Tensor) -> bool:
+        """Whether any sample of ``input_ids [B, S]`` holds the start of a user turn."""
+        return any(self.user in self._decode(ids) for ids in input_ids.tolist())
+
     def _read_one(self, ids: list[int], sample: int) -> str:
         text = self._decode(ids)
         start = text.rfind(self.user)
@@ -65,7 +70,7 @@ class InstructionReader:
                 f"{text[:80]!r}; build the prompt with the processor's chat template, or pass instructions=[...]"
             )
         turn = text[start + len(self.user) :]
-        end = turn.find(self.assistant)
+        end = turn.find(self.end)
         turn = (turn if end < 0 else turn[:end]).strip()
         if not turn:
             raise ValueError(f"the last user turn of sample {sample} is empty in input_ids; pass instructions=[...]")
@@ -73,7 +78,7 @@ class InstructionReader:
 
 
 def template_markers(processor: Any) -> tuple[str, str] | None:
-    """What stands before a user's and before an assistant's words in the chat template, or None without a template."""
+    """What stands before a user's words and what ends them in the chat template, or None without a template."""
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "apply_chat_template"):
         return None
     first, answer, second = "qzfirstzq", "qzanswerzq", "qzsecondzq"
@@ -85,14 +90,16 @@ def template_markers(processor: Any) -> tuple[str, str] | None:
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if not all(word in text for word in (first, answer, second)):
         return None
-    user = text.split(answer)[1].split(second)[0].strip()
-    assistant = text.split(second)[1].strip()
+    # a system prompt stands before the first turn only, the end of an answer before the second only
+    before_first, before_second = text.split(first)[0], text.split(answer)[1].split(second)[0]
+    user = os.path.commonprefix([before_first[::-1], before_second[::-1]])[::-1].strip()
     tokenizer = getattr(processor, "tokenizer", processor)
     for special in (tokenizer.eos_token, tokenizer.bos_token):
         if special:
             user = user.removeprefix(special).strip()
-            assistant = assistant.removeprefix(special).strip()
-    return (user, assistant) if user and assistant else None
+    closed = processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+    end = closed.split(second)[1].strip() or text.split(second)[1].strip()
+    return (user, end) if user and end else None
 
 
 def text_ids(

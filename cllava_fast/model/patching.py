@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
 from cllava_fast.model import paths
@@ -67,6 +68,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     if isinstance(present, Increments):
         if config is not None and config != present.config:
             raise ValueError(f"the model is patched with {present.config}; unpatch(model) before another patch")
+        if processor is not None and present.reader is None:
+            raise ValueError("the model is patched without a processor; unpatch(model) before a patch with one")
         return model
     _check_not_adapted(model)
     config = IncrementConfig() if config is None else config
@@ -83,6 +86,7 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     _shadow(model.model, "get_image_features", _get_image_features)
     _shadow(model, "forward", _forward)
     _shadow(model, "generate", _generate)
+    _shadow(model, "save_pretrained", _save_pretrained)
     increments.train(model.training)
     model.increments = increments
     model.__dict__["_patch"] = record
@@ -97,7 +101,8 @@ def unpatch(model: Any) -> Any:
     """
     increments = get_increments(model)
     linears = paths.adapted_linears(model, increments.config.targets)
-    shadowed = [(model, "forward"), (model, "generate"), (model.model, "get_image_features")]
+    shadowed = [(model, "forward"), (model, "generate"), (model, "save_pretrained")]
+    shadowed += [(model.model, "get_image_features")]
     shadowed += [(linear, "forward") for linear in linears.values()]
     for module, name in shadowed:
         if not hasattr(module.__dict__.get(name), "_original"):
@@ -163,7 +168,8 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
     increments = adapter.increments
     if increments.active is None:
         return original(x)
-    if type(linear) is nn.Linear:
+    # what other libraries put on this instance (offloading, say) must keep its part
+    if type(linear) is nn.Linear and getattr(linear.__dict__["forward"], "_original", 0) is None:
         return increments.inject(x, linear, None, adapter.factors)
     return increments.inject(x, None, original(x), adapter.factors)
 
@@ -201,7 +207,7 @@ def _forward(
     finally:
         increments.active = None
     if increments.pending is None:
-        increments.remember(getattr(output, "past_key_values", None), selection)
+        increments.remember(_cache_of(output), selection)
     return output
 
 
@@ -227,8 +233,21 @@ def _generate(
         output = original(None, *args, **kwargs)
     finally:
         increments.pending = None
-    increments.remember(getattr(output, "past_key_values", None), pending)
+    increments.remember(_cache_of(output), pending)
     return output
+
+
+def _cache_of(output: Any) -> Any | None:
+    if isinstance(output, tuple):  # return_dict=False
+        return next((part for part in output if isinstance(part, Cache)), None)
+    return getattr(output, "past_key_values", None)
+
+
+def _save_pretrained(model: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "model.save_pretrained would write the frozen base; cllava_fast.save_pretrained(model, path) writes what the "
+        "model has learned, and after cllava_fast.unpatch(model) the base can be saved"
+    )
 
 
 def _select(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cllava_fast.atomic import write_text
 from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
-from cllava_fast.data.stream import Stream
+from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import predict
-from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained
+from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.paths import vision_width
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
@@ -104,31 +104,40 @@ class ContinualTrainer:
         for task in self.stream:
             if not len(getattr(task, args.eval_split)):
                 raise ValueError(f"task {task.name!r} has no {args.eval_split} sample; eval_split needs at least one")
+        was_patched = hasattr(model, "increments")
         self.model = patch(model, processor=processor)
         self.increments = get_increments(model)
+        try:
+            self._progress = self._check()
+        except BaseException:
+            if not was_patched:
+                unpatch(model)
+            raise
+        self._train_collate = Collator(stream.encoder, stream.features, training=True)
+        self._eval_collate = Collator(stream.encoder, stream.features, training=False)
+
+    def _check(self) -> dict[str, Any]:
         if self.increments.pool.num_tasks or self.increments.pool.block_rows:
             raise ValueError(
                 f"the model has learned {self.increments.pool.task_names or 'a part of a task'} already; "
                 "a run starts from a freshly patched model"
             )
-        self._identity = {
+        if self.increments.surrogate is not None and self.increments.reader is None:
+            raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
+        identity = {
             "method": self.increments.config.to_dict(),
-            "arguments": args.identity(),
-            "stream": {task.name: [len(task.train), len(getattr(task, args.eval_split))] for task in self.stream},
+            "arguments": self.args.identity(),
+            "stream": {task.name: [len(task.train), len(getattr(task, self.args.eval_split))] for task in self.stream},
+            "stream_sha256": [fingerprint([*task.train, *getattr(task, self.args.eval_split)]) for task in self.stream],
         }
-        self._progress = self._check_output_dir()
-        self._train_collate = Collator(stream.encoder, stream.features, training=True)
-        self._eval_collate = Collator(stream.encoder, stream.features, training=False)
-
-    def _check_output_dir(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {**self._identity, "matrix": [], "losses": {}, "seconds": 0.0, "parameters": 0}
+        fresh: dict[str, Any] = {**identity, "matrix": [], "losses": {}, "seconds": 0.0, "parameters": 0}
         if not self.output_dir.exists() or not any(self.output_dir.iterdir()):
             return fresh
         try:
             found = json.loads((self.output_dir / RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
-        identity = json.loads(json.dumps(self._identity))
+        identity = json.loads(json.dumps(identity))
         if {key: found.get(key) for key in identity} != identity:
             raise FileExistsError(f"{self.output_dir} holds another run or other files; give a new output_dir")
         if not self.args.resume:
