@@ -53,7 +53,7 @@ def test_order_prefers_triton_to_reference_once_registered(registry):
 
 
 def test_a_refused_shape_falls_to_the_next_and_is_an_error_when_asked_for(registry):
-    def accepts(op, where):
+    def accepts(op, where, asked):
         return None if dict(where.sizes)["S"] > 3 else "needs more than 3 tokens"
 
     dispatch.register("triton", {"inject_add": marked}, accepts=accepts)

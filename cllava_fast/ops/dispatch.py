@@ -55,7 +55,7 @@ class Row(NamedTuple):
 class _Kernel(NamedTuple):
     run: Callable[..., Any]
     usable: Callable[[], str | None]
-    accepts: Callable[[str, Site], str | None]
+    accepts: Callable[[str, Site, bool], str | None]
 
 
 _kernels: dict[str, dict[str, _Kernel]] = {}  # op -> backend -> kernel
@@ -67,7 +67,7 @@ def _always_usable() -> None:
     return None
 
 
-def _accepts_all(op: str, site: Site) -> None:
+def _accepts_all(op: str, site: Site, asked: bool) -> None:
     return None
 
 
@@ -75,9 +75,13 @@ def register(
     backend: str,
     kernels: Mapping[str, Callable[..., Any]],
     usable: Callable[[], str | None] = _always_usable,
-    accepts: Callable[[str, Site], str | None] = _accepts_all,
+    accepts: Callable[[str, Site, bool], str | None] = _accepts_all,
 ) -> None:
-    """Add a backend for some ops. `usable()` and `accepts(op, site)` return None for yes, or why not in words."""
+    """Add a backend for some ops.
+
+    `usable()` and `accepts(op, site, asked)` return None for yes, or why not in words; `asked` says that the backend
+    was asked for by name, so that one may run whatever it can, but volunteer only where it wins.
+    """
     _known(backend)
     for op, run in kernels.items():
         if backend in _kernels.setdefault(op, {}):
@@ -95,7 +99,7 @@ def choose(op: str, site: Site) -> Choice:
 def _choose(op: str, site: Site, asked: str) -> Choice:
     if asked != AUTO:
         _known(asked)
-        refusal = _refusal(op, asked, site)
+        refusal = _refusal(op, asked, site, asked=True)
         if refusal is not None:
             raise BackendError(
                 f"{op}: backend {asked!r} was asked for but cannot run: {refusal}. "
@@ -112,13 +116,13 @@ def _choose(op: str, site: Site, asked: str) -> Choice:
     raise BackendError(f"{op}: no backend can run on {site.device} with {site.dtype}: {'; '.join(refusals)}")
 
 
-def _refusal(op: str, backend: str, site: Site | None) -> str | None:
+def _refusal(op: str, backend: str, site: Site | None, asked: bool = False) -> str | None:
     kernel = _kernels.get(op, {}).get(backend)
     if kernel is None:
         return f"not registered for {op}"
     refusal = kernel.usable()
     if refusal is None and site is not None:
-        refusal = kernel.accepts(op, site)
+        refusal = kernel.accepts(op, site, asked)
     return refusal
 
 

@@ -1,0 +1,85 @@
+"""The Triton backend: whether it can run here, and what the kernels of all ops share.
+
+An op's `triton.py` is imported when it first runs, so that neither triton nor a compiler is needed to import this
+library. Under TRITON_INTERPRET=1 the kernels run on the CPU, slowly, and only when asked for by name: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from cllava_fast.ops import dispatch
+
+# triton reads it when a kernel is decorated, so a later change has no effect
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+LOWEST_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def usable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    capability = torch.cuda.get_device_capability()
+    if capability < LOWEST_CAPABILITY:
+        return f"compute capability {capability} is below {LOWEST_CAPABILITY}"
+    return None
+
+
+def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    if site.dtype not in DTYPES:
+        return f"{site.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
+    if site.device.type == "cuda":
+        return "this process interprets its kernels (TRITON_INTERPRET=1)" if INTERPRETED else None
+    if not INTERPRETED:
+        return f"the tensors are on {site.device}"
+    if not asked:
+        return "the interpreter runs only when asked for by name"
+    return "bfloat16 products are wrong in the interpreter" if site.dtype == torch.bfloat16 else None
+
+
+def register(
+    module: str,
+    *ops: str,
+    accepts: Callable[[str, dispatch.Site, bool], str | None] = accepts,
+) -> None:
+    """Registers the functions named `ops` of `module`, which is imported at the first call."""
+    dispatch.register("triton", {op: _lazy(module, op) for op in ops}, usable=usable, accepts=accepts)
+
+
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), name)
+
+    return lambda *args: function()(*args)
+
+
+class Shipped(NamedTuple):
+    """One configuration of a kernel that this library launches: what ahead-of-time compilation needs to know.
+
+    Attributes:
+        kernel: the function under `triton.jit`.
+        signature: type of each argument that is no constant, such as `{"x": "*fp16", "rows": "i32"}`.
+        constants: value of each `tl.constexpr` argument.
+        num_warps, num_stages: as launched.
+        tensor_cores: whether its products must run there.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False
