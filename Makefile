@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base test lint format bench clean
+.PHONY: help install demo demo-base test lint format mutants kernels bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -47,6 +47,12 @@ lint: $(STAMP) ## check style and types
 format: $(STAMP) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+mutants: $(STAMP) ## break the code in many ways and see the tests go red (ARGS="unpatch" for some)
+	$(BIN)/python tests/mutants.py $(ARGS)
+
+kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90, no GPU needed: registers, shared memory, spills
+	$(BIN)/python -m cllava_fast.ops.kernel_table
 
 bench: $(STAMP) ## time the ops against their rivals (ARGS="--quick")
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -14,6 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter; read when the first kernel is decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # the models of the tests are too small to share between threads
 torch.set_num_threads(1)
 

@@ -63,7 +63,12 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
     def function() -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)
 
-    return lambda *args: function()(*args)
+    def run(*args: Any) -> Any:
+        # triton launches on the current device
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
+            return function()(*args)
+
+    return run
 
 
 class Shipped(NamedTuple):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import checks, dispatch
+from cllava_fast.ops import checks, dispatch, triton_backend
 from cllava_fast.ops.aggregate import autograd, mix, reference
 
 dispatch.register("reference", {"aggregate": reference.aggregate, "aggregate_backward": reference.aggregate_backward})
 dispatch.register("reference", {"mix_factors": mix.mix_factors, "mix_factors_backward": mix.mix_factors_backward})
+triton_backend.register("cllava_fast.ops.aggregate.triton", "aggregate", "aggregate_backward")
+triton_backend.register("cllava_fast.ops.aggregate.triton_mix", "mix_factors", "mix_factors_backward")
 
 
 def aggregate(

@@ -36,12 +36,15 @@ CASES = (
     Case(B=3, M=2, N=7, T=7),
     Case(B=5, M=3, N=13, T=9),
     Case(B=0, M=4, N=8, T=2),
+    Case(B=18, M=5, N=40, T=33),
     Case(B=2, M=16, N=257, T=5),
 )
 MIX_CASES = (
     MixCase(B=1, P=1, N=1, R=1, d_in=1, d_out=1),
     MixCase(B=3, P=5, N=4, R=8, d_in=40, d_out=24),
     MixCase(B=2, P=36, N=32, R=3, d_in=17, d_out=33),
+    MixCase(B=2, P=3, N=66, R=1, d_in=1025, d_out=7),
+    MixCase(B=2, P=6, N=3, R=3, d_in=8, d_out=2736),
     MixCase(B=0, P=4, N=8, R=2, d_in=8, d_out=8),
     MixCase(B=3, P=0, N=8, R=2, d_in=8, d_out=8),
 )

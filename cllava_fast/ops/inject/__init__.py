@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import checks, dispatch
+from cllava_fast.ops import checks, dispatch, triton_backend
 from cllava_fast.ops.inject import autograd, reference
 
 dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
 dispatch.register("reference", {"inject_backward": reference.inject_backward})
+triton_backend.register("cllava_fast.ops.inject.triton", "inject", "inject_add", "inject_backward")
 
 
 def inject(

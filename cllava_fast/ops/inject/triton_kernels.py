@@ -1,0 +1,249 @@
+"""The kernels of inject: thin products whose factor rows are gathered by `index` inside.
+
+Everywhere K = pairs * R columns of a sample, column k being rank k % R of row index[b, k // R]. Sums are float32 and
+in one order: each output has one writer. Rows of activations and factors are contiguous; their other strides are free.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _factor_rows(factor, index, k, columns, stride_n, stride_r, R: tl.constexpr):
+    """Pointers to where the rows of columns `k` begin; `index` points at the sample's first pair."""
+    row = tl.load(index + k // R, mask=k < columns, other=0)  # int64
+    return factor + row * stride_n + (k % R).to(tl.int64) * stride_r
+
+
+@triton.jit
+def shrink(
+    x,  # [B, S, width]
+    factor,  # [N, R, width]
+    index,  # [B, P]
+    coefficient,  # [B, P]
+    scaled,  # out [B, S, K]: product * coefficient * scale, or None
+    exact,  # out float32 [B, S, K]: the bare product, or None
+    other,  # float32 [B, S, K], or None
+    products,  # out float32 [B, token tiles, K]: sum over the tile's tokens of bare product * other
+    left,  # [B, S, K], or None
+    outer,  # out float32 [B, token tiles, K, width]: sum over the tile's tokens of left * x
+    tokens,
+    width,
+    pairs,
+    x_stride_b,
+    x_stride_s,
+    f_stride_n,
+    f_stride_r,
+    scale,
+    R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """product[b, s, k] = sum_d x[b, s, d] * factor row of k; and, in the same pass over x, sums with what is given."""
+    columns = pairs * R
+    k_tiles = tl.cdiv(columns, BLOCK_K)
+    s_tiles = tl.cdiv(tokens, BLOCK_S)
+    pid = tl.program_id(0)  # the column tiles of one token tile are neighbours, so that x is read from L2 again
+    k = (pid % k_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tile = (pid // k_tiles).to(tl.int64)
+    b = tile // s_tiles
+    s = (tile % s_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_k = k < columns
+    in_s = s < tokens
+    index += b * pairs
+    x_rows = x + b * x_stride_b + s * x_stride_s
+    f_rows = _factor_rows(factor, index, k, columns, f_stride_n, f_stride_r, R)
+    at = (b * tokens + s)[:, None] * columns + k[None, :]  # [BLOCK_S, BLOCK_K]
+    inside = in_s[:, None] & in_k[None, :]
+    if left is not None:
+        left_tile = tl.load(left + at, mask=inside, other=0.0)
+    total = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        in_d = d < width
+        x_tile = tl.load(x_rows[:, None] + d[None, :], mask=in_s[:, None] & in_d[None, :], other=0.0)
+        f_tile = tl.load(f_rows[None, :] + d[:, None], mask=in_k[None, :] & in_d[:, None], other=0.0)
+        total = tl.dot(x_tile, f_tile.to(x_tile.dtype), total, input_precision="ieee")
+        if left is not None:
+            part = tl.dot(tl.trans(left_tile), x_tile, input_precision="ieee")  # [BLOCK_K, BLOCK_D]
+            outer_at = (tile * columns + k)[:, None] * width + d[None, :]
+            tl.store(outer + outer_at, part, mask=in_k[:, None] & in_d[None, :])
+    if exact is not None:
+        tl.store(exact + at, total, mask=inside)
+    if scaled is not None:
+        strength = tl.load(coefficient + b * pairs + k // R, mask=in_k, other=0.0) * scale
+        tl.store(scaled + at, (total * strength[None, :]).to(scaled.dtype.element_ty), mask=inside)
+    if other is not None:
+        product = total * tl.load(other + at, mask=inside, other=0.0)
+        tl.store(products + tile * columns + k, tl.sum(product, 0), mask=in_k)
+
+
+@triton.jit
+def expand(
+    low,  # [B, S, K]
+    factor,  # [N, R, width]
+    index,  # [B, P]
+    bias,  # [width], or None
+    base,  # [B, S, width], or None
+    out,  # [B, S, width]
+    tokens,
+    width,
+    pairs,
+    f_stride_n,
+    f_stride_r,
+    base_stride_b,
+    base_stride_s,
+    R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[b, s, d] = bias + base + sum_k low[b, s, k] * factor row of k."""
+    columns = pairs * R
+    d_tiles = tl.cdiv(width, BLOCK_D)
+    s_tiles = tl.cdiv(tokens, BLOCK_S)
+    pid = tl.program_id(0)
+    d = (pid % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile = (pid // d_tiles).to(tl.int64)
+    b = tile // s_tiles
+    s = (tile % s_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_d = d < width
+    in_s = s < tokens
+    inside = in_s[:, None] & in_d[None, :]
+    index += b * pairs
+    low_rows = low + (b * tokens + s) * columns
+    total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for start in range(0, columns, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_k = k < columns
+        low_tile = tl.load(low_rows[:, None] + k[None, :], mask=in_s[:, None] & in_k[None, :], other=0.0)
+        f_rows = _factor_rows(factor, index, k, columns, f_stride_n, f_stride_r, R)
+        f_tile = tl.load(f_rows[:, None] + d[None, :], mask=in_k[:, None] & in_d[None, :], other=0.0)
+        total = tl.dot(low_tile, f_tile.to(low_tile.dtype), total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+    if base is not None:
+        base_at = (b * base_stride_b + s * base_stride_s)[:, None] + d[None, :]
+        total += tl.load(base + base_at, mask=inside, other=0.0).to(tl.float32)
+    out_at = (b * tokens + s)[:, None] * width + d[None, :]
+    tl.store(out + out_at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def outer(
+    left,  # [B, S, K]
+    right,  # [B, S, width]
+    partial,  # out float32 [B, segments, K, width]
+    tokens,
+    width,
+    columns,
+    segments,
+    segment_tiles,
+    right_stride_b,
+    right_stride_s,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """partial[b, g, k, d] = sum over the tokens of segment g of left[b, s, k] * right[b, s, d]."""
+    d_tiles = tl.cdiv(width, BLOCK_D)
+    k_tiles = tl.cdiv(columns, BLOCK_K)
+    pid = tl.program_id(0)
+    d = ((pid // k_tiles) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = (pid % k_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    segment = (pid // (k_tiles * d_tiles)).to(tl.int64)  # of all samples' segments
+    b = segment // segments
+    in_d = d < width
+    in_k = k < columns
+    left += b * tokens * columns
+    right += b * right_stride_b
+    first = (segment % segments) * segment_tiles * BLOCK_S
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for step in range(0, segment_tiles):
+        s = first + step * BLOCK_S + tl.arange(0, BLOCK_S)
+        in_s = s < tokens
+        left_tile = tl.load(left + s[None, :] * columns + k[:, None], mask=in_s[None, :] & in_k[:, None], other=0.0)
+        right_at = s[:, None] * right_stride_s + d[None, :]
+        right_tile = tl.load(right + right_at, mask=in_s[:, None] & in_d[None, :], other=0.0)
+        total = tl.dot(left_tile, right_tile, total, input_precision="ieee")
+    at = (segment * columns + k)[:, None] * width + d[None, :]
+    tl.store(partial + at, total, mask=in_k[:, None] & in_d[None, :])
+
+
+@triton.jit
+def sum_by_row(
+    partial,  # float32 [B, segments, P, size]
+    index,  # [B, P]
+    out,  # [N, size]
+    size,  # of a row: R * d
+    pairs,
+    all_pairs,  # B * P
+    segments,
+    BLOCK: tl.constexpr,
+):
+    """out[n] = sum of what the pairs with row n left in `partial`: samples, then pairs, then segments in order."""
+    tiles = tl.cdiv(size, BLOCK)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for pair in range(0, all_pairs):
+        if tl.load(index + pair) == row:
+            first = (pair // pairs) * segments * pairs + pair % pairs
+            for segment in range(0, segments):
+                offset = (first + segment * pairs).to(tl.int64) * size
+                total += tl.load(partial + offset + at, mask=inside, other=0.0)
+    tl.store(out + row * size + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weigh(
+    low,  # [B, S, C]: C = N * R columns, one for each row and rank of the pool; or None
+    low_grad,  # [B, S, C], or None
+    index,  # [B, P]
+    coefficient,  # [B, P]
+    scaled_low,  # out [B, S, C], or None
+    scaled_grad,  # out [B, S, C], or None
+    products,  # out float32 [B, token tiles, C]: sum over the tile's tokens of low * low_grad, or None
+    tokens,
+    columns,
+    pairs,
+    scale,
+    R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Projections on the whole pool times each sample's strength of the row, which is 0 for rows not selected."""
+    k_tiles = tl.cdiv(columns, BLOCK_K)
+    s_tiles = tl.cdiv(tokens, BLOCK_S)
+    pid = tl.program_id(0)
+    k = (pid % k_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tile = (pid // k_tiles).to(tl.int64)
+    b = tile // s_tiles
+    s = (tile % s_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_k = k < columns
+    inside = (s < tokens)[:, None] & in_k[None, :]
+    at = (b * tokens + s)[:, None] * columns + k[None, :]
+    strength = tl.zeros([BLOCK_K], tl.float32)
+    for pair in range(0, pairs):  # a row that appears twice counts twice
+        row = tl.load(index + b * pairs + pair)
+        strength += tl.where(k // R == row, tl.load(coefficient + b * pairs + pair), 0.0)
+    strength *= scale
+    acts = strength[None, :] != 0.0  # so that an overflow in a row not selected stays there
+    if low is not None:
+        low_tile = tl.load(low + at, mask=inside, other=0.0).to(tl.float32)
+    if low_grad is not None:
+        grad_tile = tl.load(low_grad + at, mask=inside, other=0.0).to(tl.float32)
+    if scaled_low is not None:
+        value = tl.where(acts, low_tile * strength[None, :], 0.0)
+        tl.store(scaled_low + at, value.to(scaled_low.dtype.element_ty), mask=inside)
+    if scaled_grad is not None:
+        value = tl.where(acts, grad_tile * strength[None, :], 0.0)
+        tl.store(scaled_grad + at, value.to(scaled_grad.dtype.element_ty), mask=inside)
+    if products is not None:
+        tl.store(products + tile * columns + k, tl.sum(low_tile * grad_tile, 0), mask=in_k)

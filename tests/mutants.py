@@ -1,0 +1,120 @@
+"""Breaks a copy of the tree in one place after another and expects the tests to go red: ``make mutants``.
+
+A mutant that survives is a test that is missing. Names may be given to run some: ``python tests/mutants.py unpatch``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
+
+COPIED = ("cllava_fast", "tests", "benchmarks", "pyproject.toml", "README.md")
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str  # occurs once
+    new: str
+    tests: tuple[str, ...]
+
+
+SELECT = "cllava_fast/ops/select"
+INJECT = "cllava_fast/ops/inject"
+OPS = ("tests/test_op_inject.py", "tests/test_op_select.py", "tests/test_op_aggregate.py")
+MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
+
+MUTANTS = [
+    Mutant(
+        "inject: sign of dx", f"{INJECT}/reference.py", "baddbmm_(scaled, columns_A)", "baddbmm_(-scaled, columns_A)",
+        OPS[:1],
+    ),
+    Mutant("inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_by_row(", "to_B = -_sum_by_row(", OPS[:1]),
+    Mutant(
+        "select: sign of dkeys", f"{SELECT}/reference.py", "return across.flatten(1)", "return -across.flatten(1)",
+        OPS[1:2],
+    ),
+    Mutant(
+        "select: mask ignored", f"{SELECT}/reference.py",
+        'similarity = similarity.masked_fill(~allowed, float("-inf"))', "pass", OPS[1:2],
+    ),
+    Mutant(
+        "past rows train", "cllava_fast/model/increments.py", "terms.append((factors.A, factors.B, selection.past))",
+        "terms.append((factors.A.requires_grad_(), factors.B.requires_grad_(), selection.past))", MODEL,
+    ),
+    Mutant(
+        "past keys drift", "cllava_fast/pool.py", "torch.cat([self.keys, self.block_keys.detach()])",
+        "torch.cat([self.keys * 0.999, self.block_keys.detach()])", MODEL,
+    ),
+    Mutant(
+        "past rows drift", "cllava_fast/pool.py", "torch.cat([self.B, self.block_B.detach()",
+        "torch.cat([self.B * 0.99, self.block_B.detach()", MODEL,
+    ),
+    Mutant(
+        "untrained rows at inference", "cllava_fast/methods/continual_llava.py",
+        "if training and pool.block_rows:", "if pool.block_rows:", MODEL,
+    ),
+    Mutant(
+        "one selection for the batch", "cllava_fast/methods/continual_llava.py",
+        "ops.select(query, pool.keys, self.config.top_m, groups=groups, check_values=False)",
+        'ops.select(query, pool.keys, self.config.top_m, groups=groups, check_values=False, reduce="batch")', MODEL,
+    ),
+    Mutant(
+        "unpatch leaves forward", "cllava_fast/model/patching.py", "module.__dict__.pop(name)._original",
+        "module.__dict__[name]._original", MODEL,
+    ),
+    Mutant(
+        "unpatch leaves the freeze", "cllava_fast/model/patching.py",
+        "parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))", "pass", MODEL,
+    ),
+    Mutant("unpatch leaves hooks", "cllava_fast/model/patching.py", "hook.remove()", "pass", MODEL),
+    *(Mutant(name, file, old, new, (test,)) for name, file, old, new, test in KERNEL_MUTANTS),
+]  # fmt: skip
+
+
+def main(names: list[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, Path(folder) / name)
+        for mutant in chosen:
+            verdict = _verdict(mutant, Path(folder))
+            bad += verdict != "red"
+            print(f"{verdict:<12} {mutant.name}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} went red")
+    return 1 if bad else 0
+
+
+def _verdict(mutant: Mutant, folder: Path) -> str:
+    file = folder / mutant.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        return "NOT APPLIED"
+    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        only = ["-k", "triton"] if "triton" in mutant.file else []
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *only, *mutant.tests]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    if run.returncode < 0:  # a kernel that wrote where it must not
+        return "red"
+    # 1: tests failed. Anything else is no verdict on the tests.
+    return {0: "SURVIVED", 1: "red"}.get(run.returncode, f"EXIT {run.returncode}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
