@@ -49,7 +49,7 @@ def test_inject_matches_loop(case, dtype, rng):
     assert y.dtype == dtype
     for grad, plain, exact, tensor in zip(grads, plain_grads, exact_grads, trained(inputs), strict=True):
         assert grad.dtype == tensor.dtype
-        close(grad, exact, max(2 * error(plain, exact), floor))
+        close(grad, exact, max(3 * error(plain, exact), floor))
 
 
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64], ids=str)
