@@ -23,10 +23,10 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
 
     tasks, methods = results["stream"], results["methods"]
     size = len(tasks)
-    columns = min(len(methods), 4)
+    columns = math.ceil(math.sqrt(len(methods)))
     rows = math.ceil(len(methods) / columns)
     cell = 0.62
-    figure = Figure(figsize=(columns * (cell * size + 1.35), rows * (cell * size + 1.5)), layout="constrained")
+    figure = Figure(figsize=(columns * (cell * size + 1.5), rows * (cell * size + 1.7)), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(methods) :]:
         axes.set_visible(False)
@@ -86,4 +86,4 @@ def _with_average(name: str, result: Mapping[str, Any]) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=140, format="png", facecolor="white")
+    figure.savefig(path, dpi=140, format="png", facecolor="white", bbox_inches="tight")
