@@ -119,8 +119,7 @@ def _compile(shipped: Shipped, arch: int, odd: bool) -> Any:
         constexprs=shipped.constants,
         attrs={} if odd else {(i,): ALIGNED for i in whole},
     )
-    # fp fusion as launched: multiply-adds stay one instruction
-    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, **shipped.options}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

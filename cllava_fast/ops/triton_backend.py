@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,7 @@ class Shipped(NamedTuple):
         constants: value of each `tl.constexpr` argument.
         num_warps, num_stages: as launched.
         tensor_cores: whether its products must run there.
+        options: further options of the launch.
     """
 
     kernel: Any
@@ -88,3 +89,4 @@ class Shipped(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = False
+    options: Mapping[str, Any] = {"enable_fp_fusion": True}

@@ -7,10 +7,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import checks, dispatch
+from cllava_fast.ops import checks, dispatch, triton_backend
 from cllava_fast.ops.select import autograd, reference
 
 dispatch.register("reference", {"select": reference.select, "select_backward": reference.select_backward})
+
+
+def _triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    sizes = dict(site.sizes)
+    for name, most, why in (
+        ("M", 64, "the most that its running top-M holds"),
+        ("D", 8192, "the widest row that its backward holds"),
+        ("N", 2**31, "the rows that its row numbers can tell apart"),
+    ):
+        if sizes.get(name, 0) > most:
+            return f"{name} = {sizes[name]} is above {most}, {why}"
+    if site.dtype == torch.bfloat16:  # products are elementwise, so the interpreter's fault with dot does not matter
+        site = site._replace(dtype=torch.float32)
+    return triton_backend.accepts(op, site, asked)
+
+
+triton_backend.register("cllava_fast.ops.select.triton", "select", "select_backward", accepts=_triton_accepts)
 
 
 def select(
