@@ -114,11 +114,17 @@ def _env(arguments: argparse.Namespace) -> int:
     console = Console()
     versions = Table("what", "value", title="environment")
     for name, value in environment().items():
-        versions.add_row(name, "not installed" if value is None else str(value))
+        versions.add_row(name, "none" if value is None else str(value))
     console.print(versions)
-    backends = Table("op", "backend", "available", "reason", title="backends")
+    ops: dict[tuple[str, bool, str], list[str]] = {}
     for row in dispatch.table():
-        backends.add_row(row.op, row.backend, "yes" if row.available else "no", row.reason)
+        reason = "not in this installation" if row.reason.startswith("not registered") else row.reason
+        ops.setdefault((row.backend, row.available, reason), []).append(row.op)
+    backends = Table("backend", "runs here", "why", "ops", title="backends, the first that can run a call does")
+    for name in dispatch.ORDER:
+        for (backend, available, reason), names in ops.items():
+            if backend == name:
+                backends.add_row(name, "yes" if available else "no", reason, ", ".join(names))
     console.print(backends)
     return 0
 
