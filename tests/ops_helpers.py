@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from cllava_fast.ops.inject import cases as inject_cases
 
 LIBRARY: Any = torch.ops.cllava_fast
 LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def nan_in_empty_memory():
+    """What torch.empty and its like return holds NaN: an output that is not written completely shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which also fills what is uninitialised
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.ones(0).new_empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def leaf(tensor):

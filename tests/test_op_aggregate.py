@@ -13,7 +13,7 @@ import torch
 from cllava_fast import ops
 from cllava_fast.ops import dispatch, triton_backend
 from cllava_fast.ops.aggregate import cases as aggregate_cases
-from tests.ops_helpers import LOW, close, error, leaf
+from tests.ops_helpers import LOW, close, error, leaf, nan_in_empty_memory
 
 on_every_backend = pytest.mark.usefixtures("backend")
 
@@ -26,12 +26,8 @@ def backend(request):
         reason = triton_backend.usable() or triton_backend.accepts("aggregate", site, True)
         if reason:
             pytest.skip(reason)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # which also fills what is uninitialised
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.ones(0).new_empty(3).isnan().all()
-    with ops.backend(request.param):
+    with nan_in_empty_memory(), ops.backend(request.param):
         yield request.param
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def loop_aggregate(index, weight, row_task, row_mean, context):

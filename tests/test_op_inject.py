@@ -17,7 +17,7 @@ from cllava_fast import ops
 from cllava_fast.ops import triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference as inject_reference
-from tests.ops_helpers import LIBRARY, LOW, close, error, leaf, run, trained
+from tests.ops_helpers import LIBRARY, LOW, close, error, leaf, nan_in_empty_memory, run, trained
 from tests.ops_helpers import inject_inputs as cpu_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() and not triton_backend.INTERPRETED else "cpu"
@@ -33,10 +33,8 @@ def backend(request, monkeypatch):
         if refusal is not None:
             pytest.skip(refusal)
         monkeypatch.setattr(importlib.import_module(TRITON), "plan", lambda *sizes: way)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty memory with NaN
-    with ops.backend(name):
+    with nan_in_empty_memory(), ops.backend(name):
         yield name
-    torch.use_deterministic_algorithms(False)
 
 
 def skip_refused(backend, dtype):

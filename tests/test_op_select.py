@@ -15,7 +15,7 @@ from cllava_fast import ops
 from cllava_fast.ops import dispatch, triton_backend
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select import reference as select_reference
-from tests.ops_helpers import LOW, close, error, leaf
+from tests.ops_helpers import LOW, close, error, leaf, nan_in_empty_memory
 
 on_every_backend = pytest.mark.usefixtures("backend")
 SPLIT = 2100  # rows enough for a scan in pieces and a merge
@@ -30,12 +30,8 @@ def backend(request):
         reason = reason or triton_backend.accepts("select", site._replace(dtype=torch.float32), True)
         if reason:
             pytest.skip(reason)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # which also fills what is uninitialised
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.ones(0).new_empty(3).isnan().all()
-    with ops.backend(request.param):
+    with nan_in_empty_memory(), ops.backend(request.param):
         yield request.param
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def loop_similarity(query, keys, groups):
