@@ -285,7 +285,7 @@ def test_base_does_not_know_the_stream(loaded, full):
         wanted = batch["labels"][:, 1:]
         right = ((guess == wanted) | (wanted == -100)).all(-1).float().mean()
         # a coin would be right on a quarter of the icons, half of which ask for yes or no
-        assert right < 0.25, task.name
+        assert right < (0.25 if task.name == "icon" else 0.15), task.name
 
 
 def test_pretraining_runs_end_to_end(tmp_path):

@@ -125,6 +125,8 @@ def test_inject_add_is_inject_on_top(dtype, backend, rng):
     )
     plain = plain_inject(x, weight, A, B, index, coefficient, scale=2.0)
     close(y, exact, limit(dtype, plain, exact, terms))
+    if backend == "reference":  # the kernels of inject write the increments first, and so round in another order
+        assert torch.equal(y, ops.inject(x, weight, A, B, index, coefficient, scale=2.0))
     assert torch.equal(base.detach(), before)
     grads = torch.autograd.grad(y, (base, x, A, B, coefficient), upstream)
     whole = torch.autograd.grad(

@@ -17,7 +17,7 @@ def aggregate(
     context: Tensor,  # [T, T]
 ) -> tuple[Tensor, Tensor]:
     """coefficient, index, each [B, M + N]."""
-    exact = _exact(weight, row_mean, context)
+    exact = exact_dtype(weight, row_mean, context)
     looks, read = _looks_back(index, row_task, context.shape[0])
     scalars = torch.where(looks, context[row_task[index]].to(exact), 0)  # [B, M, T]
     by_task = (weight.to(exact).unsqueeze(2) * scalars).sum(1)  # [B, T]
@@ -35,7 +35,7 @@ def aggregate_backward(
     context: Tensor,  # [T, T]
     needed: list[bool],  # weight, context
 ) -> tuple[Tensor, Tensor]:
-    exact = _exact(weight, row_mean, context)
+    exact = exact_dtype(weight, row_mean, context)
     tasks = context.shape[0]
     every_task = torch.arange(tasks, device=index.device)
     looks, read = _looks_back(index, row_task, tasks)
@@ -60,5 +60,5 @@ def _looks_back(index: Tensor, row_task: Tensor, tasks: int) -> tuple[Tensor, Te
     return looks, looks.any(1)[:, row_task]
 
 
-def _exact(*tensors: Tensor) -> torch.dtype:
+def exact_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cllava_fast.ops.aggregate import reference
 from cllava_fast.ops.triton_backend import Shipped
 
 COLUMNS = 256  # pairs of one sample, or rows of the pool, at a time
@@ -133,7 +134,7 @@ def aggregate(
 ) -> tuple[Tensor, Tensor]:
     index, weight, row_task, row_mean, context = _dense(index, weight, row_task, row_mean, context)
     (samples, chosen), pool = index.shape, len(row_task)
-    coefficient = weight.new_empty(samples, chosen + pool, dtype=_exact(weight, row_mean, context))
+    coefficient = weight.new_empty(samples, chosen + pool, dtype=reference.exact_dtype(weight, row_mean, context))
     rows = index.new_empty(samples, chosen + pool)
     if coefficient.numel():
         tiles = triton.cdiv(chosen + pool, COLUMNS)
@@ -156,7 +157,7 @@ def aggregate_backward(
 ) -> tuple[Tensor, Tensor]:
     grad, index, weight, row_task, row_mean, context = _dense(grad, index, weight, row_task, row_mean, context)
     (samples, chosen), pool, tasks = index.shape, len(row_task), len(context)
-    grad = grad.to(_exact(weight, row_mean, context))
+    grad = grad.to(reference.exact_dtype(weight, row_mean, context))
     grad_weight, grad_context = weight.new_empty(0), context.new_empty(0)
     if needed[0]:
         grad_weight = weight.new_empty(samples, chosen)
@@ -187,10 +188,6 @@ def aggregate_backward(
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
-
-
-def _exact(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def shipped() -> list[Shipped]:
