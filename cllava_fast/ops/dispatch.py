@@ -6,7 +6,8 @@ A backend is a name and one function per op that it implements; an op's folder r
 
 For each call the first registered backend of `ORDER` that is usable on this machine and accepts the call's device,
 dtype and sizes is taken. `CLLAVA_BACKEND=name` or `with backend("name"):` asks for one by name; if that one cannot run,
-the call fails with the reason: there is no silent fall-back.
+the call fails with the reason: there is no silent fall-back. Several names, "cuda,triton", ask for the first of them
+that can run.
 """
 
 from __future__ import annotations
@@ -98,14 +99,7 @@ def choose(op: str, site: Site) -> Choice:
 @lru_cache(maxsize=8192)
 def _choose(op: str, site: Site, asked: str) -> Choice:
     if asked != AUTO:
-        _known(asked)
-        refusal = _refusal(op, asked, site, asked=True)
-        if refusal is not None:
-            raise BackendError(
-                f"{op}: backend {asked!r} was asked for but cannot run: {refusal}. "
-                f"Ask for another one, or unset {VARIABLE} / leave ops.backend(...) to choose automatically."
-            )
-        return Choice(asked, _kernels[op][asked].run, "asked for by name")
+        return _asked_for(op, site, asked)
     refusals: list[str] = []
     for name in ORDER:
         refusal = _refusal(op, name, site)
@@ -114,6 +108,26 @@ def _choose(op: str, site: Site, asked: str) -> Choice:
             return Choice(name, _kernels[op][name].run, reason)
         refusals.append(f"{name}: {refusal}")
     raise BackendError(f"{op}: no backend can run on {site.device} with {site.dtype}: {'; '.join(refusals)}")
+
+
+def _asked_for(op: str, site: Site, asked: str) -> Choice:
+    refusals = []
+    for name in _names(asked):
+        refusal = _refusal(op, name, site, asked=True)
+        if refusal is None:
+            return Choice(name, _kernels[op][name].run, "asked for by name")
+        refusals.append(f"backend {name!r} was asked for but cannot run: {refusal}")
+    raise BackendError(
+        f"{op}: {'; '.join(refusals)}. "
+        f"Ask for another one, or unset {VARIABLE} / leave ops.backend(...) to choose automatically."
+    )
+
+
+def _names(asked: str) -> list[str]:
+    names = [name.strip() for name in asked.split(",")]
+    for name in names:
+        _known(name)
+    return names
 
 
 def _refusal(op: str, backend: str, site: Site | None, asked: bool = False) -> str | None:
@@ -135,14 +149,15 @@ def _known(backend: str) -> None:
 def backend(name: str) -> Iterator[None]:
     """Run every op of this process on backend `name` inside the block; `"auto"` restores the automatic choice.
 
+    Several names, such as `"cuda,triton"`, mean the first of them that can run a call.
+
     Takes precedence over `CLLAVA_BACKEND`. Raises at once if no op has that backend, and at the call if this op or
     this shape has not. A backward pass obeys the block that it runs in, not the one its forward ran in.
     """
-    if name != AUTO:
-        _known(name)
-        if not any(name in kernels for kernels in _kernels.values()):
+    for one in [] if name == AUTO else _names(name):
+        if not any(one in kernels for kernels in _kernels.values()):
             registered = sorted({other for kernels in _kernels.values() for other in kernels})
-            raise BackendError(f"backend {name!r} is not registered in this installation: there is {registered}")
+            raise BackendError(f"backend {one!r} is not registered in this installation: there is {registered}")
     _asked.append(name)
     try:
         yield

@@ -6,10 +6,21 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import checks, dispatch, triton_backend
-from cllava_fast.ops.aggregate import autograd, mix, reference
+from cllava_fast.ops import native as native_backend
+from cllava_fast.ops.aggregate import autograd, mix, native, reference
 
 dispatch.register("reference", {"aggregate": reference.aggregate, "aggregate_backward": reference.aggregate_backward})
 dispatch.register("reference", {"mix_factors": mix.mix_factors, "mix_factors_backward": mix.mix_factors_backward})
+native_backend.register(
+    {
+        "aggregate": native.aggregate,
+        "aggregate_backward": native.aggregate_backward,
+        "mix_factors": native.mix_factors,
+        "mix_factors_backward": native.mix_factors_backward,
+    },
+    cpu=native.accepts,
+    cuda=native.accepts,
+)
 triton_backend.register("cllava_fast.ops.aggregate.triton", "aggregate", "aggregate_backward")
 triton_backend.register("cllava_fast.ops.aggregate.triton_mix", "mix_factors", "mix_factors_backward")
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import dispatch, library
+from cllava_fast.ops.aggregate.reference import exact_dtype
 
 
 def _site(index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor) -> dispatch.Site:
     sizes = (("B", index.shape[0]), ("M", index.shape[1]), ("N", row_task.shape[0]), ("T", context.shape[0]))
-    return dispatch.Site(index.device, weight.dtype, sizes)
+    return dispatch.Site(index.device, exact_dtype(weight, row_mean, context), sizes)
 
 
 def _backward_site(grad: Tensor, *args: Any) -> dispatch.Site:
@@ -21,8 +22,7 @@ def _backward_site(grad: Tensor, *args: Any) -> dispatch.Site:
 
 def _fake(index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
     shape = (index.shape[0], index.shape[1] + row_task.shape[0])
-    exact = torch.promote_types(weight.dtype, torch.promote_types(row_mean.dtype, context.dtype))
-    return weight.new_empty(shape, dtype=exact), index.new_empty(shape)
+    return weight.new_empty(shape, dtype=exact_dtype(weight, row_mean, context)), index.new_empty(shape)
 
 
 def _backward_fake(
@@ -33,7 +33,7 @@ def _backward_fake(
 
 def _mix_site(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> dispatch.Site:
     sizes = zip(("N", "R", "d_in", "d_out", "B", "P"), (*A.shape, B.shape[2], *index.shape), strict=True)
-    return dispatch.Site(A.device, A.dtype, tuple(sizes))
+    return dispatch.Site(A.device, torch.promote_types(A.dtype, B.dtype), tuple(sizes))
 
 
 def _mix_backward_site(grad_A: Tensor, grad_B: Tensor, *args: Any) -> dispatch.Site:

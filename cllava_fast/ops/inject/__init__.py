@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import checks, dispatch, triton_backend
-from cllava_fast.ops.inject import autograd, reference
+from cllava_fast.ops import native as native_backend
+from cllava_fast.ops.inject import autograd, native, reference
 
 dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
 dispatch.register("reference", {"inject_backward": reference.inject_backward})
+native_backend.register(
+    {"inject": native.inject, "inject_add": native.inject_add}, cpu=native.cpu_accepts, cuda=native.cuda_accepts
+)
 triton_backend.register("cllava_fast.ops.inject.triton", "inject", "inject_add", "inject_backward")
 
 

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import checks, dispatch, triton_backend
-from cllava_fast.ops.select import autograd, reference
+from cllava_fast.ops import native as native_backend
+from cllava_fast.ops.select import autograd, native, reference
 
 dispatch.register("reference", {"select": reference.select, "select_backward": reference.select_backward})
+native_backend.register(
+    {"select": native.select, "select_backward": native.select_backward},
+    cpu=native.cpu_accepts,
+    cuda=native.cuda_accepts,
+)
 
 
 def _triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:

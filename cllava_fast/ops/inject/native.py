@@ -1,0 +1,72 @@
+"""inject in csrc, for few tokens a sample: the library's product, then the increments added to it in place.
+
+Forward only: training has many tokens, and gathers them into matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cllava_fast.ops import dispatch, native
+
+CPU_MOST_TOKENS = 4  # of one sample; beyond, two batched products are faster
+CUDA_MOST_TOKENS = 16
+
+
+def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    return _few_tokens(site, asked, CPU_MOST_TOKENS)
+
+
+def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    return _few_tokens(site, asked, CUDA_MOST_TOKENS)
+
+
+def _few_tokens(site: dispatch.Site, asked: bool, most: int) -> str | None:
+    tokens = dict(site.sizes)["S"]
+    return f"S = {tokens} is above {most}: many tokens are for matrix products" if tokens > most and not asked else None
+
+
+def inject(
+    x: Tensor,  # [B, S, d_in]
+    weight: Tensor,  # [d_out, d_in]
+    bias: Tensor | None,  # [d_out]
+    A: Tensor,  # [N, R, d_in]
+    B: Tensor,  # [N, R, d_out]
+    index: Tensor,  # [B, P]
+    coefficient: Tensor,  # [B, P]
+    scale: float,
+) -> Tensor:
+    y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
+    _add(y, x, A, B, index, coefficient, scale)
+    return y
+
+
+def inject_add(
+    y: Tensor,  # [B, S, d_out]
+    x: Tensor,  # [B, S, d_in]
+    A: Tensor,
+    B: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    scale: float,
+) -> Tensor:
+    y = y.clone(memory_format=torch.contiguous_format)
+    _add(y, x, A, B, index, coefficient, scale)
+    return y
+
+
+def _add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float) -> None:
+    native.ops.inject_add(
+        _dense_rows(x), _factor(A, x), _factor(B, x), index.contiguous(), coefficient.contiguous(), scale, y
+    )
+
+
+def _factor(factor: Tensor, x: Tensor) -> Tensor:
+    """In x's dtype or float32, with dense rows."""
+    return _dense_rows(factor if factor.dtype in (x.dtype, torch.float32) else factor.to(x.dtype))
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

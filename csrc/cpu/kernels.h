@@ -1,0 +1,17 @@
+// The CPU's kernels. Each computes what its struct in ops.h says; keys and factors of select are float32 here.
+#pragma once
+
+#include "../ops.h"
+
+namespace cllava::cpu {
+
+void select(const Select&);
+void select_backward(const SelectBackward&);
+void aggregate(const Aggregate&);
+void aggregate_backward(const AggregateBackward&);
+void mix_factors(const MixFactors&);
+void mix_factors_backward(const MixFactorsBackward&);
+void inject_add(const InjectAdd&);
+void merge(const Merge&);
+
+}  // namespace cllava::cpu
