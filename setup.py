@@ -4,7 +4,8 @@ Two plain shared libraries, free of Python's version, on torch's stable ABI (2.1
 `_native_cpu.so` (schemas and CPU kernels, by the C++ compiler) and `_native_cuda.so` (CUDA kernels, by nvcc). Without
 a compiler, ninja or torch they are left out, and the library runs without them; `cllava-fast env` says so.
 
-    CLLAVA_BUILD_CUDA      auto (default): where nvcc is found and torch has CUDA; 1: or fail; 0: never
+    CLLAVA_BUILD_CUDA      auto (default): where nvcc is found and torch has CUDA; 1: or fail; 0: never;
+                           emulated: the CUDA kernels for the CPU, which is how tests run them without a GPU
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0a+PTX" (default: "8.0+PTX;9.0a")
     MAX_JOBS, CXX, NVCC    processes at once, the compilers
 """
@@ -28,6 +29,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "native"  # kept, so that a second build compiles what changed
 CPU, CUDA = "cllava_fast._native_cpu", "cllava_fast._native_cuda"
+EMULATED = "cllava_fast._native_cuda_emulated"
 ARCHITECTURES = "8.0+PTX;9.0a"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 
@@ -36,18 +38,19 @@ def main() -> None:
     extensions = []
     missing = missing_for_cpu()
     wanted = os.environ.get("CLLAVA_BUILD_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"CLLAVA_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    if wanted not in ("auto", "0", "1", "emulated"):
+        sys.exit(f"CLLAVA_BUILD_CUDA: expected auto, 0, 1 or emulated, got {wanted!r}")
     if missing is None:
         # optional: where a compiler fails, the pure Python installation still works
-        extensions.append(Extension(CPU, sources("cpu"), optional=wanted != "1"))
+        extensions.append(Extension(CPU, sources("cpu"), optional=wanted in ("auto", "0")))
     else:
         print(f"cllava_fast: no native library is built: {missing}", file=sys.stderr)
-    missing = missing or missing_for_cuda(wanted)
-    if wanted == "1" and missing:
-        sys.exit(f"CLLAVA_BUILD_CUDA=1, but {missing}")
+    if wanted in ("auto", "1"):
+        missing = missing or missing_for_cuda(wanted)
+    if missing and wanted in ("1", "emulated"):
+        sys.exit(f"CLLAVA_BUILD_CUDA={wanted}, but {missing}")
     if wanted != "0" and missing is None:
-        extensions.append(Extension(CUDA, sources("cuda")))
+        extensions.append(Extension(EMULATED if wanted == "emulated" else CUDA, sources("cuda")))
     elif wanted != "0":
         print(f"cllava_fast: the CUDA library is not built: {missing}", file=sys.stderr)
     setup(ext_modules=extensions, cmdclass={"build_ext": NativeBuild, "bdist_wheel": AnyPython})
@@ -135,6 +138,8 @@ class NativeBuild(build_ext):
         rule = "nvcc" if ext.name == CUDA else "cxx"
         if rule == "nvcc":
             compilers["nvcc"] += ["-x", "cu", *architectures()]
+        elif ext.name == EMULATED:
+            compilers["cxx"] += ["-x", "c++", "-DCLLAVA_EMULATED", "-I", ROOT / "tests" / "cuda_emulator"]
         name = ext.name.rpartition(".")[2]
         flags = [*compilers[rule], STABLE_ABI, "-isystem", headers]
         link = [f"-L{libraries}", "-ltorch_cpu", "-ldl"]

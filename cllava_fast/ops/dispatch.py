@@ -72,6 +72,14 @@ def _accepts_all(op: str, site: Site, asked: bool) -> None:
     return None
 
 
+def above(site: Site, limits: Mapping[str, int]) -> str | None:
+    """What a backend of limited sizes says of a site that exceeds them; None where it does not."""
+    for name, size in site.sizes:
+        if size > limits.get(name, size):
+            return f"{name} = {size} is above {limits[name]}"
+    return None
+
+
 def register(
     backend: str,
     kernels: Mapping[str, Callable[..., Any]],

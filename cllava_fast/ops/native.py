@@ -1,12 +1,14 @@
 """The native backends "cpu" and "cuda": the shared libraries that setup.py builds from csrc/, and whether they can run.
 
 Loaded when an op first asks, never at import. Both implement the same ops, `torch.ops.cllava_fast_native.*`, whose
-outputs are allocated here in Python.
+outputs are allocated in Python. With CLLAVA_EMULATE_CUDA=1 the CUDA kernels run on the CPU instead, slowly, and only
+when asked for by name: for tests (`_native_cuda_emulated.so`, made by CLLAVA_BUILD_CUDA=emulated).
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
 HOW = "build it with a C++ compiler and ninja: pip install --no-build-isolation, from the source tree"
 HOW_CUDA = "build it with the CUDA toolkit: CLLAVA_BUILD_CUDA=1 pip install --no-build-isolation, from the source tree"
-
-ops: Any = torch.ops.cllava_fast_native
+EMULATED = os.environ.get("CLLAVA_EMULATE_CUDA", "0") == "1"
 
 
 @functools.cache
@@ -34,6 +35,8 @@ def cuda_usable() -> str | None:
     refusal = cpu_usable()  # which holds the schemas
     if refusal is not None:
         return refusal
+    if EMULATED:
+        return _load("_native_cuda_emulated.so", "CLLAVA_BUILD_CUDA=emulated python setup.py build_ext --inplace")
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     if not (FOLDER / "_native_cuda.so").exists():
@@ -61,14 +64,29 @@ Accepts = Callable[[str, dispatch.Site, bool], str | None]
 
 
 def register(kernels: Mapping[str, Callable[..., Any]], cpu: Accepts, cuda: Accepts) -> None:
-    """Registers the same functions for both devices; `cpu` and `cuda` say what each takes beyond device and dtype."""
-    for backend, usable, accepts in (("cpu", cpu_usable, cpu), ("cuda", cuda_usable, cuda)):
-        dispatch.register(backend, kernels, usable=usable, accepts=functools.partial(_accepts, backend, accepts))
+    """Registers functions of (library, *arguments) for both devices, where `library` holds the device's native ops.
+
+    `cpu` and `cuda` say what each takes beyond device and dtype.
+    """
+    native = torch.ops.cllava_fast_native
+    for backend, library, usable, accepts in (
+        ("cpu", native, cpu_usable, cpu),
+        ("cuda", torch.ops.cllava_fast_emulated if EMULATED else native, cuda_usable, cuda),
+    ):
+        dispatch.register(
+            backend,
+            {op: functools.partial(run, library) for op, run in kernels.items()},
+            usable=usable,
+            accepts=functools.partial(_accepts, backend, accepts),
+        )
 
 
-def _accepts(device: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:
-    if site.device.type != device:
+def _accepts(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:
+    emulated = backend == "cuda" and EMULATED
+    if site.device.type != ("cpu" if emulated else backend):
         return f"the tensors are on {site.device}"
+    if emulated and not asked:
+        return "the emulation runs only when asked for by name"
     if site.dtype not in DTYPES:
         return f"{site.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
     return accepts(op, site, asked)

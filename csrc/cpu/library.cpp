@@ -1,5 +1,6 @@
-// The one file of the CPU library that knows torch: schemas of all native ops, and the CPU's implementations.
+// The one file of the CPU library that knows torch: it defines all native ops, and implements them for the CPU.
 #include "../bind.h"
+#include "../schemas.h"
 #include "kernels.h"
 
 namespace {
@@ -19,33 +20,6 @@ struct Cpu {
 
 }  // namespace
 
-// Outputs are written in place, so these ops are for this library's own use: autograd and compilers see the functional
-// ops that cllava_fast.ops defines on top of them.
-STABLE_TORCH_LIBRARY(cllava_fast_native, library) {
-  library.def(
-      "select(Tensor query, Tensor keys, Tensor? allowed, int groups, bool by_batch, Tensor(a!) similarity, "
-      "Tensor(b!) weight, Tensor(c!) index) -> ()");
-  library.def(
-      "select_backward(Tensor grad, Tensor query, Tensor keys, Tensor index, int groups, bool by_batch, "
-      "Tensor(a!) out) -> ()");
-  library.def(
-      "aggregate(Tensor index, Tensor weight, Tensor row_task, Tensor row_mean, Tensor context, Tensor(a!) "
-      "coefficient, Tensor(b!) rows) -> ()");
-  library.def(
-      "aggregate_backward(Tensor grad, Tensor index, Tensor weight, Tensor row_task, Tensor row_mean, Tensor "
-      "context, Tensor(a!)? grad_weight, Tensor(b!)? grad_context) -> ()");
-  library.def(
-      "mix_factors(Tensor A, Tensor B, Tensor coefficient, Tensor index, Tensor(a!) A_mix, Tensor(b!) B_mix) -> "
-      "()");
-  library.def(
-      "mix_factors_backward(Tensor grad_A, Tensor grad_B, Tensor A, Tensor B, Tensor coefficient, Tensor index, "
-      "Tensor(a!)? to_A, Tensor(b!)? to_B, Tensor(c!)? to_coefficient) -> ()");
-  library.def(
-      "inject_add(Tensor x, Tensor A, Tensor B, Tensor index, Tensor coefficient, float scale, Tensor(a!) y) -> "
-      "()");
-  library.def(
-      "merge(Tensor weight, Tensor A, Tensor B, Tensor index, Tensor coefficient, float scale, Tensor(a!) out) "
-      "-> ()");
-}
+STABLE_TORCH_LIBRARY(cllava_fast_native, library) { cllava::define(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(cllava_fast_native, CPU, library) { cllava::Bound<Cpu>::implement(library); }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import dispatch, native
+from cllava_fast.ops import dispatch
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
@@ -15,16 +17,17 @@ def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
 
 
 def aggregate(
-    index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor
+    library: Any, index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor
 ) -> tuple[Tensor, Tensor]:
     """coefficient, index, each [B, M + N]."""
     shape = len(index), index.shape[1] + len(row_task)
     coefficient, rows = weight.new_empty(shape), index.new_empty(shape)
-    native.ops.aggregate(*_dense(index, weight, row_task, row_mean, context), coefficient, rows)
+    library.aggregate(*_dense(index, weight, row_task, row_mean, context), coefficient, rows)
     return coefficient, rows
 
 
 def aggregate_backward(
+    library: Any,
     grad: Tensor,
     index: Tensor,
     weight: Tensor,
@@ -38,34 +41,39 @@ def aggregate_backward(
         return own if needed[0] else weight.new_empty(0), torch.zeros_like(context if needed[1] else context[:0, 0])
     to_weight = weight.new_empty(weight.shape) if needed[0] else None
     to_context = context.new_empty(context.shape) if needed[1] else None
-    native.ops.aggregate_backward(
-        *_dense(grad.float(), index, weight, row_task, row_mean, context), to_weight, to_context
-    )
+    library.aggregate_backward(*_dense(grad.float(), index, weight, row_task, row_mean, context), to_weight, to_context)
     return (
         weight.new_empty(0) if to_weight is None else to_weight,
         context.new_empty(0) if to_context is None else to_context,
     )
 
 
-def mix_factors(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def mix_factors(library: Any, A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     if A.dtype != B.dtype:  # the kernels know one dtype a call
         dtype = torch.promote_types(A.dtype, B.dtype)
-        A_mix, B_mix = mix_factors(A.to(dtype), B.to(dtype), coefficient, index)
+        A_mix, B_mix = mix_factors(library, A.to(dtype), B.to(dtype), coefficient, index)
         return A_mix.to(A.dtype), B_mix.to(B.dtype)
     A_mix, B_mix = (factor.new_empty(len(index), *factor.shape[1:]) for factor in (A, B))
     if 0 in (index.numel(), A[0].numel(), B[0].numel()):
         return A_mix.zero_(), B_mix.zero_()
-    native.ops.mix_factors(_adjacent(A), _adjacent(B), *_dense(coefficient, index), A_mix, B_mix)
+    library.mix_factors(_adjacent(A), _adjacent(B), *_dense(coefficient, index), A_mix, B_mix)
     return A_mix, B_mix
 
 
 def mix_factors_backward(
-    grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor, needed: list[bool]
+    library: Any,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    A: Tensor,
+    B: Tensor,
+    coefficient: Tensor,
+    index: Tensor,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     if A.dtype != B.dtype:
         dtype = torch.promote_types(A.dtype, B.dtype)
         grad_A, grad_B, A_cast, B_cast = (tensor.to(dtype) for tensor in (grad_A, grad_B, A, B))
-        found = mix_factors_backward(grad_A, grad_B, A_cast, B_cast, coefficient, index, needed)
+        found = mix_factors_backward(library, grad_A, grad_B, A_cast, B_cast, coefficient, index, needed)
         return found[0].to(A.dtype), found[1].to(B.dtype), found[2]
     like = (A, B, coefficient)
     outs = [t.new_empty(t.shape) if need else None for t, need in zip(like, needed, strict=True)]
@@ -74,7 +82,7 @@ def mix_factors_backward(
             if out is not None:
                 out.zero_()
     else:
-        native.ops.mix_factors_backward(
+        library.mix_factors_backward(
             *_dense(grad_A, grad_B), _adjacent(A), _adjacent(B), *_dense(coefficient, index), *outs
         )
     to_A, to_B, to_coefficient = (t.new_empty(0) if out is None else out for t, out in zip(like, outs, strict=True))

@@ -5,30 +5,28 @@ Forward only: training has many tokens, and gathers them into matrix products.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cllava_fast.ops import dispatch, native
+from cllava_fast.ops import dispatch
 
 CPU_MOST_TOKENS = 4  # of one sample; beyond, two batched products are faster
-CUDA_MOST_TOKENS = 16
+CUDA_MOST_TOKENS = 16  # as csrc/cuda/ops.cuh says
 
 
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    return _few_tokens(site, asked, CPU_MOST_TOKENS)
+    return None if asked else dispatch.above(site, {"S": CPU_MOST_TOKENS})
 
 
 def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    return _few_tokens(site, asked, CUDA_MOST_TOKENS)
-
-
-def _few_tokens(site: dispatch.Site, asked: bool, most: int) -> str | None:
-    tokens = dict(site.sizes)["S"]
-    return f"S = {tokens} is above {most}: many tokens are for matrix products" if tokens > most and not asked else None
+    return dispatch.above(site, {"S": CUDA_MOST_TOKENS})
 
 
 def inject(
+    library: Any,
     x: Tensor,  # [B, S, d_in]
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,  # [d_out]
@@ -39,11 +37,12 @@ def inject(
     scale: float,
 ) -> Tensor:
     y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
-    _add(y, x, A, B, index, coefficient, scale)
+    _add(library, y, x, A, B, index, coefficient, scale)
     return y
 
 
 def inject_add(
+    library: Any,
     y: Tensor,  # [B, S, d_out]
     x: Tensor,  # [B, S, d_in]
     A: Tensor,
@@ -53,12 +52,14 @@ def inject_add(
     scale: float,
 ) -> Tensor:
     y = y.clone(memory_format=torch.contiguous_format)
-    _add(y, x, A, B, index, coefficient, scale)
+    _add(library, y, x, A, B, index, coefficient, scale)
     return y
 
 
-def _add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float) -> None:
-    native.ops.inject_add(
+def _add(
+    library: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float
+) -> None:
+    library.inject_add(
         _dense_rows(x), _factor(A, x), _factor(B, x), index.contiguous(), coefficient.contiguous(), scale, y
     )
 

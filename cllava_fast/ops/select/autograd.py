@@ -10,13 +10,17 @@ from torch import Tensor
 from cllava_fast.ops import dispatch, library
 
 
-def _site(query: Tensor, keys: Tensor, top_m: int, *_: Any) -> dispatch.Site:
-    sizes = (("B", query.shape[0]), ("D", query.shape[1]), ("N", keys.shape[0]), ("M", top_m))
+def _site(
+    query: Tensor, keys: Tensor, top_m: int, allowed: Tensor | None, groups: int, by_batch: bool
+) -> dispatch.Site:
+    sizes = (("B", query.shape[0]), ("D", query.shape[1]), ("N", keys.shape[0]), ("M", top_m), ("groups", groups))
     return dispatch.Site(query.device, keys.dtype, sizes)
 
 
-def _backward_site(grad: Tensor, query: Tensor, keys: Tensor, *_: Any) -> dispatch.Site:
-    return _site(query, keys, grad.shape[1])
+def _backward_site(
+    grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, groups: int, by_batch: bool
+) -> dispatch.Site:
+    return _site(query, keys, grad.shape[1], None, groups, by_batch)
 
 
 def _fake(query: Tensor, keys: Tensor, top_m: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

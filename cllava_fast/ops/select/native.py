@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import dispatch, native
+from cllava_fast.ops import dispatch
 
 MOST_ROWS = 2**31 - 1  # a row and its similarity share 64 bits
-CUDA_MOST_SELECTED = 64
+# csrc/cuda/ops.cuh says the same
+CUDA_LIMITS = {"M": 64, "groups": 64, "N": MOST_ROWS - 31}
+CUDA_BACKWARD_WIDTH = 8192
 
 
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     if site.dtype != torch.float32:
         return f"keys are {site.dtype}, the CPU's kernel takes float32"
-    return _too_many(site)
+    return dispatch.above(site, {"N": MOST_ROWS})
 
 
 def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    top_m = dict(site.sizes)["M"]
-    if top_m > CUDA_MOST_SELECTED:
-        return f"M = {top_m} is above {CUDA_MOST_SELECTED}, the most that its running top-M holds"
-    return _too_many(site)
-
-
-def _too_many(site: dispatch.Site) -> str | None:
-    rows = dict(site.sizes)["N"]
-    return f"N = {rows} is above {MOST_ROWS}" if rows > MOST_ROWS else None
+    widest = {"D": CUDA_BACKWARD_WIDTH} if op == "select_backward" else {}
+    return dispatch.above(site, CUDA_LIMITS | widest)
 
 
 def select(
-    query: Tensor, keys: Tensor, top_m: int, allowed: Tensor | None, groups: int, by_batch: bool
+    library: Any, query: Tensor, keys: Tensor, top_m: int, allowed: Tensor | None, groups: int, by_batch: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """similarity, weight, index, each [B, M]."""
     similarity = query.new_empty((query.shape[0], top_m), dtype=torch.float32)
@@ -42,17 +39,19 @@ def select(
         elif by_batch:
             allowed = allowed.all(0, keepdim=True)
         allowed = allowed.view(torch.uint8)
-    native.ops.select(
+    library.select(
         query.float().contiguous(), _rows(keys), allowed, groups, by_batch, similarity, weight, index
     )  # fmt: skip
     return similarity, weight, index
 
 
-def select_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, groups: int, by_batch: bool) -> Tensor:
+def select_backward(
+    library: Any, grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, groups: int, by_batch: bool
+) -> Tensor:
     if grad.numel() == 0 or keys.numel() == 0:
         return torch.zeros_like(keys, memory_format=torch.contiguous_format)
     out = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    native.ops.select_backward(
+    library.select_backward(
         grad.float().contiguous(), query.float().contiguous(), _rows(keys), index.contiguous(), groups, by_batch, out
     )  # fmt: skip
     return out
