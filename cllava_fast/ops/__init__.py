@@ -1,10 +1,14 @@
 """The three ops under every method: `select` picks pool rows per sample, `aggregate` adds what earlier tasks left
-behind, `inject` applies the chosen rows to a frozen linear without ever building its dense offset."""
+behind, `inject` applies the chosen rows to a frozen linear without ever building its dense offset.
+
+`merge` does build it, once, for inference where one selection serves all.
+"""
 
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.aggregate import aggregate, mix_factors
 from cllava_fast.ops.dispatch import BackendError, backend
 from cllava_fast.ops.inject import inject, inject_add
+from cllava_fast.ops.merge import merge
 from cllava_fast.ops.select import select
 
-__all__ = ["BackendError", "aggregate", "backend", "dispatch", "inject", "inject_add", "mix_factors", "select"]
+__all__ = ["BackendError", "aggregate", "backend", "dispatch", "inject", "inject_add", "merge", "mix_factors", "select"]

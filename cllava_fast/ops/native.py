@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cllava_fast.ops import dispatch
 
@@ -90,3 +91,16 @@ def _accepts(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked
     if site.dtype not in DTYPES:
         return f"{site.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
     return accepts(op, site, asked)
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """Rows may lie apart (a slice of wider ones), their entries not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def factors(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """With dense rows, in one dtype: `dtype` or float32."""
+    if A.dtype != B.dtype or A.dtype not in (dtype, torch.float32):
+        wanted = torch.float32 if torch.float32 in (A.dtype, B.dtype) else dtype
+        A, B = A.to(wanted), B.to(wanted)
+    return dense_rows(A), dense_rows(B)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast.ops import dispatch
+from cllava_fast.ops.native import dense_rows, factors
 
 CPU_MOST_TOKENS = 4  # of one sample; beyond, two batched products are faster
 CUDA_MOST_TOKENS = 16  # as csrc/cuda/ops.cuh says
@@ -59,15 +60,5 @@ def inject_add(
 def _add(
     library: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float
 ) -> None:
-    library.inject_add(
-        _dense_rows(x), _factor(A, x), _factor(B, x), index.contiguous(), coefficient.contiguous(), scale, y
-    )
-
-
-def _factor(factor: Tensor, x: Tensor) -> Tensor:
-    """In x's dtype or float32, with dense rows."""
-    return _dense_rows(factor if factor.dtype in (x.dtype, torch.float32) else factor.to(x.dtype))
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    A, B = factors(A, B, x.dtype)
+    library.inject_add(dense_rows(x), A, B, index.contiguous(), coefficient.contiguous(), scale, y)

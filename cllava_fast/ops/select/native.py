@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import dispatch
+from cllava_fast.ops.native import dense_rows
 
 MOST_ROWS = 2**31 - 1  # a row and its similarity share 64 bits
 # csrc/cuda/ops.cuh says the same
@@ -39,9 +40,7 @@ def select(
         elif by_batch:
             allowed = allowed.all(0, keepdim=True)
         allowed = allowed.view(torch.uint8)
-    library.select(
-        query.float().contiguous(), _rows(keys), allowed, groups, by_batch, similarity, weight, index
-    )  # fmt: skip
+    library.select(query.float().contiguous(), dense_rows(keys), allowed, groups, by_batch, similarity, weight, index)
     return similarity, weight, index
 
 
@@ -51,12 +50,6 @@ def select_backward(
     if grad.numel() == 0 or keys.numel() == 0:
         return torch.zeros_like(keys, memory_format=torch.contiguous_format)
     out = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    library.select_backward(
-        grad.float().contiguous(), query.float().contiguous(), _rows(keys), index.contiguous(), groups, by_batch, out
-    )  # fmt: skip
+    grad, query = grad.float().contiguous(), query.float().contiguous()
+    library.select_backward(grad, query, dense_rows(keys), index.contiguous(), groups, by_batch, out)
     return out
-
-
-def _rows(keys: Tensor) -> Tensor:
-    """Rows may lie apart (a slice of wider ones), their entries not."""
-    return keys if keys.stride(1) == 1 or keys.shape[1] == 1 else keys.contiguous()
