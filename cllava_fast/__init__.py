@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cllava_fast import ops
     from cllava_fast.data import Sample, Stream, Task
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
-    from cllava_fast.model import load_pretrained, patch, save_pretrained, unpatch
+    from cllava_fast.model import load_pretrained, merge, patch, save_pretrained, unmerge, unpatch
     from cllava_fast.pool import Pool
     from cllava_fast.train import ContinualArguments, ContinualResult, ContinualTrainer, PreparedStream
 
@@ -31,16 +31,18 @@ __all__ = [
     "Stream",
     "Task",
     "load_pretrained",
+    "merge",
     "ops",
     "patch",
     "save_pretrained",
+    "unmerge",
     "unpatch",
 ]
 
 _HOMES = {
     "data": ("Sample", "Stream", "Task"),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
-    "model": ("load_pretrained", "patch", "save_pretrained", "unpatch"),
+    "model": ("load_pretrained", "merge", "patch", "save_pretrained", "unmerge", "unpatch"),
     "pool": ("Pool",),
     "train": ("ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"),
 }

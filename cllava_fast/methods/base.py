@@ -116,3 +116,7 @@ class Method(ABC):
     @abstractmethod
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         """What acts on the samples of ``query [B, D]``; None where nothing does (the frozen model answers alone)."""
+
+    def task_mean(self, pool: Pool, task: int) -> Selection:
+        """What acted on the training samples of a committed task, on average: one sample's selection."""
+        raise ValueError(f"{self.config.method} keeps no mean of a task; name an instruction instead")

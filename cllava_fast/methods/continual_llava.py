@@ -122,6 +122,14 @@ class ContinualLlava(Method):
             mix=self.config.context == "factor",
         )
 
+    def task_mean(self, pool: Pool, task: int) -> Selection:
+        """Exact in the product form, where the mean of the increments is the increment of the mean weights."""
+        if self.config.context == "factor":
+            return super().task_mean(pool, task)
+        index = (pool.row_task == task).nonzero().t()  # [1, rows_per_task]
+        weight = pool.row_mean[index]
+        return Selection(past=Pairs(*self._with_context(pool, index, weight, pool.last_block_start)))
+
     def _with_context(self, pool: Pool, index: Tensor, weight: Tensor, context_rows: int) -> tuple[Tensor, Tensor]:
         """The selected pairs ``[B, M]``, and behind them the pairs of the first ``context_rows`` rows.
 
@@ -133,8 +141,8 @@ class ContinualLlava(Method):
         if block:
             row_task = torch.cat([row_task, row_task.new_full((block,), pool.num_tasks)])
             row_mean = torch.cat([row_mean, row_mean.new_zeros(block)])
+        pairs = index.shape[1] + context_rows
         index, coefficient = ops.aggregate(index, weight, row_task, row_mean, pool.context_matrix())
-        pairs = self.config.top_m + context_rows
         return index[:, :pairs], coefficient[:, :pairs]
 
 

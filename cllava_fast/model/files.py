@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.methods import config_from_dict
 from cllava_fast.model import paths
-from cllava_fast.model.patching import get_increments, patch, unpatch
+from cllava_fast.model.patching import check_not_merged, get_increments, patch, unpatch
 from cllava_fast.surrogate import fingerprint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,11 +27,12 @@ def save_pretrained(model: Any, path: str | os.PathLike[str]) -> Path:
     The folder appears whole or not at all; one that this function wrote before is replaced.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or a selection is merged.
         FileExistsError: ``path`` holds something else.
         ValueError: ``path`` holds an adapter that this library did not save.
     """
     increments = get_increments(model)
+    check_not_merged(increments)
     pool, target = increments.pool, Path(path)
     check_replaceable(target, (CONFIG, WEIGHTS), "saved increments")
     if (target / CONFIG).exists():
@@ -78,6 +79,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
     paths.check_is_llava(model)
     was_patched = hasattr(model, "increments")
+    if was_patched:
+        check_not_merged(get_increments(model))
     if base_fingerprint(model) != base:
         raise ValueError(f"{folder} was learned on another base model; load the base that it was trained with")
     patch(model, config, processor=processor)

@@ -38,6 +38,7 @@ class Increments(nn.Module):
         pool: the rows; the only state.
         active: what acts on the batch that is in the layers right now.
         pending: what acts during the ``generate`` that is under way.
+        pristine: the frozen weight of each linear that ``merge`` replaced, by path; empty while nothing is merged.
     """
 
     def __init__(self, model: nn.Module, config: MethodConfig, processor: Any | None) -> None:
@@ -59,6 +60,7 @@ class Increments(nn.Module):
         )
         self.active: Selection | None = None
         self.pending: Selection | None = None
+        self.pristine: dict[str, Tensor] = {}
         self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
@@ -98,6 +100,10 @@ class Increments(nn.Module):
             past_key_values: a cache that remembers the selection of the prompt it was filled with.
         """
         learning = self.training and self.pool.block_rows > 0
+        if self.pristine:
+            if learning or request.instructions is not None or request.query is not None:
+                raise ValueError("one selection is merged into the weights; cllava_fast.unmerge(model) before another")
+            return None
         if not learning and not self.pool.num_rows and self.method.uses_query:
             return None
         if not self.method.uses_query:
@@ -107,8 +113,12 @@ class Increments(nn.Module):
             remembered = self.pending or self._remembered(request, past_key_values)
             if remembered is not None:
                 return remembered.expand(request.batch)
-        query = self.query(request, pooled_image)
-        selection = self.method.select(self.pool, query.to(self.pool.keys.device), self.groups, learning)
+        return self.choose(request, pooled_image)
+
+    def choose(self, request: Request, pooled_image: Any) -> Selection | None:
+        """What the method picks for the request's own instructions."""
+        query = self.query(request, pooled_image).to(self.pool.keys.device)
+        selection = self.method.select(self.pool, query, self.groups, self.training and self.pool.block_rows > 0)
         return selection and selection.expand(request.batch)
 
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
@@ -201,7 +211,7 @@ class Increments(nn.Module):
         if x.dim() != 3 or x.shape[0] != selection.batch_size:
             raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{selection.batch_size}, S, d_in]")
         y = base
-        for A, B, pairs in _terms(selection, factors):
+        for A, B, pairs in terms(selection, factors):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:
                 assert linear is not None
@@ -215,7 +225,7 @@ class Increments(nn.Module):
         return y
 
 
-def _terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
+def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
     """``(A, B, pairs)`` whose increments add up to what acts. Committed and open rows stay two pools, so that no
     gradient of committed rows ever exists."""
     terms: list[tuple[Tensor, Tensor, Pairs]] = []

@@ -97,10 +97,11 @@ def unpatch(model: Any) -> Any:
     """Restores exactly the model that came in; what was learned is dropped (``save_pretrained`` first).
 
     Raises:
-        ValueError: the model is not patched, or something else was patched over it since.
+        ValueError: the model is not patched, something else was patched over it since, or a selection is merged.
     """
     increments = get_increments(model)
     linears = paths.adapted_linears(model, increments.config.targets)
+    check_not_merged(increments)
     shadowed = [(model, "forward"), (model, "generate"), (model, "save_pretrained")]
     shadowed += [(model.model, "get_image_features")]
     shadowed += [(linear, "forward") for linear in linears.values()]
@@ -128,6 +129,11 @@ def get_increments(model: Any) -> Increments:
     if not isinstance(increments, Increments):
         raise ValueError(f"the {type(model).__name__} is not patched; call cllava_fast.patch(model) first")
     return increments
+
+
+def check_not_merged(increments: Increments) -> None:
+    if increments.pristine:
+        raise ValueError("a selection is merged into the frozen weights; call cllava_fast.unmerge(model) first")
 
 
 def _check_not_adapted(model: Any) -> None:

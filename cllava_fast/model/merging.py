@@ -1,0 +1,132 @@
+"""``merge`` and ``unmerge``: one selection goes into the frozen weights, and inference costs what the base costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cllava_fast import ops
+from cllava_fast.methods import Selection
+from cllava_fast.model import paths
+from cllava_fast.model.increments import Increments, Request, terms
+from cllava_fast.model.patching import get_increments, pooled_image
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding cost, by the path of each adapted linear.
+
+    Attributes:
+        output_error: ``|merged - exact| / |exact|`` (Frobenius): the relative error of the linear's output, the bias
+            aside, for inputs without a preferred direction.
+        increment_error: ``|merged - exact| / |exact - W0|``: the same beside the increment alone. At 1 and above, the
+            weight's dtype is too coarse for what was learned; serve unmerged then.
+    """
+
+    output_error: dict[str, float]
+    increment_error: dict[str, float]
+
+    def __str__(self) -> str:
+        worst = max(self.output_error.values()), max(self.increment_error.values())
+        return f"{len(self.output_error)} linears merged; largest error {worst[0]:.1e} of the output, " + (
+            f"{worst[1]:.1e} of the increment"
+        )
+
+
+def merge(
+    model: Any, *, instruction: str | None = None, task: str | None = None, query: Tensor | None = None
+) -> MergeReport:
+    """Adds one selection to the adapted linears' weights, from the pristine ones each time, rounded once.
+
+    Until ``unmerge``, every sample is answered with that selection, at the speed of the bare base. The pristine weights
+    are kept beside the merged ones. Give one of the three, or none where the method does not select.
+
+    Args:
+        model: a patched model.
+        instruction: a text; its rows, as ``generate`` would pick them.
+        task: a learned task's name; the mean over its training samples of what acted on them.
+        query: ``[D]`` or ``[1, D]``, an embedding of the surrogate.
+
+    Raises:
+        ValueError: the model is not patched or has nothing learned, a task is being learned, the task is unknown, or
+            the arguments do not say one selection.
+        TypeError: an adapted linear is not a plain ``nn.Linear`` (quantised or wrapped weights cannot take a sum).
+    """
+    increments = get_increments(model)
+    if increments.method.uses_query and increments.pool.block_rows:
+        raise ValueError("a task is being learned; finish it before merging")
+    linears = paths.adapted_linears(model, increments.config.targets)
+    for path, linear in linears.items():
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"{path} is a {type(linear).__name__}; only a plain nn.Linear can be merged: serve unmerged"
+            )
+    selection = _selection(model, increments, instruction, task, query)
+    if selection is None:
+        raise ValueError("nothing has been learned yet; there is nothing to merge")
+    unmerge(model)
+    pristine, report = {}, MergeReport({}, {})
+    for path, linear in linears.items():
+        weight = pristine[path] = linear.weight.data
+        finer = weight.to(torch.float64 if weight.dtype.itemsize > 2 else torch.float32)
+        merged = _merged(weight, selection, increments, path)
+        exact = _merged(finer, selection, increments, path)
+        off, whole, increment = (torch.linalg.vector_norm(t) for t in (merged - exact, exact, exact - finer))
+        report.output_error[path] = (off / whole).item()
+        report.increment_error[path] = (off / increment).item() if increment > 0 else 0.0
+        linear.weight.data = merged
+    increments.pristine = pristine
+    return report
+
+
+def unmerge(model: Any) -> Any:
+    """Puts the pristine weights back, the very tensors; does nothing where none was merged. Returns the model."""
+    increments = get_increments(model)
+    linears = paths.adapted_linears(model, increments.config.targets)
+    for path, weight in increments.pristine.items():
+        linears[path].weight.data = weight
+    increments.pristine = {}
+    return model
+
+
+def _selection(
+    model: Any, increments: Increments, instruction: str | None, task: str | None, query: Tensor | None
+) -> Selection | None:
+    given = [
+        name for name, value in (("instruction", instruction), ("task", task), ("query", query)) if value is not None
+    ]
+    method, pool = increments.method, increments.pool
+    if not method.uses_query:
+        if given:
+            raise ValueError(f"{given[0]}= was given, but {increments.config.method} does not select; give none")
+        return method.select(pool, None, 1, False)
+    if len(given) != 1:
+        raise ValueError(f"expected one of instruction=, task= and query=, got {given or 'none'}")
+    if task is not None:
+        if task not in pool.task_names:
+            raise ValueError(f"task {task!r} was not learned; expected one of {pool.task_names}")
+        return method.task_mean(pool, pool.task_names.index(task))
+    request = Request(
+        batch=1,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        pixel_values=None,
+        instructions=None if instruction is None else [instruction],
+        query=None if query is None else query.reshape(-1, query.shape[-1]),
+    )
+    with torch.no_grad():
+        return increments.choose(request, lambda pixels: pooled_image(model, pixels))
+
+
+def _merged(weight: Tensor, selection: Selection, increments: Increments, path: str) -> Tensor:
+    parts, start = [], 0
+    with torch.no_grad():
+        for A, B, pairs in terms(selection, increments.pool.factors(path)):
+            parts.append((A, B, pairs.index[0].to(A.device) + start, pairs.coefficient[0].to(A.device)))
+            start += len(A)
+        A, B, index, coefficient = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return ops.merge(weight, A, B, index, coefficient, increments.config.scale, check_values=False)
