@@ -58,12 +58,7 @@ def merge(
     increments = get_increments(model)
     if increments.method.uses_query and increments.pool.block_rows:
         raise ValueError("a task is being learned; finish it before merging")
-    linears = paths.adapted_linears(model, increments.config.targets)
-    for path, linear in linears.items():
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"{path} is a {type(linear).__name__}; only a plain nn.Linear can be merged: serve unmerged"
-            )
+    linears = _plain_linears(model, increments)
     selection = _selection(model, increments, instruction, task, query)
     if selection is None:
         raise ValueError("nothing has been learned yet; there is nothing to merge")
@@ -85,11 +80,22 @@ def merge(
 def unmerge(model: Any) -> Any:
     """Puts the pristine weights back, the very tensors; does nothing where none was merged. Returns the model."""
     increments = get_increments(model)
-    linears = paths.adapted_linears(model, increments.config.targets)
-    for path, weight in increments.pristine.items():
-        linears[path].weight.data = weight
+    for path, linear in _plain_linears(model, increments).items() if increments.pristine else ():
+        present = linear.weight.data  # the model may have been moved or cast since
+        linear.weight.data = increments.pristine[path].to(present.device, present.dtype)
     increments.pristine = {}
     return model
+
+
+def _plain_linears(model: Any, increments: Increments) -> dict[str, nn.Linear]:
+    linears = {}
+    for path, module in paths.adapted_linears(model, increments.config.targets).items():
+        if type(module) is not nn.Linear:
+            raise TypeError(
+                f"{path} is a {type(module).__name__}; only a plain nn.Linear can be merged: serve unmerged"
+            )
+        linears[path] = module
+    return linears
 
 
 def _selection(
