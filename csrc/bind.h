@@ -320,6 +320,10 @@ struct Bound {
     library.impl("mix_factors", TORCH_BOX(&Bound::mix_factors));
     library.impl("mix_factors_backward", TORCH_BOX(&Bound::mix_factors_backward));
     library.impl("inject_add", TORCH_BOX(&Bound::inject_add));
+  }
+
+  template <typename Library>
+  static void implement_merge(Library& library) {
     library.impl("merge", TORCH_BOX(&Bound::merge));
   }
 };

@@ -64,22 +64,19 @@ def _load(name: str, how: str) -> str | None:
 Accepts = Callable[[str, dispatch.Site, bool], str | None]
 
 
-def register(kernels: Mapping[str, Callable[..., Any]], cpu: Accepts, cuda: Accepts) -> None:
-    """Registers functions of (library, *arguments) for both devices, where `library` holds the device's native ops.
+def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: Accepts) -> None:
+    """Registers functions of (library, *arguments), where `library` holds the backend's native ops.
 
-    `cpu` and `cuda` say what each takes beyond device and dtype.
+    `accepts` says what they take beyond device and dtype.
     """
-    native = torch.ops.cllava_fast_native
-    for backend, library, usable, accepts in (
-        ("cpu", native, cpu_usable, cpu),
-        ("cuda", torch.ops.cllava_fast_emulated if EMULATED else native, cuda_usable, cuda),
-    ):
-        dispatch.register(
-            backend,
-            {op: functools.partial(run, library) for op, run in kernels.items()},
-            usable=usable,
-            accepts=functools.partial(_accepts, backend, accepts),
-        )
+    emulated = backend == "cuda" and EMULATED
+    library = torch.ops.cllava_fast_emulated if emulated else torch.ops.cllava_fast_native
+    dispatch.register(
+        backend,
+        {op: functools.partial(run, library) for op, run in kernels.items()},
+        usable=cpu_usable if backend == "cpu" else cuda_usable,
+        accepts=functools.partial(_accepts, backend, accepts),
+    )
 
 
 def _accepts(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:

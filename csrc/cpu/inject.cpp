@@ -1,4 +1,4 @@
-// inject for few tokens, and merge, on the CPU: factor rows are read where they lie, once for each sample.
+// inject for few tokens on the CPU: factor rows are read where they lie, once for each sample.
 #include <vector>
 
 #include "kernels.h"
@@ -46,28 +46,6 @@ void inject_add_as(const InjectAdd& call) {
   });
 }
 
-// One output row at a time: its K strengths times the rows of A.
-template <typename W, typename F>
-void merge_as(const Merge& call) {
-  const int64_t K = call.P * call.R;
-  const F* A = static_cast<const F*>(call.A);
-  const F* B = static_cast<const F*>(call.B);
-  parallel(call.d_out, K * call.d_in, [&](int64_t begin, int64_t end) {
-    std::vector<float> total(call.d_in);
-    for (int64_t o = begin; o < end; ++o) {
-      convert(static_cast<const W*>(call.weight) + o * call.weight_stride, total.data(), call.d_in);
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t p = k / call.R, r = k % call.R;
-        const float strength = call.coefficient[p] * call.scale;
-        if (strength == 0) continue;
-        const float b = static_cast<float>(B[call.index[p] * call.B_stride_n + r * call.B_stride_r + o]);
-        add(total.data(), A + call.index[p] * call.A_stride_n + r * call.A_stride_r, strength * b, call.d_in);
-      }
-      convert(total.data(), static_cast<W*>(call.out) + o * call.d_in, call.d_in);
-    }
-  });
-}
-
 }  // namespace
 
 void inject_add(const InjectAdd& call) {
@@ -75,14 +53,6 @@ void inject_add(const InjectAdd& call) {
     using X = std::remove_pointer_t<decltype(tag)>;
     if (call.factor_type == call.type) return inject_add_as<X, X>(call);
     inject_add_as<X, float>(call);
-  });
-}
-
-void merge(const Merge& call) {
-  with_type(call.type, [&](auto* tag) {
-    using W = std::remove_pointer_t<decltype(tag)>;
-    if (call.factor_type == call.type) return merge_as<W, W>(call);
-    merge_as<W, float>(call);
   });
 }
 

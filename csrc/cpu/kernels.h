@@ -1,4 +1,5 @@
-// The CPU's kernels. Each computes what its struct in ops.h says; keys and factors of select are float32 here.
+// The CPU's kernels. Each computes what its struct in ops.h says; keys are float32 here. merge has no kernel: the library's
+// matrix product is faster.
 #pragma once
 
 #include "../ops.h"
@@ -12,6 +13,5 @@ void aggregate_backward(const AggregateBackward&);
 void mix_factors(const MixFactors&);
 void mix_factors_backward(const MixFactorsBackward&);
 void inject_add(const InjectAdd&);
-void merge(const Merge&);
 
 }  // namespace cllava::cpu

@@ -15,7 +15,6 @@ struct Cpu {
   static void mix_factors(const cllava::MixFactors& call, const cllava::Tensor&) { cllava::cpu::mix_factors(call); }
   static void mix_factors_backward(const cllava::MixFactorsBackward& call, const cllava::Tensor&) { cllava::cpu::mix_factors_backward(call); }
   static void inject_add(const cllava::InjectAdd& call, const cllava::Tensor&) { cllava::cpu::inject_add(call); }
-  static void merge(const cllava::Merge& call, const cllava::Tensor&) { cllava::cpu::merge(call); }
 };
 
 }  // namespace

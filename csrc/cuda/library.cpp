@@ -80,7 +80,13 @@ struct Cuda {
 
 #ifdef CLLAVA_EMULATED
 STABLE_TORCH_LIBRARY(cllava_fast_emulated, library) { cllava::define(library); }
-STABLE_TORCH_LIBRARY_IMPL(cllava_fast_emulated, CPU, library) { cllava::Bound<Cuda>::implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(cllava_fast_emulated, CPU, library) {
+  cllava::Bound<Cuda>::implement(library);
+  cllava::Bound<Cuda>::implement_merge(library);
+}
 #else
-STABLE_TORCH_LIBRARY_IMPL(cllava_fast_native, CUDA, library) { cllava::Bound<Cuda>::implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(cllava_fast_native, CUDA, library) {
+  cllava::Bound<Cuda>::implement(library);
+  cllava::Bound<Cuda>::implement_merge(library);
+}
 #endif

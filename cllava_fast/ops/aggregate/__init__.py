@@ -11,16 +11,8 @@ from cllava_fast.ops.aggregate import autograd, mix, native, reference
 
 dispatch.register("reference", {"aggregate": reference.aggregate, "aggregate_backward": reference.aggregate_backward})
 dispatch.register("reference", {"mix_factors": mix.mix_factors, "mix_factors_backward": mix.mix_factors_backward})
-native_backend.register(
-    {
-        "aggregate": native.aggregate,
-        "aggregate_backward": native.aggregate_backward,
-        "mix_factors": native.mix_factors,
-        "mix_factors_backward": native.mix_factors_backward,
-    },
-    cpu=native.accepts,
-    cuda=native.accepts,
-)
+native_backend.register("cpu", native.KERNELS, native.accepts)
+native_backend.register("cuda", native.KERNELS, native.accepts)
 triton_backend.register("cllava_fast.ops.aggregate.triton", "aggregate", "aggregate_backward")
 triton_backend.register("cllava_fast.ops.aggregate.triton_mix", "mix_factors", "mix_factors_backward")
 

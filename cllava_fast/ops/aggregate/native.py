@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,3 +98,11 @@ def _adjacent(factor: Tensor) -> Tensor:
     """[N, R, d] with the R * d entries of each row adjacent; a copy only if need be."""
     adjacent = factor.stride(2) == 1 and (factor.shape[1] == 1 or factor.stride(1) == factor.shape[2])
     return factor if adjacent else factor.contiguous()
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "aggregate": aggregate,
+    "aggregate_backward": aggregate_backward,
+    "mix_factors": mix_factors,
+    "mix_factors_backward": mix_factors_backward,
+}

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from cllava_fast.ops import checks, dispatch, triton_backend
 from cllava_fast.ops import native as native_backend
-from cllava_fast.ops.inject import autograd, native, reference
+from cllava_fast.ops.inject import autograd, cpu, native, reference
 
 dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
 dispatch.register("reference", {"inject_backward": reference.inject_backward})
-native_backend.register(
-    {"inject": native.inject, "inject_add": native.inject_add}, cpu=native.cpu_accepts, cuda=native.cuda_accepts
+native_backend.register("cuda", {"inject": native.inject, "inject_add": native.inject_add}, native.accepts)
+dispatch.register(
+    "cpu",
+    {"inject": cpu.inject, "inject_add": cpu.inject_add, "inject_backward": cpu.inject_backward},
+    accepts=cpu.accepts,
 )
 triton_backend.register("cllava_fast.ops.inject.triton", "inject", "inject_add", "inject_backward")
 

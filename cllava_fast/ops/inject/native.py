@@ -14,16 +14,11 @@ from torch import Tensor
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.native import dense_rows, factors
 
-CPU_MOST_TOKENS = 4  # of one sample; beyond, two batched products are faster
-CUDA_MOST_TOKENS = 16  # as csrc/cuda/ops.cuh says
+MOST_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
 
 
-def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    return None if asked else dispatch.above(site, {"S": CPU_MOST_TOKENS})
-
-
-def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    return dispatch.above(site, {"S": CUDA_MOST_TOKENS})
+def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    return dispatch.above(site, {"S": MOST_TOKENS})
 
 
 def inject(
@@ -38,7 +33,7 @@ def inject(
     scale: float,
 ) -> Tensor:
     y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
-    _add(library, y, x, A, B, index, coefficient, scale)
+    add_(library, y, x, A, B, index, coefficient, scale)
     return y
 
 
@@ -53,11 +48,11 @@ def inject_add(
     scale: float,
 ) -> Tensor:
     y = y.clone(memory_format=torch.contiguous_format)
-    _add(library, y, x, A, B, index, coefficient, scale)
+    add_(library, y, x, A, B, index, coefficient, scale)
     return y
 
 
-def _add(
+def add_(
     library: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float
 ) -> None:
     A, B = factors(A, B, x.dtype)

@@ -9,7 +9,7 @@ from cllava_fast.ops import native as native_backend
 from cllava_fast.ops.merge import autograd, native, reference
 
 dispatch.register("reference", {"merge": reference.merge})
-native_backend.register({"merge": native.merge}, cpu=native.accepts, cuda=native.accepts)
+native_backend.register("cuda", {"merge": native.merge}, native.accepts)
 
 
 def merge(

@@ -12,11 +12,8 @@ from cllava_fast.ops import native as native_backend
 from cllava_fast.ops.select import autograd, native, reference
 
 dispatch.register("reference", {"select": reference.select, "select_backward": reference.select_backward})
-native_backend.register(
-    {"select": native.select, "select_backward": native.select_backward},
-    cpu=native.cpu_accepts,
-    cuda=native.cuda_accepts,
-)
+native_backend.register("cpu", native.KERNELS, native.cpu_accepts)
+native_backend.register("cuda", native.KERNELS, native.cuda_accepts)
 
 
 def _triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,3 +54,6 @@ def select_backward(
     grad, query = grad.float().contiguous(), query.float().contiguous()
     library.select_backward(grad, query, dense_rows(keys), index.contiguous(), groups, by_batch, out)
     return out
+
+
+KERNELS: dict[str, Callable[..., Any]] = {"select": select, "select_backward": select_backward}

@@ -1,0 +1,185 @@
+"""The native CPU kernels beside the fastest formulation in PyTorch: `python benchmarks/native_cpu.py`.
+
+Writes results/native_cpu.json. A kernel earns its place by a ratio of 1.2; what was tried and lost stays in the table.
+Rivals have no fixed order of summation and other rules for ties, which makes them faster, not slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cllava_fast.environment import environment
+from cllava_fast.ops import native
+from cllava_fast.ops.aggregate import cases as aggregate_cases
+from cllava_fast.ops.aggregate import mix
+from cllava_fast.ops.aggregate import native as aggregate_native
+from cllava_fast.ops.aggregate import reference as aggregate_reference
+from cllava_fast.ops.inject import cases as inject_cases
+from cllava_fast.ops.inject import cpu as inject_cpu
+from cllava_fast.ops.inject import native as inject_native
+from cllava_fast.ops.inject import reference as inject_reference
+from cllava_fast.ops.select import cases as select_cases
+from cllava_fast.ops.select import native as select_native
+from cllava_fast.ops.select import reference as select_reference
+
+RESULTS = Path(__file__).parent / "results" / "native_cpu.json"
+LIBRARY = torch.ops.cllava_fast_native
+Ways = dict[str, Callable[[], Any]]
+
+
+def select(case: select_cases.Case, rng: torch.Generator) -> tuple[Ways, Ways]:
+    query, keys, _ = select_cases.make(case, torch.float32, rng)
+    arguments = query, keys, case.M, None, case.groups, False
+
+    def cosines() -> tuple[Tensor, Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(keys, dim=1) * torch.linalg.vector_norm(query, dim=1, keepdim=True)
+        similarity, index = ((query @ keys.t()) / norms).topk(case.M)
+        positive = similarity.clamp(min=0)
+        return similarity, positive / positive.sum(1, keepdim=True), index
+
+    index = cosines()[2]
+    backward = torch.randn(case.B, case.M, generator=rng), query, keys, index, case.groups, False
+    return (
+        {"native": lambda: select_native.select(LIBRARY, *arguments), "matmul, topk": cosines},
+        {
+            "native": lambda: select_native.select_backward(LIBRARY, *backward),
+            "float32": lambda: select_reference.select_backward(*backward, compute_dtype=torch.float32),
+        },
+    )
+
+
+def aggregate(case: aggregate_cases.Case, rng: torch.Generator) -> tuple[Ways, Ways]:
+    inputs = aggregate_cases.make(case, torch.float32, rng)
+    backward = torch.randn(case.B, case.M + case.N, generator=rng), *inputs, [True, True]
+    return (
+        {
+            "native": lambda: aggregate_native.aggregate(LIBRARY, *inputs),
+            "by task": lambda: aggregate_reference.aggregate(*inputs),
+        },
+        {
+            "native": lambda: aggregate_native.aggregate_backward(LIBRARY, *backward),
+            "by task": lambda: aggregate_reference.aggregate_backward(*backward),
+        },
+    )
+
+
+def mix_factors(case: aggregate_cases.MixCase, dtype: torch.dtype, rng: torch.Generator) -> tuple[Ways, Ways]:
+    A, B, coefficient, index = aggregate_cases.make_mix(case, dtype, rng)
+    rows = torch.arange(case.N)
+
+    def strength() -> Tensor:  # [B, N]
+        return (coefficient.unsqueeze(2) * (index.unsqueeze(2) == rows)).sum(1)
+
+    def whole() -> tuple[Tensor, ...]:
+        return tuple((strength() @ f.flatten(1).float()).view(case.B, *f.shape[1:]).to(dtype) for f in (A, B))
+
+    grads = whole()
+    backward = *grads, A, B, coefficient, index, [True, True, True]
+    return (
+        {
+            "native": lambda: aggregate_native.mix_factors(LIBRARY, A, B, coefficient, index),
+            "gather, bmm": lambda: mix.mix_factors(A, B, coefficient, index),
+            "whole pool": whole,
+        },
+        {
+            "native": lambda: aggregate_native.mix_factors_backward(LIBRARY, *backward),
+            "gather, bmm": lambda: mix.mix_factors_backward(*backward),
+        },
+    )
+
+
+def inject(case: inject_cases.Case, dtype: torch.dtype, rng: torch.Generator) -> Ways:
+    x, weight, A, B, index, coefficient, _ = inject_cases.make(case, dtype, rng)
+    arguments = x, weight, None, A, B, index, coefficient, 1.0
+    return {
+        "native": lambda: inject_native.inject(LIBRARY, *arguments),
+        "gather, baddbmm": lambda: inject_reference.inject(*arguments),
+        "whole pool": lambda: inject_cpu.add_whole_(F.linear(x, weight), x, A, B, index, coefficient, 1.0),
+    }
+
+
+def benchmarks(quick: bool, rng: torch.Generator) -> list[tuple[str, str, str, Ways]]:
+    """op, dtype, case, ways."""
+    found: list[tuple[str, str, str, Ways]] = []
+    half = torch.bfloat16
+    for case in select_cases.QUICK if quick else (*select_cases.QUICK, select_cases.Case(16, 20000, 384, 4)):
+        forward, backward = select(case, rng)
+        found += [("select", "float32", str(case), forward), ("select backward", "float32", str(case), backward)]
+    for task_case in aggregate_cases.QUICK if quick else aggregate_cases.BENCH:
+        forward, backward = aggregate(task_case, rng)
+        found += [("aggregate", "float32", str(task_case), forward)]
+        found += [("aggregate backward", "float32", str(task_case), backward)]
+    for mix_case in aggregate_cases.MIX_QUICK if quick else aggregate_cases.MIX_BENCH:
+        for dtype in (torch.float32, half):
+            forward, backward = mix_factors(mix_case, dtype, rng)
+            name = str(dtype).removeprefix("torch.")
+            found += [("mix_factors", name, str(mix_case), forward)]
+            found += [("mix_factors backward", name, str(mix_case), backward)]
+    tokens = (1,) if quick else (1, 2, 4, 8, 16, 64)
+    for inject_case in [inject_cases.Case(4, s, 1024, 1024, 64, 8, p) for s in tokens for p in (4, 36)]:
+        for dtype in (torch.float32, half):
+            name = str(dtype).removeprefix("torch.")
+            found += [("inject", name, str(inject_case), inject(inject_case, dtype, rng))]
+    return found
+
+
+def times(ways: Ways, rounds: int) -> dict[str, float]:
+    """Median microseconds of each, taken in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 2):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 2:
+                taken[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args()
+    refusal = native.cpu_usable()
+    if refusal is not None:
+        print(refusal, file=sys.stderr)
+        return 2
+    torch.set_num_threads(chosen.threads)
+    rows = []
+    for op, dtype, case, ways in benchmarks(chosen.quick, torch.Generator().manual_seed(0)):
+        found = times(ways, 5 if chosen.quick else 25)
+        ours = found.pop("native")
+        rival = min(found, key=lambda name: found[name])
+        ratio = found[rival] / ours
+        rows.append(
+            {
+                "op": op,
+                "dtype": dtype,
+                "case": case,
+                "rival": rival,
+                "ratio": round(ratio, 2),
+                "microseconds": found | {"native": ours},
+            }
+        )
+        print(f"{op:<22} {dtype:<9} {case:<44} {ours:>10.1f} us  {ratio:>6.2f}x  over {rival}", flush=True)
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen.output.write_text(
+        json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
