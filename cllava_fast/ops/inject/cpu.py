@@ -1,8 +1,8 @@
 """inject on the CPU where plain gathering is slow: three ways, chosen by what benchmarks/native_cpu.py measured.
 
-"native": one token, or few and few columns; csrc/cpu reads the rows where they lie. "whole": where about as many rows act as
-there are, all activations are projected on the whole pool, and what is not selected is multiplied by 0: no gathering,
-and gradients need no sum over pairs. "gather": everything else, which the reference does best.
+"native": one token, or few and few columns; csrc/cpu reads the rows where they lie. "whole": where about as many rows
+act as there are, all activations are projected on the whole pool, and what is not selected is multiplied by 0: no
+gathering, and gradients need no sum over pairs. "gather": everything else, which the reference does best.
 """
 
 from __future__ import annotations
