@@ -139,7 +139,8 @@ class NativeBuild(build_ext):
         if rule == "nvcc":
             compilers["nvcc"] += ["-x", "cu", *architectures()]
         elif ext.name == EMULATED:
-            compilers["cxx"] += ["-x", "c++", "-DCLLAVA_EMULATED", "-I", ROOT / "tests" / "cuda_emulator"]
+            compilers["cxx"] += ["-Wno-unknown-pragmas", "-DCLLAVA_EMULATED", "-x", "c++"]
+            compilers["cxx"] += ["-I", ROOT / "tests" / "cuda_emulator"]
         name = ext.name.rpartition(".")[2]
         flags = [*compilers[rule], STABLE_ABI, "-isystem", headers]
         link = [f"-L{libraries}", "-ltorch_cpu", "-ldl"]

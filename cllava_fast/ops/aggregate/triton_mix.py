@@ -29,7 +29,7 @@ def _add_up(
     source, apart, index, weight, out, tile, row, size, terms,
     GATHER: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    exact: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
+    exact: tl.constexpr = tl.float32
     column = tile * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=exact)
     for first in range(0, terms, UNROLL):
@@ -82,7 +82,7 @@ def strength_kernel(
 
 @triton.jit
 def _dot(grad, grad_apart, factor, factor_apart, sample, row, tile, size, SLICE: tl.constexpr, BLOCK: tl.constexpr):
-    exact: tl.constexpr = tl.float64 if factor.dtype.element_ty == tl.float64 else tl.float32
+    exact: tl.constexpr = tl.float32
     total = tl.zeros((BLOCK,), dtype=exact)
     for first in range(tile * SLICE, tl.minimum(tile * SLICE + SLICE, size), BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -149,7 +149,7 @@ def _add_up_rows(sources: list[Tensor], outs: list[Tensor], weight: Tensor, inde
 
 def _strength(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> Tensor:  # -> [N, B]
     (samples, pairs), pool = index.shape, len(A)
-    strength = coefficient.new_empty(pool, samples, dtype=_accumulator(A, B))
+    strength = coefficient.new_empty(pool, samples, dtype=torch.float32)
     if strength.numel():
         strength_kernel[(samples * triton.cdiv(pool, ROWS),)](
             index, coefficient, strength,
@@ -163,7 +163,7 @@ def _along_rows(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, index: Ten
     flat, apart = zip(*map(_flatten, (grad_A, grad_B, A, B)), strict=True)
     sizes = [factor.shape[1] * factor.shape[2] for factor in (A, B)]
     tiles = [triton.cdiv(size, SLICE) for size in sizes]
-    partial = A.new_empty(sum(tiles), *index.shape, dtype=_accumulator(A, B))
+    partial = A.new_empty(sum(tiles), *index.shape, dtype=torch.float32)
     if partial.numel():
         dot_kernel[(partial.numel(),)](
             *flat, index, partial, *apart, *sizes, tiles[0], index.numel(), index.shape[1],
@@ -177,10 +177,6 @@ def _flatten(tensor: Tensor) -> tuple[Tensor, int]:
     adjacent = tensor.stride(2) == 1 and (tensor.shape[1] == 1 or tensor.stride(1) == tensor.shape[2])
     tensor = tensor if adjacent else tensor.contiguous()
     return tensor, tensor.stride(0)
-
-
-def _accumulator(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def shipped() -> list[Shipped]:
