@@ -26,7 +26,7 @@ from cllava_fast.ops import triton_backend
 from cllava_fast.ops.triton_backend import Shipped
 
 OPS = ("select", "aggregate", "inject")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
+SHARED_LIMIT = {arch: kib * 1024 for arch, kib in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()}
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync)\b")
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -169,7 +169,7 @@ def _print(rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cllava_fast.ops.kernel_table", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=list(SHARED_LIMIT))
     parser.add_argument("--odd", action="store_true", help="pointers and sizes of any alignment")
     parser.add_argument("--quick", action="store_true", help="each configuration for one of the chips only")
     parser.add_argument(
