@@ -72,11 +72,11 @@ def dtype(request, backend):
     return request.param
 
 
-def rows(count, pairs, dtype, rng, trained):
+def rows(count, pairs, dtype, rng, trained, samples=SAMPLES):
     """A, B, index, coefficient."""
     A, B = (torch.zeros(count, RANK, WIDTH, device=DEVICE, dtype=dtype) for _ in range(2))
-    index = torch.randint(count, (SAMPLES, pairs), generator=rng).to(DEVICE)
-    coefficient = torch.rand(SAMPLES, pairs, generator=rng).to(DEVICE)
+    index = torch.randint(count, (samples, pairs), generator=rng).to(DEVICE)
+    coefficient = torch.rand(samples, pairs, generator=rng).to(DEVICE)
     return (leaf(A), leaf(B), index, leaf(coefficient)) if trained else (A, B, index, coefficient)
 
 
@@ -142,6 +142,16 @@ def test_a_layer_with_a_past_takes_one_more_gradient_of_x(layer, dtype, rng):
     took, (_, gradients) = measure(run)
     assert took.peak <= SLACK * (allowance(layer, gradients[1:]) + x.nbytes)
     assert took.largest < weight.nbytes
+
+
+def test_many_samples_with_a_long_past_gather_less_than_the_weight(layer, dtype, rng):
+    """All their rows of factors at once would be larger than the frozen weight."""
+    x, upstream = (torch.zeros(16, 2, WIDTH, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight = layer[1]
+    past = rows(56, 56, dtype, rng, trained=False, samples=16)
+    assert past[0][past[2]].nbytes > weight.nbytes
+    took, _ = measure(lambda: backward(ops.inject(x, weight, *past), upstream, x))
+    assert took.peak < weight.nbytes
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32)], indirect=True)
