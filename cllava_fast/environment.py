@@ -33,13 +33,15 @@ def environment() -> dict[str, Any]:
 
     import cllava_fast
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    there = torch.cuda.is_available()
     return {
         "cllava_fast": cllava_fast.__version__,
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if there else None,
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if there else None,
+        "cuda": torch.version.cuda,
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

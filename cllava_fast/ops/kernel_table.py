@@ -147,24 +147,18 @@ def _describe(shipped: Shipped) -> str:
 
 
 def _print(rows: Sequence[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    table = Table(title="Triton kernels, compiled ahead of time")
-    for name in ("op", "kernel", "configuration"):
-        table.add_column(name, overflow="fold")
-    for name in ("arch", "registers", "spill bytes", "shared bytes", "tensor cores"):
-        table.add_column(name, justify="right")
+    """A plain table: what compiles kernels needs no more than torch and triton."""
+    head = ("op", "kernel", "arch", "registers", "spill bytes", "shared bytes", "tensor cores", "configuration")
+    lines = [head]
     for row in rows:
-        figures = (f"sm_{row.arch}", row.registers, row.spilled, row.shared, row.tensor_cores)
-        table.add_row(
-            *row[:3], *(f"{figure:,}" if isinstance(figure, int) else figure for figure in figures),
-            style="red" if problems(row) else None,
-        )  # fmt: skip
-    console.print(table)
+        figures = (f"{row.registers:,}", f"{row.spilled:,}", f"{row.shared:,}", row.tensor_cores)
+        lines.append((row.op, row.kernel, f"sm_{row.arch}", *figures, row.configuration))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+    for line in lines:
+        texts, figures = line[:3], line[3:-1]
+        cells = [text.ljust(width) for text, width in zip(texts, widths, strict=False)]
+        cells += [figure.rjust(width) for figure, width in zip(figures, widths[3:], strict=True)]
+        print("  ".join([*cells, line[-1]]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
