@@ -1,11 +1,13 @@
-"""What a result was measured with: versions, device, date."""
+"""What a result was measured with: versions, device, date; and what is missing for a feature that is used."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
 from datetime import UTC, datetime
+from types import ModuleType
 from typing import Any
 
 PACKAGES = (
@@ -25,6 +27,19 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def require(module: str, feature: str) -> ModuleType:
+    """Imports what only some features need; where it is not installed, the error says which and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # it is there, and misses something of its own
+        install = package.replace("_", "-")
+        message = f"{feature}: needs {install}, which is not installed. Install it: pip install {install}"
+        raise ModuleNotFoundError(message, name=error.name) from None
 
 
 def environment() -> dict[str, Any]:

@@ -16,8 +16,9 @@ ONE_LAUNCH_ROWS = 2048
 # One program reads the whole pool of a one-launch call, at no more than a 132nd of an H100's L2 bandwidth: about 10 us
 # for this many entries in float32, the price of the second launch and its round trip.
 ONE_LAUNCH_ENTRIES = 2**18
-# The most that a thread here needs; without a word, ptxas spills a few bytes to reach the next higher occupancy.
-REGISTERS = 168
+# The most that a thread here needs, with triton 3.6 to 3.9; without a word, ptxas spills a few bytes to reach the next
+# higher occupancy.
+REGISTERS = 176
 MOST_SLICES = 512  # programs per query tile of a scan; bounds what the merge reads
 
 
