@@ -2,6 +2,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 ARGS   ?=
+PY     ?= python3
+OUT    ?= runs/gpu
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -9,7 +11,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base test lint format mutants kernels bench clean
+.PHONY: help install demo demo-base test lint format mutants kernels bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -56,6 +58,9 @@ kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90, no GPU needed: re
 
 bench: $(STAMP) ## time the ops against their rivals (ARGS="--quick")
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+gpu: ## check everything on a GPU, with that machine's own Python (PY=python3 OUT=runs/gpu); installs nothing
+	$(PY) tests/gpu.py --out $(OUT) $(ARGS)
 
 clean: ## remove what was built or run here (not .venv)
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError, FloatingPointError, BackendError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, BackendError) as error:
         print(f"cllava-fast: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

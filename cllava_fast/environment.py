@@ -1,11 +1,13 @@
-"""What a result was measured with: versions, device, date."""
+"""What a result was measured with: versions, device, date; and what is missing for a feature that is used."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
 from datetime import UTC, datetime
+from types import ModuleType
 from typing import Any
 
 PACKAGES = (
@@ -27,19 +29,34 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def require(module: str, feature: str) -> ModuleType:
+    """Imports what only some features need; where it is not installed, the error says which and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # it is there, and misses something of its own
+        install = package.replace("_", "-")
+        message = f"{feature}: needs {install}, which is not installed. Install it: pip install {install}"
+        raise ModuleNotFoundError(message, name=error.name) from None
+
+
 def environment() -> dict[str, Any]:
     """Versions of the packages that matter (None: not installed), the device, threads and the date in UTC."""
     import torch
 
     import cllava_fast
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    there = torch.cuda.is_available()
     return {
         "cllava_fast": cllava_fast.__version__,
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if there else None,
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if there else None,
+        "cuda": torch.version.cuda,
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

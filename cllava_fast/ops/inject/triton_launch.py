@@ -1,7 +1,8 @@
 """Launches the kernels of inject: outputs, tiles, grids; and every configuration there is, for compiling ahead of time.
 
 Tile sizes come from arithmetic (fill the GPU, read activations once, no spilled registers), not from a search at run
-time: a GPU that nobody has measured gets them as well.
+time: a GPU that nobody has measured gets them as well. They are safe there: no configuration needs more shared memory
+than the smallest supported chips have (99 KiB for a block: sm_86, sm_89, sm_120), which `kernel_table` checks.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def shrink_tiles(dtype: torch.dtype, samples: int, tokens: int, columns: int) ->
     return Tiles(64, k, 32, 8, 3) if exact else Tiles(64, k, 64, 4, 3)
 
 
+def beside(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
+    """`tiles` for x in `dtype` and factors in `factor`: wider factors leave the largest tiles room for fewer stages."""
+    return tiles._replace(stages=2) if tiles.columns == 128 and factor.itemsize > dtype.itemsize else tiles
+
+
 def one_pass_tiles(dtype: torch.dtype) -> Tiles:
     return Tiles(32, 32, 32, 4, 3) if dtype == torch.float32 else Tiles(128, 32, 64, 8, 3)
 
@@ -88,14 +94,14 @@ def expand_tiles(dtype: torch.dtype, tokens: int, columns: int) -> Tiles:
     if tokens <= 16:
         return Tiles(16, 32, 64, 4, 3)
     if dtype == torch.float32:
-        return Tiles(64, 32, 64, 4, 2)
+        return Tiles(64, 32, 64, 8, 2)
     return Tiles(128, 32 if columns <= 32 else 64, 128, 8, 3)
 
 
 def outer_tiles(dtype: torch.dtype, columns: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, 32, 64, 4, 3)
-    return Tiles(64, 32 if columns <= 32 else 64, 128, 4, 3)
+    return Tiles(64, 32, 128, 4, 3) if columns <= 32 else Tiles(64, 64, 128, 8, 3)
 
 
 WEIGH_TILES = Tiles(32, 64, 0, 4, 3)
@@ -114,6 +120,7 @@ def shrink(
     left: Tensor | None = None,  # [B, S, K]: asks for outer
 ) -> Shrunk:
     x, factor = _dense_rows(x), _dense_rows(factor)
+    tiles = beside(tiles, x.dtype, factor.dtype)
     samples, tokens, width = x.shape
     rank = factor.shape[1]
     columns = pairs.rows.shape[1] * rank
@@ -231,11 +238,13 @@ def shipped() -> list[Shipped]:
     Factors come in the activations' dtype, and in float32 under bfloat16; a pool has the usual rank of 8.
     """
     found = []
-    for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    for name, dtype in dtypes.items():
         for factor in {"fp16": ("fp16",), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}[name]:
             types = {"factor": factor, "coefficient": "fp32", "exact": "fp32", "other": "fp32", "products": "fp32"}
             types |= {"outer": "fp32", "partial": "fp32", "index": "i64"}
             for tiles in _every(shrink_tiles(dtype, 16, s, k) for s in (1, 1024) for k in (32, 64, 128)):
+                tiles = beside(tiles, dtype, dtypes[factor])
                 found.append(_ship(kernels.shrink, tiles, name, types, "exact other products left outer"))
                 found.append(_ship(kernels.shrink, tiles, name, types, "left outer"))
             found.append(_ship(kernels.shrink, one_pass_tiles(dtype), name, types))

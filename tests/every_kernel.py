@@ -1,0 +1,66 @@
+"""Runs every Triton kernel once or twice on small sizes that no tile divides: what compute-sanitizer looks at."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cllava_fast import ops  # noqa: E402
+from cllava_fast.ops.aggregate import cases as aggregate_cases  # noqa: E402
+from cllava_fast.ops.inject import cases as inject_cases  # noqa: E402
+from cllava_fast.ops.select import cases as select_cases  # noqa: E402
+
+INJECT = inject_cases.Case(B=3, S=7, d_in=17, d_out=33, N=3, R=3, P=11)
+SELECT = (
+    select_cases.Case(B=5, N=33, D=48, M=3, groups=4, allowed="row"),
+    select_cases.Case(B=3, N=24, D=32, M=4, allowed="sample", reduce="batch"),
+    select_cases.Case(B=2, N=2100, D=20, M=5, groups=2),  # a scan and a merge
+)
+AGGREGATE = aggregate_cases.Case(B=3, M=2, N=7, T=7)
+MIX = aggregate_cases.MixCase(B=2, P=5, N=4, R=3, d_in=17, d_out=33)
+
+
+def backward(outputs, *trained):
+    torch.autograd.grad(sum(output.float().sum() for output in outputs), trained)
+
+
+def run_all(device, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(tensors):
+        tensors = [None if t is None else t.to(device) for t in tensors]
+        return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+
+    inject = importlib.import_module("cllava_fast.ops.inject.triton")
+    plan = inject.plan
+    with ops.backend("triton"):
+        for dtype in dtypes:
+            for case in SELECT:
+                query, keys, allowed = moved(select_cases.make(case, dtype, generator))
+                _, _, similarity = ops.select(query.detach(), keys, case.M, allowed, case.groups, case.reduce)
+                backward([similarity], keys)
+            A, B, coefficient, index = moved(aggregate_cases.make_mix(MIX, dtype, generator))
+            backward(ops.mix_factors(A, B, coefficient, index), A, B, coefficient)
+            x, weight, A, B, index, coefficient, bias = moved(inject_cases.make(INJECT, dtype, generator))
+            pairs = A, B, index, coefficient
+            for way in ("gather", "whole"):
+                inject.plan = lambda *sizes, way=way: way
+                try:
+                    y = ops.inject(x, weight.detach(), *pairs, bias.detach())
+                    backward([ops.inject_add(y, x, *pairs)], x, A, B, coefficient)
+                finally:
+                    inject.plan = plan
+        index, weight, row_task, row_mean, context = moved(aggregate_cases.make(AGGREGATE, torch.float32, generator))
+        backward(ops.aggregate(index, weight, row_task, row_mean.detach(), context)[1:], weight, context)
+
+
+if __name__ == "__main__":
+    run_all("cuda")
+    torch.cuda.synchronize()
+    print("every kernel ran")

@@ -1,0 +1,215 @@
+"""Everything that can be checked on a machine with a GPU, in one go: ``make gpu PY=python3 OUT=runs/gpu``.
+
+Needs that machine's own Python with torch >= 2.11, triton >= 3.6, transformers and pytest; installs nothing. Each step
+runs in a process of its own under a time limit, and one that fails or hangs does not stop the others. OUT gets a log
+for each step, env.json, the JUnit files of the tests, and summary.json.
+
+Exits with 1 if a step failed, with 2 if there is no CUDA device and a step that was asked for needs one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MINUTES = 8  # for all steps together
+GOOD = ("passed", "not run")
+
+
+class Step(NamedTuple):
+    name: str
+    command: list[str]
+    seconds: int  # at most
+    gpu: bool = True
+    missing: str = ""  # why it cannot run here
+    junit: str = ""  # file in OUT
+    variables: dict[str, str] = {}
+
+
+class Verdict(NamedTuple):
+    step: str
+    verdict: str  # passed, failed, timed out, not run
+    seconds: float
+    detail: str  # what failed, or counts
+
+
+def steps(out: Path) -> list[Step]:
+    def installed(module: str) -> bool:
+        return importlib.util.find_spec(module) is not None
+
+    python = sys.executable
+    pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
+    no_pytest = "" if installed("pytest") else "pytest is not installed"
+    op_tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_op*.py"))
+    op_tests.append("tests/test_memory.py")
+    found = [
+        Step("environment", [python, "tests/gpu.py", "--environment", str(out / "env.json")], 60, gpu=False),
+        # native code: built in place with this Python, from csrc/
+        Step(
+            "build", [python, "setup.py", "build_ext", "--inplace"], 180, gpu=False,
+            missing="" if (ROOT / "csrc").is_dir() else "no csrc/ here", variables={"CLLAVA_BUILD_CUDA": "1"},
+        ),
+        Step(
+            "ops", [*pytest, *op_tests, f"--junitxml={out / 'ops.xml'}"], 300, missing=no_pytest, junit="ops.xml",
+        ),
+        Step(
+            "kernels", [python, "-m", "cllava_fast.ops.kernel_table"], 150, gpu=False,
+            missing="" if installed("triton") else "triton is not installed",
+        ),
+        Step(
+            "benchmarks",
+            [
+                *pytest, "benchmarks", "--quick", f"--junitxml={out / 'benchmarks.xml'}",
+                f"--benchmark-json={out / 'benchmarks.json'}",
+            ],
+            120, missing=no_pytest or ("" if installed("pytest_benchmark") else "pytest-benchmark is not installed"),
+            junit="benchmarks.xml",
+        ),
+    ]  # fmt: skip
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        command = [sanitizer or "", "--tool", tool, "--error-exitcode", "1", python, "tests/every_kernel.py"]
+        missing = "" if sanitizer else "compute-sanitizer is not on PATH"
+        # without torch's cache every tensor is an allocation of its own, whose bounds the tools can see
+        found.append(Step(tool, command, 90, missing=missing, variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    return found
+
+
+def run_step(step: Step, out: Path, seconds: float) -> Verdict:
+    if step.missing:
+        return Verdict(step.name, "not run", 0.0, step.missing)
+    limit = min(step.seconds, seconds)
+    if limit < 5:
+        return Verdict(step.name, "timed out", 0.0, "no time was left for it")
+    if step.junit:
+        (out / step.junit).unlink(missing_ok=True)
+    variables = {
+        **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CLLAVA_BACKEND")},
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **step.variables,
+    }  # fmt: skip
+    log = out / f"{step.name}.log"
+    begin = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:  # and all that it started
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    took = time.monotonic() - begin
+    counts, failed = read_junit(out / step.junit) if step.junit and (out / step.junit).is_file() else ("", [])
+    if code is None:
+        return Verdict(step.name, "timed out", took, f"stopped after {limit:.0f} s: {last_line(log)}")
+    if code != 0:
+        detail = ", ".join([counts, *failed[:3]] if counts else [f"exit {code}", last_line(log)])
+        return Verdict(step.name, "failed", took, detail)
+    return Verdict(step.name, "passed", took, counts or last_line(log))
+
+
+def read_junit(path: Path) -> tuple[str, list[str]]:
+    """ "12 passed, 1 failed, 3 skipped", and the names of what failed."""
+    failed, skipped, every = [], 0, 0
+    for case in ElementTree.parse(path).iter("testcase"):
+        every += 1
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(str(case.get("name")))
+        elif case.find("skipped") is not None:
+            skipped += 1
+    return f"{every - len(failed) - skipped} passed, {len(failed)} failed, {skipped} skipped", failed
+
+
+def last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", lines[-1])[:160] if lines else "it printed nothing"
+
+
+def run(chosen: Sequence[Step], out: Path, minutes: float) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes
+    verdicts: list[Verdict] = []
+    for step in chosen:
+        print(f"{step.name} ...", flush=True)
+        verdicts.append(run_step(step, out, deadline - time.monotonic()))
+        # after each step, so that a machine that is taken away leaves what was found
+        summary = [verdict._asdict() | {"log": f"{verdict.step}.log"} for verdict in verdicts]
+        (out / "summary.json").write_text(json.dumps({"steps": summary}, indent=1) + "\n")
+    print(f"\n{'step':<12} {'verdict':<10} {'seconds':>7}  what")
+    for verdict in verdicts:
+        print(f"{verdict.step:<12} {verdict.verdict:<10} {verdict.seconds:>7.1f}  {verdict.detail}")
+    print(f"logs and results: {out}")
+    return 0 if all(verdict.verdict in GOOD for verdict in verdicts) else 1
+
+
+def write_environment(path: Path) -> int:
+    """Versions, the device, and which backend runs each op; 1 where there is a GPU that the kernels cannot use."""
+    import torch
+
+    from cllava_fast.environment import environment
+    from cllava_fast.ops import dispatch, triton_backend
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    rows = [row._asdict() for row in dispatch.table()]
+    found = {**environment(), "commit": commit or None, "backends": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    for name, value in found.items():
+        if name != "backends":
+            print(f"{name}: {value}")
+    for row in rows:
+        print(f"{row['op']} on {row['backend']}: {row['reason']}")
+    refusal = triton_backend.usable()
+    device = found["gpu"] or "no CUDA device"
+    print(f"{device}, torch {found['torch']}, triton {found['triton']}; kernels: {refusal or 'usable'}")
+    return 1 if torch.cuda.is_available() and refusal else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests/gpu.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of them (default: all)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of them (default: %(default)s)")
+    parser.add_argument("--environment", type=Path, metavar="FILE", help="only write versions and device to FILE")
+    given = parser.parse_args(arguments)
+    if given.environment:
+        return write_environment(given.environment)
+    out = given.out.resolve()
+    every = steps(out)
+    names = [step.name for step in every]
+    unknown = set(given.steps or ()) - set(names)
+    if unknown:
+        parser.error(f"unknown steps {', '.join(sorted(unknown))}: there are {', '.join(names)}")
+    chosen = [step for step in every if not given.steps or step.name in given.steps]
+    import torch
+
+    if any(step.gpu for step in chosen) and not torch.cuda.is_available():
+        bare = " ".join(step.name for step in every if not step.gpu)
+        print(
+            f"there is no CUDA device that torch {torch.__version__} can use; without one: --steps {bare}",
+            file=sys.stderr,
+        )
+        return 2
+    return run(chosen, out, given.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""`make gpu` itself, with steps that need no GPU: verdicts, time limits, what it leaves behind, when it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cllava_fast.ops import triton_backend
+from cllava_fast.ops.kernel_table import shipping_modules
+from tests import every_kernel, gpu
+
+PYTHON = [sys.executable, "-c"]
+
+
+def test_environment_of_this_machine(tmp_path: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "tests/gpu.py", "--steps", "environment", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=gpu.ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "env.json").read_text())
+    assert found["torch"] == torch.__version__.replace("+cpu", "") or found["torch"] == torch.__version__
+    assert {"gpu", "capability", "cuda", "triton", "commit"} < found.keys()
+    assert {row["op"] for row in found["backends"]} >= {"select", "aggregate", "inject"}
+    (step,) = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert step["step"] == "environment" and step["verdict"] == "passed"
+    assert "passed" in done.stdout and str(tmp_path / "out") in done.stdout
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "test_it.py").write_text("def test_good(): pass\n\ndef test_bad(): assert 0\n")
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wanted = [
+        gpu.Step("fails", [*PYTHON, "print('the reason'); raise SystemExit(3)"], 60),
+        gpu.Step("hangs", [*PYTHON, "import time; print('begun', flush=True); time.sleep(600)"], 6),
+        gpu.Step("absent", ["/nowhere"], 60, missing="not here"),
+        gpu.Step(
+            "tests", [*pytest_command, str(tmp_path / "test_it.py"), f"--junitxml={tmp_path / 'tests.xml'}"], 60,
+            junit="tests.xml",
+        ),
+        gpu.Step("passes", [*PYTHON, "import os; print(os.environ['A'], os.environ.get('TRITON_INTERPRET'))"], 60,
+                 variables={"A": "b"}),
+    ]  # fmt: skip
+    begin = time.monotonic()
+    assert gpu.run(wanted, tmp_path, minutes=1) == 1
+    assert time.monotonic() - begin < 60
+    steps = {step["step"]: step for step in json.loads((tmp_path / "summary.json").read_text())["steps"]}
+    assert {name: step["verdict"] for name, step in steps.items()} == {
+        "fails": "failed", "hangs": "timed out", "absent": "not run", "tests": "failed", "passes": "passed",
+    }  # fmt: skip
+    assert steps["fails"]["detail"] == "exit 3, the reason" and "begun" in steps["hangs"]["detail"]
+    assert steps["tests"]["detail"] == "1 passed, 1 failed, 0 skipped, test_bad"
+    assert steps["passes"]["detail"] == "b None"
+    assert (tmp_path / "passes.log").read_text() == "b None\n"
+    assert "test_bad" in capsys.readouterr().out
+
+
+def test_what_has_no_time_left_is_no_pass(tmp_path: Path) -> None:
+    assert gpu.run([gpu.Step("late", [*PYTHON, "pass"], 60)], tmp_path, minutes=0.01) == 1
+    assert gpu.run([gpu.Step("in time", [*PYTHON, "pass"], 60)], tmp_path, minutes=1) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_device_it_says_so(tmp_path: Path, capsys) -> None:
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no CUDA device" in said and "--steps environment build kernels" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_step_that_it_names_exists(tmp_path: Path) -> None:
+    for step in gpu.steps(tmp_path):
+        files = [part for part in step.command[1:] if part.endswith(".py")]
+        assert all((gpu.ROOT / file).is_file() for file in files), step
+
+
+class Seen:
+    """Stands for a kernel and notes that it was launched."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched, self.arg_names = kernel, launched, kernel.arg_names
+
+    def __getitem__(self, grid):
+        self.launched.add(self.kernel.__name__)
+        return self.kernel[grid]
+
+
+@pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on the CPU only under TRITON_INTERPRET=1")
+def test_the_sanitizer_sees_every_kernel(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    shipped, launched = set(), set()
+    for name in shipping_modules():
+        module = importlib.import_module(name)
+        kernels = {id(configuration.kernel): configuration.kernel for configuration in module.shipped()}
+        shipped |= {kernel.__name__ for kernel in kernels.values()}
+        for place in (module, getattr(module, "kernels", None)):
+            for attribute, value in list(vars(place).items()) if place else ():
+                if id(value) in kernels:
+                    monkeypatch.setattr(place, attribute, Seen(value, launched))
+    every_kernel.run_all("cpu", dtypes=(torch.float32,))
+    assert launched == shipped

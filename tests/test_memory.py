@@ -1,0 +1,196 @@
+"""How much memory `inject` takes beside the frozen linear that it extends, at a width where it matters.
+
+On a CPU the profiler sees every allocation, also those inside the ops; the launchers of the Triton kernels run there
+with the kernels left out, since what they allocate depends on sizes alone. On a GPU the allocator keeps count.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from cllava_fast import ops
+from cllava_fast.ops import triton_backend
+from cllava_fast.ops.inject import cases as inject_cases
+from cllava_fast.ops.inject import reference
+from tests.ops_helpers import LIBRARY, close, leaf
+
+ON_GPU = torch.cuda.is_available() and not triton_backend.INTERPRETED
+DEVICE = "cuda" if ON_GPU else "cpu"
+WIDTH = 4096
+SAMPLES, TOKENS, RANK = 4, 512, 8
+SLACK = 1.15  # times what the frozen linear takes and the gradients that are returned
+
+
+class Took(NamedTuple):
+    peak: int  # bytes beyond what was there before
+    largest: int  # bytes of the largest single allocation (0 where nobody knows)
+
+
+def measure(run):
+    if ON_GPU:
+        run()  # what libraries allocate once
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = run()
+        return Took(torch.cuda.max_memory_allocated() - before, 0), results
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    assert changes, "the profiler recorded no allocation"
+    live = torch.tensor(changes).cumsum(0)
+    return Took(int(live.max()), max(changes)), results
+
+
+@pytest.fixture(params=["reference", "triton-gather", "triton-whole"])
+def backend(request, monkeypatch):
+    name, _, way = request.param.partition("-")
+    if way:
+        pytest.importorskip("triton")
+        if triton_backend.usable() is not None:
+            pytest.skip(triton_backend.usable())
+        monkeypatch.setattr(importlib.import_module("cllava_fast.ops.inject.triton"), "plan", lambda *sizes: way)
+        if not ON_GPU:
+            launch = importlib.import_module("cllava_fast.ops.inject.triton_launch")
+            monkeypatch.setattr(launch, "_launch", lambda *arguments, **constants: None)
+            monkeypatch.setattr(triton_backend, "accepts", lambda *site: None)
+    with ops.backend(name):
+        yield name
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request, backend):
+    if backend == "triton" and not ON_GPU and request.param == torch.bfloat16:
+        pytest.skip("refused by the interpreter; what is allocated scales with the dtype")
+    return request.param
+
+
+def rows(count, pairs, dtype, rng, trained, samples=SAMPLES):
+    """A, B, index, coefficient."""
+    A, B = (torch.zeros(count, RANK, WIDTH, device=DEVICE, dtype=dtype) for _ in range(2))
+    index = torch.randint(count, (samples, pairs), generator=rng).to(DEVICE)
+    coefficient = torch.rand(samples, pairs, generator=rng).to(DEVICE)
+    return (leaf(A), leaf(B), index, leaf(coefficient)) if trained else (A, B, index, coefficient)
+
+
+def new_layer(dtype):
+    """x, the frozen weight, the upstream gradient."""
+    x, upstream = (torch.zeros(SAMPLES, TOKENS, WIDTH, dtype=dtype, device=DEVICE) for _ in range(2))
+    return x.requires_grad_(), torch.zeros(WIDTH, WIDTH, dtype=dtype, device=DEVICE), upstream
+
+
+@pytest.fixture
+def layer(dtype):
+    return new_layer(dtype)
+
+
+def backward(y, upstream, *trained):
+    """Keeps y, as the next layer does."""
+    return y, torch.autograd.grad(y, trained, upstream)
+
+
+@functools.cache
+def frozen_peak(dtype):
+    """What the frozen linear alone takes, forward and backward to x."""
+    x, weight, upstream = new_layer(dtype)
+    took, (y, _) = measure(lambda: backward(F.linear(x, weight), upstream, x))
+    assert took.peak >= x.nbytes + y.nbytes
+    return took.peak
+
+
+def allowance(layer, gradients):
+    return frozen_peak(layer[0].dtype) + sum(gradient.nbytes for gradient in gradients)
+
+
+def inject(layer, block):
+    x, weight, upstream = layer
+    return backward(ops.inject(x, weight, *block), upstream, x, block[0], block[1], block[3])
+
+
+def test_inject_takes_little_more_than_the_frozen_linear(layer, dtype, rng):
+    block = rows(8, 4, dtype, rng, trained=True)
+    took, (_, gradients) = measure(lambda: inject(layer, block))
+    assert took.peak <= SLACK * allowance(layer, gradients[1:])
+    assert took.largest < layer[1].nbytes
+
+
+def test_float32_factors_under_a_bfloat16_layer(layer, dtype, rng):
+    if dtype != torch.bfloat16:
+        pytest.skip("the factors have the layer's dtype")
+    block = rows(8, 4, torch.float32, rng, trained=True)
+    took, (_, gradients) = measure(lambda: inject(layer, block))
+    assert took.peak <= SLACK * allowance(layer, gradients[1:])
+
+
+def test_a_layer_with_a_past_takes_one_more_gradient_of_x(layer, dtype, rng):
+    """The trainable block through `inject`, frozen earlier rows through `inject_add`: each has a gradient of x, and
+    autograd holds both until it has added them."""
+    x, weight, upstream = layer
+    block, past = rows(8, 4, dtype, rng, trained=True), rows(56, 56, dtype, rng, trained=False)
+
+    def run():
+        y = ops.inject_add(ops.inject(x, weight, *block), x, *past)
+        return backward(y, upstream, x, block[0], block[1], block[3])
+
+    took, (_, gradients) = measure(run)
+    assert took.peak <= SLACK * (allowance(layer, gradients[1:]) + x.nbytes)
+    assert took.largest < weight.nbytes
+
+
+def test_many_samples_with_a_long_past_gather_less_than_the_weight(layer, dtype, rng):
+    """All their rows of factors at once would be larger than the frozen weight."""
+    x, upstream = (torch.zeros(16, 2, WIDTH, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight = layer[1]
+    past = rows(56, 56, dtype, rng, trained=False, samples=16)
+    assert past[0][past[2]].nbytes > weight.nbytes
+    took, _ = measure(lambda: backward(ops.inject(x, weight, *past), upstream, x))
+    assert took.peak < weight.nbytes
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32)], indirect=True)
+def test_a_dense_offset_inside_the_op_would_be_seen(layer, dtype, rng, monkeypatch):
+    columns = reference._columns
+
+    def wasteful(*arguments):
+        torch.zeros(WIDTH, WIDTH, dtype=dtype, device=DEVICE)
+        return columns(*arguments)
+
+    monkeypatch.setattr(reference, "_columns", wasteful)
+    block = rows(8, 4, dtype, rng, trained=True)
+    took, (_, gradients) = measure(lambda: inject(layer, block))
+    assert took.peak > SLACK * allowance(layer, gradients[1:])
+    assert ON_GPU or took.largest >= layer[1].nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], indirect=True)
+def test_results_are_no_views(layer, dtype, rng):
+    """Autograd adds up gradients in place only where they are none, and nobody may write into a custom op's view."""
+    x, weight, _ = (t.detach()[..., :64].contiguous() for t in layer)
+    A, B, index, coefficient = rows(4, 3, dtype, rng, trained=False)
+    y = ops.inject(leaf(x), weight, A[..., :64], B, index, coefficient)
+    grads = LIBRARY.inject_backward(y.detach(), x, weight, A[..., :64], B, index, coefficient, 1.0, [True] * 4)
+    assert not any(t._is_view() for t in (y, *grads))
+    y += 1
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_samples_that_take_turns_change_nothing(together, rng, monkeypatch):
+    case = inject_cases.Case(B=3, S=5, d_in=24, d_out=16, N=6, R=2, P=4)
+    tensors = [t.to(DEVICE) for t in inject_cases.make(case, torch.float64, rng)]
+
+    def results():
+        y = reference.inject(*tensors[:2], tensors[6], *tensors[2:6], 0.5)
+        return y, *reference.inject_backward(y, *tensors[:6], 0.5, [True] * 4)
+
+    wanted = results()
+    monkeypatch.setattr(reference, "GATHERED", together * case.P * case.R * case.d_in)
+    assert len(list(reference._turns(tensors[2], tensors[4]))) == -(-case.B // together)
+    for found, exact in zip(results(), wanted, strict=True):
+        close(found, exact)
