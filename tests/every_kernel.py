@@ -1,4 +1,4 @@
-"""Runs every Triton kernel once or twice on small sizes that no tile divides: what compute-sanitizer looks at."""
+"""Runs every kernel once or twice on small sizes that no tile divides: what compute-sanitizer looks at."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cllava_fast import ops  # noqa: E402
+from cllava_fast.ops import native  # noqa: E402
 from cllava_fast.ops.aggregate import cases as aggregate_cases  # noqa: E402
 from cllava_fast.ops.inject import cases as inject_cases  # noqa: E402
 from cllava_fast.ops.select import cases as select_cases  # noqa: E402
@@ -30,16 +31,15 @@ def backward(outputs, *trained):
     torch.autograd.grad(sum(output.float().sum() for output in outputs), trained)
 
 
-def run_all(device, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+def run_all(device, backend, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+    """`backend`: "triton", or "cuda,triton" for the native kernels, which leave training's inject to Triton."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(tensors):
         tensors = [None if t is None else t.to(device) for t in tensors]
         return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
 
-    inject = importlib.import_module("cllava_fast.ops.inject.triton")
-    plan = inject.plan
-    with ops.backend("triton"):
+    with ops.backend(backend):
         for dtype in dtypes:
             for case in SELECT:
                 query, keys, allowed = moved(select_cases.make(case, dtype, generator))
@@ -49,18 +49,33 @@ def run_all(device, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
             backward(ops.mix_factors(A, B, coefficient, index), A, B, coefficient)
             x, weight, A, B, index, coefficient, bias = moved(inject_cases.make(INJECT, dtype, generator))
             pairs = A, B, index, coefficient
-            for way in ("gather", "whole"):
-                inject.plan = lambda *sizes, way=way: way
-                try:
-                    y = ops.inject(x, weight.detach(), *pairs, bias.detach())
-                    backward([ops.inject_add(y, x, *pairs)], x, A, B, coefficient)
-                finally:
-                    inject.plan = plan
+            for _ in ways(backend):
+                y = ops.inject(x, weight.detach(), *pairs, bias.detach())
+                backward([ops.inject_add(y, x, *pairs)], x, A, B, coefficient)
+            if backend != "triton":
+                ops.merge(weight, A, B, index[0], coefficient[0])
         index, weight, row_task, row_mean, context = moved(aggregate_cases.make(AGGREGATE, torch.float32, generator))
         backward(ops.aggregate(index, weight, row_task, row_mean.detach(), context)[1:], weight, context)
 
 
+def ways(backend):
+    """Triton's inject has two; a plan that is not replaced chooses by size."""
+    if backend != "triton":
+        yield "native"
+        return
+    inject = importlib.import_module("cllava_fast.ops.inject.triton")
+    plan = inject.plan
+    try:
+        for way in ("gather", "whole"):
+            inject.plan = lambda *sizes, way=way: way
+            yield way
+    finally:
+        inject.plan = plan
+
+
 if __name__ == "__main__":
-    run_all("cuda")
+    every = ["triton"] if native.cuda_usable() else ["triton", "cuda,triton"]
+    for name in every:
+        run_all("cuda", name)
     torch.cuda.synchronize()
-    print("every kernel ran")
+    print(f"every kernel of {' and '.join(every)} ran")

@@ -58,12 +58,12 @@ def steps(out: Path) -> list[Step]:
     op_tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_op*.py"))
     op_tests.append("tests/test_memory.py")
     found = [
-        Step("environment", [python, "tests/gpu.py", "--environment", str(out / "env.json")], 60, gpu=False),
-        # native code: built in place with this Python, from csrc/
         Step(
             "build", [python, "setup.py", "build_ext", "--inplace"], 180, gpu=False,
-            missing="" if (ROOT / "csrc").is_dir() else "no csrc/ here", variables={"CLLAVA_BUILD_CUDA": "1"},
+            missing="" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "nvcc is not on PATH",
+            variables={"CLLAVA_BUILD_CUDA": "1"},
         ),
+        Step("environment", [python, "tests/gpu.py", "--environment", str(out / "env.json")], 60, gpu=False),
         Step(
             "ops", [*pytest, *op_tests, f"--junitxml={out / 'ops.xml'}"], 300, missing=no_pytest, junit="ops.xml",
         ),
@@ -166,7 +166,7 @@ def write_environment(path: Path) -> int:
     import torch
 
     from cllava_fast.environment import environment
-    from cllava_fast.ops import dispatch, triton_backend
+    from cllava_fast.ops import dispatch, native, triton_backend
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     rows = [row._asdict() for row in dispatch.table()]
@@ -179,6 +179,7 @@ def write_environment(path: Path) -> int:
         print(f"{row['op']} on {row['backend']}: {row['reason']}")
     refusal = triton_backend.usable()
     device = found["gpu"] or "no CUDA device"
+    print(f"native CUDA kernels: {native.cuda_usable() or 'usable'}")
     print(f"{device}, torch {found['torch']}, triton {found['triton']}; kernels: {refusal or 'usable'}")
     return 1 if torch.cuda.is_available() and refusal else 0
 

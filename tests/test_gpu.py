@@ -72,7 +72,7 @@ def test_what_has_no_time_left_is_no_pass(tmp_path: Path) -> None:
 def test_without_a_device_it_says_so(tmp_path: Path, capsys) -> None:
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "no CUDA device" in said and "--steps environment build kernels" in said
+    assert said.count("\n") == 1 and "no CUDA device" in said and "--steps build environment kernels" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -105,5 +105,5 @@ def test_the_sanitizer_sees_every_kernel(monkeypatch) -> None:
             for attribute, value in list(vars(place).items()) if place else ():
                 if id(value) in kernels:
                     monkeypatch.setattr(place, attribute, Seen(value, launched))
-    every_kernel.run_all("cpu", dtypes=(torch.float32,))
+    every_kernel.run_all("cpu", "triton", dtypes=(torch.float32,))
     assert launched == shipped
