@@ -76,5 +76,5 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     refusal = chosen.refusal(op, parameters.get("dtype", torch.float32), sizes)
     if refusal is not None:
         pytest.skip(f"{chosen.name}: {refusal}")
-    with running_on(chosen, monkeypatch):
+    with running_on(chosen, op, monkeypatch):
         yield chosen

@@ -20,10 +20,11 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*LOW, torch.float64)
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 INJECT_TRITON = "cllava_fast.ops.inject.triton"
+SELECT_TRITON = "cllava_fast.ops.select.triton"
 
 
 class Backend(NamedTuple):
-    """One way to run ops: what `ops.backend` calls it, where its tensors live, and which way its `inject` goes."""
+    """What `ops.backend` calls it, where its tensors live, and which of its ways it goes, where there are several."""
 
     name: str
     device: str
@@ -44,14 +45,23 @@ BACKENDS = (
     Backend("reference", GPU),
     Backend("triton", "cpu" if triton_backend.INTERPRETED else "cuda"),
 )
-# Instead of one above, where a backend has several ways that a size chooses from.
-WAYS = {("triton", "inject"): ("gather", "whole"), ("triton", "inject_add"): ("gather", "whole")}
+# Ways between which the size of a call chooses, each tested at every size: name in a module, and what it then is.
+WAYS = {
+    ("triton", "inject", "gather"): (INJECT_TRITON, "plan", lambda *sizes: "gather"),
+    ("triton", "inject", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
+    ("triton", "inject_add", "gather"): (INJECT_TRITON, "plan", lambda *sizes: "gather"),
+    ("triton", "inject_add", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
+    ("triton", "select", "one"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 2**31),
+    ("triton", "select", "split"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 16),
+}
 
 
 def backends(op: str) -> list[Backend]:
-    return [
-        backend._replace(way=way) for backend in BACKENDS for way in WAYS.get((backend.name, op), ("",))
-    ]
+    found = []
+    for backend in BACKENDS:
+        ways = [way for name, of, way in WAYS if (name, of) == (backend.name, op)]
+        found += [backend._replace(way=way) for way in ways or [""]]
+    return found
 
 
 def on_every_backend(op: str, only: str = "") -> Any:
@@ -66,10 +76,11 @@ def on_every_backend(op: str, only: str = "") -> Any:
 
 
 @contextmanager
-def running_on(backend: Backend, monkeypatch: pytest.MonkeyPatch):
+def running_on(backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch):
     """Ops run on `backend`, and empty memory holds NaN."""
     if backend.way:
-        monkeypatch.setattr(importlib.import_module(INJECT_TRITON), "plan", lambda *sizes: backend.way)
+        module, name, value = WAYS[backend.name, op, backend.way]
+        monkeypatch.setattr(importlib.import_module(module), name, value)
     if backend.name == "triton" and triton_backend.INTERPRETED:
         _round_bfloat16_like_hardware(monkeypatch)
     with nan_in_empty_memory(), ops.backend(backend.name):
