@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
 SELECT = "cllava_fast/ops/select"
 INJECT = "cllava_fast/ops/inject"
 CONFORMANCE = "tests/test_ops.py"
+INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMANCE, "tests/test_op_select.py")
 # names of an op's tests in the conformance test, where they are not its folder's
 TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
@@ -39,16 +40,16 @@ MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "
 MUTANTS = [
     Mutant(
         "inject: sign of dx", f"{INJECT}/reference.py", "baddbmm_(scaled, columns_A)", "baddbmm_(-scaled, columns_A)",
-        (CONFORMANCE, "tests/test_op_inject.py"),
+        INJECT_TESTS,
     ),
-    Mutant("inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_by_row(", "to_B = -_sum_by_row(", (CONFORMANCE, "tests/test_op_inject.py")),
+    Mutant("inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_by_row(", "to_B = -_sum_by_row(", INJECT_TESTS),
     Mutant(
         "select: sign of dkeys", f"{SELECT}/reference.py", "return across.flatten(1)", "return -across.flatten(1)",
-        (CONFORMANCE, "tests/test_op_select.py"),
+        SELECT_TESTS,
     ),
     Mutant(
         "select: mask ignored", f"{SELECT}/reference.py",
-        'similarity = similarity.masked_fill(~allowed, float("-inf"))', "pass", (CONFORMANCE, "tests/test_op_select.py"),
+        'similarity = similarity.masked_fill(~allowed, float("-inf"))', "pass", SELECT_TESTS,
     ),
     Mutant(
         "past rows train", "cllava_fast/model/increments.py", "terms.append((factors.A, factors.B, selection.past))",

@@ -23,6 +23,10 @@ INJECT_TRITON = "cllava_fast.ops.inject.triton"
 SELECT_TRITON = "cllava_fast.ops.select.triton"
 
 
+# Tests of several ops in one take a backend that has them all.
+CHAIN = {"chain": ("select", "aggregate", "mix_factors", "inject", "inject_add")}
+
+
 class Backend(NamedTuple):
     """What `ops.backend` calls it, where its tensors live, and which of its ways it goes, where there are several."""
 
@@ -37,7 +41,8 @@ class Backend(NamedTuple):
         """Why it cannot run the op in this dtype and these sizes, or None."""
         whole = {name: size for name, size in sizes.items() if isinstance(size, int)}
         site = dispatch.Site(torch.device(self.device), dtype, tuple(whole.items()))
-        return dispatch._refusal(op, self.name, site, asked=True)
+        refusals = [dispatch._refusal(each, self.name, site, asked=True) for each in CHAIN.get(op, [op])]
+        return next((refusal for refusal in refusals if refusal is not None), None)
 
 
 # A new backend is one line here: the conformance test and every other test of the ops then run on it.
