@@ -99,8 +99,9 @@ def test_compiles_whole_with_dynamic_shapes(autocast, backend, rng):
 @pytest.mark.parametrize("factor", [False, True], ids=["product", "factor"])
 def test_a_patched_layer_compiles_whole_with_dynamic_shapes(factor, backend, new_llava, processor, rng):
     config = cf.IncrementConfig(a_std=0.1, rank=4, context="factor" if factor else "product")
-    llava = cf.patch(new_llava(), config, processor=processor).to(backend.device)
+    llava = cf.patch(new_llava(), config, processor=processor)
     increments = learn(llava, 3, rng, commit_last=False)
+    llava.to(backend.device)
     increments.pool.train_keys(False)
     linear = next(iter(adapted_linears(llava, config.targets).values()))
     increments.train()

@@ -139,6 +139,13 @@ def test_select_gives_equal_keys_one_similarity(backend, rng):
         assert index[b].tolist() == order[:60]
 
 
+def test_a_large_pool_is_scanned_in_pieces():
+    plan = pytest.importorskip("cllava_fast.ops.select.triton", reason="triton is not installed").plan
+    assert plan(rows=2048, width=40, top_m=4, groups=1).slices == 1
+    assert plan(rows=2049, width=40, top_m=4, groups=1).slices > 1
+    assert plan(rows=65, width=4096, top_m=4, groups=1).slices > 1
+
+
 @on_every_backend("select", only="triton-split")
 def test_select_in_several_rounds_per_program(backend, rng, monkeypatch):
     kernels = pytest.importorskip("cllava_fast.ops.select.triton")
