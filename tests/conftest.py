@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # nothing in the tests may reach for a hub
@@ -17,9 +17,14 @@ import torch
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; read when the first kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# without it cuBLAS complains of torch's deterministic mode, which the tests of the ops use to fill empty memory
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # the models of the tests are too small to share between threads
 torch.set_num_threads(1)
+# cuBLAS sums in float32, as the kernels do and as the bounds on their errors presume
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 # fresh data in every run; the variable repeats one
 SEED = int(os.environ.get("CLLAVA_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
@@ -58,3 +63,18 @@ def llava(new_llava: Callable[[], Any]) -> Any:
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """Data of its own for each test."""
     return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The backend that a test of the ops runs on, `ops_helpers.Backend`; skips what it cannot run."""
+    from tests.ops_helpers import running_on
+
+    chosen, op = request.param
+    parameters = request.node.callspec.params
+    sizes = parameters["case"]._asdict() if "case" in parameters else {}
+    refusal = chosen.refusal(op, parameters.get("dtype", torch.float32), sizes)
+    if refusal is not None:
+        pytest.skip(f"{chosen.name}: {refusal}")
+    with running_on(chosen, op, monkeypatch):
+        yield chosen

@@ -113,8 +113,8 @@ KERNEL_MUTANTS = [
     (
         "inject: outer: token mask dropped",
         "cllava_fast/ops/inject/triton_kernels.py",
-        "mask=in_s[:, None] & in_d[None, :], other=0.0)\n        total = tl.dot(left_tile, right",
-        "mask=in_d[None, :], other=0.0)\n        total = tl.dot(left_tile, right",
+        "mask=in_s[:, None] & in_d[None, :], other=0.0)\n        total = _dot(left_tile, right",
+        "mask=in_d[None, :], other=0.0)\n        total = _dot(left_tile, right",
         "tests/test_op_inject.py",
     ),
     (

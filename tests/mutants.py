@@ -31,13 +31,17 @@ class Mutant(NamedTuple):
 
 SELECT = "cllava_fast/ops/select"
 INJECT = "cllava_fast/ops/inject"
-OPS = ("tests/test_op_inject.py", "tests/test_op_select.py", "tests/test_op_aggregate.py")
 MEMORY = ("tests/test_memory.py",)
+CONFORMANCE = "tests/test_ops.py"
+INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMANCE, "tests/test_op_select.py")
+# names of an op's tests in the conformance test, where they are not its folder's
+TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
 
 MUTANTS = [
     Mutant(
-        "inject: sign of dx", f"{INJECT}/reference.py", "_expand_(to_x, scaled", "_expand_(to_x, -scaled", OPS[:1],
+        "inject: sign of dx", f"{INJECT}/reference.py", "_expand_(to_x, scaled", "_expand_(to_x, -scaled",
+        INJECT_TESTS,
     ),
     Mutant(
         "inject: all samples gather at once", f"{INJECT}/reference.py", "GATHERED = 2**21", "GATHERED = 2**40", MEMORY
@@ -47,14 +51,14 @@ MUTANTS = [
         "results are views", "cllava_fast/ops/library.py", "torch._C._AutoDispatchBelowADInplaceOrView()",
         "torch._C._AutoDispatchBelowAutograd()", MEMORY,
     ),
-    Mutant("inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_by_row(", "to_B = -_sum_by_row(", OPS[:1]),
+    Mutant("inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_by_row(", "to_B = -_sum_by_row(", INJECT_TESTS),
     Mutant(
         "select: sign of dkeys", f"{SELECT}/reference.py", "return across.flatten(1)", "return -across.flatten(1)",
-        OPS[1:2],
+        SELECT_TESTS,
     ),
     Mutant(
         "select: mask ignored", f"{SELECT}/reference.py",
-        'similarity = similarity.masked_fill(~allowed, float("-inf"))', "pass", OPS[1:2],
+        'similarity = similarity.masked_fill(~allowed, float("-inf"))', "pass", SELECT_TESTS,
     ),
     Mutant(
         "past rows train", "cllava_fast/model/increments.py", "terms.append((factors.A, factors.B, selection.past))",
@@ -86,7 +90,7 @@ MUTANTS = [
         "parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))", "pass", MODEL,
     ),
     Mutant("unpatch leaves hooks", "cllava_fast/model/patching.py", "hook.remove()", "pass", MODEL),
-    *(Mutant(name, file, old, new, (test,)) for name, file, old, new, test in KERNEL_MUTANTS),
+    *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
 ]  # fmt: skip
 
 
@@ -105,6 +109,14 @@ def main(names: list[str]) -> int:
     return 1 if bad else 0
 
 
+def _selection(file: Path) -> list[str]:
+    """Of the tests of an op's file: those of the op, and for a kernel those that run it."""
+    if file.parts[:2] != ("cllava_fast", "ops") or len(file.parts) < 4:
+        return []
+    op = TESTED_AS.get(file.parts[2], file.parts[2])
+    return ["-k", f"({op}) and triton" if "triton" in file.name else op]
+
+
 def _verdict(mutant: Mutant, folder: Path) -> str:
     file = folder / mutant.file
     text = file.read_text(encoding="utf-8")
@@ -112,7 +124,7 @@ def _verdict(mutant: Mutant, folder: Path) -> str:
         return "NOT APPLIED"
     file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        only = ["-k", "triton"] if "triton" in mutant.file else []
+        only = _selection(Path(mutant.file))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *only, *mutant.tests]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -1,16 +1,110 @@
-"""What the tests of the ops share."""
+"""What the tests of the ops share: the backends there are, inputs, measures of error."""
 
 from __future__ import annotations
 
+import importlib
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from cllava_fast import ops
+from cllava_fast.ops import dispatch, triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
 
 LIBRARY: Any = torch.ops.cllava_fast
 LOW = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*LOW, torch.float64)
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+INJECT_TRITON = "cllava_fast.ops.inject.triton"
+SELECT_TRITON = "cllava_fast.ops.select.triton"
+
+
+# Tests of several ops in one take a backend that has them all.
+CHAIN = {"chain": ("select", "aggregate", "mix_factors", "inject", "inject_add")}
+
+
+class Backend(NamedTuple):
+    """What `ops.backend` calls it, where its tensors live, and which of its ways it goes, where there are several."""
+
+    name: str
+    device: str
+    way: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.way}" if self.way else self.name
+
+    def refusal(self, op: str, dtype: torch.dtype, sizes: dict[str, Any]) -> str | None:
+        """Why it cannot run the op in this dtype and these sizes, or None."""
+        whole = {name: size for name, size in sizes.items() if isinstance(size, int)}
+        site = dispatch.Site(torch.device(self.device), dtype, tuple(whole.items()))
+        refusals = [dispatch._refusal(each, self.name, site, asked=True) for each in CHAIN.get(op, [op])]
+        return next((refusal for refusal in refusals if refusal is not None), None)
+
+
+# A new backend is one line here: the conformance test and every other test of the ops then run on it.
+BACKENDS = (
+    Backend("reference", GPU),
+    Backend("triton", "cpu" if triton_backend.INTERPRETED else "cuda"),
+)
+# Ways between which the size of a call chooses, each tested at every size: name in a module, and what it then is.
+WAYS = {
+    ("triton", "inject", "gather"): (INJECT_TRITON, "plan", lambda *sizes: "gather"),
+    ("triton", "inject", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
+    ("triton", "inject_add", "gather"): (INJECT_TRITON, "plan", lambda *sizes: "gather"),
+    ("triton", "inject_add", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
+    ("triton", "select", "one"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 2**31),
+    ("triton", "select", "split"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 16),
+}
+
+
+def backends(op: str) -> list[Backend]:
+    found = []
+    for backend in BACKENDS:
+        ways = [way for name, of, way in WAYS if (name, of) == (backend.name, op)]
+        found += [backend._replace(way=way) for way in ways or [""]]
+    return found
+
+
+def on_every_backend(op: str, only: str = "") -> Any:
+    """Runs a test once on each backend that `op` has (whose name begins with `only`): see the fixture `backend`."""
+    chosen = [backend for backend in backends(op) if str(backend).startswith(only)]
+    parameters = [pytest.param((backend, op), id=str(backend)) for backend in chosen]
+
+    def mark(test: Any) -> Any:
+        return pytest.mark.usefixtures("backend")(pytest.mark.parametrize("backend", parameters, indirect=True)(test))
+
+    return mark
+
+
+@contextmanager
+def running_on(backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch):
+    """Ops run on `backend`, and empty memory holds NaN."""
+    if backend.way:
+        module, name, value = WAYS[backend.name, op, backend.way]
+        monkeypatch.setattr(importlib.import_module(module), name, value)
+    if backend.name == "triton" and triton_backend.INTERPRETED:
+        _round_bfloat16_like_hardware(monkeypatch)
+    with nan_in_empty_memory(), ops.backend(backend.name):
+        yield
+
+
+def _round_bfloat16_like_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cuts float32 off at bfloat16's last bit; hardware rounds to nearest even, as torch does."""
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) != (float32, bfloat16):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @contextmanager
@@ -25,25 +119,65 @@ def nan_in_empty_memory():
         torch.use_deterministic_algorithms(before)
 
 
+def on(device: str, data: Any) -> Any:
+    """The same tensors on a device; those that ask for a gradient are leaves there."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+    return tree_map_only(torch.Tensor, move, data)
+
+
 def leaf(tensor):
     return tensor.detach().clone().requires_grad_()
 
 
 def error(tensor, exact):
     """Largest error against float64, relative to the largest entry."""
+    assert tensor.shape == exact.shape
     if exact.numel() == 0:
-        assert tensor.shape == exact.shape
         return 0.0
-    return ((tensor.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-12)).item()
+    tensor, exact = tensor.detach().double().cpu(), exact.detach().cpu()
+    found = ((tensor - exact).abs().max() / exact.abs().max().clamp(min=1e-12)).item()
+    return found if found == found else float("inf")
 
 
 def close(tensor, exact, limit=1e-12):
-    assert tensor.shape == exact.shape
     assert error(tensor, exact) <= limit
 
 
-def inject_inputs(case, dtype, rng):
-    x, weight, A, B, index, coefficient, bias = inject_cases.make(case, dtype, rng)
+def transposed(tensor):
+    """The same values with other strides, from an offset on."""
+    wide = torch.stack([tensor, tensor]).transpose(0, -1).contiguous().transpose(0, -1)
+    return wide[1]
+
+
+def framed(tensor):
+    """The same values amid ones that nothing may read: NaN, and indices that are out of range."""
+    poison = torch.nan if tensor.is_floating_point() else tensor.dtype == torch.bool or 2**40
+    frame = torch.full([size + 3 for size in tensor.shape], poison, dtype=tensor.dtype, device=tensor.device)
+    view = frame[tuple(slice(1, 1 + size) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def far_apart(tensor, apart=2**31):
+    """The same values, the parts along the first dimension so far apart that 32 bits do not count to them."""
+    size = (len(tensor) - 1) * apart + tensor[0].numel()
+    if tensor.device.type == "cpu":
+        # through numpy, because torch.empty fills with NaN here: pages that nobody touches cost nothing
+        memory = torch.from_numpy(np.empty(size * tensor.element_size(), np.uint8)).view(tensor.dtype)
+    else:
+        memory = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, (apart, *tensor[0].contiguous().stride())).copy_(tensor)
+
+
+def leaves(data: Any) -> list[torch.Tensor]:
+    """The tensors in `data` that ask for a gradient."""
+    return [t for t in tree_leaves(data) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def inject_inputs(case, dtype, rng, device="cpu"):
+    x, weight, A, B, index, coefficient, bias = on(device, inject_cases.make(case, dtype, rng))
     return leaf(x), weight, leaf(A), leaf(B), index, leaf(coefficient), bias
 
 

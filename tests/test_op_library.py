@@ -10,30 +10,38 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+import cllava_fast as cf
 from cllava_fast import ops
+from cllava_fast.model.paths import adapted_linears
 from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.select import cases as select_cases
-from tests.ops_helpers import LIBRARY, inject_inputs, leaf, run
+from tests.helpers import learn
+from tests.ops_helpers import LIBRARY, inject_inputs, leaf, leaves, on, on_every_backend, run
+
+# all of a backend's ops in one: its "inject" goes the way that it chooses itself
+everywhere = on_every_backend("chain")
 
 
-def samples(rng):
+def samples(rng, device):
     """One call of each op, most with a gradient to compute; the backward ops too."""
-    query, keys, allowed = select_cases.make(select_cases.CASES[4], torch.float32, rng)
+    query, keys, allowed = on(device, select_cases.make(select_cases.CASES[4], torch.float32, rng))
     index, _, grad = (t.detach() for t in ops.select(query, keys, 2, allowed, 3))
     yield LIBRARY.select, (query, leaf(keys), 2, allowed, 3, False)
     yield LIBRARY.select, (query, leaf(keys), 4, None, 1, True)
     yield LIBRARY.select_backward, (grad, query, keys, index, 3, True)
-    index, weight, *rest, context = aggregate_cases.make(aggregate_cases.CASES[1], torch.float32, rng)
+    index, weight, *rest, context = on(device, aggregate_cases.make(aggregate_cases.CASES[1], torch.float32, rng))
     yield LIBRARY.aggregate, (index, leaf(weight), *rest, leaf(context))
-    yield LIBRARY.aggregate_backward, (torch.ones(4, 28), index, weight, *rest, context, [True, True])
-    A, B, coefficient, index = aggregate_cases.make_mix(aggregate_cases.MIX_CASES[1], torch.bfloat16, rng)
+    ones = lambda *shape: torch.ones(shape, device=device)  # noqa: E731
+    yield LIBRARY.aggregate_backward, (ones(4, 28), index, weight, *rest, context, [True, True])
+    mixed = on(device, aggregate_cases.make_mix(aggregate_cases.MIX_CASES[1], torch.bfloat16, rng))
+    A, B, coefficient, index = mixed
     yield LIBRARY.mix_factors, (leaf(A), leaf(B), leaf(coefficient), index)
-    grads = torch.ones(3, 8, 40).bfloat16(), torch.ones(3, 8, 24).bfloat16()
-    yield LIBRARY.mix_factors_backward, (*grads, A, B, coefficient, index, [True, False, True])
-    x, weight, A, B, index, coefficient, bias = inject_inputs(inject_cases.CASES[1], torch.float32, rng)
+    grads = ones(3, 8, 40).bfloat16(), ones(3, 8, 24).bfloat16()
+    yield LIBRARY.mix_factors_backward, (*grads, *mixed, [True, False, True])
+    x, weight, A, B, index, coefficient, bias = inject_inputs(inject_cases.CASES[1], torch.float32, rng, device)
     pairs = A, B, index, coefficient, 0.5
-    y = torch.ones(2, 3, 24)
+    y = ones(2, 3, 24)
     yield LIBRARY.inject, (x, weight, bias, *pairs)
     yield LIBRARY.inject, (leaf(x.transpose(0, 1)[:2]), weight, None, leaf(A.bfloat16()), *pairs[1:])
     yield LIBRARY.inject_add, (leaf(y), x, *pairs)
@@ -43,8 +51,9 @@ def samples(rng):
     yield LIBRARY.inject_backward, (y, None, weight, *frozen, [True, False, False, False])
 
 
-def test_opcheck(rng):
-    for op, args in samples(rng):
+@everywhere
+def test_opcheck(backend, rng):
+    for op, args in samples(rng, backend.device):
         opcheck(op.default, args)
 
 
@@ -58,27 +67,59 @@ def chain(query, keys, row_task, row_mean, context, x, weight, A, B):
     return ops.inject_add(y, x, A_mix, B_mix, own, torch.ones_like(own, dtype=torch.float32)), similarity
 
 
-def chain_inputs(rng, samples=3, tokens=4):
+def chain_inputs(rng, samples=3, tokens=4, device="cpu"):
     normal = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
     query, keys, context = normal(samples, 8), normal(6, 8), normal(3, 3)
     x, weight, A, B = normal(samples, tokens, 12), normal(10, 12), normal(6, 2, 12), normal(6, 2, 10)
     row_task, row_mean = torch.arange(6) // 2, torch.rand(6, generator=rng)
-    return query, leaf(keys), row_task, row_mean, leaf(context), leaf(x), weight, leaf(A), leaf(B)
+    inputs = query, leaf(keys), row_task, row_mean, leaf(context), leaf(x), weight, leaf(A), leaf(B)
+    return on(device, inputs)
 
 
+def gradients(outputs, inputs):
+    return torch.autograd.grad([out.float().sum() for out in outputs], leaves(inputs))
+
+
+@everywhere
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiles_whole_with_dynamic_shapes(rng, autocast):
+def test_compiles_whole_with_dynamic_shapes(autocast, backend, rng):
     torch._dynamo.reset()
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True, dynamic=True)
-    for samples_, tokens in ((3, 4), (5, 7), (2, 9)):
-        inputs = chain_inputs(rng, samples_, tokens)
-        leaves = [t for t in inputs if t.requires_grad]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    for samples_, tokens in ((3, 4), (2, 7)):
+        inputs = chain_inputs(rng, samples_, tokens, backend.device)
+        with torch.autocast(backend.device, torch.bfloat16, enabled=autocast):
             wanted, found = chain(*inputs), compiled(*inputs)
         assert found[0].dtype == wanted[0].dtype == (torch.bfloat16 if autocast else torch.float32)
-        grads = [torch.autograd.grad(out[0].sum() + out[1].sum(), leaves) for out in (wanted, found)]
-        for a, b in zip((*wanted, *grads[0]), (*found, *grads[1]), strict=True):
+        for a, b in zip((*wanted, *gradients(wanted, inputs)), (*found, *gradients(found, inputs)), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@everywhere
+@pytest.mark.parametrize("factor", [False, True], ids=["product", "factor"])
+def test_a_patched_layer_compiles_whole_with_dynamic_shapes(factor, backend, new_llava, processor, rng):
+    config = cf.IncrementConfig(a_std=0.1, rank=4, context="factor" if factor else "product")
+    llava = cf.patch(new_llava(), config, processor=processor)
+    increments = learn(llava, 3, rng, commit_last=False)
+    llava.to(backend.device)
+    increments.pool.train_keys(False)
+    linear = next(iter(adapted_linears(llava, config.targets).values()))
+    increments.train()
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    trained = [p for p in increments.pool.parameters() if p.requires_grad]
+    for samples_, tokens in ((3, 4), (2, 7)):
+        query = torch.randn(samples_, increments.pool.key_dim, generator=rng).to(backend.device)
+        x = leaf(torch.randn(samples_, tokens, linear.in_features, generator=rng).to(backend.device))
+        found = []
+        for layer in (linear, compiled):
+            increments.active = increments.method.select(increments.pool, query, increments.groups, True)
+            y = layer(x)
+            found.append([y, *torch.autograd.grad(y.sum(), [x, *trained], allow_unused=True)])
+        assert found[0][1] is not None and any(grad is not None for grad in found[0][2:])
+        for a, b in zip(*found, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(a, b, atol=1e-5)
     torch._dynamo.reset()
 
 
@@ -101,12 +142,11 @@ def test_autocast_follows_linear(rng):
     assert torch.equal(mixed, ops.mix_factors(A, B, coefficient, index)[1]) and mixed.dtype == torch.float32
 
 
-def test_activation_checkpointing(rng):
-    inputs = chain_inputs(rng)
-    leaves = [t for t in inputs if t.requires_grad]
+@everywhere
+def test_activation_checkpointing(backend, rng):
+    inputs = chain_inputs(rng, device=backend.device)
     plain, again = chain(*inputs), checkpoint(chain, *inputs, use_reentrant=False)
-    grads = [torch.autograd.grad(out[0].sum() + out[1].sum(), leaves) for out in (plain, again)]
-    for a, b in zip((*plain, *grads[0]), (*again, *grads[1]), strict=True):
+    for a, b in zip((*plain, *gradients(plain, inputs)), (*again, *gradients(again, inputs)), strict=True):
         assert torch.equal(a, b)
 
 

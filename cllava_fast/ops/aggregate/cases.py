@@ -37,7 +37,7 @@ CASES = (
     Case(B=5, M=3, N=13, T=9),
     Case(B=0, M=4, N=8, T=2),
     Case(B=18, M=5, N=40, T=33),
-    Case(B=2, M=16, N=257, T=5),
+    Case(B=2, M=64, N=257, T=5),
 )
 MIX_CASES = (
     MixCase(B=1, P=1, N=1, R=1, d_in=1, d_out=1),
@@ -45,6 +45,10 @@ MIX_CASES = (
     MixCase(B=2, P=36, N=32, R=3, d_in=17, d_out=33),
     MixCase(B=2, P=3, N=66, R=1, d_in=1025, d_out=7),
     MixCase(B=2, P=6, N=3, R=3, d_in=8, d_out=2736),
+    MixCase(B=2, P=64, N=5, R=16, d_in=40, d_out=192),
+    MixCase(B=2, P=2, N=3, R=64, d_in=40, d_out=17),
+    MixCase(B=3, P=4, N=2, R=4, d_in=4096, d_out=192),
+    MixCase(B=2, P=3, N=130, R=1, d_in=5, d_out=4),
     MixCase(B=0, P=4, N=8, R=2, d_in=8, d_out=8),
     MixCase(B=3, P=0, N=8, R=2, d_in=8, d_out=8),
 )

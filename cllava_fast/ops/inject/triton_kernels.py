@@ -10,6 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cllava_fast.ops.triton_backend import INTERPRETED
+
+# numpy has no bfloat16, so the interpreter's products of such tiles are wrong; in float32 they are the exact ones that
+# tensor cores add up in float32.
+UPCAST = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _dot(a, b, total):
+    """total + a @ b; `total` is float32, or None."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
 
 @triton.jit
 def _factor_rows(factor, index, k, columns, stride_n, stride_r, R: tl.constexpr):
@@ -67,9 +82,9 @@ def shrink(
         in_d = d < width
         x_tile = tl.load(x_rows[:, None] + d[None, :], mask=in_s[:, None] & in_d[None, :], other=0.0)
         f_tile = tl.load(f_rows[None, :] + d[:, None], mask=in_k[None, :] & in_d[:, None], other=0.0)
-        total = tl.dot(x_tile, f_tile.to(x_tile.dtype), total, input_precision="ieee")
+        total = _dot(x_tile, f_tile.to(x_tile.dtype), total)
         if left is not None:
-            part = tl.dot(tl.trans(left_tile), x_tile, input_precision="ieee")  # [BLOCK_K, BLOCK_D]
+            part = _dot(tl.trans(left_tile), x_tile, None)  # [BLOCK_K, BLOCK_D]
             outer_at = (tile * columns + k)[:, None] * width + d[None, :]
             tl.store(outer + outer_at, part, mask=in_k[:, None] & in_d[None, :])
     if exact is not None:
@@ -123,7 +138,7 @@ def expand(
         low_tile = tl.load(low_rows[:, None] + k[None, :], mask=in_s[:, None] & in_k[None, :], other=0.0)
         f_rows = _factor_rows(factor, index, k, columns, f_stride_n, f_stride_r, R)
         f_tile = tl.load(f_rows[:, None] + d[None, :], mask=in_k[:, None] & in_d[None, :], other=0.0)
-        total = tl.dot(low_tile, f_tile.to(low_tile.dtype), total, input_precision="ieee")
+        total = _dot(low_tile, f_tile.to(low_tile.dtype), total)
     if bias is not None:
         total += tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
     if base is not None:
@@ -169,7 +184,7 @@ def outer(
         left_tile = tl.load(left + s[None, :] * columns + k[:, None], mask=in_s[None, :] & in_k[:, None], other=0.0)
         right_at = s[:, None] * right_stride_s + d[None, :]
         right_tile = tl.load(right + right_at, mask=in_s[:, None] & in_d[None, :], other=0.0)
-        total = tl.dot(left_tile, right_tile, total, input_precision="ieee")
+        total = _dot(left_tile, right_tile, total)
     at = (segment * columns + k)[:, None] * width + d[None, :]
     tl.store(partial + at, total, mask=in_k[:, None] & in_d[None, :])
 

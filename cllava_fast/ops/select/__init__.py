@@ -25,8 +25,6 @@ def _triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     ):
         if sizes.get(name, 0) > most:
             return f"{name} = {sizes[name]} is above {most}, {why}"
-    if site.dtype == torch.bfloat16:  # products are elementwise, so the interpreter's fault with dot does not matter
-        site = site._replace(dtype=torch.float32)
     return triton_backend.accepts(op, site, asked)
 
 

@@ -31,9 +31,11 @@ CASES = (
     Case(B=3, N=24, D=32, M=4, allowed="sample", reduce="batch"),
     Case(B=0, N=8, D=16, M=2),
     Case(B=0, N=8, D=16, M=2, allowed="sample", reduce="batch"),
-    Case(B=2, N=513, D=192, M=8, groups=2),
-    Case(B=9, N=2100, D=20, M=5, groups=2, allowed="sample"),
-    Case(B=2, N=2100, D=15, M=37, allowed="row", reduce="batch"),
+    Case(B=1, N=80, D=40, M=64),
+    Case(B=2, N=300, D=192, M=8, groups=2),
+    Case(B=2, N=65, D=4096, M=4),
+    Case(B=9, N=100, D=20, M=5, groups=2, allowed="sample"),
+    Case(B=2, N=70, D=15, M=37, allowed="row", reduce="batch"),
 )
 QUICK = (Case(B=16, N=64, D=384, M=4), Case(B=16, N=2048, D=384, M=4))
 BENCH = (*QUICK, Case(B=16, N=64, D=384, M=4, groups=4, reduce="batch"), Case(B=16, N=20000, D=384, M=4))
