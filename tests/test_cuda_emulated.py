@@ -1,7 +1,7 @@
 """csrc/cuda on the CPU: the kernels as they are, under an emulation of CUDA's execution model.
 
-Held to float64: at most twice the error of plain PyTorch in the same dtype, three times for gradients. Every tensor lies
-between stretches of NaN, outputs and workspaces begin as NaN, and threads run in another order in every test.
+Held to float64: at most twice the error of plain PyTorch in the same dtype, three times for gradients. Every tensor
+lies between stretches of NaN, outputs and workspaces begin as NaN, and threads run in another order in every test.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ def select(kernels, query, keys, top_m, allowed=None, groups=1, by_batch=False):
         allowed = allowed.all(0)
     if allowed is not None and allowed.dim() == 1:
         allowed = allowed.expand(1 if by_batch else len(query), -1)
-    strides = {} if allowed is None else dict(zip(("allowed_stride_b", "allowed_stride_n"), allowed.stride()))
+    strides = {}
+    if allowed is not None:
+        strides = dict(zip(("allowed_stride_b", "allowed_stride_n"), allowed.stride(), strict=True))
+        allowed = allowed.view(torch.uint8)
     shape = len(query), top_m
     outputs = {name: Guarded(shape, torch.float32) for name in ("similarity", "weight")}
     outputs["index"] = Guarded(shape, torch.int64)
     library.call(
-        kernels, "Select", outputs, query=query, keys=keys, allowed=None if allowed is None else allowed.view(torch.uint8),
+        kernels, "Select", outputs, query=query, keys=keys, allowed=allowed,
         type=keys.dtype, B=len(query), N=len(keys), D=keys.shape[1], M=top_m, groups=groups, key_stride=keys.stride(0),
         by_batch=by_batch, **strides,
     )  # fmt: skip
@@ -80,8 +83,9 @@ def select_backward(kernels, grad, query, keys, index, groups=1, by_batch=False)
 SELECT = (
     *(case for case in select_cases.CASES if case.B),
     SelectCase(B=16, N=64, D=64, M=4),
+    SelectCase(B=2, N=1000, D=12, M=40, allowed="row"),
     SelectCase(B=17, N=2100, D=20, M=4, groups=5),
-    SelectCase(B=3, N=4096, D=8, M=64, allowed="sample"),
+    SelectCase(B=3, N=2600, D=56, M=64, allowed="sample"),
     SelectCase(B=1, N=3000, D=68, M=33, groups=2),
     SelectCase(B=2, N=900, D=260, M=3),
 )
@@ -114,17 +118,17 @@ def test_select(case, odd, dtype, kernels, rng):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", [60, 2100, 20000])
+@pytest.mark.parametrize("rows", [60, 2100])
 def test_select_equal_keys_have_one_similarity_wherever_they_lie(rows, dtype, kernels, rng):
     few = torch.randn(7, 44, generator=rng).to(dtype)
     of = torch.randint(7, (rows,), generator=rng)
     query = guarded(torch.randn(18, 44, generator=rng))
-    alone = select(kernels, query, guarded(few), 7, groups=11)
+    alone = select(kernels, query, guarded(few), 7, groups=2)
     table = torch.empty(18, 7).scatter(1, alone[2], alone[0])
     ranked = torch.stack([table[b, of].sort(descending=True, stable=True).indices for b in range(18)])
     for keys in (guarded(few[of]), wide(few[of], True)):
         for samples in (1, 3, 18):
-            similarity, _, index = select(kernels, query[:samples], keys, 9, groups=11)
+            similarity, _, index = select(kernels, query[:samples], keys, 9, groups=2)
             assert torch.equal(index, ranked[:samples, :9])
             assert torch.equal(similarity, table.gather(1, of[ranked])[:samples, :9])
 
@@ -401,7 +405,7 @@ def test_a_failed_launch_names_the_kernel(kernels):
 FAULTS = {
     "right": ("shared[threadIdx.x] = threadIdx.x; __syncthreads(); *out = shared[63 - threadIdx.x];", ""),
     "a barrier that one thread misses": ("if (threadIdx.x) __syncthreads();", "thread 0 has returned"),
-    "two barriers at once": ("if (threadIdx.x < 32) __syncthreads(); else __syncthreads();", "deadlock"),
+    "two barriers at once": ("if (threadIdx.x < 32) __syncthreads();\nelse __syncthreads();", "deadlock"),
     "a lane that does not come": ("if (threadIdx.x) __shfl_sync(~0u, 1, 0);", "thread 0 has returned"),
     "a lane outside its mask": ("__ballot_sync(1u, true);", "a lane outside its own mask"),
     "a value from outside the mask": ("if (threadIdx.x % 32 < 2) __shfl_sync(3u, 1, 5);", "reads one outside the mask"),

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 # undefined behaviour aborts with a message: a misaligned vector load is one
 FLAGS = (
-    "-std=c++17 -O1 -fPIC -fno-strict-aliasing -ffp-contract=off -fsanitize=undefined -fno-sanitize-recover=all"
+    "-std=c++17 -O2 -fPIC -fno-strict-aliasing -ffp-contract=off -fsanitize=undefined -fno-sanitize-recover=all"
     " -U_FORTIFY_SOURCE"
 ).split()
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
