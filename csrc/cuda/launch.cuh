@@ -43,7 +43,7 @@ inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 // Whether `bytes` (a power of two) can be loaded at once from a pointer and from every stride (in elements) after it.
 template <typename... Strides>
-bool aligned(int64_t bytes, Type type, const void* pointer, Strides... strides) {
+bool aligned(int64_t bytes, [[maybe_unused]] Type type, const void* pointer, Strides... strides) {
   const auto whole = [&](int64_t address) { return address % bytes == 0; };
   return whole(int64_t(reinterpret_cast<uintptr_t>(pointer))) && (whole(strides * size_of(type)) && ...);
 }

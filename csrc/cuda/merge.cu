@@ -35,8 +35,8 @@ __device__ __forceinline__ void fetch(const void* factor, int64_t stride_n, int6
 
 template <typename T, typename F>
 __global__ void __launch_bounds__(THREADS) add_product(Merge p, bool vector) {
-  __shared__ alignas(16) float A[DEPTH][WIDE];
-  __shared__ alignas(16) float B[DEPTH][HIGH];
+  alignas(16) __shared__ float A[DEPTH][WIDE];
+  alignas(16) __shared__ float B[DEPTH][HIGH];
   __shared__ int64_t row[DEPTH];
   __shared__ float weight[DEPTH];
   const unsigned tiles = unsigned((p.d_in + WIDE - 1) / WIDE), R = unsigned(p.R), K = unsigned(p.P) * R;

@@ -89,13 +89,15 @@ __device__ void chosen_row(const SelectBackward& p, int64_t row, Shared& shared)
   }
   const T* key = static_cast<const T*>(p.keys) + row * p.key_stride;
   for (int group = warp; group < p.groups; group += WARPS) {
-    float square = 0.0f, product = 0.0f;
+    float square = 0.0f, along = 0.0f;
     for (int column = group * chunk + lane; column < (group + 1) * chunk; column += WARP) {
-      const float k = number(key[column]);
-      square = __fmaf_rn(k, k, square);
-      product = __fmaf_rn(k, shared.pull[column], product);
+      square = __fmaf_rn(number(key[column]), number(key[column]), square);
     }
-    const float norm = __fsqrt_rn(warp_sum(square)), along = over_norm(warp_sum(product), norm);
+    const float norm = __fsqrt_rn(warp_sum(square));
+    for (int column = group * chunk + lane; column < (group + 1) * chunk; column += WARP) {
+      along = __fmaf_rn(over_norm(number(key[column]), norm), shared.pull[column], along);
+    }
+    along = warp_sum(along);
     if (lane == 0) {
       shared.key_norm[group] = norm;
       shared.along[group] = along;

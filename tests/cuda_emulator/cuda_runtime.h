@@ -12,6 +12,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -69,7 +70,8 @@ struct Wait {  // where a thread waits, and what it brings
   uint64_t value;
 
   bool same_place(const Wait& other) const {
-    return line == other.line && mask == other.mask && !strcmp(what, other.what) && !strcmp(file, other.file);
+    const auto same = [](const char* a, const char* b) { return a == b || !strcmp(a, b); };
+    return line == other.line && mask == other.mask && same(what, other.what) && same(file, other.file);
   }
 };
 
@@ -186,7 +188,8 @@ inline unsigned next_thread() {
   auto& ready = machine.ready;
   const size_t at = machine.order == 0 ? ready.size() - 1 : machine.random() % ready.size();
   const unsigned thread = ready[at];
-  ready.erase(ready.begin() + at);
+  ready[at] = ready.back();
+  ready.pop_back();
   return thread;
 }
 

@@ -1,0 +1,435 @@
+"""csrc/cuda on the CPU: the kernels as they are, under an emulation of CUDA's execution model.
+
+Held to float64: at most twice the error of plain PyTorch in the same dtype, three times for gradients. Every tensor
+lies between stretches of NaN, outputs and workspaces begin as NaN, and threads run in another order in every test.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+
+from cllava_fast.ops.aggregate import cases as aggregate_cases
+from cllava_fast.ops.aggregate import mix
+from cllava_fast.ops.aggregate import reference as aggregate_reference
+from cllava_fast.ops.inject import reference as inject_reference
+from cllava_fast.ops.select import cases as select_cases
+from cllava_fast.ops.select import reference as select_reference
+from tests.cuda_emulator import library
+from tests.cuda_emulator.library import Guarded, guarded
+from tests.ops_helpers import LOW, error
+
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="needs g++")
+dtypes = pytest.mark.parametrize("dtype", LOW, ids=str)
+SelectCase, MixCase = select_cases.Case, aggregate_cases.MixCase
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return library.build(tmp_path_factory.mktemp("cuda_emulated"))
+
+
+@pytest.fixture
+def kernels(built, rng):
+    built.emulator_seed(ctypes.c_uint(int(torch.randint(2**31, (), generator=rng))))
+    return built
+
+
+def wide(tensor, odd):
+    """The same rows, further apart; with `odd` at addresses that no vector load can take."""
+    apart = tensor.shape[-1] + (3 if odd else 16)
+    memory = guarded(tensor.new_full((*tensor.shape[:-1], apart), float("nan")), int(odd))
+    memory[..., : tensor.shape[-1]] = tensor
+    return memory[..., : tensor.shape[-1]]
+
+
+def limit(dtype, usual, slack):
+    return max(slack * usual, 2 * torch.finfo(dtype).eps)
+
+
+def select(kernels, query, keys, top_m, allowed=None, groups=1, by_batch=False):
+    if allowed is not None and by_batch and allowed.dim() == 2:
+        allowed = allowed.all(0)
+    if allowed is not None and allowed.dim() == 1:
+        allowed = allowed.expand(1 if by_batch else len(query), -1)
+    strides = {}
+    if allowed is not None:
+        strides = dict(zip(("allowed_stride_b", "allowed_stride_n"), allowed.stride(), strict=True))
+        allowed = allowed.view(torch.uint8)
+    shape = len(query), top_m
+    outputs = {name: Guarded(shape, torch.float32) for name in ("similarity", "weight")}
+    outputs["index"] = Guarded(shape, torch.int64)
+    library.call(
+        kernels, "Select", outputs, query=query, keys=keys, allowed=allowed,
+        type=keys.dtype, B=len(query), N=len(keys), D=keys.shape[1], M=top_m, groups=groups, key_stride=keys.stride(0),
+        by_batch=by_batch, **strides,
+    )  # fmt: skip
+    return outputs["similarity"].tensor, outputs["weight"].tensor, outputs["index"].tensor
+
+
+def select_backward(kernels, grad, query, keys, index, groups=1, by_batch=False):
+    outputs = {"out": Guarded(tuple(keys.shape), keys.dtype)}
+    library.call(
+        kernels, "SelectBackward", outputs, grad=grad, query=query, keys=keys, index=index,
+        type=keys.dtype, B=len(query), N=len(keys), D=keys.shape[1], M=index.shape[1], groups=groups,
+        key_stride=keys.stride(0), by_batch=by_batch,
+    )  # fmt: skip
+    return outputs["out"].tensor
+
+
+SELECT = (
+    *(case for case in select_cases.CASES if case.B),
+    SelectCase(B=16, N=64, D=64, M=4),
+    SelectCase(B=2, N=1000, D=12, M=40, allowed="row"),
+    SelectCase(B=17, N=2100, D=20, M=4, groups=5),
+    SelectCase(B=3, N=2600, D=56, M=64, allowed="sample"),
+    SelectCase(B=1, N=3000, D=68, M=33, groups=2),
+    SelectCase(B=2, N=900, D=260, M=3),
+)
+
+
+@dtypes
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("case", SELECT, ids=str)
+def test_select(case, odd, dtype, kernels, rng):
+    query, keys, allowed = select_cases.make(case, dtype, rng)
+    query, keys = guarded(query.float(), int(odd)), wide(keys, odd)
+    upstream = torch.randn(case.B, case.M, generator=rng)
+    rest = case.groups, case.reduce == "batch"
+    exact = select_reference.select(query.double(), keys.double(), case.M, allowed, *rest)
+    plain = select_reference.select(query, keys, case.M, allowed, *rest, compute_dtype=torch.float32)
+    found = select(kernels, query, keys, case.M, allowed, *rest)
+    assert torch.equal(found[2], exact[2])
+    few = 4 if case.B * case.M < 100 else 1  # one draw of a few numbers may be lucky
+    for ours, theirs, wanted in zip(found[:2], plain[:2], exact[:2], strict=True):
+        assert error(ours, wanted.double()) <= few * limit(torch.float32, error(theirs, wanted.double()), 2)
+    grads = [
+        select_reference.select_backward(upstream.to(t), query.to(t), keys.to(t), exact[2], *rest, t)
+        for t in (torch.float64, torch.float32)
+    ]
+    grad = select_backward(kernels, upstream, query, keys, exact[2], *rest)
+    assert error(grad, grads[0]) <= few * limit(dtype, error(grads[1].to(dtype), grads[0]), 3)
+    again = [*select(kernels, query, keys, case.M, allowed, *rest)]
+    again.append(select_backward(kernels, upstream, query, keys, exact[2], *rest))
+    assert all(torch.equal(a, b) for a, b in zip((*found, grad), again, strict=True))
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [60, 2100])
+def test_select_equal_keys_have_one_similarity_wherever_they_lie(rows, dtype, kernels, rng):
+    few = torch.randn(7, 44, generator=rng).to(dtype)
+    of = torch.randint(7, (rows,), generator=rng)
+    query = guarded(torch.randn(18, 44, generator=rng))
+    alone = select(kernels, query, guarded(few), 7, groups=2)
+    table = torch.empty(18, 7).scatter(1, alone[2], alone[0])
+    ranked = torch.stack([table[b, of].sort(descending=True, stable=True).indices for b in range(18)])
+    for keys in (guarded(few[of]), wide(few[of], True)):
+        for samples in (1, 3, 18):
+            similarity, _, index = select(kernels, query[:samples], keys, 9, groups=2)
+            assert torch.equal(index, ranked[:samples, :9])
+            assert torch.equal(similarity, table.gather(1, of[ranked])[:samples, :9])
+
+
+def test_select_guards(kernels):
+    query = torch.tensor([[1.0, 0.0]])
+
+    def weights(keys, top_m, allowed=None):
+        return select(kernels, query, torch.tensor(keys), top_m, allowed)
+
+    similarity, weight, index = weights([[-1.0, 0.0], [-1.0, 1.0]], 2)
+    assert index.tolist() == [[1, 0]] and weight.tolist() == [[0.5, 0.5]] and (similarity < 0).all()
+    similarity, weight, _ = weights([[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0]], 3)
+    assert weight[0, 2] == 0 and similarity[0, 2] == -1
+    query = torch.tensor([[9e-7, 1.0]])
+    assert weights([[1.0, 0.0], [-1.0, 0.0]], 2)[1].tolist() == [[0.5, 0.5]]
+    query = torch.tensor([[2e-6, 1.0]])
+    assert weights([[1.0, 0.0], [-1.0, 0.0]], 2)[1].tolist() == [[1.0, 0.0]]
+    similarity, weight, index = weights([[1.0, 0.0]] * 3, 3, torch.tensor([False, True, False]))
+    assert index.tolist() == [[1, 0, 2]] and weight.tolist() == [[1.0, 0.0, 0.0]]
+    assert similarity[0, 1:].tolist() == [-float("inf")] * 2
+    assert weights([[1.0, 0.0]] * 2, 2, torch.tensor([False, False]))[1].tolist() == [[0.0, 0.0]]
+    similarity, weight, index = weights([[1.0, 0.0], [float("nan"), 0.0]], 2)
+    assert index.tolist() == [[1, 0]] and weight.isnan().all() and similarity[0].isnan().tolist() == [True, False]
+    query = torch.tensor([[0.0, 0.0]])
+    similarity, weight, _ = weights([[1.0, 2.0], [-0.0, -0.0]], 2)
+    assert weight.tolist() == [[0.5, 0.5]] and similarity.tolist() == [[0.0, 0.0]]
+
+
+@dtypes
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_select_gradient_of_a_large_pool_and_many_samples(by_batch, dtype, kernels, rng):
+    samples, rows, width = 300, 5000, 12
+    query, keys = torch.randn(samples, width, generator=rng), torch.randn(rows, width, generator=rng).to(dtype)
+    keys[7, :6] = 0
+    index = torch.rand(1 if by_batch else samples, 9, generator=rng).argsort(1)[:, :3] * 500 + 7
+    index = index.expand(samples, 3).contiguous()
+    grad = torch.randn(samples, 3, generator=rng)
+    found = select_backward(kernels, grad, guarded(query), guarded(keys), index, 2, by_batch)
+    both = [
+        select_reference.select_backward(grad.to(t), query.to(t), keys.to(t), index, 2, by_batch, t)
+        for t in (torch.float64, torch.float32)
+    ]
+    assert error(found, both[0]) <= limit(dtype, error(both[1].to(dtype), both[0]), 3)
+    assert (found[7, :6] == 0).all()
+
+
+def aggregate(kernels, index, weight, row_task, row_mean, context):
+    sizes = {"B": index.shape[0], "M": index.shape[1], "N": len(row_task), "T": len(context)}
+    shape = sizes["B"], sizes["M"] + sizes["N"]
+    outputs = {"coefficient": Guarded(shape, torch.float32), "rows": Guarded(shape, torch.int64)}
+    given = {"index": index, "weight": weight, "row_task": row_task, "row_mean": row_mean, "context": context}
+    library.call(kernels, "Aggregate", outputs, **given, **sizes)
+    return outputs["coefficient"].tensor, outputs["rows"].tensor
+
+
+def aggregate_backward(kernels, grad, index, weight, row_task, row_mean, context, needed=(True, True)):
+    sizes = {"B": index.shape[0], "M": index.shape[1], "N": len(row_task), "T": len(context)}
+    names = [name for name, need in zip(("grad_weight", "grad_context"), needed, strict=True) if need]
+    shapes = {"grad_weight": tuple(weight.shape), "grad_context": tuple(context.shape)}
+    outputs = {name: Guarded(shapes[name], torch.float32) for name in names}
+    given = {"index": index, "weight": weight, "row_task": row_task, "row_mean": row_mean, "context": context}
+    library.call(kernels, "AggregateBackward", outputs, grad=grad, **given, **sizes)
+    return [outputs[name].tensor for name in names]
+
+
+def doubles(*tensors):
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+AGGREGATE = (*(case for case in aggregate_cases.CASES if case.B), aggregate_cases.Case(B=270, M=2, N=90, T=300))
+
+
+@pytest.mark.parametrize("case", AGGREGATE, ids=str)
+def test_aggregate(case, kernels, rng):
+    inputs = [guarded(tensor) for tensor in aggregate_cases.make(case, torch.float32, rng)]
+    exact, plain = aggregate_reference.aggregate(*doubles(*inputs)), aggregate_reference.aggregate(*inputs)
+    found = aggregate(kernels, *inputs)
+    assert torch.equal(found[1], exact[1])
+    assert error(found[0], exact[0]) <= limit(torch.float32, error(plain[0], exact[0]), 2)
+    upstream = guarded(torch.randn(case.B, case.M + case.N, generator=rng))
+    grads = [
+        aggregate_reference.aggregate_backward(*tensors, [True, True])
+        for tensors in (doubles(upstream, *inputs), (upstream, *inputs))
+    ]
+    together = aggregate_backward(kernels, upstream, *inputs)
+    for ours, wanted, theirs in zip(together, *grads, strict=True):
+        assert error(ours, wanted) <= limit(torch.float32, error(theirs, wanted), 3)
+    for i, needed in enumerate(((True, False), (False, True))):
+        assert torch.equal(aggregate_backward(kernels, upstream, *inputs, needed)[0], together[i])
+
+
+def test_aggregate_reads_nothing_that_the_formula_does_not(kernels):
+    nan = float("nan")
+    context = torch.full((4, 4), nan)
+    context[2, 0], context[2, 1], context[1, 0] = 0.5, 0.25, 2.0
+    inputs = torch.tensor([[2, 2], [2, 1]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.arange(4)
+    inputs = *inputs, torch.tensor([0.5, 0.25, nan, nan]), context
+    coefficient, _ = aggregate(kernels, *inputs)
+    assert coefficient[:, 2:].tolist() == [[0.25, 0.0625, 0, 0], [0.625, 0.03125, 0, 0]]
+    upstream = torch.ones(2, 6)
+    upstream[:, 4:] = nan
+    grads = aggregate_backward(kernels, upstream, *inputs)
+    assert grads[0].tolist() == [[1.3125, 1.3125], [1.3125, 2.0]]
+    wanted = torch.zeros(4, 4)
+    wanted[2, 0], wanted[2, 1], wanted[1, 0] = 0.75, 0.375, 0.25
+    assert torch.equal(grads[1], wanted)
+    upstream[0, 2:] = nan  # a row of the first task looks back at nothing
+    inputs = torch.tensor([[0], [2]]), torch.ones(2, 1), *inputs[2:]
+    grads = aggregate_backward(kernels, upstream[:, 1:].contiguous(), *inputs)
+    assert grads[0].tolist() == [[1], [1.3125]]
+    assert grads[1].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0.5, 0.25, 0, 0], [0, 0, 0, 0]]
+
+
+def mix_sizes(A, B, index):
+    sizes = {"samples": index.shape[0], "P": index.shape[1], "N": len(A), "type": A.dtype}
+    return sizes | {"size_A": A.shape[1], "size_B": B.shape[1], "stride_A": A.stride(0), "stride_B": B.stride(0)}
+
+
+def mix_factors(kernels, A, B, coefficient, index):
+    outputs = {name: Guarded((len(index), t.shape[1]), A.dtype) for name, t in (("A_mix", A), ("B_mix", B))}
+    library.call(
+        kernels, "MixFactors", outputs, A=A, B=B, coefficient=coefficient, index=index, **mix_sizes(A, B, index)
+    )
+    return [memory.tensor for memory in outputs.values()]
+
+
+def mix_factors_backward(kernels, grad_A, grad_B, A, B, coefficient, index, needed=(True, True, True)):
+    shapes = {"to_A": (tuple(A.shape), A.dtype), "to_B": (tuple(B.shape), B.dtype)}
+    shapes["to_coefficient"] = tuple(coefficient.shape), torch.float32
+    outputs = {name: Guarded(*shapes[name]) for name, need in zip(shapes, needed, strict=True) if need}
+    library.call(
+        kernels, "MixFactorsBackward", outputs, grad_A=grad_A, grad_B=grad_B, A=A, B=B, coefficient=coefficient,
+        index=index, **mix_sizes(A, B, index),
+    )  # fmt: skip
+    return [memory.tensor for memory in outputs.values()]
+
+
+MIX = (
+    *(case for case in aggregate_cases.MIX_CASES if case.B and case.P),
+    MixCase(B=2, P=300, N=8, R=2, d_in=24, d_out=16),
+    MixCase(B=1, P=3, N=300, R=4, d_in=2100, d_out=8),
+)
+
+
+@dtypes
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("case", MIX, ids=str)
+def test_mix_factors(case, odd, dtype, kernels, rng):
+    A, B, coefficient, index = aggregate_cases.make_mix(case, dtype, rng)
+    coefficient[torch.rand(coefficient.shape, generator=rng) < 0.3] = 0
+    A, B = wide(A.flatten(1), odd), wide(B.flatten(1), odd)
+    unread = torch.ones(case.N).bool().index_fill(0, index[coefficient != 0], False)
+    spoiled = [tensor.clone() for tensor in (A, B)]
+    for tensor in spoiled:
+        tensor[unread] = float("nan")
+    shaped = A.unflatten(1, (case.R, -1)), B.unflatten(1, (case.R, -1))
+    exact = mix.mix_factors(*doubles(*shaped, coefficient), index)
+    plain = mix.mix_factors(*shaped, coefficient, index)
+    found = mix_factors(kernels, *(wide(tensor, odd) for tensor in spoiled), coefficient, index)
+    few = 4 if case.R * case.d_in < 100 else 1
+    for ours, wanted, theirs in zip(found, exact, plain, strict=True):
+        assert error(ours, wanted.flatten(1)) <= few * limit(dtype, error(theirs, wanted), 2)
+    upstream = [torch.randn(t.shape, generator=rng, dtype=torch.float64).to(dtype) for t in exact]
+    flat = [guarded(t.flatten(1), int(odd)) for t in upstream]
+    rest = *shaped, coefficient, index
+    grads = [
+        mix.mix_factors_backward(*tensors, [True] * 3) for tensors in (doubles(*upstream, *rest), (*upstream, *rest))
+    ]
+    together = mix_factors_backward(kernels, *flat, A, B, coefficient, index)
+    for ours, wanted, theirs in zip(together, *grads, strict=True):
+        wanted, theirs = wanted.view(ours.shape), theirs.view(ours.shape)
+        assert error(ours, wanted) <= few * limit(ours.dtype, error(theirs, wanted), 3)
+    for i in range(3):
+        alone = mix_factors_backward(kernels, *flat, A, B, coefficient, index, [i == other for other in range(3)])
+        assert torch.equal(alone[0], together[i])
+
+
+def factor_strides(A, B):
+    names = ("A_stride_n", "A_stride_r", "B_stride_n", "B_stride_r")
+    return dict(zip(names, (*A.stride()[:2], *B.stride()[:2]), strict=True))
+
+
+def inject_add(kernels, y, x, A, B, index, coefficient, scale):
+    output = Guarded(tuple(y.shape), y.dtype)
+    output.tensor.copy_(y)
+    library.call(
+        kernels, "InjectAdd", {"y": output}, x=x, A=A, B=B, index=index, coefficient=coefficient, type=x.dtype,
+        factor_type=A.dtype, scale=scale, samples=x.shape[0], S=x.shape[1], d_in=x.shape[2], d_out=B.shape[2],
+        N=len(A), R=A.shape[1], P=index.shape[1], x_stride_b=x.stride(0), x_stride_s=x.stride(1),
+        **factor_strides(A, B),
+    )  # fmt: skip
+    return output.tensor
+
+
+def pairs(samples, count, rows, rng):
+    """Some rows twice, about a third of the coefficients 0; and which rows nobody reads."""
+    index = torch.randint(rows, (samples, count), generator=rng)
+    coefficient = torch.randn(samples, count, generator=rng)
+    coefficient[torch.rand(samples, count, generator=rng) < 0.3] = 0
+    return index, coefficient, torch.ones(rows).bool().index_fill(0, index[coefficient != 0], False)
+
+
+FACTORS = [(dtype, factor) for dtype in LOW for factor in dict.fromkeys((dtype, torch.float32))]
+INJECT = (  # samples, S, d_in, d_out, N, R, P
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 3, 40, 24, 5, 8, 4),
+    (3, 1, 1100, 40, 6, 4, 4),
+    (2, 16, 72, 264, 4, 3, 7),
+    (2, 5, 17, 33, 3, 3, 11),
+    (1, 2, 2048, 24, 40, 8, 70),
+)
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype"), FACTORS, ids=str)
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("sizes", INJECT, ids=str)
+def test_inject_add(sizes, odd, dtype, factor_dtype, kernels, rng):
+    samples, tokens, d_in, d_out, rows, rank, count = sizes
+    x = wide(torch.randn(samples, tokens, d_in, generator=rng).to(dtype), odd)
+    y = torch.randn(samples, tokens, d_out, generator=rng).to(dtype)
+    A = (torch.randn(rows, rank, d_in, generator=rng) / d_in**0.5).to(factor_dtype)
+    B = torch.randn(rows, rank, d_out, generator=rng).to(factor_dtype)
+    index, coefficient, unread = pairs(samples, count, rows, rng)
+    exact = inject_reference.inject_add(*doubles(y, x, A, B, index, coefficient), 0.5)
+    plain = inject_reference.inject_add(y, x, A, B, index, coefficient, 0.5)
+    A[unread] = B[unread] = float("nan")
+    found = [inject_add(kernels, y, x, wide(A, odd), wide(B, odd), index, coefficient, 0.5) for _ in range(2)]
+    few = 4 if samples * tokens * d_out < 100 else 1
+    assert error(found[0], exact) <= few * limit(dtype, error(plain, exact), 2)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype"), FACTORS, ids=str)
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 1), (132, 68, 5, 8, 4), (260, 130, 3, 3, 7), (64, 128, 40, 8, 20)], ids=str
+)
+def test_merge(sizes, odd, dtype, factor_dtype, kernels, rng):
+    d_in, d_out, rows, rank, count = sizes
+    weight = torch.randn(d_out, d_in, generator=rng).to(dtype)
+    A = torch.randn(rows, rank, d_in, generator=rng).to(factor_dtype)
+    B = torch.randn(rows, rank, d_out, generator=rng).to(factor_dtype)
+    index, coefficient, unread = pairs(1, count, rows, rng)
+
+    def formula(t):
+        strength = coefficient[0].to(t) * 0.5
+        return weight.to(t) + torch.einsum("p,pro,pri->oi", strength, B.to(t)[index[0]], A.to(t)[index[0]])
+
+    exact, plain = formula(torch.float64), formula(torch.float32).to(dtype)
+    A[unread] = B[unread] = float("nan")
+    A, B, weight = wide(A, odd), wide(B, odd), wide(weight, odd)
+    output = Guarded((d_out, d_in), dtype, int(odd))
+    library.call(
+        kernels, "Merge", {"out": output}, weight=weight, A=A, B=B, index=index, coefficient=coefficient, type=dtype,
+        factor_type=factor_dtype, scale=0.5, d_in=d_in, d_out=d_out, N=rows, R=rank, P=count,
+        weight_stride=weight.stride(0), **factor_strides(A, B),
+    )  # fmt: skip
+    assert error(output.tensor, exact) <= (4 if d_out == 1 else 1) * limit(dtype, error(plain, exact), 2)
+
+
+def test_a_failed_launch_names_the_kernel(kernels):
+    keys = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match=r"select mean_unit: launch failed: invalid config.*grid 0 x 1"):
+        select(kernels, torch.randn(2, 4), keys, 1, groups=0, by_batch=True)
+    index, coefficient = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    factor = torch.ones(1, 1, 4, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="neither of the activations' type nor float32"):
+        inject_add(
+            kernels, torch.ones(1, 1, 4).half(), torch.ones(1, 1, 4).half(), factor, factor, index, coefficient, 1
+        )
+
+
+FAULTS = {
+    "right": ("shared[threadIdx.x] = threadIdx.x; __syncthreads(); *out = shared[63 - threadIdx.x];", ""),
+    "a barrier that one thread misses": ("if (threadIdx.x) __syncthreads();", "thread 0 has returned"),
+    "two barriers at once": ("if (threadIdx.x < 32) __syncthreads();\nelse __syncthreads();", "deadlock"),
+    "a lane that does not come": ("if (threadIdx.x) __shfl_sync(~0u, 1, 0);", "thread 0 has returned"),
+    "a lane outside its mask": ("__ballot_sync(1u, true);", "a lane outside its own mask"),
+    "a value from outside the mask": ("if (threadIdx.x % 32 < 2) __shfl_sync(3u, 1, 5);", "reads one outside the mask"),
+    "no barrier": ("shared[threadIdx.x] = 0; if (shared[63 - threadIdx.x] != 0) *out = 1;", "wrong result"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_emulator_sees_faults(fault, tmp_path):
+    body, message = FAULTS[fault]
+    (tmp_path / "kernel.cpp").write_text(
+        f"""#include <cuda_runtime.h>
+        #include <cstdio>
+        void kernel(float* out) {{ __shared__ float shared[64]; (void)shared; {body} }}
+        int main() {{
+          cudaLaunchConfig_t config{{}};
+          config.blockDim = 64;
+          float out = 0;
+          try {{ cudaLaunchKernelEx(&config, kernel, &out); }} catch (const std::exception& e) {{ puts(e.what()); }}
+          if (out == 1) puts("wrong result");
+        }}"""
+    )
+    command = [library.compiler(), *library.FLAGS, f"-I{library.HERE}", "kernel.cpp", "-o", "kernel"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = subprocess.run(["./kernel"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stdout and bool(message) == bool(done.stdout)
