@@ -134,7 +134,7 @@ def select_limit(m: Measured) -> float:
         return max(3 * m.plain_error, 2 * eps)
     # in float32, cosines close to 0 are not as close to each other
     share = m.outputs[2].clamp(min=0).sum(1).min().clamp(1e-3, 1).item() if len(m.ours) else 1.0
-    return min(1e-6 / share, max(2 * m.plain_error, 2 * eps))
+    return min(1e-6 / share, max(2 * m.plain_error, 2 * eps / share))
 
 
 def aggregate(case: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:

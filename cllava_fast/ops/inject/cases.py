@@ -41,7 +41,7 @@ ODD = (
     Case(B=1, S=3, d_in=4096, d_out=192, N=3, R=8, P=2),
     Case(B=2, S=17, d_in=65, d_out=129, N=3, R=64, P=2),
     Case(B=3, S=65, d_in=192, d_out=40, N=4, R=4, P=1),
-    Case(B=1, S=3, d_in=40, d_out=24, N=1, R=8, P=64),
+    Case(B=1, S=3, d_in=40, d_out=24, N=16, R=8, P=64),
     Case(B=1, S=3, d_in=40, d_out=4096, N=2, R=1, P=1),
     Case(B=2, S=1, d_in=40, d_out=40, N=130, R=1, P=3),
 )
