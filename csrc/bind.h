@@ -52,6 +52,7 @@ inline void expect(
     int64_t axis = 0;
     for (const int64_t size : sizes) fits &= size == any || tensor.size(axis) == size, ++axis;
     int64_t stride = 1;
+    if (tensor.numel() == 0) adjacent = 0;
     for (int64_t i = tensor.dim() - 1; i >= 0 && tensor.dim() - i <= adjacent; --i) {
       fits &= tensor.size(i) == 1 || tensor.stride(i) == stride;
       stride *= tensor.size(i);

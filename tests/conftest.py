@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; read when the first kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("CLLAVA_EMULATE_CUDA", "1")  # and native ones in an emulation
 # without it cuBLAS complains of torch's deterministic mode, which the tests of the ops use to fill empty memory
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

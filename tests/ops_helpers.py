@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cllava_fast import ops
-from cllava_fast.ops import dispatch, triton_backend
+from cllava_fast.ops import dispatch, native, triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
 
 LIBRARY: Any = torch.ops.cllava_fast
@@ -20,6 +20,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*LOW, torch.float64)
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 INJECT_TRITON = "cllava_fast.ops.inject.triton"
+INJECT_CPU = "cllava_fast.ops.inject.cpu"
 SELECT_TRITON = "cllava_fast.ops.select.triton"
 
 
@@ -28,10 +29,12 @@ CHAIN = {"chain": ("select", "aggregate", "mix_factors", "inject", "inject_add")
 
 
 class Backend(NamedTuple):
-    """What `ops.backend` calls it, where its tensors live, and which of its ways it goes, where there are several."""
+    """What `ops.backend` calls it, where its tensors live, what runs the ops that it lacks (gradients, say), and which
+    of its ways it goes, where there are several."""
 
     name: str
     device: str
+    beside: str = ""
     way: str = ""
 
     def __str__(self) -> str:
@@ -49,6 +52,8 @@ class Backend(NamedTuple):
 BACKENDS = (
     Backend("reference", GPU),
     Backend("triton", "cpu" if triton_backend.INTERPRETED else "cuda"),
+    Backend("cpu", "cpu"),
+    Backend("cuda", "cpu" if native.EMULATED else "cuda", beside="reference"),
 )
 # Ways between which the size of a call chooses, each tested at every size: name in a module, and what it then is.
 WAYS = {
@@ -56,6 +61,10 @@ WAYS = {
     ("triton", "inject", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
     ("triton", "inject_add", "gather"): (INJECT_TRITON, "plan", lambda *sizes: "gather"),
     ("triton", "inject_add", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
+    ("cpu", "inject", "native"): (INJECT_CPU, "plan", lambda *sizes: "native"),
+    ("cpu", "inject", "whole"): (INJECT_CPU, "plan", lambda *sizes: "whole"),
+    ("cpu", "inject_add", "native"): (INJECT_CPU, "plan", lambda *sizes: "native"),
+    ("cpu", "inject_add", "whole"): (INJECT_CPU, "plan", lambda *sizes: "whole"),
     ("triton", "select", "one"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 2**31),
     ("triton", "select", "split"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 16),
 }
@@ -88,7 +97,7 @@ def running_on(backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(importlib.import_module(module), name, value)
     if backend.name == "triton" and triton_backend.INTERPRETED:
         _round_bfloat16_like_hardware(monkeypatch)
-    with nan_in_empty_memory(), ops.backend(backend.name):
+    with nan_in_empty_memory(), ops.backend(",".join(filter(None, [backend.name, backend.beside]))):
         yield
 
 

@@ -93,23 +93,21 @@ def test_mix_factors_only_the_gradients_asked_for(backend, rng):
         assert torch.equal(torch.autograd.grad(sum(t.sum() for t in ops.mix_factors(*one, index)), one[i])[0], grad)
 
 
-@everywhere
-def test_aggregate_does_not_round_float64_arguments_beside_float32_ones(backend, rng):
+def test_aggregate_does_not_round_float64_arguments_beside_float32_ones(rng):  # by the choice of backend
     case = aggregate_cases.CASES[3]
-    index, weight, row_task, row_mean, _ = on(backend.device, aggregate_cases.make(case, torch.float32, rng))
-    context = leaf(torch.randn(9, 9, generator=rng, dtype=torch.float64).to(backend.device))
+    index, weight, row_task, row_mean, _ = aggregate_cases.make(case, torch.float32, rng)
+    context = leaf(torch.randn(9, 9, generator=rng, dtype=torch.float64))
     _, coefficient = ops.aggregate(index, weight, row_task, row_mean, context)
     wanted = aggregate_formula(case, index, weight.double(), row_task, row_mean.double(), context)[1]
     close(coefficient, wanted)
     close(torch.autograd.grad(coefficient.sum(), context)[0], torch.autograd.grad(wanted.sum(), context)[0])
 
 
-@mix_everywhere
-def test_mix_factors_does_not_round_float64_arguments_beside_float32_ones(backend, rng):
+def test_mix_factors_does_not_round_float64_arguments_beside_float32_ones(rng):
     case = aggregate_cases.MIX_CASES[1]
-    A, B, coefficient, index = on(backend.device, aggregate_cases.make_mix(case, torch.float32, rng))
-    B = torch.randn(B.shape, generator=rng, dtype=torch.float64).to(backend.device)
-    upstream = on(backend.device, [torch.ones(3, 8, 40), torch.ones(3, 8, 24).double()])
+    A, B, coefficient, index = aggregate_cases.make_mix(case, torch.float32, rng)
+    B = torch.randn(B.shape, generator=rng, dtype=torch.float64)
+    upstream = [torch.ones(3, 8, 40), torch.ones(3, 8, 24).double()]
     mixed, grads = mix_grads(A, B, coefficient, index, upstream)
     close(mixed[1], mix_factors_formula(case, B, B, coefficient.double(), index)[1])
     assert [t.dtype for t in grads] == [torch.float32, torch.float64, torch.float32]
@@ -180,3 +178,16 @@ def test_mix_factors_gradcheck_and_refusals(rng):
         ops.mix_factors(inputs[0], inputs[1][:, :1], inputs[2], index)
     with pytest.raises(ValueError, match="index: expected entries"):
         ops.mix_factors(*inputs, index + 4)
+
+
+@mix_everywhere
+def test_mix_factors_of_two_dtypes(backend, rng):
+    A, B, coefficient, index = on(
+        backend.device, aggregate_cases.make_mix(aggregate_cases.MIX_CASES[1], torch.float16, rng)
+    )
+    upstream = on(backend.device, [torch.ones(3, 8, 40).half(), torch.ones(3, 8, 24)])
+    mixed, grads = mix_grads(A, B.float(), coefficient, index, upstream)
+    same, same_grads = mix_grads(A.float(), B.float(), coefficient, index, [upstream[0].float(), upstream[1]])
+    for found, wanted in zip((*mixed, *grads), (*same, *same_grads), strict=True):
+        close(found, wanted.double(), 1.01 * torch.finfo(found.dtype).eps)
+    assert [t.dtype for t in (*mixed, *grads)] == [torch.float16, torch.float32] * 2 + [torch.float32]

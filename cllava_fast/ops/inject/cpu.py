@@ -31,9 +31,12 @@ def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
         return f"the tensors are on {site.device}"
     if site.dtype not in native.DTYPES:
         return f"{site.dtype} is not one of {', '.join(str(dtype) for dtype in native.DTYPES)}"
+    if asked:
+        return None
     sizes = dict(site.sizes)
-    if not asked and plan(sizes["S"], sizes["P"], sizes["N"], sizes["R"]) == "gather":
-        return "many tokens, few of many rows: gathering them is as fast"
+    way = plan(sizes["S"], sizes["P"], sizes["N"], sizes["R"])
+    if way == "gather" or (way == "native" and op == "inject_backward"):
+        return "few of many rows act: gathering them is as fast"
     return None
 
 
