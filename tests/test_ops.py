@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cllava_fast import ops
 from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.inject import cases as inject_cases
+from cllava_fast.ops.merge import cases as merge_cases
 from cllava_fast.ops.select import cases as select_cases
 from tests.ops_helpers import DTYPES, backends, error, framed, leaf, on, transposed
 
@@ -62,7 +63,7 @@ def run(op: Op, function: Callable[..., Any], case: Any, inputs: tuple[Any, ...]
     sources = [outputs[i] for i in op.source]
     wanted = [inputs[i] for i in op.trained]
     upstream = [up.to(out.dtype) for up, out in zip(upstream, sources, strict=True)]
-    grads = torch.autograd.grad(sources, wanted, upstream, allow_unused=True)
+    grads = torch.autograd.grad(sources, wanted, upstream, allow_unused=True) if wanted else []
     grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted, strict=True)]
     return Result([output.detach() for output in outputs], grads)
 
@@ -228,6 +229,19 @@ def make_inject_add(case: Any, dtype: torch.dtype, rng: torch.Generator) -> tupl
     return leaf(F.linear(x, weight, bias)), x, A, B, index, coefficient
 
 
+def merge(case: Any, *inputs: Any) -> Any:
+    return (ops.merge(*inputs, SCALE),)
+
+
+def merge_formula(case: Any, weight: Any, A: Any, B: Any, index: Any, coefficient: Any) -> Any:
+    return (weight + SCALE * torch.einsum("p,pro,pri->oi", coefficient, B[index], A[index]),)
+
+
+def merge_plain(case: Any, weight: Any, A: Any, B: Any, index: Any, coefficient: Any) -> Any:
+    scaled = (SCALE * coefficient).to(weight.dtype)[:, None, None] * B[index]
+    return (weight + torch.einsum("pro,pri->oi", scaled, A[index]),)
+
+
 def inject_limit(m: Measured) -> float:
     """Twice the error of plain PyTorch in the same dtype. As plain may be lucky, at least two roundings of the result
     and a few roundings, in the accumulator (float32), of the sum of its terms' absolute values; very few numbers may
@@ -267,6 +281,10 @@ OPS = {
         (*inject_cases.CASES[:4], *inject_cases.CASES[6:], inject_cases.ODD[0]),
         make_inject_add, inject_add, inject_add_formula, inject_add_plain,
         trained=(0, 1, 2, 3, 5), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit, repeated=(3,),
+    ),
+    "merge": Op(
+        merge_cases.CASES, merge_cases.make, merge, merge_formula, merge_plain,
+        trained=(), source=(), shapes=lambda c: [], limit=inject_limit, repeated=(3,),
     ),
 }  # fmt: skip
 
