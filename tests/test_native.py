@@ -1,0 +1,159 @@
+"""The native libraries: they are built where they can be, refuse what does not fit, and say what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from cllava_fast import ops
+from cllava_fast.ops import native
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = torch.ops.cllava_fast_native
+can_build = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="needs Linux and g++"
+)
+on_cpu = pytest.mark.skipif(native.cpu_usable() is not None, reason=str(native.cpu_usable()))
+
+
+def setup(*arguments: str, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@can_build
+def test_the_cpu_library_and_the_emulated_kernels_are_built() -> None:
+    """Or every test of theirs would be skipped. `make test` builds them."""
+    assert native.cpu_usable() is None
+    if not torch.cuda.is_available():
+        assert native.EMULATED and native.cuda_usable() is None
+
+
+@on_cpu
+def test_native_kernels_are_chosen_on_the_cpu() -> None:
+    for op, sizes in (("select", {"N": 64}), ("aggregate", {}), ("mix_factors_backward", {})):
+        site = ops.dispatch.Site(torch.device("cpu"), torch.float32, tuple(sizes.items()))
+        assert ops.dispatch.choose(op, site).backend == "cpu"
+    for tokens, pairs, rows, backend in ((1, 4, 1000, "cpu"), (577, 4, 1000, "reference"), (577, 56, 56, "cpu")):
+        inject = (("S", tokens), ("P", pairs), ("N", rows), ("R", 8))
+        site = ops.dispatch.Site(torch.device("cpu"), torch.float32, inject)
+        assert ops.dispatch.choose("inject", site).backend == backend
+        if tokens == 1:  # its gradient gathers
+            assert ops.dispatch.choose("inject_backward", site).backend == "reference"
+
+
+def select_arguments() -> dict[str, torch.Tensor | int | bool | None]:
+    return {
+        "query": torch.zeros(3, 8), "keys": torch.zeros(6, 8), "allowed": None, "groups": 1, "by_batch": False,
+        "similarity": torch.zeros(3, 2), "weight": torch.zeros(3, 2), "index": torch.zeros(3, 2).long(),
+    }  # fmt: skip
+
+
+def inject_arguments() -> dict[str, torch.Tensor | float]:
+    return {
+        "x": torch.zeros(2, 3, 8), "A": torch.zeros(5, 2, 8), "B": torch.zeros(5, 2, 6),
+        "index": torch.zeros(2, 4).long(), "coefficient": torch.zeros(2, 4), "scale": 1.0, "y": torch.zeros(2, 3, 6),
+    }  # fmt: skip
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("select", {"query": torch.zeros(3, 8).half()}, r"query: expected Float \[3, 8\].*got Half \[3, 8\]"),
+        ("select", {"keys": torch.zeros(6, 7)}, r"keys: expected Float \[6, 8\]"),
+        ("select", {"keys": torch.zeros(6, 16)[:, ::2]}, r"keys: .* without gaps .*strides \[16, 2\]"),
+        ("select", {"index": torch.zeros(3, 2).int()}, "index: expected Long"),
+        ("select", {"weight": torch.zeros(2, 3).t()}, "weight: expected .* without gaps"),
+        ("select", {"allowed": torch.zeros(1, 6, dtype=torch.uint8)}, r"allowed: expected Byte \[3, 6\]"),
+        ("select", {"groups": 3}, "groups = 3, D = 8"),
+        ("inject_add", {"x": torch.zeros(2, 3, 8).double()}, "x: expected Float, Half or BFloat16, got Double"),
+        ("inject_add", {"B": torch.zeros(4, 2, 6)}, r"B: expected Float \[5, 2, 6\]"),
+        ("inject_add", {"A": torch.zeros(5, 2, 8).half(), "B": torch.zeros(5, 2, 6).half()}, "A: expected Float or"),
+        ("inject_add", {"y": torch.zeros(2, 6, 3).transpose(1, 2)}, "y: expected .* without gaps"),
+        ("inject_add", {"coefficient": torch.zeros(2, 3)}, r"coefficient: expected Float \[2, 4\]"),
+    ],
+)
+def test_a_wrong_pointer_never_reaches_a_kernel(op: str, change: dict, message: str) -> None:
+    arguments = {"select": select_arguments, "inject_add": inject_arguments}[op]()
+    run = getattr(LIBRARY, op)
+    run(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        run(*(arguments | change).values())
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    assert "is not built: build it with a C++ compiler" in str(native.cpu_usable.__wrapped__())
+    (tmp_path / "_native_cpu.so").write_text("no library")
+    assert "does not load" in str(native.cpu_usable.__wrapped__())
+
+
+def test_it_runs_without_native_code(tmp_path: Path) -> None:
+    """A pure Python installation: the same package without its libraries."""
+    package = shutil.copytree(ROOT / "cllava_fast", tmp_path / "cllava_fast", ignore=shutil.ignore_patterns("*.so"))
+    code = (
+        f"import torch, cllava_fast as cf; assert cf.__file__.startswith({str(package)!r}), cf.__file__;"
+        "print(cf.ops.select(torch.eye(3), torch.eye(3), 1)[0].flatten().tolist());"
+        "print([r.reason for r in cf.ops.dispatch.table() if (r.op, r.backend) == ('select', 'cpu')][0]);"
+        "x, A = torch.ones(1, 1, 3), torch.ones(1, 1, 3);"
+        "print(cf.ops.inject(x, torch.eye(3), A, A, torch.zeros(1, 1).long(), torch.ones(1, 1)).tolist())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.splitlines()
+    assert (
+        found[0] == "[0, 1, 2]" and "pip install --no-build-isolation" in found[1] and found[2] == "[[[4.0, 4.0, 4.0]]]"
+    )
+
+
+def test_setup_refuses_what_it_cannot_build() -> None:
+    done = setup("--version", CLLAVA_BUILD_CUDA="yes")
+    assert done.returncode != 0 and "CLLAVA_BUILD_CUDA: expected auto, 0, 1 or emulated, got 'yes'" in done.stderr
+    done = setup("--version", CLLAVA_BUILD_CUDA="1", CUDA_HOME="/nowhere")
+    assert done.returncode != 0 and "'/nowhere/bin/nvcc' is not found" in done.stderr
+    done = setup("--version", CLLAVA_BUILD_CUDA="0", CXX="no-such-compiler")
+    assert done.returncode == 0 and "no native library is built: the C++ compiler 'no-such-compiler'" in done.stderr
+
+
+@can_build
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_the_cuda_library_builds_for_every_chip_without_a_gpu(tmp_path: Path) -> None:
+    done = setup("build_ext", "--build-lib", str(tmp_path), CLLAVA_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0a")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    library = tmp_path / "cllava_fast" / "_native_cuda.so"
+    tool = shutil.which("cuobjdump") or pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+    listed = subprocess.run([tool, "-lelf", "-lptx", str(library)], capture_output=True, text=True).stdout
+    assert "sm_80.cubin" in listed and "sm_90a.cubin" in listed and "sm_80.ptx" in listed
+    # what a torch without CUDA lacks is looked up when a kernel is called: the library links against any
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True).stdout
+    assert "aoti_torch_get_current_cuda_stream" not in symbols and "libtorch_cuda" not in symbols
+
+
+@can_build
+def test_a_wheel_is_free_of_the_python_version(tmp_path: Path) -> None:
+    done = setup(
+        "bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "tree"), CLLAVA_BUILD_CUDA="0"
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    assert "cllava_fast/_native_cpu.so" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_import_is_cheap_and_touches_no_gpu() -> None:
+    code = (
+        "import time, torch; begin = time.perf_counter(); import cllava_fast; took = time.perf_counter() - begin;"
+        "assert not torch.cuda.is_initialized(); print(took)"
+    )
+    took = [float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout) for _ in range(3)]
+    assert min(took) < 0.05
