@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base test lint format mutants kernels bench gpu clean
+.PHONY: help install demo demo-base native test lint format mutants kernels bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -22,7 +22,7 @@ help: ## show this list
 install: $(STAMP) ## create .venv and install everything, once
 
 # torch first and by name, then nothing may replace it
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+$(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python %d.%d found; Python 3.11 or newer is needed: make PYTHON=/path/to/python3" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77" wheel ninja
@@ -38,7 +38,11 @@ demo: $(STAMP) ## a tiny LLaVA learns four tasks one after another; report in ru
 demo-base: $(STAMP) ## pretrain the demo's tiny LLaVA again (about 5 minutes on two cores)
 	$(BIN)/python -m cllava_fast.demo.pretrain --output cllava_fast/demo/base $(ARGS)
 
-test: $(STAMP) ## run the tests
+native: $(STAMP) ## build the native libraries in place, and csrc/cuda for the CPU, which is how the tests run it
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	CLLAVA_BUILD_CUDA=emulated $(BIN)/python setup.py --quiet build_ext --inplace
+
+test: native ## run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(STAMP) ## check style and types

@@ -47,8 +47,8 @@ def main() -> None:
         print(f"cllava_fast: no native library is built: {missing}", file=sys.stderr)
     if wanted in ("auto", "1"):
         missing = missing or missing_for_cuda(wanted)
-    if missing and wanted in ("1", "emulated"):
-        sys.exit(f"CLLAVA_BUILD_CUDA={wanted}, but {missing}")
+    if missing and wanted == "1":
+        sys.exit(f"CLLAVA_BUILD_CUDA=1, but {missing}")
     if wanted != "0" and missing is None:
         extensions.append(Extension(EMULATED if wanted == "emulated" else CUDA, sources("cuda")))
     elif wanted != "0":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
 
 from cllava_fast.model import get_increments
 
@@ -19,7 +18,9 @@ QUESTIONS = (
 )
 
 
-def image(generator: torch.Generator) -> Image.Image:
+def image(generator: torch.Generator) -> Any:
+    from PIL import Image
+
     pixels = torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 

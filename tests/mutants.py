@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 
-COPIED = ("cllava_fast", "tests", "benchmarks", "pyproject.toml", "README.md")
+COPIED = ("cllava_fast", "csrc", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
 
 
 class Mutant(NamedTuple):
@@ -101,6 +101,10 @@ def main(names: list[str]) -> int:
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, Path(folder) / name)
+        native = any(mutant.file.startswith("csrc/") for mutant in chosen)
+        if native and not _built(Path(folder)):
+            print("the native libraries cannot be built here")
+            return 1
         for mutant in chosen:
             verdict = _verdict(mutant, Path(folder))
             bad += verdict != "red"
@@ -109,8 +113,17 @@ def main(names: list[str]) -> int:
     return 1 if bad else 0
 
 
+def _built(folder: Path) -> bool:
+    """The CPU's native library, and the CUDA kernels for their emulation."""
+    environment = {**os.environ, "CLLAVA_BUILD_CUDA": "emulated"}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 0
+
+
 def _selection(file: Path) -> list[str]:
     """Of the tests of an op's file: those of the op, and for a kernel those that run it."""
+    if file.parts[0] == "csrc":
+        return ["-k", file.parts[1]]
     if file.parts[:2] != ("cllava_fast", "ops") or len(file.parts) < 4:
         return []
     op = TESTED_AS.get(file.parts[2], file.parts[2])
@@ -123,13 +136,18 @@ def _verdict(mutant: Mutant, folder: Path) -> str:
     if text.count(mutant.old) != 1:
         return "NOT APPLIED"
     file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    native = mutant.file.startswith("csrc/")
     try:
+        if native and not _built(folder):
+            return "NOT BUILT"
         only = _selection(Path(mutant.file))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *only, *mutant.tests]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     finally:
         file.write_text(text, encoding="utf-8")
+        if native:
+            _built(folder)
     if run.returncode < 0:  # a kernel that wrote where it must not
         return "red"
     # 1: tests failed. Anything else is no verdict on the tests.
