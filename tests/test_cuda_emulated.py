@@ -85,6 +85,7 @@ def select_backward(kernels, grad, query, keys, index, groups=1, by_batch=False)
 SELECT = (
     *(case for case in select_cases.CASES if case.B),
     SelectCase(B=16, N=64, D=64, M=4),
+    SelectCase(B=19, N=70, D=600, M=4, groups=2, allowed="sample", reduce="batch"),
     SelectCase(B=2, N=1000, D=12, M=40, allowed="row"),
     SelectCase(B=17, N=2100, D=20, M=4, groups=5),
     SelectCase(B=3, N=2600, D=56, M=64, allowed="sample"),
@@ -166,7 +167,7 @@ def test_select_gradient_of_a_large_pool_and_many_samples(by_batch, dtype, kerne
     samples, rows, width = 300, 5000, 12
     query, keys = torch.randn(samples, width, generator=rng), torch.randn(rows, width, generator=rng).to(dtype)
     keys[7, :6] = 0
-    index = torch.rand(1 if by_batch else samples, 9, generator=rng).argsort(1)[:, :3] * 500 + 7
+    index = torch.rand(1 if by_batch else samples, 9, generator=rng).argsort(1)[:, :3] * 11 + 7
     index = index.expand(samples, 3).contiguous()
     grad = torch.randn(samples, 3, generator=rng)
     found = select_backward(kernels, grad, guarded(query), guarded(keys), index, 2, by_batch)
@@ -307,6 +308,17 @@ def test_mix_factors(case, odd, dtype, kernels, rng):
     for i in range(3):
         alone = mix_factors_backward(kernels, *flat, A, B, coefficient, index, [i == other for other in range(3)])
         assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("dtype", LOW[1:], ids=str)
+def test_every_number_is_read_and_rounded_as_torch_does(dtype, kernels, rng):
+    A = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(1, -1).view(dtype).nan_to_num(1.0)
+    coefficient = torch.rand(16, 1, generator=rng)
+    coefficient[0], coefficient[1] = 1, 1 + 2**-9
+    index = torch.zeros(16, 1, dtype=torch.int64)
+    for odd in (False, True):
+        found = mix_factors(kernels, wide(A, odd), wide(A, odd), coefficient, index)
+        assert torch.equal(found[0], (A.float() * coefficient).to(dtype))
 
 
 def factor_strides(A, B):

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(THREADS) coefficients(Aggregate p) {
 }
 
 // A block for each selected row of each sample.
-__global__ void __launch_bounds__(SUM_WARPS* WARP) weight_gradient(AggregateBackward p) {
+__global__ void __launch_bounds__(SUM_WARPS * WARP) weight_gradient(AggregateBackward p) {
   __shared__ float scratch[SUM_WARPS];
   const int64_t pair = blockIdx.x;
   const float* grad = p.grad + pair / p.M * (p.M + p.N);

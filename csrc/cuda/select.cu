@@ -198,7 +198,7 @@ __device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_
 }
 
 template <typename T, int QUERIES>
-__global__ void __launch_bounds__(warps_of<QUERIES>* WARP, blocks_at_once<QUERIES>) scan(Select p, Cut cut) {
+__global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERIES>) scan(Select p, Cut cut) {
   constexpr int WARPS = warps_of<QUERIES>;
   __shared__ float query_norm[QUERIES][SELECT_MOST_GROUPS];
   __shared__ float score[QUERIES][ROUND];
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(warps_of<QUERIES>* WARP, blocks_at_once<QUERIE
   }
 }
 
-__global__ void __launch_bounds__(MERGE_WARPS* WARP) merge_slices(Select p, Cut cut) {
+__global__ void __launch_bounds__(MERGE_WARPS * WARP) merge_slices(Select p, Cut cut) {
   __shared__ uint64_t held[MERGE_WARPS][2 * WARP];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, M = int(p.M);
   const int64_t count = cut.slices * M;
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(MERGE_WARPS* WARP) merge_slices(Select p, Cut 
 }
 
 // Mean over the batch of one normalised chunk: its product with a key's is the mean of the cosines.
-__global__ void __launch_bounds__(MERGE_WARPS* WARP) mean_unit(Select p, float* mean) {
+__global__ void __launch_bounds__(MERGE_WARPS * WARP) mean_unit(Select p, float* mean) {
   __shared__ float norm[MERGE_WARPS];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int64_t chunk = p.D / p.groups, at = blockIdx.x * chunk;

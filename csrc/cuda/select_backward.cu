@@ -111,7 +111,6 @@ __device__ void chosen_row(const SelectBackward& p, int64_t row, Shared& shared)
     const float across = __fmaf_rn(-unit, shared.along[group], shared.pull[column]);
     put(out + column, over_norm(across, norm * float(p.groups)));
   }
-  __syncthreads();
 }
 
 template <typename T>
