@@ -154,8 +154,10 @@ def test_select_guards(kernels):
     assert index.tolist() == [[1, 0, 2]] and weight.tolist() == [[1.0, 0.0, 0.0]]
     assert similarity[0, 1:].tolist() == [-float("inf")] * 2
     assert weights([[1.0, 0.0]] * 2, 2, torch.tensor([False, False]))[1].tolist() == [[0.0, 0.0]]
-    similarity, weight, index = weights([[1.0, 0.0], [float("nan"), 0.0]], 2)
-    assert index.tolist() == [[1, 0]] and weight.isnan().all() and similarity[0].isnan().tolist() == [True, False]
+    nan = float("nan")
+    similarity, weight, index = weights([[1.0, 0.0], [-nan, 0.0], [nan, 0.0]], 3)
+    assert index.tolist() == [[1, 2, 0]] and weight.isnan().all()
+    assert similarity[0].isnan().tolist() == [True, True, False]
     query = torch.tensor([[0.0, 0.0]])
     similarity, weight, _ = weights([[1.0, 2.0], [-0.0, -0.0]], 2)
     assert weight.tolist() == [[0.5, 0.5]] and similarity.tolist() == [[0.0, 0.0]]
@@ -405,9 +407,9 @@ def test_merge(sizes, odd, dtype, factor_dtype, kernels, rng):
 
 
 def test_a_failed_launch_names_the_kernel(kernels):
-    keys = torch.randn(4, 4)
-    with pytest.raises(RuntimeError, match=r"select mean_unit: launch failed: invalid config.*grid 0 x 1"):
-        select(kernels, torch.randn(2, 4), keys, 1, groups=0, by_batch=True)
+    nobody = torch.empty(0, 1)
+    with pytest.raises(RuntimeError, match=r"aggregate coefficients: launch failed: invalid config.*grid 0 x 1"):
+        aggregate(kernels, nobody.long(), nobody, torch.zeros(1).long(), torch.zeros(1), torch.zeros(1, 1))
     index, coefficient = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     factor = torch.ones(1, 1, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="neither of the activations' type nor float32"):
