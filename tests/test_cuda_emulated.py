@@ -12,10 +12,12 @@ import subprocess
 import pytest
 import torch
 
+from cllava_fast.ops import native_table
 from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.aggregate import mix
 from cllava_fast.ops.aggregate import reference as aggregate_reference
 from cllava_fast.ops.inject import reference as inject_reference
+from cllava_fast.ops.kernel_table import problems
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select import reference as select_reference
 from tests.cuda_emulator import library
@@ -83,6 +85,7 @@ def select_backward(kernels, grad, query, keys, index, groups=1, by_batch=False)
 SELECT = (
     *(case for case in select_cases.CASES if case.B),
     SelectCase(B=16, N=64, D=64, M=4),
+    SelectCase(B=19, N=70, D=600, M=4, groups=2, allowed="sample", reduce="batch"),
     SelectCase(B=2, N=1000, D=12, M=40, allowed="row"),
     SelectCase(B=17, N=2100, D=20, M=4, groups=5),
     SelectCase(B=3, N=2600, D=56, M=64, allowed="sample"),
@@ -151,8 +154,10 @@ def test_select_guards(kernels):
     assert index.tolist() == [[1, 0, 2]] and weight.tolist() == [[1.0, 0.0, 0.0]]
     assert similarity[0, 1:].tolist() == [-float("inf")] * 2
     assert weights([[1.0, 0.0]] * 2, 2, torch.tensor([False, False]))[1].tolist() == [[0.0, 0.0]]
-    similarity, weight, index = weights([[1.0, 0.0], [float("nan"), 0.0]], 2)
-    assert index.tolist() == [[1, 0]] and weight.isnan().all() and similarity[0].isnan().tolist() == [True, False]
+    nan = float("nan")
+    similarity, weight, index = weights([[1.0, 0.0], [-nan, 0.0], [nan, 0.0]], 3)
+    assert index.tolist() == [[1, 2, 0]] and weight.isnan().all()
+    assert similarity[0].isnan().tolist() == [True, True, False]
     query = torch.tensor([[0.0, 0.0]])
     similarity, weight, _ = weights([[1.0, 2.0], [-0.0, -0.0]], 2)
     assert weight.tolist() == [[0.5, 0.5]] and similarity.tolist() == [[0.0, 0.0]]
@@ -164,7 +169,7 @@ def test_select_gradient_of_a_large_pool_and_many_samples(by_batch, dtype, kerne
     samples, rows, width = 300, 5000, 12
     query, keys = torch.randn(samples, width, generator=rng), torch.randn(rows, width, generator=rng).to(dtype)
     keys[7, :6] = 0
-    index = torch.rand(1 if by_batch else samples, 9, generator=rng).argsort(1)[:, :3] * 500 + 7
+    index = torch.rand(1 if by_batch else samples, 9, generator=rng).argsort(1)[:, :3] * 11 + 7
     index = index.expand(samples, 3).contiguous()
     grad = torch.randn(samples, 3, generator=rng)
     found = select_backward(kernels, grad, guarded(query), guarded(keys), index, 2, by_batch)
@@ -307,6 +312,17 @@ def test_mix_factors(case, odd, dtype, kernels, rng):
         assert torch.equal(alone[0], together[i])
 
 
+@pytest.mark.parametrize("dtype", LOW[1:], ids=str)
+def test_every_number_is_read_and_rounded_as_torch_does(dtype, kernels, rng):
+    A = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(1, -1).view(dtype).nan_to_num(1.0)
+    coefficient = torch.rand(16, 1, generator=rng)
+    coefficient[0], coefficient[1] = 1, 1 + 2**-9
+    index = torch.zeros(16, 1, dtype=torch.int64)
+    for odd in (False, True):
+        found = mix_factors(kernels, wide(A, odd), wide(A, odd), coefficient, index)
+        assert torch.equal(found[0], (A.float() * coefficient).to(dtype))
+
+
 def factor_strides(A, B):
     names = ("A_stride_n", "A_stride_r", "B_stride_n", "B_stride_r")
     return dict(zip(names, (*A.stride()[:2], *B.stride()[:2]), strict=True))
@@ -391,9 +407,9 @@ def test_merge(sizes, odd, dtype, factor_dtype, kernels, rng):
 
 
 def test_a_failed_launch_names_the_kernel(kernels):
-    keys = torch.randn(4, 4)
-    with pytest.raises(RuntimeError, match=r"select mean_unit: launch failed: invalid config.*grid 0 x 1"):
-        select(kernels, torch.randn(2, 4), keys, 1, groups=0, by_batch=True)
+    nobody = torch.empty(0, 1)
+    with pytest.raises(RuntimeError, match=r"aggregate coefficients: launch failed: invalid config.*grid 0 x 1"):
+        aggregate(kernels, nobody.long(), nobody, torch.zeros(1).long(), torch.zeros(1), torch.zeros(1, 1))
     index, coefficient = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     factor = torch.ones(1, 1, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="neither of the activations' type nor float32"):
@@ -433,3 +449,23 @@ def test_the_emulator_sees_faults(fault, tmp_path):
     done = subprocess.run(["./kernel"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert message in done.stdout and bool(message) == bool(done.stdout)
+
+
+@pytest.mark.skipif(native_table.nvcc() is None, reason="needs nvcc")
+def test_every_kernel_compiles_for_every_target_without_spills():
+    rows = native_table.rows()
+    assert {(row.kernel, problem) for row in rows for problem in problems(row)} == set()
+    found = {(row.op, row.kernel, row.configuration, row.arch) for row in rows}
+    assert len(found) == len(rows) and {row[3] for row in found} == {80, 90}
+    sources = {path.stem for path in native_table.SOURCES.glob("*.cu")}
+    assert {row[0] for row in found} == sources and len(sources) == 6
+
+
+def test_the_table_of_kernels_reads_what_the_compiler_says():
+    text = """ptxas info    : Compiling entry function '_Z5twiceILi4EEvPf' for 'sm_90a'
+    ptxas info    : Function properties for _Z5twiceILi4EEvPf
+        16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+    ptxas info    : Used 12 registers, used 1 barriers, 16 bytes cumulative stack size, 640 bytes smem"""
+    (row,) = native_table._parse("op", text)
+    assert (row.op, row.arch, row.registers, row.spilled, row.shared) == ("op", 90, 12, 16, 640)
+    assert problems(row) == ["spills 16 bytes"]

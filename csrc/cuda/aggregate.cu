@@ -10,6 +10,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int SUM_WARPS = 4;
+constexpr int UNROLL = 4;  // selected rows whose loads are in flight together
 
 // A thread for each pair of each sample.
 __global__ void __launch_bounds__(THREADS) coefficients(Aggregate p) {
@@ -26,11 +27,16 @@ __global__ void __launch_bounds__(THREADS) coefficients(Aggregate p) {
   const int64_t n = column - p.M, task = p.row_task[n];
   float past = 0.0f;
   bool read = false;
-  for (int64_t m = 0; m < p.M; m++) {
-    const int64_t from_task = p.row_task[index[m]];
-    if (task < from_task) {
-      past += weight[m] * p.context[from_task * p.T + task];
-      read = true;
+  for (int64_t first = 0; first < p.M; first += UNROLL) {
+    int64_t from_task[UNROLL];
+#pragma unroll
+    for (int i = 0; i < UNROLL; i++) from_task[i] = first + i < p.M ? p.row_task[index[first + i]] : -1;
+#pragma unroll
+    for (int i = 0; i < UNROLL; i++) {
+      if (task < from_task[i]) {
+        past += weight[first + i] * p.context[from_task[i] * p.T + task];
+        read = true;
+      }
     }
   }
   p.coefficient[pair] = read ? past * p.row_mean[n] : 0.0f;
@@ -38,7 +44,7 @@ __global__ void __launch_bounds__(THREADS) coefficients(Aggregate p) {
 }
 
 // A block for each selected row of each sample.
-__global__ void __launch_bounds__(SUM_WARPS* WARP) weight_gradient(AggregateBackward p) {
+__global__ void __launch_bounds__(SUM_WARPS * WARP) weight_gradient(AggregateBackward p) {
   __shared__ float scratch[SUM_WARPS];
   const int64_t pair = blockIdx.x;
   const float* grad = p.grad + pair / p.M * (p.M + p.N);

@@ -67,7 +67,7 @@ __device__ __forceinline__ void project(const InjectAdd& p, const T* x, const F*
 
 // low[b, split, s, k] = x[b, s] along row k, over the columns of one split. Undefined where row k has coefficient 0.
 template <typename T, typename F, int TOKENS>
-__global__ void __launch_bounds__(SHRINK_WARPS* WARP, TOKENS == 16 ? 4 : 8) shrink(InjectAdd p, Splits splits, bool vector, float* low) {
+__global__ void __launch_bounds__(SHRINK_WARPS * WARP, TOKENS == 16 ? 4 : 8) shrink(InjectAdd p, Splits splits, bool vector, float* low) {
   const int lane = threadIdx.x % WARP;
   const unsigned which = blockIdx.x * SHRINK_WARPS + threadIdx.x / WARP;
   const unsigned groups = unsigned(splits.groups), count = unsigned(splits.count), R = unsigned(p.R);
@@ -159,7 +159,6 @@ __global__ void __launch_bounds__(EXPAND_THREADS) expand(InjectAdd p, Splits spl
         }
       }
     }
-    __syncthreads();
   }
   T* y = static_cast<T*>(p.y) + sample * p.S * p.d_out;
 #pragma unroll

@@ -22,6 +22,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) {
+    cudaGetLastError();  // it is reported here, not once more by whoever asks next
     throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error) + " (grid " +
                              std::to_string(grid.x) + " x " + std::to_string(grid.y) + ", " + std::to_string(threads) +
                              " threads)");

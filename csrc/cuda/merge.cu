@@ -15,19 +15,17 @@ constexpr int SIDE = 4;                         // a thread has SIDE rows and tw
 constexpr int ACROSS = WIDE / (2 * SIDE);       // threads along a row of the tile
 static_assert(THREADS == ACROSS * HIGH / SIDE);
 
-// Row k of a factor, from `first` on, for a tile that is COUNT wide; 0 beyond the factor's width.
+// COUNT columns from `first` on of DEPTH rows of a factor, which begin at `row`, perhaps weighted; 0 beyond the width.
 template <int COUNT, typename F>
-__device__ __forceinline__ void fetch(const void* factor, int64_t stride_n, int64_t stride_r, int64_t width,
-                                      int64_t first, const int64_t (&row)[DEPTH], const float (&weight)[DEPTH],
-                                      unsigned R, int64_t k, bool weighted, float (&to)[DEPTH][COUNT]) {
+__device__ __forceinline__ void fetch(const void* factor, const int64_t (&row)[DEPTH], const float (&weight)[DEPTH],
+                                      bool weighted, int64_t first, int64_t width, float (&to)[DEPTH][COUNT]) {
 #pragma unroll 4
   for (int i = threadIdx.x; i < DEPTH * COUNT; i += THREADS) {
     const int depth = i / COUNT;
     const int64_t column = first + i % COUNT;
     float value = 0.0f;
     if (weight[depth] != 0.0f && column < width) {
-      const int64_t at = row[depth] * stride_n + (k + depth) % R * stride_r + column;
-      value = number(static_cast<const F*>(factor)[at]) * (weighted ? weight[depth] : 1.0f);
+      value = number(static_cast<const F*>(factor)[row[depth] + column]) * (weighted ? weight[depth] : 1.0f);
     }
     to[depth][i % COUNT] = value;
   }
@@ -37,7 +35,7 @@ template <typename T, typename F>
 __global__ void __launch_bounds__(THREADS) add_product(Merge p, bool vector) {
   alignas(16) __shared__ float A[DEPTH][WIDE];
   alignas(16) __shared__ float B[DEPTH][HIGH];
-  __shared__ int64_t row[DEPTH];
+  __shared__ int64_t A_row[DEPTH], B_row[DEPTH];
   __shared__ float weight[DEPTH];
   const unsigned tiles = unsigned((p.d_in + WIDE - 1) / WIDE), R = unsigned(p.R), K = unsigned(p.P) * R;
   const int64_t left = int64_t(blockIdx.x % tiles) * WIDE, top = int64_t(blockIdx.x / tiles) * HIGH;
@@ -45,13 +43,15 @@ __global__ void __launch_bounds__(THREADS) add_product(Merge p, bool vector) {
   float total[SIDE][2][SIDE] = {};
   for (unsigned k = 0; k < K; k += DEPTH) {
     if (threadIdx.x < DEPTH) {
-      const unsigned pair = (k + threadIdx.x) / R;
+      const unsigned pair = (k + threadIdx.x) / R, r = (k + threadIdx.x) % R;
+      const int64_t n = pair < p.P ? p.index[pair] : 0;
       weight[threadIdx.x] = pair < p.P ? p.coefficient[pair] * p.scale : 0.0f;
-      row[threadIdx.x] = pair < p.P ? p.index[pair] : 0;
+      A_row[threadIdx.x] = n * p.A_stride_n + r * p.A_stride_r;
+      B_row[threadIdx.x] = n * p.B_stride_n + r * p.B_stride_r;
     }
     __syncthreads();
-    fetch<WIDE, F>(p.A, p.A_stride_n, p.A_stride_r, p.d_in, left, row, weight, R, k, false, A);
-    fetch<HIGH, F>(p.B, p.B_stride_n, p.B_stride_r, p.d_out, top, row, weight, R, k, true, B);
+    fetch<WIDE, F>(p.A, A_row, weight, false, left, p.d_in, A);
+    fetch<HIGH, F>(p.B, B_row, weight, true, top, p.d_out, B);
     __syncthreads();
 #pragma unroll
     for (int depth = 0; depth < DEPTH; depth++) {
@@ -67,7 +67,6 @@ __global__ void __launch_bounds__(THREADS) add_product(Merge p, bool vector) {
         }
       }
     }
-    __syncthreads();
   }
 #pragma unroll
   for (int i = 0; i < SIDE; i++) {

@@ -69,7 +69,6 @@ __global__ void __launch_bounds__(THREADS) add_up(AddUp p) {
         for (int c = 0; c < COLUMNS; c++) total[c] = __fmaf_rn(strength[i], part[c], total[c]);
       }
     }
-    __syncthreads();
   }
   if (column < rows.size) {
     store(rows.vector, static_cast<T*>(rows.to) + row * rows.size + column, rows.size - column, total);

@@ -10,12 +10,11 @@
 
 namespace cllava::cuda {
 
-constexpr int64_t SELECT_MOST_M = 64;                        // what a running top-M holds
-constexpr int64_t SELECT_MOST_GROUPS = 64;                   // norms that a block keeps
-constexpr int64_t SELECT_MOST_N = (int64_t(1) << 32) - 1;    // rows that a row number tells apart
-constexpr int64_t SELECT_BACKWARD_MOST_D = 8192;             // the widest row that a block keeps
-constexpr int64_t SELECT_BACKWARD_MOST_N = 0x7fffffff - 31;  // likewise SELECT_MOST_GROUPS
-constexpr int64_t INJECT_ADD_MOST_S = 16;                    // tokens of a sample
+constexpr int64_t SELECT_MOST_M = 64;                      // what a running top-M holds
+constexpr int64_t SELECT_MOST_GROUPS = 64;                 // norms that a block keeps; select_backward likewise
+constexpr int64_t SELECT_MOST_N = (int64_t(1) << 32) - 1;  // rows that a row number tells apart
+constexpr int64_t SELECT_BACKWARD_MOST_D = 8192;           // the widest row that a block keeps
+constexpr int64_t INJECT_ADD_MOST_S = 16;                  // tokens of a sample
 
 int64_t select_workspace(const Select&);
 void select(const Select&, cudaStream_t);

@@ -13,8 +13,7 @@
 namespace cllava::cuda {
 namespace {
 
-constexpr int COLUMNS = 4;  // adjacent ones that a lane takes at a time
-constexpr int STEP = WARP * COLUMNS;
+constexpr int COLUMNS = SELECT_COLUMNS, STEP = WARP * COLUMNS;
 constexpr int KEYS = 4;              // that a warp takes at a time
 constexpr int ROUND = 128;           // keys whose similarities wait in shared memory to be ranked
 constexpr int MERGE_WARPS = 8;
@@ -35,7 +34,7 @@ struct Cut {
   int64_t slice_rows;
   int64_t slices;
   uint64_t* candidates;  // [B, slices, M], or null if there is one slice
-  bool unit;             // the query's chunks need no division by their norm
+  bool unit;             // the only query's chunks need no division by their norm
   bool vector;           // rows and chunks are aligned for loads of COLUMNS numbers
 };
 
@@ -97,7 +96,7 @@ struct TopM {
 template <typename T, int QUERIES, bool VECTOR>
 __device__ __forceinline__ void similarities(const Select& p, const float* query, int samples, int64_t first,
                                              const float (&query_norm)[QUERIES][SELECT_MOST_GROUPS],
-                                             float (&score)[QUERIES][ROUND], int column, int lane) {
+                                             float (&score)[QUERIES][ROUND], bool unit, int column, int lane) {
   constexpr int COUNT = QUERIES * KEYS, LEFT = left_of<COUNT>;
   const int64_t chunk = p.D / p.groups;
   const T* key[KEYS];
@@ -108,7 +107,7 @@ __device__ __forceinline__ void similarities(const Select& p, const float* query
   }
   float total[LEFT] = {};
   for (int group = 0; group < p.groups; group++) {
-    float product[COUNT] = {}, key_square[KEYS] = {};
+    float product[COUNT] = {}, key_square[KEYS] = {}, query_square = 0.0f;
     for (int64_t start = lane * COLUMNS; start < chunk; start += STEP) {
       const int64_t at = group * chunk + start, left = chunk - start;
       float k_part[KEYS][COLUMNS];
@@ -135,6 +134,10 @@ __device__ __forceinline__ void similarities(const Select& p, const float* query
           load_some<COLUMNS>(q_row, left, q_part);
         }
         if (q + 1 < samples) q_row += p.D;  // beyond the batch: its last sample again
+        if constexpr (QUERIES == 1) {
+#pragma unroll
+          for (int i = 0; i < COLUMNS; i++) query_square = __fmaf_rn(q_part[i], q_part[i], query_square);
+        }
 #pragma unroll
         for (int k = 0; k < KEYS; k++) {
 #pragma unroll
@@ -147,11 +150,13 @@ __device__ __forceinline__ void similarities(const Select& p, const float* query
     warp_sums(product, lane);
     warp_sums(key_square, lane);
     const float key_norm = __fsqrt_rn(key_square[0]);
+    float only_norm = 1.0f;
+    if (QUERIES == 1 && !unit) only_norm = __fsqrt_rn(warp_sum(query_square));  // chunk_norm, to the bit
 #pragma unroll
     for (int i = 0; i < LEFT; i++) {
       const int which = first_of<COUNT>(lane) + i;
       const float norm = __shfl_sync(ALL, key_norm, which % KEYS * lanes_alike<KEYS>);
-      const float cosine = over_norm(over_norm(product[i], norm), query_norm[which / KEYS][group]);
+      const float cosine = over_norm(over_norm(product[i], norm), QUERIES == 1 ? only_norm : query_norm[which / KEYS][group]);
       total[i] = __fadd_rn(total[i], cosine);
     }
   }
@@ -198,9 +203,9 @@ __device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_
 }
 
 template <typename T, int QUERIES>
-__global__ void __launch_bounds__(warps_of<QUERIES>* WARP, blocks_at_once<QUERIES>) scan(Select p, Cut cut) {
+__global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERIES>) scan(Select p, Cut cut) {
   constexpr int WARPS = warps_of<QUERIES>;
-  __shared__ float query_norm[QUERIES][SELECT_MOST_GROUPS];
+  __shared__ float query_norm[QUERIES][SELECT_MOST_GROUPS];  // for several queries
   __shared__ float score[QUERIES][ROUND];
   __shared__ uint64_t held[QUERIES][2 * WARP];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -211,10 +216,9 @@ __global__ void __launch_bounds__(warps_of<QUERIES>* WARP, blocks_at_once<QUERIE
   const float* query = p.query + sample * p.D;
   const int64_t chunk = p.D / p.groups;
   const int groups = int(p.groups), M = int(p.M);
-  for (int i = warp; i < QUERIES * groups; i += WARPS) {
+  for (int i = warp; QUERIES > 1 && i < QUERIES * groups; i += WARPS) {
     const int q = i / groups, group = i % groups;
-    float norm = 1.0f;
-    if (!cut.unit && q < samples) norm = chunk_norm(query + q * p.D + group * chunk, chunk, lane);
+    const float norm = q < samples ? chunk_norm(query + q * p.D + group * chunk, chunk, cut.vector, lane) : 1.0f;
     if (lane == 0) query_norm[q][group] = norm;
   }
   for (int i = threadIdx.x; i < QUERIES * 2 * WARP; i += WARPS * WARP) held[i / (2 * WARP)][i % (2 * WARP)] = 0;
@@ -222,9 +226,9 @@ __global__ void __launch_bounds__(warps_of<QUERIES>* WARP, blocks_at_once<QUERIE
   for (int64_t first = begin; first < end; first += ROUND) {
     for (int column = warp * KEYS; column < ROUND && first + column < end; column += WARPS * KEYS) {
       if (cut.vector) {
-        similarities<T, QUERIES, true>(p, query, samples, first + column, query_norm, score, column, lane);
+        similarities<T, QUERIES, true>(p, query, samples, first + column, query_norm, score, cut.unit, column, lane);
       } else {
-        similarities<T, QUERIES, false>(p, query, samples, first + column, query_norm, score, column, lane);
+        similarities<T, QUERIES, false>(p, query, samples, first + column, query_norm, score, cut.unit, column, lane);
       }
     }
     __syncthreads();
@@ -257,7 +261,7 @@ __global__ void __launch_bounds__(warps_of<QUERIES>* WARP, blocks_at_once<QUERIE
   }
 }
 
-__global__ void __launch_bounds__(MERGE_WARPS* WARP) merge_slices(Select p, Cut cut) {
+__global__ void __launch_bounds__(MERGE_WARPS * WARP) merge_slices(Select p, Cut cut) {
   __shared__ uint64_t held[MERGE_WARPS][2 * WARP];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, M = int(p.M);
   const int64_t count = cut.slices * M;
@@ -278,13 +282,13 @@ __global__ void __launch_bounds__(MERGE_WARPS* WARP) merge_slices(Select p, Cut 
 }
 
 // Mean over the batch of one normalised chunk: its product with a key's is the mean of the cosines.
-__global__ void __launch_bounds__(MERGE_WARPS* WARP) mean_unit(Select p, float* mean) {
+__global__ void __launch_bounds__(MERGE_WARPS * WARP) mean_unit(Select p, bool vector, float* mean) {
   __shared__ float norm[MERGE_WARPS];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int64_t chunk = p.D / p.groups, at = blockIdx.x * chunk;
   for (int64_t first = 0; first < p.B; first += MERGE_WARPS) {
     if (first + warp < p.B) {
-      const float found = chunk_norm(p.query + (first + warp) * p.D + at, chunk, lane);
+      const float found = chunk_norm(p.query + (first + warp) * p.D + at, chunk, vector, lane);
       if (lane == 0) norm[warp] = found;
     }
     __syncthreads();
@@ -329,7 +333,8 @@ void select(const Select& given, cudaStream_t stream) {
   cut.copies = 1;
   if (p.by_batch) {
     float* mean = static_cast<float*>(p.workspace);
-    launch("select mean_unit", mean_unit, unsigned(p.groups), MERGE_WARPS * WARP, stream, given, mean);
+    const bool vector = aligned(16, Type::float32, p.query, p.D / p.groups);
+    launch("select mean_unit", mean_unit, unsigned(p.groups), MERGE_WARPS * WARP, stream, given, vector, mean);
     p.query = mean;
     p.B = 1;
     cut.copies = given.B;

@@ -18,8 +18,7 @@ struct Shared {
   float pull[SELECT_BACKWARD_MOST_D];  // sum of the unit queries, weighted; each entry of one thread, but for reading
   float query_norm[WARPS][SELECT_MOST_GROUPS];
   float strength[WARPS];
-  float key_norm[SELECT_MOST_GROUPS];
-  float along[SELECT_MOST_GROUPS];  // unit key times pull
+  float squares[WARPS], alongs[WARPS];
   int choice[THREADS];
   int scratch[WARPS];
 };
@@ -41,13 +40,13 @@ __device__ unsigned chosen_rows(const SelectBackward& p, int64_t first, Shared& 
 }
 
 // Adds to `pull` the queries of up to WARPS choices of a row, one warp to each choice's norms.
-__device__ void add_queries(const SelectBackward& p, const int* choices, int count, Shared& shared) {
+__device__ void add_queries(const SelectBackward& p, bool vector, const int* choices, int count, Shared& shared) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int chunk = int(p.D / p.groups), M = int(p.M);
   if (warp < count) {
     const float* query = p.query + choices[warp] / M * p.D;
     for (int group = 0; group < p.groups; group++) {
-      const float norm = chunk_norm(query + group * chunk, chunk, lane);
+      const float norm = chunk_norm(query + group * chunk, chunk, vector, lane);
       if (lane == 0) shared.query_norm[warp][group] = norm;
     }
     float strength = p.grad[choices[warp]];
@@ -72,8 +71,7 @@ __device__ void add_queries(const SelectBackward& p, const int* choices, int cou
 }
 
 template <typename T>
-__device__ void chosen_row(const SelectBackward& p, int64_t row, Shared& shared) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+__device__ void chosen_row(const SelectBackward& p, bool vector, int64_t row, Shared& shared) {
   const int chunk = int(p.D / p.groups);
   for (int column = threadIdx.x; column < p.D; column += THREADS) shared.pull[column] = 0.0f;
   for (int64_t first = 0; first < p.B * p.M; first += THREADS) {
@@ -84,38 +82,32 @@ __device__ void chosen_row(const SelectBackward& p, int64_t row, Shared& shared)
     if (here) shared.choice[place] = int(i);
     __syncthreads();
     for (int done = 0; done < count; done += WARPS) {
-      add_queries(p, shared.choice + done, count - done < WARPS ? count - done : WARPS, shared);
+      add_queries(p, vector, shared.choice + done, count - done < WARPS ? count - done : WARPS, shared);
     }
   }
-  const T* key = static_cast<const T*>(p.keys) + row * p.key_stride;
-  for (int group = warp; group < p.groups; group += WARPS) {
+  for (int group = 0; group < p.groups; group++) {
+    const T* key = static_cast<const T*>(p.keys) + row * p.key_stride + group * chunk;
+    T* out = static_cast<T*>(p.out) + row * p.D + group * chunk;
+    const float* pull = shared.pull + group * chunk;
     float square = 0.0f, along = 0.0f;
-    for (int column = group * chunk + lane; column < (group + 1) * chunk; column += WARP) {
+    for (int column = threadIdx.x; column < chunk; column += THREADS) {
       square = __fmaf_rn(number(key[column]), number(key[column]), square);
     }
-    const float norm = __fsqrt_rn(warp_sum(square));
-    for (int column = group * chunk + lane; column < (group + 1) * chunk; column += WARP) {
-      along = __fmaf_rn(over_norm(number(key[column]), norm), shared.pull[column], along);
+    const float norm = __fsqrt_rn(block_sum(square, shared.squares));
+    for (int column = threadIdx.x; column < chunk; column += THREADS) {
+      along = __fmaf_rn(over_norm(number(key[column]), norm), pull[column], along);
     }
-    along = warp_sum(along);
-    if (lane == 0) {
-      shared.key_norm[group] = norm;
-      shared.along[group] = along;
+    along = block_sum(along, shared.alongs);
+    for (int column = threadIdx.x; column < chunk; column += THREADS) {
+      const float across = __fmaf_rn(-over_norm(number(key[column]), norm), along, pull[column]);
+      put(out + column, over_norm(across, norm * float(p.groups)));
     }
-  }
-  __syncthreads();
-  T* out = static_cast<T*>(p.out) + row * p.D;
-  for (int column = threadIdx.x; column < p.D; column += THREADS) {
-    const int group = column / chunk;
-    const float norm = shared.key_norm[group], unit = over_norm(number(key[column]), norm);
-    const float across = __fmaf_rn(-unit, shared.along[group], shared.pull[column]);
-    put(out + column, over_norm(across, norm * float(p.groups)));
   }
   __syncthreads();
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 4) gradient(SelectBackward p, int rows, bool vector) {
+__global__ void __launch_bounds__(THREADS, 4) gradient(SelectBackward p, int rows, bool vector_query, bool vector_out) {
   __shared__ Shared shared;
   const int64_t first = int64_t(blockIdx.x) * rows;
   const unsigned chosen = chosen_rows(p, first, shared);
@@ -123,11 +115,11 @@ __global__ void __launch_bounds__(THREADS, 4) gradient(SelectBackward p, int row
   const float zeros[COUNT] = {};
   for (int64_t row = first; row < first + rows && row < p.N; row++) {
     if (chosen >> (row - first) & 1) {
-      chosen_row<T>(p, row, shared);
+      chosen_row<T>(p, vector_query, row, shared);
     } else {
       T* out = static_cast<T*>(p.out) + row * p.D;
       for (int column = threadIdx.x * COUNT; column < p.D; column += THREADS * COUNT) {
-        store(vector, out + column, p.D - column, zeros);
+        store(vector_out, out + column, p.D - column, zeros);
       }
     }
   }
@@ -140,7 +132,7 @@ void select_backward(const SelectBackward& p, cudaStream_t stream) {
   by_type(p.type, [&](auto number) {
     using T = decltype(number);
     launch("select gradient", gradient<T>, blocks("select gradient", divide_up(p.N, rows)), THREADS, stream, p,
-           int(rows), aligned(16, p.type, p.out, p.D));
+           int(rows), aligned(16, Type::float32, p.query, p.D / p.groups), aligned(16, p.type, p.out, p.D));
   });
 }
 

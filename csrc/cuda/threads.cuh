@@ -68,7 +68,8 @@ __device__ __forceinline__ float block_sum(float value, float (&scratch)[WARPS])
   return total;
 }
 
-// The place of each thread with `keep` among those, in order, and their count. `scratch` as above.
+// The place of each thread with `keep` among those, in order, and their count. `scratch` as above. It has a barrier:
+// what all threads read before it, they may overwrite after it.
 template <int WARPS>
 __device__ __forceinline__ int block_place(bool keep, int& count, int (&scratch)[WARPS]) {
   const unsigned kept = __ballot_sync(ALL, keep);

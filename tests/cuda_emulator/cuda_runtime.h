@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -48,6 +49,7 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -233,6 +235,8 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (!blocks || !threads || threads > 1024 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   gridDim = grid, blockDim = block;
   machine.threads = threads;
   machine.kernel = &kernel;
