@@ -57,8 +57,10 @@ format: $(STAMP) ## mend style
 mutants: $(STAMP) ## break the code in many ways and see the tests go red (ARGS="unpatch" for some)
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90, no GPU needed: registers, shared memory, spills
+kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90 (Triton, nvcc), no GPU needed: registers, shared memory, spills
 	$(BIN)/python -m cllava_fast.ops.kernel_table
+	CLLAVA_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m cllava_fast.ops.native_table
 
 bench: $(STAMP) ## time the ops against their rivals (ARGS="--quick")
 	$(BIN)/python -m pytest benchmarks $(ARGS)

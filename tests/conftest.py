@@ -42,6 +42,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def processor() -> Any:
+    pytest.importorskip("PIL", reason="the processor needs Pillow", exc_type=ImportError)
     from cllava_fast.demo.tokenizer import build_processor
 
     return build_processor()

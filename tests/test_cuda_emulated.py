@@ -12,12 +12,10 @@ import subprocess
 import pytest
 import torch
 
-from cllava_fast.ops import native_table
 from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.aggregate import mix
 from cllava_fast.ops.aggregate import reference as aggregate_reference
 from cllava_fast.ops.inject import reference as inject_reference
-from cllava_fast.ops.kernel_table import problems
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select import reference as select_reference
 from tests.cuda_emulator import library
@@ -449,23 +447,3 @@ def test_the_emulator_sees_faults(fault, tmp_path):
     done = subprocess.run(["./kernel"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert message in done.stdout and bool(message) == bool(done.stdout)
-
-
-@pytest.mark.skipif(native_table.nvcc() is None, reason="needs nvcc")
-def test_every_kernel_compiles_for_every_target_without_spills():
-    rows = native_table.rows()
-    assert {(row.kernel, problem) for row in rows for problem in problems(row)} == set()
-    found = {(row.op, row.kernel, row.configuration, row.arch) for row in rows}
-    assert len(found) == len(rows) and {row[3] for row in found} == {80, 90}
-    sources = {path.stem for path in native_table.SOURCES.glob("*.cu")}
-    assert {row[0] for row in found} == sources and len(sources) == 6
-
-
-def test_the_table_of_kernels_reads_what_the_compiler_says():
-    text = """ptxas info    : Compiling entry function '_Z5twiceILi4EEvPf' for 'sm_90a'
-    ptxas info    : Function properties for _Z5twiceILi4EEvPf
-        16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
-    ptxas info    : Used 12 registers, used 1 barriers, 16 bytes cumulative stack size, 640 bytes smem"""
-    (row,) = native_table._parse("op", text)
-    assert (row.op, row.arch, row.registers, row.spilled, row.shared) == ("op", 90, 12, 16, 640)
-    assert problems(row) == ["spills 16 bytes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from cllava_fast import ops
-from cllava_fast.ops import native
+from cllava_fast.ops import native, native_table
+from cllava_fast.ops.kernel_table import cuobjdump, problems
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = torch.ops.cllava_fast_native
@@ -131,12 +133,36 @@ def test_the_cuda_library_builds_for_every_chip_without_a_gpu(tmp_path: Path) ->
     done = setup("build_ext", "--build-lib", str(tmp_path), CLLAVA_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0a")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     library = tmp_path / "cllava_fast" / "_native_cuda.so"
-    tool = shutil.which("cuobjdump") or pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
-    listed = subprocess.run([tool, "-lelf", "-lptx", str(library)], capture_output=True, text=True).stdout
+    listed = subprocess.run([cuobjdump(), "-lelf", "-lptx", str(library)], capture_output=True, text=True).stdout
     assert "sm_80.cubin" in listed and "sm_90a.cubin" in listed and "sm_80.ptx" in listed
+    rows = native_table.rows(library)
+    assert {(row.kernel, problem) for row in rows for problem in problems(row)} == set()
+    kernels = {row.kernel for row in rows}
+    declared = r"__global__ void __launch_bounds__\(.*\) (\w+)\("
+    sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
+    assert kernels == {name for text in sources for name in re.findall(declared, text)}
+    assert {row.arch for row in rows} == {80, 90} and len(rows) > 2 * len(kernels)
     # what a torch without CUDA lacks is looked up when a kernel is called: the library links against any
     symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True).stdout
     assert "aoti_torch_get_current_cuda_stream" not in symbols and "libtorch_cuda" not in symbols
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_the_table_shows_a_kernel_that_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "spilling.cu").write_text(
+        """__global__ void spilling(const float* x, float* out, int n) {
+            float y[64];
+            for (int i = 0; i < 64; i++) y[i] = x[i * n + threadIdx.x];
+            for (int i = 0; i < n; i++)
+                for (int j = 0; j < 64; j++) y[j] = y[j] * y[(j + 1) % 64] + 1.0f;
+            for (int i = 0; i < 64; i++) out[i * n + threadIdx.x] = y[i];
+        }"""
+    )
+    command = ["nvcc", "-arch=sm_90", "-maxrregcount=24", "-shared", "-Xcompiler=-fPIC", "spilling.cu", "-o", "it.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert native_table.main([str(tmp_path / "it.so")]) == 1
+    assert re.search(r"native +spilling +sm_90 +24 +[1-9]", capsys.readouterr().out)
+    assert native_table.main([str(tmp_path / "none.so")]) == 2
 
 
 @can_build

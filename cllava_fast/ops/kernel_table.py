@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,15 +131,23 @@ def _compile(shipped: Shipped, arch: int, odd: bool) -> Any:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of stack and local memory, of each thread."""
-    from triton import knobs
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [cuobjdump(), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def cuobjdump() -> str:
+    """The CUDA toolkit's, or the one that triton brings."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        from triton import knobs
+
+        found = str(knobs.nvidia.cuobjdump.path)
+    return found
 
 
 def _describe(shipped: Shipped) -> str:
@@ -151,7 +160,7 @@ def _describe(shipped: Shipped) -> str:
     return " ".join([kinds, *constants, f"warps={shipped.num_warps}", f"stages={shipped.num_stages}"])
 
 
-def _print(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[Row]) -> None:
     """A plain table: what compiles kernels needs no more than torch and triton."""
     head = ("op", "kernel", "arch", "registers", "spill bytes", "shared bytes", "tensor cores", "configuration")
     lines = [head]
@@ -185,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # forked, so that no worker imports torch again
     with ProcessPoolExecutor(max(1, chosen.jobs), mp_context=multiprocessing.get_context("fork")) as pool:
         rows = list(pool.map(compile_one, every))
-    _print(rows)
+    print_table(rows)
     bad = [(row, problem) for row in rows for problem in problems(row)]
     for row, problem in bad:
         print(f"{row.op} {row.kernel} [{row.configuration}] sm_{row.arch}: {problem}", file=sys.stderr)
