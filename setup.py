@@ -140,6 +140,7 @@ class NativeBuild(build_ext):
             compilers["nvcc"] += ["-x", "cu", *architectures()]
         elif ext.name == EMULATED:
             compilers["cxx"] += ["-Wno-unknown-pragmas", "-Wno-unused-variable", "-DCLLAVA_EMULATED", "-x", "c++"]
+            compilers["cxx"] += ["-fno-strict-aliasing", "-ffp-contract=off"]  # as nvcc reads the same code
             compilers["cxx"] += ["-I", ROOT / "tests" / "cuda_emulator"]
         name = ext.name.rpartition(".")[2]
         flags = [*compilers[rule], STABLE_ABI, "-isystem", headers]

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
+from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
 
 COPIED = ("cllava_fast", "csrc", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
 
@@ -91,6 +92,10 @@ MUTANTS = [
     ),
     Mutant("unpatch leaves hooks", "cllava_fast/model/patching.py", "hook.remove()", "pass", MODEL),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
+    *(
+        Mutant(f"{file}: {name}", f"csrc/{file}", old, new, (CONFORMANCE, test))
+        for name, file, old, new, test in NATIVE_MUTANTS
+    ),
 ]  # fmt: skip
 
 
@@ -123,7 +128,8 @@ def _built(folder: Path) -> bool:
 def _selection(file: Path) -> list[str]:
     """Of the tests of an op's file: those of the op, and for a kernel those that run it."""
     if file.parts[0] == "csrc":
-        return ["-k", file.parts[1]]
+        ops = {"aggregate": "aggregate", "mix": "mix_factors", "mix_factors": "mix_factors", "rows": "inject"}
+        return ["-k", f"{file.parts[1]} and {ops.get(file.stem, file.stem.partition('_')[0])}"]
     if file.parts[:2] != ("cllava_fast", "ops") or len(file.parts) < 4:
         return []
     op = TESTED_AS.get(file.parts[2], file.parts[2])

@@ -1,0 +1,42 @@
+"""Ways to break the native kernels that the tests must notice; ``tests/mutants.py`` runs them."""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+SELECT, AGGREGATE, INJECT = "tests/test_op_select.py", "tests/test_op_aggregate.py", "tests/test_op_inject.py"
+
+NATIVE_MUTANTS = [
+    # name, file under csrc/, old, new, tests beside the conformance test
+    ("select: ties go to the highest row", "cpu/select.cpp", "+ (row_mask - row);", "+ row;", SELECT),
+    ("select: the mask is not read", "cpu/select.cpp", "if (call.allowed && !call", "if (false && !call", SELECT),
+    ("select: keys are not normalised", "cpu/select.cpp", "found[i][j] / norm[j]", "found[i][j]", SELECT),
+    ("select: no guard of the weights", "cpu/select.cpp", "total < sum_floor", "total < 0", SELECT),
+    ("select: only the first tile", "cpu/select.cpp", "tile < tiles; tile += pieces", "tile < 1; tile += pieces", SELECT),
+    ("select: the bar is stale", "cpu/select.cpp", "if (packed == lowest) return -", "if (packed == 1) return -", SELECT),
+    ("select: sign of dkeys", "cpu/select.cpp", "(pull[d] - key[d] * along", "(pull[d] + key[d] * along", SELECT),
+    ("aggregate: reads its own task", "cpu/aggregate.cpp", "t < task; ++t) by_task[t] += w", "t <= task; ++t) by_task[t] += w", AGGREGATE),
+    ("aggregate: mean lost", "cpu/aggregate.cpp", "by_task[task] * call.row_mean[n]", "by_task[task]", AGGREGATE),
+    ("aggregate: grad of unread rows", "cpu/aggregate.cpp", "if (task < read) by_task", "if (task < T) by_task", AGGREGATE),
+    ("mix_factors: repeated rows lost", "cpu/mix.cpp", "strength += call", "strength = call", AGGREGATE),
+    ("mix_factors: strips of one row", "cpu/mix.cpp", "piece / terms.size() * strip", "0 * strip", AGGREGATE),
+    ("inject: scale lost", "cpu/inject.cpp", "call.coefficient[pair] * call.scale;", "call.coefficient[pair];", INJECT),
+    ("inject: rank is not read", "cpu/inject.cpp", "+ k % call.R * call.B_stride_r", "+ 0 * call.B_stride_r", INJECT),
+    ("rows: the tail is dropped", "cpu/rows.h", "total[i] += strength * static_cast<float>(row[i]);", ";", INJECT),
+    ("select: ties go to the highest row", "cuda/select.cu", "(0xffffffffu - unsigned(row));", "unsigned(row);", SELECT),
+    ("select: the mask is not read", "cuda/select.cu", "may ? score[q][column] : -INFINITY", "score[q][column]", SELECT),
+    ("select: disallowed rows share", "cuda/select.cu", "exists && value[i] != -INFINITY ?", "exists ?", SELECT),
+    ("select: later slices are lost", "cuda/select.cu", "first < count; first += MERGE_WARPS * WARP", "first < 1; first += MERGE_WARPS * WARP", SELECT),
+    ("select: sign of dkeys", "cuda/select_backward.cu", "__fmaf_rn(-over_norm(", "__fmaf_rn(over_norm(", SELECT),
+    ("select: grad of the batch is a sum", "cuda/select_backward.cu", "__fdiv_rn(warp_sum(total), float(p.B))", "warp_sum(total)", SELECT),
+    ("aggregate: reads its own task", "cuda/aggregate.cu", "if (task < from_task[i])", "if (task <= from_task[i])", AGGREGATE),
+    ("aggregate: mean lost", "cuda/aggregate.cu", "read ? past * p.row_mean[n]", "read ? past", AGGREGATE),
+    ("aggregate: own gradient lost", "cuda/aggregate.cu", "grad[pair % p.M] + total", "total", AGGREGATE),
+    ("mix_factors: strength lost", "cuda/mix_factors.cu", "if (index[i] == n) total += coefficient[i]", "if (index[i] == n) total += 1", AGGREGATE),
+    ("mix_factors: only the first tile", "cuda/mix_factors.cu", "tile < tiles; tile++", "tile < 1; tile++", AGGREGATE),
+    ("inject: scale lost", "cuda/inject_add.cu", "k < K ? p.coefficient[pair] * p.scale", "k < K ? p.coefficient[pair]", INJECT),
+    ("inject: only the first split", "cuda/inject_add.cu", "split < splits.count; split++", "split < 1; split++", INJECT),
+    ("inject: rank is not read", "cuda/inject_add.cu", "p.index[pair], k % R, p.B_stride_n", "p.index[pair], 0, p.B_stride_n", INJECT),
+    ("merge: scale lost", "cuda/merge.cu", "p.coefficient[pair] * p.scale", "p.coefficient[pair]", INJECT),
+    ("merge: rounded without the weight", "cuda/merge.cu", "value[j] += total", "value[j] = total", INJECT),
+]  # fmt: skip
