@@ -43,7 +43,7 @@ native: $(STAMP) ## build the native libraries in place, and csrc/cuda for the C
 	CLLAVA_BUILD_CUDA=emulated $(BIN)/python setup.py --quiet build_ext --inplace
 
 test: native ## run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

@@ -27,8 +27,8 @@ torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-# fresh data in every run; the variable repeats one
-SEED = int(os.environ.get("CLLAVA_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
+# fresh data in every run; the variable repeats one, and tells it to processes that share the tests
+SEED = int(os.environ.setdefault("CLLAVA_TEST_SEED", str(int.from_bytes(os.urandom(3), "big"))))
 
 
 def pytest_report_header() -> str:
