@@ -1,9 +1,11 @@
-// select: one launch for a small pool, a scan and a merge for a large one; by batch, the mean query before them.
+// select: one launch for a small pool, a scan and a merge for a large one; by batch, the mean query before them. The
+// block that finishes a sample can add the contextual coefficients: select_aggregate.
 //
 // A (query, key) product is a chain of float32 fmas over fixed columns for each lane, then a fixed tree over lanes, so a
 // similarity depends on nothing but its two vectors: not on the batch, not on where the key lies or how it is aligned.
 // Similarity and row are packed into one integer that orders by similarity, then by lowest row: a top-M of distinct
 // integers has one answer, however the pool was cut.
+#include "aggregate.cuh"
 #include "launch.cuh"
 #include "numbers.cuh"
 #include "ops.cuh"
@@ -33,7 +35,7 @@ struct Cut {
   int64_t copies;       // samples that get each selection
   int64_t slice_rows;
   int64_t slices;
-  uint64_t* candidates;  // [B, slices, M], or null if there is one slice
+  uint64_t* candidates;  // [B, slices, M], or null if there is one slice, which has one query a block
   bool unit;             // the only query's chunks need no division by their norm
   bool vector;           // rows and chunks are aligned for loads of COLUMNS numbers
 };
@@ -169,8 +171,15 @@ __device__ __forceinline__ void similarities(const Select& p, const float* query
   }
 }
 
-// Weights of a finished selection, and the outputs of the `copies` samples from `sample` on that share it.
-__device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_t sample, int64_t copies, int lane) {
+// The selected rows of one sample, as the coefficients of earlier rows need them.
+struct Chosen {
+  float weight[2 * WARP];
+  int64_t task[2 * WARP];
+};
+
+// Weights of a finished selection, for the `copies` samples from `sample` on that share it. By one warp.
+__device__ __forceinline__ void put_selected(const Select& p, const TopM& best, int64_t sample, int64_t copies, int lane,
+                                             Chosen& chosen) {
   const uint64_t rank[2] = {best.near, best.far};
   float value[2], positive[2], usable[2];
 #pragma unroll
@@ -189,15 +198,43 @@ __device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_
   for (int i = 0; i < 2; i++) {
     share[i] = uniform ? __fdiv_rn(usable[i], count > 1.0f ? count : 1.0f) : __fdiv_rn(positive[i], total);
   }
-  for (int64_t copy = sample; copy < sample + copies; copy++) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int place = lane + i * WARP;
-      if (place < p.M) {
+  for (int i = 0; i < 2; i++) {
+    const int place = lane + i * WARP;
+    if (place >= p.M) continue;
+    const int64_t row = row_of(rank[i]);
+    for (int64_t copy = sample; copy < sample + copies; copy++) {
+      if (p.coefficient) {
+        p.coefficient[copy * (p.M + p.N) + place] = share[i];
+        p.rows[copy * (p.M + p.N) + place] = row;
+      } else {
         p.similarity[copy * p.M + place] = value[i];
         p.weight[copy * p.M + place] = share[i];
-        p.index[copy * p.M + place] = row_of(rank[i]);
+        p.index[copy * p.M + place] = row;
       }
+    }
+    if (p.coefficient) {
+      chosen.weight[place] = share[i];
+      chosen.task[place] = p.row_task[row];
+    }
+  }
+}
+
+// All outputs of a sample and its copies, by a block of WARPS warps whose first holds the selection.
+template <int WARPS>
+__device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_t sample, int64_t copies) {
+  __shared__ Chosen chosen;
+  if (threadIdx.x < WARP) put_selected(p, best, sample, copies, threadIdx.x, chosen);
+  if (!p.coefficient) return;
+  __syncthreads();
+  for (int64_t n = threadIdx.x; n < p.N; n += WARPS * WARP) {
+    const int64_t task = p.row_task[n];
+    Past past;
+    for (int m = 0; m < p.M; m++) past.add(chosen.weight[m], chosen.task[m], task, p.context, p.T);
+    const float coefficient = past.coefficient(p.row_mean + n);
+    for (int64_t copy = sample; copy < sample + copies; copy++) {
+      p.coefficient[copy * (p.M + p.N) + p.M + n] = coefficient;
+      p.rows[copy * (p.M + p.N) + p.M + n] = n;
     }
   }
 }
@@ -249,15 +286,13 @@ __global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERI
     }
     __syncthreads();
   }
+  if constexpr (QUERIES == 1) {
+    if (!cut.candidates) return finish<WARPS>(p, TopM{held[0][lane], held[0][WARP + lane]}, sample, cut.copies);
+  }
   for (int q = warp; q < samples; q += WARPS) {
-    const TopM best{held[q][lane], held[q][WARP + lane]};
-    if (cut.candidates) {
-      uint64_t* to = cut.candidates + ((sample + q) * cut.slices + blockIdx.y) * M;
-      if (lane < M) to[lane] = best.near;
-      if (WARP + lane < M) to[WARP + lane] = best.far;
-    } else {
-      finish(p, best, sample + q, cut.copies, lane);
-    }
+    uint64_t* to = cut.candidates + ((sample + q) * cut.slices + blockIdx.y) * M;
+    if (lane < M) to[lane] = held[q][lane];
+    if (WARP + lane < M) to[WARP + lane] = held[q][WARP + lane];
   }
 }
 
@@ -273,12 +308,11 @@ __global__ void __launch_bounds__(MERGE_WARPS * WARP) merge_slices(Select p, Cut
   held[warp][lane] = best.near;
   held[warp][WARP + lane] = best.far;
   __syncthreads();
-  if (warp > 0) return;
-  for (int other = 1; other < MERGE_WARPS; other++) {
+  for (int other = 1; warp == 0 && other < MERGE_WARPS; other++) {
     best.offer(held[other][lane], M, lane);
     if (M > WARP) best.offer(held[other][WARP + lane], M, lane);
   }
-  finish(p, best, blockIdx.x, cut.copies, lane);
+  finish<MERGE_WARPS>(p, best, blockIdx.x, cut.copies);
 }
 
 // Mean over the batch of one normalised chunk: its product with a key's is the mean of the cosines.
