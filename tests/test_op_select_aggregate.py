@@ -36,21 +36,24 @@ def test_same_bits_as_select_and_aggregate(case, dtype, backend, rng):
 
 @everywhere
 @pytest.mark.parametrize("reduce", ["sample", "batch"])
-@pytest.mark.parametrize("width", [4, 2**16], ids=["narrow", "wide"])  # a wide pool is split between blocks
-def test_never_reads_what_the_formula_does_not(width, reduce, backend):
+@pytest.mark.parametrize(("rows", "width"), [(4, 4), (40, 4096)])  # the larger one is split between blocks
+def test_never_reads_what_the_formula_does_not(rows, width, reduce, backend):
     context = torch.full((4, 4), math.nan)
     context[2, 0], context[2, 1], context[1, 0] = 0.5, 0.25, 2.0
-    row_mean = torch.tensor([0.5, 0.25, math.nan, math.nan])
-    query, keys = torch.zeros(2, width), torch.eye(4, width)
+    row_mean = torch.full((rows,), math.nan)
+    row_mean[:2] = torch.tensor([0.5, 0.25])
+    query, keys = torch.zeros(2, width), torch.eye(rows, width)
     query[:, :4] = torch.tensor([0.0, 1, 3, 0])
     if reduce == "sample":
         query[1, :4] = torch.tensor([1.0, 0, 0, 0])
-    query, keys, *tasks = on(backend.device, (query, keys, torch.arange(4), row_mean, leaf(context)))
+    query, keys, *tasks = on(backend.device, (query, keys, torch.arange(rows).clamp(max=3), row_mean, leaf(context)))
     index, coefficient = ops.select_aggregate(query, keys, 2, *tasks, reduce=reduce)
-    first = [0.75, 0.25, 0.75 * 0.25 + 0.25, 0.75 * 0.0625, 0, 0]
-    second = [1, 0, 0, 0, 0, 0] if reduce == "sample" else first
-    close(coefficient, torch.tensor([first, second]).double(), 3e-7)
-    assert index.tolist() == [[2, 1, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3] if reduce == "sample" else [2, 1, 0, 1, 2, 3]]
+    first = [0.75, 0.25, 0.75 * 0.25 + 0.25, 0.75 * 0.0625]
+    second = [1.0, 0, 0, 0] if reduce == "sample" else first
+    close(coefficient[:, :4], torch.tensor([first, second]).double(), 3e-7)
+    assert (coefficient[:, 4:] == 0).all()
+    assert index[:, :2].tolist() == [[2, 1], [0, 1] if reduce == "sample" else [2, 1]]
+    assert torch.equal(index[:, 2:].cpu(), torch.arange(rows).expand(2, rows))
     coefficient[:1].sum().backward()
     wanted = torch.zeros(4, 4).double()
     wanted[2, 0], wanted[2, 1], wanted[1, 0] = 0.375, 0.1875, 0.125

@@ -108,7 +108,7 @@ class ContinualLlava(Method):
             index, coefficient = ops.select_aggregate(
                 query, pool.keys, top_m, *tasks, groups=groups, check_values=False
             )
-        pairs = top_m + context_rows  # see _with_context
+        pairs = top_m + context_rows  # later rows are the context of no one
         return Selection(
             past=Pairs(index[:, :pairs], coefficient[:, :pairs]),
             index=index[:, :top_m],

@@ -177,9 +177,11 @@ struct Chosen {
   int64_t task[2 * WARP];
 };
 
-// Weights of a finished selection, for the `copies` samples from `sample` on that share it. By one warp.
-__device__ __forceinline__ void put_selected(const Select& p, const TopM& best, int64_t sample, int64_t copies, int lane,
-                                             Chosen& chosen) {
+// Weights of a finished selection, for the `copies` samples from `sample` on that share it. By one warp. With TAIL they
+// are select_aggregate's, here and below.
+template <bool TAIL>
+__device__ __forceinline__ void put_selected(const Select& p, const TopM& best, int64_t sample, int64_t copies,
+                                             int lane, Chosen& chosen) {
   const uint64_t rank[2] = {best.near, best.far};
   float value[2], positive[2], usable[2];
 #pragma unroll
@@ -204,7 +206,7 @@ __device__ __forceinline__ void put_selected(const Select& p, const TopM& best, 
     if (place >= p.M) continue;
     const int64_t row = row_of(rank[i]);
     for (int64_t copy = sample; copy < sample + copies; copy++) {
-      if (p.coefficient) {
+      if (TAIL) {
         p.coefficient[copy * (p.M + p.N) + place] = share[i];
         p.rows[copy * (p.M + p.N) + place] = row;
       } else {
@@ -213,7 +215,7 @@ __device__ __forceinline__ void put_selected(const Select& p, const TopM& best, 
         p.index[copy * p.M + place] = row;
       }
     }
-    if (p.coefficient) {
+    if (TAIL) {
       chosen.weight[place] = share[i];
       chosen.task[place] = p.row_task[row];
     }
@@ -221,11 +223,11 @@ __device__ __forceinline__ void put_selected(const Select& p, const TopM& best, 
 }
 
 // All outputs of a sample and its copies, by a block of WARPS warps whose first holds the selection.
-template <int WARPS>
+template <int WARPS, bool TAIL>
 __device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_t sample, int64_t copies) {
   __shared__ Chosen chosen;
-  if (threadIdx.x < WARP) put_selected(p, best, sample, copies, threadIdx.x, chosen);
-  if (!p.coefficient) return;
+  if (threadIdx.x < WARP) put_selected<TAIL>(p, best, sample, copies, threadIdx.x, chosen);
+  if (!TAIL) return;
   __syncthreads();
   for (int64_t n = threadIdx.x; n < p.N; n += WARPS * WARP) {
     const int64_t task = p.row_task[n];
@@ -239,7 +241,7 @@ __device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_
   }
 }
 
-template <typename T, int QUERIES>
+template <typename T, int QUERIES, bool TAIL = false>
 __global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERIES>) scan(Select p, Cut cut) {
   constexpr int WARPS = warps_of<QUERIES>;
   __shared__ float query_norm[QUERIES][SELECT_MOST_GROUPS];  // for several queries
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERI
     __syncthreads();
   }
   if constexpr (QUERIES == 1) {
-    if (!cut.candidates) return finish<WARPS>(p, TopM{held[0][lane], held[0][WARP + lane]}, sample, cut.copies);
+    if (!cut.candidates) return finish<WARPS, TAIL>(p, TopM{held[0][lane], held[0][WARP + lane]}, sample, cut.copies);
   }
   for (int q = warp; q < samples; q += WARPS) {
     uint64_t* to = cut.candidates + ((sample + q) * cut.slices + blockIdx.y) * M;
@@ -296,6 +298,7 @@ __global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERI
   }
 }
 
+template <bool TAIL>
 __global__ void __launch_bounds__(MERGE_WARPS * WARP) merge_slices(Select p, Cut cut) {
   __shared__ uint64_t held[MERGE_WARPS][2 * WARP];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, M = int(p.M);
@@ -312,7 +315,7 @@ __global__ void __launch_bounds__(MERGE_WARPS * WARP) merge_slices(Select p, Cut
     best.offer(held[other][lane], M, lane);
     if (M > WARP) best.offer(held[other][WARP + lane], M, lane);
   }
-  finish<MERGE_WARPS>(p, best, blockIdx.x, cut.copies);
+  finish<MERGE_WARPS, TAIL>(p, best, blockIdx.x, cut.copies);
 }
 
 // Mean over the batch of one normalised chunk: its product with a key's is the mean of the cosines.
@@ -348,10 +351,10 @@ int64_t slice_rows(const Select& p, int64_t samples) {
 
 int64_t mean_bytes(const Select& p) { return p.by_batch ? divide_up(p.D * 4, 16) * 16 : 0; }
 
-template <typename T, int QUERIES>
+template <typename T, int QUERIES, bool TAIL = false>
 void launch_scan(const Select& p, const Cut& cut, cudaStream_t stream) {
   const dim3 grid(blocks("select scan", divide_up(p.B, QUERIES)), unsigned(cut.slices));
-  launch("select scan", scan<T, QUERIES>, grid, warps_of<QUERIES> * WARP, stream, p, cut);
+  launch("select scan", scan<T, QUERIES, TAIL>, grid, warps_of<QUERIES> * WARP, stream, p, cut);
 }
 
 }  // namespace
@@ -381,10 +384,13 @@ void select(const Select& given, cudaStream_t stream) {
   }
   cut.vector = p.D / p.groups % COLUMNS == 0 && aligned(16, Type::float32, p.query) &&
                aligned(COLUMNS * size_of(p.type), p.type, p.keys, p.key_stride);
+  const bool tail = p.coefficient != nullptr;
   by_type(p.type, [&](auto number) {
     using T = decltype(number);
     const int queries = cut.slices > 1 ? queries_of(p.B) : 1;
-    if (queries == 1) {
+    if (tail && cut.slices == 1) {
+      launch_scan<T, 1, true>(p, cut, stream);
+    } else if (queries == 1) {
       launch_scan<T, 1>(p, cut, stream);
     } else if (queries == 4) {
       launch_scan<T, 4>(p, cut, stream);
@@ -393,7 +399,8 @@ void select(const Select& given, cudaStream_t stream) {
     }
   });
   if (cut.slices > 1) {
-    launch("select merge", merge_slices, blocks("select merge", p.B), MERGE_WARPS * WARP, stream, p, cut);
+    const auto merge = tail ? merge_slices<true> : merge_slices<false>;
+    launch("select merge", merge, blocks("select merge", p.B), MERGE_WARPS * WARP, stream, p, cut);
   }
 }
 
