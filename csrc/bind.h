@@ -101,25 +101,19 @@ struct Workspace {
 // device, and `workspace(const Select&)`, the bytes it needs.
 template <typename Kernels>
 struct Bound {
-  static void select(
-      const Tensor& query, const Tensor& keys, const Maybe& allowed, int64_t groups, bool by_batch,
-      const Tensor& similarity, const Tensor& weight, const Tensor& index) {
-    const int64_t B = query.size(0), D = query.size(1), N = keys.size(0), M = index.size(1);
+  // All of Select but its outputs.
+  static Select selection(
+      const Tensor& query, const Tensor& keys, const Maybe& allowed, int64_t groups, bool by_batch, int64_t M) {
+    const int64_t B = query.size(0), D = query.size(1), N = keys.size(0);
     expect("query", query, Dtype::Float, {B, D}, query);
     expect("keys", keys, keys.scalar_type(), {N, D}, query, 1);
-    expect("similarity", similarity, Dtype::Float, {B, M}, query);
-    expect("weight", weight, Dtype::Float, {B, M}, query);
-    expect("index", index, Dtype::Long, {B, M}, query);
     if (allowed) expect("allowed", *allowed, Dtype::Byte, {by_batch ? 1 : B, N}, query, 0);
-    if (groups < 1 || D % groups || M > N) refuse("select: groups = ", groups, ", D = ", D, ", M = ", M, ", N = ", N);
-    if (B == 0 || M == 0) return;
+    if (groups < 1 || D % groups || M < 0 || M > N)
+      refuse("select: groups = ", groups, ", D = ", D, ", M = ", M, ", N = ", N);
     Select call{};
     call.query = in<float>(query);
     call.keys = keys.data_ptr();
     call.type = type_of("keys", keys);
-    call.similarity = out<float>(similarity);
-    call.weight = out<float>(weight);
-    call.index = out<int64_t>(index);
     call.B = B, call.N = N, call.D = D, call.M = M, call.groups = groups;
     call.key_stride = keys.stride(0);
     call.by_batch = by_batch;
@@ -128,9 +122,38 @@ struct Bound {
       call.allowed_stride_b = allowed->stride(0);
       call.allowed_stride_n = allowed->stride(1);
     }
-    const Workspace workspace(query, Kernels::workspace(call));
+    return call;
+  }
+
+  static void run(Select& call, const Tensor& on) {
+    if (call.B == 0 || call.M == 0) return;
+    const Workspace workspace(on, Kernels::workspace(call));
     call.workspace = workspace.pointer();
-    Kernels::select(call, query);
+    Kernels::select(call, on);
+  }
+
+  static void select(
+      const Tensor& query, const Tensor& keys, const Maybe& allowed, int64_t groups, bool by_batch,
+      const Tensor& similarity, const Tensor& weight, const Tensor& index) {
+    Select call = selection(query, keys, allowed, groups, by_batch, index.size(1));
+    expect("similarity", similarity, Dtype::Float, {call.B, call.M}, query);
+    expect("weight", weight, Dtype::Float, {call.B, call.M}, query);
+    expect("index", index, Dtype::Long, {call.B, call.M}, query);
+    call.similarity = out<float>(similarity);
+    call.weight = out<float>(weight);
+    call.index = out<int64_t>(index);
+    run(call, query);
+  }
+
+  static void select_aggregate(
+      const Tensor& query, const Tensor& keys, const Maybe& allowed, int64_t groups, bool by_batch,
+      const Tensor& row_task, const Tensor& row_mean, const Tensor& context, const Tensor& coefficient,
+      const Tensor& rows) {
+    Select call = selection(query, keys, allowed, groups, by_batch, coefficient.size(1) - keys.size(0));
+    if (call.M == 0) refuse("select_aggregate: coefficient has no column for a selected row: got ", show(coefficient));
+    read_tasks(call, row_task, row_mean, context, query);
+    write_pairs(call, coefficient, rows, query);
+    run(call, query);
   }
 
   static void select_backward(
@@ -158,21 +181,36 @@ struct Bound {
   }
 
   template <typename Call>
+  static void read_tasks(
+      Call& call, const Tensor& row_task, const Tensor& row_mean, const Tensor& context, const Tensor& on) {
+    call.T = context.size(0);
+    expect("row_task", row_task, Dtype::Long, {call.N}, on);
+    expect("row_mean", row_mean, Dtype::Float, {call.N}, on);
+    expect("context", context, Dtype::Float, {call.T, call.T}, on);
+    call.row_task = in<int64_t>(row_task);
+    call.row_mean = in<float>(row_mean);
+    call.context = in<float>(context);
+  }
+
+  template <typename Call>
+  static void write_pairs(Call& call, const Tensor& coefficient, const Tensor& rows, const Tensor& on) {
+    expect("coefficient", coefficient, Dtype::Float, {call.B, call.M + call.N}, on);
+    expect("rows", rows, Dtype::Long, {call.B, call.M + call.N}, on);
+    call.coefficient = out<float>(coefficient);
+    call.rows = out<int64_t>(rows);
+  }
+
+  template <typename Call>
   static Call pairs_of_tasks(
       const Tensor& index, const Tensor& weight, const Tensor& row_task, const Tensor& row_mean,
       const Tensor& context) {
     Call call{};
-    call.B = index.size(0), call.M = index.size(1), call.N = row_task.size(0), call.T = context.size(0);
+    call.B = index.size(0), call.M = index.size(1), call.N = row_task.size(0);
     expect("index", index, Dtype::Long, {call.B, call.M}, index);
     expect("weight", weight, Dtype::Float, {call.B, call.M}, index);
-    expect("row_task", row_task, Dtype::Long, {call.N}, index);
-    expect("row_mean", row_mean, Dtype::Float, {call.N}, index);
-    expect("context", context, Dtype::Float, {call.T, call.T}, index);
+    read_tasks(call, row_task, row_mean, context, index);
     call.index = in<int64_t>(index);
     call.weight = in<float>(weight);
-    call.row_task = in<int64_t>(row_task);
-    call.row_mean = in<float>(row_mean);
-    call.context = in<float>(context);
     return call;
   }
 
@@ -180,11 +218,8 @@ struct Bound {
       const Tensor& index, const Tensor& weight, const Tensor& row_task, const Tensor& row_mean, const Tensor& context,
       const Tensor& coefficient, const Tensor& rows) {
     auto call = pairs_of_tasks<Aggregate>(index, weight, row_task, row_mean, context);
-    expect("coefficient", coefficient, Dtype::Float, {call.B, call.M + call.N}, index);
-    expect("rows", rows, Dtype::Long, {call.B, call.M + call.N}, index);
+    write_pairs(call, coefficient, rows, index);
     if (call.B == 0 || call.M + call.N == 0) return;
-    call.coefficient = out<float>(coefficient);
-    call.rows = out<int64_t>(rows);
     Kernels::aggregate(call, index);
   }
 
@@ -324,7 +359,8 @@ struct Bound {
   }
 
   template <typename Library>
-  static void implement_merge(Library& library) {
+  static void implement_on_gpu(Library& library) {  // what the CPU does otherwise
+    library.impl("select_aggregate", TORCH_BOX(&Bound::select_aggregate));
     library.impl("merge", TORCH_BOX(&Bound::merge));
   }
 };

@@ -17,9 +17,15 @@ struct Select {
   float* similarity;       // out [B, M]
   float* weight;           // out [B, M]
   int64_t* index;          // out [B, M]
-  void* workspace;         // select_workspace() bytes, or null
-  Type type;               // of keys
-  int64_t B, N, D, M, groups;
+  // select_aggregate has the last two of these instead of the three outputs above; for select all are null.
+  const int64_t* row_task;  // [N]
+  const float* row_mean;    // [N]
+  const float* context;     // [T, T]
+  float* coefficient;       // out [B, M + N]
+  int64_t* rows;            // out [B, M + N]
+  void* workspace;          // select_workspace() bytes, or null
+  Type type;                // of keys
+  int64_t B, N, D, M, groups, T;
   int64_t key_stride, allowed_stride_b, allowed_stride_n;
   bool by_batch;  // one selection for all samples, by the mean of their similarities; allowed is then [1, N]
 };

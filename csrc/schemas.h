@@ -17,6 +17,9 @@ inline void define(torch::stable::detail::StableLibrary& library) {
       "aggregate(Tensor index, Tensor weight, Tensor row_task, Tensor row_mean, Tensor context, Tensor(a!) "
       "coefficient, Tensor(b!) rows) -> ()");
   library.def(
+      "select_aggregate(Tensor query, Tensor keys, Tensor? allowed, int groups, bool by_batch, Tensor row_task, "
+      "Tensor row_mean, Tensor context, Tensor(a!) coefficient, Tensor(b!) rows) -> ()");
+  library.def(
       "aggregate_backward(Tensor grad, Tensor index, Tensor weight, Tensor row_task, Tensor row_mean, Tensor "
       "context, Tensor(a!)? grad_weight, Tensor(b!)? grad_context) -> ()");
   library.def(

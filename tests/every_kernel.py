@@ -22,6 +22,7 @@ SELECT = (
     select_cases.Case(B=5, N=33, D=48, M=3, groups=4, allowed="row"),
     select_cases.Case(B=3, N=24, D=32, M=4, allowed="sample", reduce="batch"),
     select_cases.Case(B=2, N=2100, D=20, M=5, groups=2),  # a scan and a merge
+    select_cases.Case(B=2, N=400, D=400, M=5),  # the same, of few rows
 )
 AGGREGATE = aggregate_cases.Case(B=3, M=2, N=7, T=7)
 MIX = aggregate_cases.MixCase(B=2, P=5, N=4, R=3, d_in=17, d_out=33)
@@ -45,6 +46,10 @@ def run_all(device, backend, dtypes=(torch.float32, torch.float16, torch.bfloat1
                 query, keys, allowed = moved(select_cases.make(case, dtype, generator))
                 _, _, similarity = ops.select(query.detach(), keys, case.M, allowed, case.groups, case.reduce)
                 backward([similarity], keys)
+                context = torch.ones(3, 3, device=device, requires_grad=True)
+                tasks = torch.arange(case.N, device=device) % 3, torch.ones(case.N, device=device), context
+                joined = ops.select_aggregate(query, keys, case.M, *tasks, allowed, case.groups, case.reduce)
+                backward(joined[1:], context)
             A, B, coefficient, index = moved(aggregate_cases.make_mix(MIX, dtype, generator))
             backward(ops.mix_factors(A, B, coefficient, index), A, B, coefficient)
             x, weight, A, B, index, coefficient, bias = moved(inject_cases.make(INJECT, dtype, generator))

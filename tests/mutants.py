@@ -79,8 +79,8 @@ MUTANTS = [
     ),
     Mutant(
         "one selection for the batch", "cllava_fast/methods/continual_llava.py",
-        "ops.select(query, pool.keys, self.config.top_m, groups=groups, check_values=False)",
-        'ops.select(query, pool.keys, self.config.top_m, groups=groups, check_values=False, reduce="batch")', MODEL,
+        "query, pool.keys, top_m, *tasks, groups=groups, check_values=False",
+        'query, pool.keys, top_m, *tasks, groups=groups, check_values=False, reduce="batch"', MODEL,
     ),
     Mutant(
         "unpatch leaves forward", "cllava_fast/model/patching.py", "module.__dict__.pop(name)._original",

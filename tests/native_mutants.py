@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 SELECT, AGGREGATE, INJECT = "tests/test_op_select.py", "tests/test_op_aggregate.py", "tests/test_op_inject.py"
+SELECT_AGGREGATE = "tests/test_op_select_aggregate.py"
 
 NATIVE_MUTANTS = [
     # name, file under csrc/, old, new, tests beside the conformance test
@@ -29,8 +30,11 @@ NATIVE_MUTANTS = [
     ("select: later slices are lost", "cuda/select.cu", "first < count; first += MERGE_WARPS * WARP", "first < 1; first += MERGE_WARPS * WARP", SELECT),
     ("select: sign of dkeys", "cuda/select_backward.cu", "__fmaf_rn(-over_norm(", "__fmaf_rn(over_norm(", SELECT),
     ("select: grad of the batch is a sum", "cuda/select_backward.cu", "__fdiv_rn(warp_sum(total), float(p.B))", "warp_sum(total)", SELECT),
-    ("aggregate: reads its own task", "cuda/aggregate.cu", "if (task < from_task[i])", "if (task <= from_task[i])", AGGREGATE),
-    ("aggregate: mean lost", "cuda/aggregate.cu", "read ? past * p.row_mean[n]", "read ? past", AGGREGATE),
+    ("select_aggregate: one task for all", "cuda/select.cu", "chosen.task[m], task, p.context", "chosen.task[0], task, p.context", SELECT_AGGREGATE),
+    ("select_aggregate: only the first copy", "cuda/select.cu", "p.M + n] = coefficient;", "p.M + n] = copy == sample ? coefficient : 0.0f;", SELECT_AGGREGATE),
+    ("select_aggregate: one row a thread", "cuda/select.cu", "n < p.N; n += WARPS * WARP", "n < WARPS * WARP; n += WARPS * WARP", SELECT_AGGREGATE),
+    ("aggregate: reads its own task", "cuda/aggregate.cuh", "if (task < from_task)", "if (task <= from_task)", AGGREGATE),
+    ("aggregate: mean lost", "cuda/aggregate.cuh", "read ? total * *row_mean", "read ? total", AGGREGATE),
     ("aggregate: own gradient lost", "cuda/aggregate.cu", "grad[pair % p.M] + total", "total", AGGREGATE),
     ("mix_factors: strength lost", "cuda/mix_factors.cu", "if (index[i] == n) total += coefficient[i]", "if (index[i] == n) total += 1", AGGREGATE),
     ("mix_factors: only the first tile", "cuda/mix_factors.cu", "tile < tiles; tile++", "tile < 1; tile++", AGGREGATE),

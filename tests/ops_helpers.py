@@ -25,7 +25,7 @@ SELECT_TRITON = "cllava_fast.ops.select.triton"
 
 
 # Tests of several ops in one take a backend that has them all.
-CHAIN = {"chain": ("select", "aggregate", "mix_factors", "inject", "inject_add")}
+CHAIN = {"chain": ("select", "aggregate", "select_aggregate", "mix_factors", "inject", "inject_add")}
 
 
 class Backend(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import cllava_fast as cf
 from cllava_fast import ops
-from cllava_fast.ops import native, triton_backend
+from cllava_fast.ops import native, select, select_aggregate, triton_backend
 from cllava_fast.train import ContinualTrainer
 from tests.helpers import QUESTIONS, inputs, learn
 from tests.test_patch import selected
@@ -96,19 +97,19 @@ def test_the_loop_selects_the_same_rows(
     Every sample asks in words of its own: one instruction for all would give keys that differ by less than what
     float32 makes of their similarities.
     """
-    select = ops.select
     found: dict[str, list[Tensor]] = {}
     matrices = []
     for name in ("reference", backend):
         model = cf.patch(new_llava(), TRAIN_CONFIG, processor=processor)
         seen = found.setdefault(name, [])
 
-        def spy(*args: Any, seen: list[Tensor] = seen, **options: Any) -> Any:
-            result = select(*args, **options)
+        def spy(op: Callable[..., Any], *args: Any, seen: list[Tensor] = seen, **options: Any) -> Any:
+            result = op(*args, **options)
             seen.append(result[0].clone())
             return result
 
-        monkeypatch.setattr(ops, "select", spy)
+        for op in (select, select_aggregate):
+            monkeypatch.setattr(ops, op.__name__, functools.partial(spy, op))
         few = arguments(tmp_path / name.replace(",", "-"), max_steps=2, align_steps=2, per_device_train_batch_size=4)
         with ops.backend(name):
             result = ContinualTrainer(model, processor, own_words(stream(2, samples=6)), few).train()

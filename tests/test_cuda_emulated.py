@@ -18,6 +18,7 @@ from cllava_fast.ops.aggregate import reference as aggregate_reference
 from cllava_fast.ops.inject import reference as inject_reference
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select import reference as select_reference
+from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
 from tests.cuda_emulator import library
 from tests.cuda_emulator.library import Guarded, guarded
 from tests.ops_helpers import LOW, error
@@ -50,7 +51,7 @@ def limit(dtype, usual, slack):
     return max(slack * usual, 2 * torch.finfo(dtype).eps)
 
 
-def select(kernels, query, keys, top_m, allowed=None, groups=1, by_batch=False):
+def select(kernels, query, keys, top_m, allowed=None, groups=1, by_batch=False, outputs=None, **tail):
     if allowed is not None and by_batch and allowed.dim() == 2:
         allowed = allowed.all(0)
     if allowed is not None and allowed.dim() == 1:
@@ -60,14 +61,14 @@ def select(kernels, query, keys, top_m, allowed=None, groups=1, by_batch=False):
         strides = dict(zip(("allowed_stride_b", "allowed_stride_n"), allowed.stride(), strict=True))
         allowed = allowed.view(torch.uint8)
     shape = len(query), top_m
-    outputs = {name: Guarded(shape, torch.float32) for name in ("similarity", "weight")}
-    outputs["index"] = Guarded(shape, torch.int64)
+    types = {"similarity": torch.float32, "weight": torch.float32, "index": torch.int64}
+    outputs = outputs or {name: Guarded(shape, dtype) for name, dtype in types.items()}
     library.call(
         kernels, "Select", outputs, query=query, keys=keys, allowed=allowed,
         type=keys.dtype, B=len(query), N=len(keys), D=keys.shape[1], M=top_m, groups=groups, key_stride=keys.stride(0),
-        by_batch=by_batch, **strides,
+        by_batch=by_batch, **strides, **tail,
     )  # fmt: skip
-    return outputs["similarity"].tensor, outputs["weight"].tensor, outputs["index"].tensor
+    return tuple(output.tensor for output in outputs.values())
 
 
 def select_backward(kernels, grad, query, keys, index, groups=1, by_batch=False):
@@ -244,6 +245,20 @@ def test_aggregate_reads_nothing_that_the_formula_does_not(kernels):
     grads = aggregate_backward(kernels, upstream[:, 1:].contiguous(), *inputs)
     assert grads[0].tolist() == [[1], [1.3125]]
     assert grads[1].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0.5, 0.25, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("case", [case for case in select_aggregate_cases.CASES if case.B], ids=str)
+def test_select_aggregate_has_the_bits_of_the_two(case, kernels, rng):
+    query, keys, allowed, *tasks = select_aggregate_cases.make(case, torch.float32, rng)
+    query, keys, tasks = guarded(query), guarded(keys), [guarded(tensor) for tensor in tasks]
+    shape = case.B, case.M + case.N
+    outputs = {"coefficient": Guarded(shape, torch.float32), "rows": Guarded(shape, torch.int64)}
+    tail = dict(zip(("row_task", "row_mean", "context"), tasks, strict=True))
+    rest = case.groups, case.reduce == "batch"
+    _, weight, index = select(kernels, query, keys, case.M, allowed, *rest)
+    select(kernels, query, keys, case.M, allowed, *rest, outputs=outputs, T=case.T, **tail)
+    coefficient, rows = aggregate(kernels, index, weight, *tasks)
+    assert torch.equal(outputs["coefficient"].tensor, coefficient) and torch.equal(outputs["rows"].tensor, rows)
 
 
 def mix_sizes(A, B, index):

@@ -16,6 +16,7 @@ from cllava_fast.model.paths import adapted_linears
 from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.select import cases as select_cases
+from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
 from tests.helpers import learn
 from tests.ops_helpers import LIBRARY, inject_inputs, leaf, leaves, on, on_every_backend, run
 
@@ -32,6 +33,10 @@ def samples(rng, device):
     yield LIBRARY.select_backward, (grad, query, keys, index, 3, True)
     index, weight, *rest, context = on(device, aggregate_cases.make(aggregate_cases.CASES[1], torch.float32, rng))
     yield LIBRARY.aggregate, (index, leaf(weight), *rest, leaf(context))
+    joined = on(device, select_aggregate_cases.make(select_aggregate_cases.CASES[3], torch.float32, rng))
+    query, keys, allowed, row_task, row_mean, context_ = joined
+    yield LIBRARY.select_aggregate, (query, keys, 2, allowed, 3, False, row_task, row_mean, leaf(context_))
+    yield LIBRARY.select_aggregate, (query, keys, 4, None, 1, True, row_task, row_mean, context_)
     ones = lambda *shape: torch.ones(shape, device=device)  # noqa: E731
     yield LIBRARY.aggregate_backward, (ones(4, 28), index, weight, *rest, context, [True, True])
     mixed = on(device, aggregate_cases.make_mix(aggregate_cases.MIX_CASES[1], torch.bfloat16, rng))

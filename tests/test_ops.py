@@ -19,6 +19,7 @@ from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.merge import cases as merge_cases
 from cllava_fast.ops.select import cases as select_cases
+from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
 from tests.ops_helpers import DTYPES, backends, error, framed, leaf, on, transposed
 
 SCALE = 0.5  # of inject
@@ -119,10 +120,14 @@ def make_select(case: Any, dtype: torch.dtype, rng: torch.Generator) -> tuple[An
     """Inputs whose ranks float32 can tell apart."""
     while True:
         query, keys, allowed = select_cases.make(case, dtype, rng)
-        one_more = case._replace(M=min(case.M + 1, case.N))
-        similarity = select_formula(one_more, query.double(), keys.double(), allowed)[2]
-        if (similarity.diff(dim=1) < -1e-6).all():
+        if (ranked(case, query, keys, allowed).diff(dim=1) < -1e-6).all():
             return query, leaf(keys), allowed
+
+
+def ranked(case: Any, query: Any, keys: Any, allowed: Any) -> torch.Tensor:
+    """Similarities of the selected rows and of the next one, if there is one."""
+    one_more = case._replace(M=min(case.M + 1, case.N))
+    return select_formula(one_more, query.double(), keys.double(), allowed)[2]
 
 
 def select_limit(m: Measured) -> float:
@@ -155,6 +160,34 @@ def aggregate_formula(
 def make_aggregate(case: Any, dtype: torch.dtype, rng: torch.Generator) -> tuple[Any, ...]:
     index, weight, *rest, context = aggregate_cases.make(case, dtype, rng)
     return index, leaf(some_zero(weight)), *rest, leaf(context)
+
+
+def select_aggregate(case: Any, query: Any, keys: Any, allowed: Any, *tasks: Any) -> tuple[torch.Tensor, ...]:
+    return ops.select_aggregate(query, keys, case.M, *tasks, allowed, case.groups, case.reduce)
+
+
+def select_aggregate_formula(case: Any, query: Any, keys: Any, allowed: Any, *tasks: Any) -> tuple[torch.Tensor, ...]:
+    index, weight, _ = select_formula(case, query, keys, allowed)
+    return aggregate_formula(case, index, weight, *tasks)
+
+
+def select_aggregate_plain(case: Any, query: Any, keys: Any, allowed: Any, *tasks: Any) -> tuple[torch.Tensor, ...]:
+    index, weight, _ = select_plain(case, query, keys, allowed)
+    return ops.aggregate(index, weight, *tasks)
+
+
+def make_select_aggregate(case: Any, dtype: torch.dtype, rng: torch.Generator) -> tuple[Any, ...]:
+    """Similarities as for select, and not so small that the weights are less exact than what becomes of them."""
+    while True:
+        query, keys, allowed, row_task, row_mean, context = select_aggregate_cases.make(case, dtype, rng)
+        similarity = ranked(case, query, keys, allowed)
+        total = similarity[:, : case.M].clamp(min=0).sum(1)
+        if (similarity.diff(dim=1) < -1e-6).all() and ((total == 0) | (total > 0.1)).all():
+            return query, keys, allowed, row_task, row_mean, leaf(context)
+
+
+def select_aggregate_limit(m: Measured) -> float:
+    return min(1e-5, max((3 if m.gradient else 2) * m.plain_error, 20 * torch.finfo(torch.float32).eps))
 
 
 def mix_factors(case: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -267,6 +300,12 @@ OPS = {
         aggregate_cases.CASES, make_aggregate, aggregate, aggregate_formula, aggregate,
         trained=(1, 4), source=(1,), shapes=lambda c: [(c.B, c.M + c.N)], limit=aggregate_limit,
         dtypes=(torch.float32, torch.float64), draws=10, repeated=(3, 6),
+    ),
+    "select_aggregate": Op(
+        select_aggregate_cases.CASES,
+        make_select_aggregate, select_aggregate, select_aggregate_formula, select_aggregate_plain,
+        trained=(5,), source=(1,), shapes=lambda c: [(c.B, c.M + c.N)], limit=select_aggregate_limit,
+        draws=10, repeated=(2, 6, 7),
     ),
     "mix_factors": Op(
         aggregate_cases.MIX_CASES, make_mix_factors, mix_factors, mix_factors_formula, mix_factors,

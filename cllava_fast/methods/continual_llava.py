@@ -100,11 +100,19 @@ class ContinualLlava(Method):
             return self._select_block(pool, query, pool.block_keys.detach(), groups)
         if not pool.num_rows:
             return None
-        index, weight, _ = ops.select(query, pool.keys, self.config.top_m, groups=groups, check_values=False)
+        top_m, context_rows = self.config.top_m, pool.last_block_start
+        if self.config.context == "none" or not context_rows:
+            index, coefficient, _ = ops.select(query, pool.keys, top_m, groups=groups, check_values=False)
+        else:
+            tasks = pool.row_task, pool.row_mean, pool.context
+            index, coefficient = ops.select_aggregate(
+                query, pool.keys, top_m, *tasks, groups=groups, check_values=False
+            )
+        pairs = top_m + context_rows  # later rows are the context of no one
         return Selection(
-            past=Pairs(*self._with_context(pool, index, weight, context_rows=pool.last_block_start)),
-            index=index,
-            weight=weight,
+            past=Pairs(index[:, :pairs], coefficient[:, :pairs]),
+            index=index[:, :top_m],
+            weight=coefficient[:, :top_m],
             mix=self.config.context == "factor",
         )
 

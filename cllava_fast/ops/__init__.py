@@ -1,7 +1,8 @@
 """The three ops under every method: `select` picks pool rows per sample, `aggregate` adds what earlier tasks left
 behind, `inject` applies the chosen rows to a frozen linear without ever building its dense offset.
 
-`merge` does build it, once, for inference where one selection serves all.
+`select_aggregate` is the first two in one call. `merge` does build that offset, once, for inference where one selection
+serves all.
 """
 
 from cllava_fast.ops import dispatch
@@ -10,5 +11,17 @@ from cllava_fast.ops.dispatch import BackendError, backend
 from cllava_fast.ops.inject import inject, inject_add
 from cllava_fast.ops.merge import merge
 from cllava_fast.ops.select import select
+from cllava_fast.ops.select_aggregate import select_aggregate
 
-__all__ = ["BackendError", "aggregate", "backend", "dispatch", "inject", "inject_add", "merge", "mix_factors", "select"]
+__all__ = [
+    "BackendError",
+    "aggregate",
+    "backend",
+    "dispatch",
+    "inject",
+    "inject_add",
+    "merge",
+    "mix_factors",
+    "select",
+    "select_aggregate",
+]

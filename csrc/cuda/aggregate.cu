@@ -1,6 +1,7 @@
 // aggregate: the product form's coefficients in one launch, and their gradients to weight and context.
 //
 // Nothing is masked by a product with 0: what the formula does not read is not loaded, or not let through a condition.
+#include "aggregate.cuh"
 #include "launch.cuh"
 #include "ops.cuh"
 #include "threads.cuh"
@@ -25,21 +26,17 @@ __global__ void __launch_bounds__(THREADS) coefficients(Aggregate p) {
     return;
   }
   const int64_t n = column - p.M, task = p.row_task[n];
-  float past = 0.0f;
-  bool read = false;
+  Past past;
   for (int64_t first = 0; first < p.M; first += UNROLL) {
     int64_t from_task[UNROLL];
 #pragma unroll
     for (int i = 0; i < UNROLL; i++) from_task[i] = first + i < p.M ? p.row_task[index[first + i]] : -1;
 #pragma unroll
     for (int i = 0; i < UNROLL; i++) {
-      if (task < from_task[i]) {
-        past += weight[first + i] * p.context[from_task[i] * p.T + task];
-        read = true;
-      }
+      if (first + i < p.M) past.add(weight[first + i], from_task[i], task, p.context, p.T);
     }
   }
-  p.coefficient[pair] = read ? past * p.row_mean[n] : 0.0f;
+  p.coefficient[pair] = past.coefficient(p.row_mean + n);
   p.rows[pair] = n;
 }
 

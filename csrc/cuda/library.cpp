@@ -82,11 +82,11 @@ struct Cuda {
 STABLE_TORCH_LIBRARY(cllava_fast_emulated, library) { cllava::define(library); }
 STABLE_TORCH_LIBRARY_IMPL(cllava_fast_emulated, CPU, library) {
   cllava::Bound<Cuda>::implement(library);
-  cllava::Bound<Cuda>::implement_merge(library);
+  cllava::Bound<Cuda>::implement_on_gpu(library);
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(cllava_fast_native, CUDA, library) {
   cllava::Bound<Cuda>::implement(library);
-  cllava::Bound<Cuda>::implement_merge(library);
+  cllava::Bound<Cuda>::implement_on_gpu(library);
 }
 #endif

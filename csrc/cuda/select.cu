@@ -1,9 +1,11 @@
-// select: one launch for a small pool, a scan and a merge for a large one; by batch, the mean query before them.
+// select: one launch for a small pool, a scan and a merge for a large one; by batch, the mean query before them. The
+// block that finishes a sample can add the contextual coefficients: select_aggregate.
 //
 // A (query, key) product is a chain of float32 fmas over fixed columns for each lane, then a fixed tree over lanes, so a
 // similarity depends on nothing but its two vectors: not on the batch, not on where the key lies or how it is aligned.
 // Similarity and row are packed into one integer that orders by similarity, then by lowest row: a top-M of distinct
 // integers has one answer, however the pool was cut.
+#include "aggregate.cuh"
 #include "launch.cuh"
 #include "numbers.cuh"
 #include "ops.cuh"
@@ -33,7 +35,7 @@ struct Cut {
   int64_t copies;       // samples that get each selection
   int64_t slice_rows;
   int64_t slices;
-  uint64_t* candidates;  // [B, slices, M], or null if there is one slice
+  uint64_t* candidates;  // [B, slices, M], or null if there is one slice, which has one query a block
   bool unit;             // the only query's chunks need no division by their norm
   bool vector;           // rows and chunks are aligned for loads of COLUMNS numbers
 };
@@ -169,8 +171,17 @@ __device__ __forceinline__ void similarities(const Select& p, const float* query
   }
 }
 
-// Weights of a finished selection, and the outputs of the `copies` samples from `sample` on that share it.
-__device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_t sample, int64_t copies, int lane) {
+// The selected rows of one sample, as the coefficients of earlier rows need them.
+struct Chosen {
+  float weight[2 * WARP];
+  int64_t task[2 * WARP];
+};
+
+// Weights of a finished selection, for the `copies` samples from `sample` on that share it. By one warp. With TAIL they
+// are select_aggregate's, here and below.
+template <bool TAIL>
+__device__ __forceinline__ void put_selected(const Select& p, const TopM& best, int64_t sample, int64_t copies,
+                                             int lane, Chosen& chosen) {
   const uint64_t rank[2] = {best.near, best.far};
   float value[2], positive[2], usable[2];
 #pragma unroll
@@ -189,20 +200,48 @@ __device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_
   for (int i = 0; i < 2; i++) {
     share[i] = uniform ? __fdiv_rn(usable[i], count > 1.0f ? count : 1.0f) : __fdiv_rn(positive[i], total);
   }
-  for (int64_t copy = sample; copy < sample + copies; copy++) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int place = lane + i * WARP;
-      if (place < p.M) {
+  for (int i = 0; i < 2; i++) {
+    const int place = lane + i * WARP;
+    if (place >= p.M) continue;
+    const int64_t row = row_of(rank[i]);
+    for (int64_t copy = sample; copy < sample + copies; copy++) {
+      if (TAIL) {
+        p.coefficient[copy * (p.M + p.N) + place] = share[i];
+        p.rows[copy * (p.M + p.N) + place] = row;
+      } else {
         p.similarity[copy * p.M + place] = value[i];
         p.weight[copy * p.M + place] = share[i];
-        p.index[copy * p.M + place] = row_of(rank[i]);
+        p.index[copy * p.M + place] = row;
       }
+    }
+    if (TAIL) {
+      chosen.weight[place] = share[i];
+      chosen.task[place] = p.row_task[row];
     }
   }
 }
 
-template <typename T, int QUERIES>
+// All outputs of a sample and its copies, by a block of WARPS warps whose first holds the selection.
+template <int WARPS, bool TAIL>
+__device__ __forceinline__ void finish(const Select& p, const TopM& best, int64_t sample, int64_t copies) {
+  __shared__ Chosen chosen;
+  if (threadIdx.x < WARP) put_selected<TAIL>(p, best, sample, copies, threadIdx.x, chosen);
+  if (!TAIL) return;
+  __syncthreads();
+  for (int64_t n = threadIdx.x; n < p.N; n += WARPS * WARP) {
+    const int64_t task = p.row_task[n];
+    Past past;
+    for (int m = 0; m < p.M; m++) past.add(chosen.weight[m], chosen.task[m], task, p.context, p.T);
+    const float coefficient = past.coefficient(p.row_mean + n);
+    for (int64_t copy = sample; copy < sample + copies; copy++) {
+      p.coefficient[copy * (p.M + p.N) + p.M + n] = coefficient;
+      p.rows[copy * (p.M + p.N) + p.M + n] = n;
+    }
+  }
+}
+
+template <typename T, int QUERIES, bool TAIL = false>
 __global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERIES>) scan(Select p, Cut cut) {
   constexpr int WARPS = warps_of<QUERIES>;
   __shared__ float query_norm[QUERIES][SELECT_MOST_GROUPS];  // for several queries
@@ -249,18 +288,17 @@ __global__ void __launch_bounds__(warps_of<QUERIES> * WARP, blocks_at_once<QUERI
     }
     __syncthreads();
   }
+  if constexpr (QUERIES == 1) {
+    if (!cut.candidates) return finish<WARPS, TAIL>(p, TopM{held[0][lane], held[0][WARP + lane]}, sample, cut.copies);
+  }
   for (int q = warp; q < samples; q += WARPS) {
-    const TopM best{held[q][lane], held[q][WARP + lane]};
-    if (cut.candidates) {
-      uint64_t* to = cut.candidates + ((sample + q) * cut.slices + blockIdx.y) * M;
-      if (lane < M) to[lane] = best.near;
-      if (WARP + lane < M) to[WARP + lane] = best.far;
-    } else {
-      finish(p, best, sample + q, cut.copies, lane);
-    }
+    uint64_t* to = cut.candidates + ((sample + q) * cut.slices + blockIdx.y) * M;
+    if (lane < M) to[lane] = held[q][lane];
+    if (WARP + lane < M) to[WARP + lane] = held[q][WARP + lane];
   }
 }
 
+template <bool TAIL>
 __global__ void __launch_bounds__(MERGE_WARPS * WARP) merge_slices(Select p, Cut cut) {
   __shared__ uint64_t held[MERGE_WARPS][2 * WARP];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, M = int(p.M);
@@ -273,12 +311,11 @@ __global__ void __launch_bounds__(MERGE_WARPS * WARP) merge_slices(Select p, Cut
   held[warp][lane] = best.near;
   held[warp][WARP + lane] = best.far;
   __syncthreads();
-  if (warp > 0) return;
-  for (int other = 1; other < MERGE_WARPS; other++) {
+  for (int other = 1; warp == 0 && other < MERGE_WARPS; other++) {
     best.offer(held[other][lane], M, lane);
     if (M > WARP) best.offer(held[other][WARP + lane], M, lane);
   }
-  finish(p, best, blockIdx.x, cut.copies, lane);
+  finish<MERGE_WARPS, TAIL>(p, best, blockIdx.x, cut.copies);
 }
 
 // Mean over the batch of one normalised chunk: its product with a key's is the mean of the cosines.
@@ -314,10 +351,10 @@ int64_t slice_rows(const Select& p, int64_t samples) {
 
 int64_t mean_bytes(const Select& p) { return p.by_batch ? divide_up(p.D * 4, 16) * 16 : 0; }
 
-template <typename T, int QUERIES>
+template <typename T, int QUERIES, bool TAIL = false>
 void launch_scan(const Select& p, const Cut& cut, cudaStream_t stream) {
   const dim3 grid(blocks("select scan", divide_up(p.B, QUERIES)), unsigned(cut.slices));
-  launch("select scan", scan<T, QUERIES>, grid, warps_of<QUERIES> * WARP, stream, p, cut);
+  launch("select scan", scan<T, QUERIES, TAIL>, grid, warps_of<QUERIES> * WARP, stream, p, cut);
 }
 
 }  // namespace
@@ -347,10 +384,13 @@ void select(const Select& given, cudaStream_t stream) {
   }
   cut.vector = p.D / p.groups % COLUMNS == 0 && aligned(16, Type::float32, p.query) &&
                aligned(COLUMNS * size_of(p.type), p.type, p.keys, p.key_stride);
+  const bool tail = p.coefficient != nullptr;
   by_type(p.type, [&](auto number) {
     using T = decltype(number);
     const int queries = cut.slices > 1 ? queries_of(p.B) : 1;
-    if (queries == 1) {
+    if (tail && cut.slices == 1) {
+      launch_scan<T, 1, true>(p, cut, stream);
+    } else if (queries == 1) {
       launch_scan<T, 1>(p, cut, stream);
     } else if (queries == 4) {
       launch_scan<T, 4>(p, cut, stream);
@@ -359,7 +399,8 @@ void select(const Select& given, cudaStream_t stream) {
     }
   });
   if (cut.slices > 1) {
-    launch("select merge", merge_slices, blocks("select merge", p.B), MERGE_WARPS * WARP, stream, p, cut);
+    const auto merge = tail ? merge_slices<true> : merge_slices<false>;
+    launch("select merge", merge, blocks("select merge", p.B), MERGE_WARPS * WARP, stream, p, cut);
   }
 }
 

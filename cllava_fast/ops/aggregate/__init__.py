@@ -56,17 +56,28 @@ def aggregate(
     sizes: dict[str, int] = {}
     checks.shape("index", index, "B M", sizes)
     checks.shape("weight", weight, "B M", sizes)
+    check_tasks(row_task, row_mean, context, sizes, index, check_values)
+    checks.integer(index=index)
+    checks.full_precision(True, weight=weight)
+    checks.device(index, weight=weight)
+    if check_values and checks.can_read(index, cuda=False):
+        checks.within("index", index, sizes["N"], "N")
+    coefficient, rows = autograd.AGGREGATE(index, weight, row_task, row_mean, context)
+    return rows, coefficient
+
+
+def check_tasks(
+    row_task: Tensor, row_mean: Tensor, context: Tensor, sizes: dict[str, int], first: Tensor, check_values: bool
+) -> None:
+    """Refuses what does not fit; `sizes` is what the arguments before said, `first` the call's first."""
     checks.shape("row_task", row_task, "N", sizes)
     checks.shape("row_mean", row_mean, "N", sizes)
     checks.shape("context", context, "T T", sizes)
-    checks.integer(index=index, row_task=row_task)
-    checks.full_precision(True, weight=weight, row_mean=row_mean, context=context)
-    checks.device(index, weight=weight, row_task=row_task, row_mean=row_mean, context=context)
-    if check_values and checks.can_read(index, cuda=False):
-        checks.within("index", index, sizes["N"], "N")
+    checks.integer(row_task=row_task)
+    checks.full_precision(True, row_mean=row_mean, context=context)
+    checks.device(first, row_task=row_task, row_mean=row_mean, context=context)
+    if check_values and checks.can_read(row_task, cuda=False):
         checks.within("row_task", row_task, sizes["T"], "T")
-    coefficient, rows = autograd.AGGREGATE(index, weight, row_task, row_mean, context)
-    return rows, coefficient
 
 
 def mix_factors(

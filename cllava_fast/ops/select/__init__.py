@@ -16,7 +16,7 @@ native_backend.register("cpu", native.KERNELS, native.cpu_accepts)
 native_backend.register("cuda", native.KERNELS, native.cuda_accepts)
 
 
-def _triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+def triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     sizes = dict(site.sizes)
     for name, most, why in (
         ("M", 64, "the most that its running top-M holds"),
@@ -28,7 +28,7 @@ def _triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     return triton_backend.accepts(op, site, asked)
 
 
-triton_backend.register("cllava_fast.ops.select.triton", "select", "select_backward", accepts=_triton_accepts)
+triton_backend.register("cllava_fast.ops.select.triton", "select", "select_backward", accepts=triton_accepts)
 
 
 def select(
@@ -72,6 +72,16 @@ def select(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
     """
+    check(query, keys, top_m, allowed, groups, reduce, check_values)
+    by_batch = reduce == "batch"
+    similarity, weight, index = autograd.SELECT(query, keys, top_m, allowed, groups, by_batch)
+    return index, weight, similarity
+
+
+def check(
+    query: Tensor, keys: Tensor, top_m: int, allowed: Tensor | None, groups: int, reduce: str, check_values: bool
+) -> dict[str, int]:
+    """Refuses arguments that do not fit; returns the sizes B, D and N."""
     sizes: dict[str, int] = {}
     checks.shape("query", query, "B D", sizes)
     checks.shape("keys", keys, "N D", sizes)
@@ -96,9 +106,7 @@ def select(
         checks.finite("keys", keys)
         if allowed is not None:
             _enough_rows(allowed, top_m, reduce)
-    by_batch = reduce == "batch"
-    similarity, weight, index = autograd.SELECT(query, keys, top_m, allowed, groups, by_batch)
-    return index, weight, similarity
+    return sizes
 
 
 def _enough_rows(allowed: Tensor, top_m: int, reduce: str) -> None:

@@ -35,14 +35,20 @@ def select(
     similarity = query.new_empty((query.shape[0], top_m), dtype=torch.float32)
     weight = torch.empty_like(similarity)
     index = query.new_empty((query.shape[0], top_m), dtype=torch.int64)
+    library.select(*prepared(query, keys, allowed, by_batch), groups, by_batch, similarity, weight, index)
+    return similarity, weight, index
+
+
+def prepared(
+    query: Tensor, keys: Tensor, allowed: Tensor | None, by_batch: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     if allowed is not None:
         if allowed.dim() == 1:
             allowed = allowed.expand(1 if by_batch else len(query), -1)
         elif by_batch:
             allowed = allowed.all(0, keepdim=True)
         allowed = allowed.view(torch.uint8)
-    library.select(query.float().contiguous(), dense_rows(keys), allowed, groups, by_batch, similarity, weight, index)
-    return similarity, weight, index
+    return query.float().contiguous(), dense_rows(keys), allowed
 
 
 def select_backward(
