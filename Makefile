@@ -2,6 +2,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 ARGS   ?=
+# processes that share the tests; on a GPU they would share its memory too
+JOBS   ?= $(if $(shell command -v nvidia-smi),1,auto)
 PY     ?= python3
 OUT    ?= runs/gpu
 
@@ -39,11 +41,10 @@ demo-base: $(STAMP) ## pretrain the demo's tiny LLaVA again (about 5 minutes on 
 	$(BIN)/python -m cllava_fast.demo.pretrain --output cllava_fast/demo/base $(ARGS)
 
 native: $(STAMP) ## build the native libraries in place, and csrc/cuda for the CPU, which is how the tests run it
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	CLLAVA_BUILD_CUDA=emulated $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python csrc/build.py cpu emulated
 
 test: native ## run the tests
-	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .
@@ -59,7 +60,7 @@ mutants: $(STAMP) ## break the code in many ways and see the tests go red (ARGS=
 
 kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90 (Triton, nvcc), no GPU needed: registers, shared memory, spills
 	$(BIN)/python -m cllava_fast.ops.kernel_table
-	CLLAVA_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python csrc/build.py cuda
 	$(BIN)/python -m cllava_fast.ops.native_table
 
 bench: $(STAMP) ## time the ops against their rivals (ARGS="--quick")

@@ -120,9 +120,8 @@ def main(names: list[str]) -> int:
 
 def _built(folder: Path) -> bool:
     """The CPU's native library, and the CUDA kernels for their emulation."""
-    environment = {**os.environ, "CLLAVA_BUILD_CUDA": "emulated"}
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 0
+    command = [sys.executable, "csrc/build.py", "cpu", "emulated"]
+    return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 
 def _selection(file: Path) -> list[str]:

@@ -18,7 +18,7 @@ NATIVE_MUTANTS = [
     ("select: sign of dkeys", "cpu/select.cpp", "(pull[d] - key[d] * along", "(pull[d] + key[d] * along", SELECT),
     ("aggregate: reads its own task", "cpu/aggregate.cpp", "t < task; ++t) by_task[t] += w", "t <= task; ++t) by_task[t] += w", AGGREGATE),
     ("aggregate: mean lost", "cpu/aggregate.cpp", "by_task[task] * call.row_mean[n]", "by_task[task]", AGGREGATE),
-    ("aggregate: grad of unread rows", "cpu/aggregate.cpp", "if (task < read) by_task", "if (task < T) by_task", AGGREGATE),
+    ("aggregate: grad of unread rows", "cpu/aggregate.cpp", "t < task; ++t) context[", "t < T; ++t) context[", AGGREGATE),
     ("mix_factors: repeated rows lost", "cpu/mix.cpp", "strength += call", "strength = call", AGGREGATE),
     ("mix_factors: strips of one row", "cpu/mix.cpp", "piece / terms.size() * strip", "0 * strip", AGGREGATE),
     ("inject: scale lost", "cpu/inject.cpp", "call.coefficient[pair] * call.scale;", "call.coefficient[pair];", INJECT),

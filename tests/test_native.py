@@ -27,7 +27,7 @@ on_cpu = pytest.mark.skipif(native.cpu_usable() is not None, reason=str(native.c
 
 def setup(*arguments: str, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "--quiet", *arguments]
-    environment = {**os.environ, **variables}
+    environment = {name: text for name, text in os.environ.items() if name not in ("NVCC", "CXX")} | variables
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -120,11 +120,11 @@ def test_it_runs_without_native_code(tmp_path: Path) -> None:
 
 def test_setup_refuses_what_it_cannot_build() -> None:
     done = setup("--version", CLLAVA_BUILD_CUDA="yes")
-    assert done.returncode != 0 and "CLLAVA_BUILD_CUDA: expected auto, 0, 1 or emulated, got 'yes'" in done.stderr
+    assert done.returncode != 0 and "CLLAVA_BUILD_CUDA: expected auto, 0 or 1, got 'yes'" in done.stderr
     done = setup("--version", CLLAVA_BUILD_CUDA="1", CUDA_HOME="/nowhere")
     assert done.returncode != 0 and "'/nowhere/bin/nvcc' is not found" in done.stderr
     done = setup("--version", CLLAVA_BUILD_CUDA="0", CXX="no-such-compiler")
-    assert done.returncode == 0 and "no native library is built: the C++ compiler 'no-such-compiler'" in done.stderr
+    assert done.returncode == 0 and "the C++ compiler 'no-such-compiler'" in done.stderr
 
 
 @can_build
@@ -134,7 +134,7 @@ def test_the_cuda_library_builds_for_every_chip_without_a_gpu(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     library = tmp_path / "cllava_fast" / "_native_cuda.so"
     listed = subprocess.run([cuobjdump(), "-lelf", "-lptx", str(library)], capture_output=True, text=True).stdout
-    assert "sm_80.cubin" in listed and "sm_90a.cubin" in listed and "sm_80.ptx" in listed
+    assert "sm_80.cubin" in listed and re.search(r"sm_90a?\.cubin", listed) and "sm_80.ptx" in listed
     rows = native_table.rows(library)
     assert {(row.kernel, problem) for row in rows for problem in problems(row)} == set()
     kernels = {row.kernel for row in rows}
@@ -163,6 +163,35 @@ def test_the_table_shows_a_kernel_that_spills(tmp_path: Path, capsys: pytest.Cap
     assert native_table.main([str(tmp_path / "it.so")]) == 1
     assert re.search(r"native +spilling +sm_90 +24 +[1-9]", capsys.readouterr().out)
     assert native_table.main([str(tmp_path / "none.so")]) == 2
+
+
+@can_build
+def test_it_builds_without_ninja(tmp_path: Path) -> None:
+    copy = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "cllava_fast").mkdir()
+    code = (
+        f"import sys; sys.path.insert(0, {str(copy)!r}); import build; build.ninja = lambda: None; build.main(['cpu'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "cllava_fast" / "_native_cpu.so").exists(), done.stderr
+
+
+@can_build
+def test_a_compiler_that_fails_costs_its_library_alone(tmp_path: Path) -> None:
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    build = ("build_ext", "--build-lib", str(tmp_path))
+    done = setup(*build, CLLAVA_BUILD_CUDA="1", NVCC=str(tmp_path / "nvcc"))
+    assert done.returncode != 0 and "_native_cuda.so: the compiler failed" in done.stderr
+    code = (
+        "import torch, runpy, sys; torch.version.cuda = '13.0'; sys.argv = ['setup.py', *sys.argv[1:]];"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = os.environ | {"CLLAVA_BUILD_CUDA": "auto", "NVCC": str(tmp_path / "nvcc")}
+    command = [sys.executable, "-c", code, "--quiet", *build]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "_native_cuda.so: the compiler failed" in done.stderr
+    assert (tmp_path / "cllava_fast" / "_native_cpu.so").exists()
 
 
 @can_build

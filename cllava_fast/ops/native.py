@@ -1,8 +1,8 @@
-"""The native backends "cpu" and "cuda": the shared libraries that setup.py builds from csrc/, and whether they can run.
+"""The native backends "cpu" and "cuda": the shared libraries that are built from csrc/, and whether they can run.
 
 Loaded when an op first asks, never at import. Both implement the same ops, `torch.ops.cllava_fast_native.*`, whose
 outputs are allocated in Python. With CLLAVA_EMULATE_CUDA=1 the CUDA kernels run on the CPU instead, slowly, and only
-when asked for by name: for tests (`_native_cuda_emulated.so`, made by CLLAVA_BUILD_CUDA=emulated).
+when asked for by name: for tests (`_native_cuda_emulated.so`, made by `python csrc/build.py emulated`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cuda_usable() -> str | None:
     if refusal is not None:
         return refusal
     if EMULATED:
-        return _load("_native_cuda_emulated.so", "CLLAVA_BUILD_CUDA=emulated python setup.py build_ext --inplace")
+        return _load("_native_cuda_emulated.so", "python csrc/build.py emulated")
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     if not (FOLDER / "_native_cuda.so").exists():

@@ -51,7 +51,7 @@ def _plain(mangled: str) -> tuple[str, str]:
 def main(arguments: Sequence[str]) -> int:
     library = Path(arguments[0]) if arguments else LIBRARY
     if not library.exists():
-        print(f"{library} is not built: CLLAVA_BUILD_CUDA=1 python setup.py build_ext --inplace", file=sys.stderr)
+        print(f"{library} is not built: python csrc/build.py cuda", file=sys.stderr)
         return 2
     every = rows(library)
     print_table(every)

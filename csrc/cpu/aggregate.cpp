@@ -41,13 +41,8 @@ void aggregate_backward(const AggregateBackward& call) {
     const int64_t* index = call.index + b * M;
     const float* own = call.grad + b * (M + N);
     const float* past = own + M;
-    int64_t read = 0;
-    for (int64_t m = 0; m < M; ++m) read = std::max(read, call.row_task[index[m]]);
     std::fill(by_task.begin(), by_task.end(), 0.0);
-    for (int64_t n = 0; n < N; ++n) {
-      const int64_t task = call.row_task[n];
-      if (task < read) by_task[task] += static_cast<double>(past[n]) * call.row_mean[n];
-    }
+    for (int64_t n = 0; n < N; ++n) by_task[call.row_task[n]] += static_cast<double>(past[n]) * call.row_mean[n];
     for (int64_t m = 0; m < M; ++m) {
       const int64_t task = call.row_task[index[m]];
       if (call.grad_weight) {
