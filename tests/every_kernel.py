@@ -79,7 +79,7 @@ def ways(backend):
 
 
 if __name__ == "__main__":
-    every = ["triton"] if native.cuda_usable() else ["triton", "cuda,triton"]
+    every = ["triton"] if native.cuda_usable() else ["cuda,triton", "triton"]
     for name in every:
         run_all("cuda", name)
     torch.cuda.synchronize()

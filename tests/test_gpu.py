@@ -26,7 +26,7 @@ def test_environment_of_this_machine(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=gpu.ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out" / "env.json").read_text())
-    assert found["torch"] == torch.__version__.replace("+cpu", "") or found["torch"] == torch.__version__
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert {"gpu", "capability", "cuda", "triton", "commit"} < found.keys()
     assert {row["op"] for row in found["backends"]} >= {"select", "aggregate", "inject"}
     (step,) = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
