@@ -73,6 +73,16 @@ inline void expect(
   refuse(name, ": expected ", wanted.str(), "] without gaps on device ", with.get_device_index(), ", got ", show(tensor));
 }
 
+// On the CPU, where reading costs nothing: every entry of an integer tensor is in [0, limit). On a GPU the caller
+// answers for it, as for every gather of torch.
+inline void expect_within(const char* name, const Tensor& tensor, int64_t limit, const char* limit_name) {
+  if (tensor.is_cuda()) return;
+  const int64_t* entries = static_cast<const int64_t*>(tensor.data_ptr());
+  for (int64_t i = 0; i < tensor.numel(); ++i)
+    if (entries[i] < 0 || entries[i] >= limit)
+      refuse(name, ": expected entries in [0, ", limit_name, ") = [0, ", limit, "), got ", entries[i]);
+}
+
 inline Type type_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case Dtype::Float: return Type::float32;
@@ -164,6 +174,7 @@ struct Bound {
     expect("grad", grad, Dtype::Float, {B, M}, query);
     expect("keys", keys, keys.scalar_type(), {N, D}, query, 1);
     expect("index", index, Dtype::Long, {B, M}, query);
+    expect_within("index", index, N, "N");
     expect("out", result, keys.scalar_type(), {N, D}, query);
     if (groups < 1 || D % groups) refuse("select_backward: groups = ", groups, ", D = ", D);
     if (B == 0 || M == 0 || N == 0) refuse("select_backward: an empty call has a gradient of zeros");
@@ -185,6 +196,7 @@ struct Bound {
       Call& call, const Tensor& row_task, const Tensor& row_mean, const Tensor& context, const Tensor& on) {
     call.T = context.size(0);
     expect("row_task", row_task, Dtype::Long, {call.N}, on);
+    expect_within("row_task", row_task, call.T, "T");
     expect("row_mean", row_mean, Dtype::Float, {call.N}, on);
     expect("context", context, Dtype::Float, {call.T, call.T}, on);
     call.row_task = in<int64_t>(row_task);
@@ -207,6 +219,7 @@ struct Bound {
     Call call{};
     call.B = index.size(0), call.M = index.size(1), call.N = row_task.size(0);
     expect("index", index, Dtype::Long, {call.B, call.M}, index);
+    expect_within("index", index, call.N, "N");
     expect("weight", weight, Dtype::Float, {call.B, call.M}, index);
     read_tasks(call, row_task, row_mean, context, index);
     call.index = in<int64_t>(index);
@@ -248,6 +261,7 @@ struct Bound {
     expect("B", B, A.scalar_type(), {call.N, A.size(1), any}, index, 2);
     expect("coefficient", coefficient, Dtype::Float, {call.samples, call.P}, index);
     expect("index", index, Dtype::Long, {call.samples, call.P}, index);
+    expect_within("index", index, call.N, "N");
     call.A = A.data_ptr();
     call.B = B.data_ptr();
     call.type = type_of("A", A);
@@ -312,6 +326,7 @@ struct Bound {
     call.samples = x.size(0), call.S = x.size(1), call.P = index.size(1);
     expect("x", x, x.scalar_type(), {call.samples, call.S, call.d_in}, x, 1);
     expect("index", index, Dtype::Long, {call.samples, call.P}, x);
+    expect_within("index", index, call.N, "N");
     expect("coefficient", coefficient, Dtype::Float, {call.samples, call.P}, x);
     expect("y", y, x.scalar_type(), {call.samples, call.S, call.d_out}, x);
     if (call.samples * call.S * call.P * call.R * call.d_in * call.d_out == 0) return;
@@ -335,6 +350,7 @@ struct Bound {
     call.P = index.size(0);
     expect("weight", weight, weight.scalar_type(), {call.d_out, call.d_in}, weight, 1);
     expect("index", index, Dtype::Long, {call.P}, weight);
+    expect_within("index", index, call.N, "N");
     expect("coefficient", coefficient, Dtype::Float, {call.P}, weight);
     expect("out", result, weight.scalar_type(), {call.d_out, call.d_in}, weight);
     if (call.d_out * call.d_in * call.P * call.R == 0) refuse("merge: an empty call has no increment");
@@ -348,7 +364,7 @@ struct Bound {
   }
 
   template <typename Library>
-  static void implement(Library& library) {
+  static void implement(Library& library) {  // on every device
     library.impl("select", TORCH_BOX(&Bound::select));
     library.impl("select_backward", TORCH_BOX(&Bound::select_backward));
     library.impl("aggregate", TORCH_BOX(&Bound::aggregate));

@@ -147,3 +147,30 @@ def test_merge_refuses(llava: Any, processor: Any, generator: torch.Generator) -
     with pytest.raises(TypeError, match="Quantised; only a plain nn.Linear"):
         cf.merge(llava, instruction="x")
     assert not get_increments(llava).pristine
+
+
+def test_a_merge_that_fails_midway_changes_nothing(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: weight.clone() for path, weight in weights(patched).items()}
+    merge, calls = cf.ops.merge, []
+
+    def fails(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("no memory")
+        return merge(*args, **options)
+
+    monkeypatch.setattr(cf.ops, "merge", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        cf.merge(patched, instruction=QUESTIONS[0])
+    assert all(torch.equal(weight, before[path]) for path, weight in weights(patched).items())
+    cf.unpatch(patched)
+
+
+def test_a_merge_in_inference_mode_leaves_a_model_that_can_train(
+    patched: Any, processor: Any, generator: torch.Generator
+) -> None:
+    with torch.inference_mode():
+        cf.merge(patched, instruction=QUESTIONS[0])
+    embeds = patched.get_input_embeddings()(torch.tensor([[5, 6, 7]])).detach().requires_grad_()
+    patched(inputs_embeds=embeds).logits.sum().backward()
+    assert embeds.grad is not None

@@ -77,6 +77,7 @@ def inject_arguments() -> dict[str, torch.Tensor | float]:
         ("select", {"weight": torch.zeros(2, 3).t()}, "weight: expected .* without gaps"),
         ("select", {"allowed": torch.zeros(1, 6, dtype=torch.uint8)}, r"allowed: expected Byte \[3, 6\]"),
         ("select", {"groups": 3}, "groups = 3, D = 8"),
+        ("inject_add", {"index": torch.full((2, 4), 5)}, r"index: expected entries in \[0, N\) = \[0, 5\), got 5"),
         ("inject_add", {"x": torch.zeros(2, 3, 8).double()}, "x: expected Float, Half or BFloat16, got Double"),
         ("inject_add", {"B": torch.zeros(4, 2, 6)}, r"B: expected Float \[5, 2, 6\]"),
         ("inject_add", {"A": torch.zeros(5, 2, 8).half(), "B": torch.zeros(5, 2, 6).half()}, "A: expected Float or"),
@@ -90,6 +91,27 @@ def test_a_wrong_pointer_never_reaches_a_kernel(op: str, change: dict, message: 
     run(*arguments.values())
     with pytest.raises(RuntimeError, match=message):
         run(*(arguments | change).values())
+
+
+@on_cpu
+def test_an_index_out_of_range_is_an_error_where_nobody_checked_it() -> None:
+    A, index = torch.ones(3, 2, 4), torch.tensor([[0, 3]])
+    with ops.backend("cpu"):
+        with pytest.raises(RuntimeError, match="index: expected entries"):
+            ops.mix_factors(A, A, torch.ones(1, 2), index, check_values=False)
+        with pytest.raises(RuntimeError, match="row_task: expected entries"):
+            ops.aggregate(index[:, :1], torch.ones(1, 1), index[0], torch.ones(2), torch.ones(2, 2), check_values=False)
+
+
+@pytest.mark.skipif(not native.EMULATED or native.cuda_usable() is not None, reason="needs the emulation")
+def test_the_limits_of_the_cuda_kernels() -> None:
+    library = torch.ops.cllava_fast_emulated
+    outputs = torch.empty(1, 65), torch.empty(1, 65), torch.empty(1, 65).long()
+    with pytest.raises(RuntimeError, match="M = 65 is above 64"):
+        library.select(torch.ones(1, 8), torch.ones(70, 8), None, 1, False, *outputs)
+    with pytest.raises(RuntimeError, match="S = 17 is above 16"):
+        A, index = torch.ones(1, 1, 4), torch.zeros(1, 1).long()
+        library.inject_add(torch.ones(1, 17, 4), A, A, index, torch.ones(1, 1), 1.0, torch.ones(1, 17, 4))
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

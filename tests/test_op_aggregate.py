@@ -191,3 +191,14 @@ def test_mix_factors_of_two_dtypes(backend, rng):
     for found, wanted in zip((*mixed, *grads), (*same, *same_grads), strict=True):
         close(found, wanted.double(), 1.01 * torch.finfo(found.dtype).eps)
     assert [t.dtype for t in (*mixed, *grads)] == [torch.float16, torch.float32] * 2 + [torch.float32]
+
+
+@mix_everywhere
+@pytest.mark.parametrize(("d_in", "d_out"), [(0, 5), (5, 0)])
+def test_mix_factors_of_one_empty_factor(d_in, d_out, backend, rng):
+    case = aggregate_cases.MixCase(B=2, P=3, N=4, R=2, d_in=d_in, d_out=d_out)
+    A, B, coefficient, index = on(backend.device, aggregate_cases.make_mix(case, torch.float32, rng))
+    mixed, grads = mix_grads(A, B, coefficient, index, [torch.ones_like(A[:2]), torch.ones_like(B[:2])])
+    for found, wanted in zip(mixed, mix_factors_formula(case, A, B, coefficient, index), strict=True):
+        close(found, wanted.double(), 1e-6)
+    assert grads[0].shape == A.shape and grads[1].shape == B.shape and grads[2].abs().sum() > 0

@@ -232,3 +232,18 @@ def test_select_low_precision_compute_is_there_for_comparison(rng):
     query, keys, _ = select_cases.make(select_cases.Case(4, 20, 32, 3), torch.float32, rng)
     low = select_reference.select(query, keys, 3, None, 1, False, compute_dtype=torch.float32)
     assert torch.allclose(low[0], ops.select(query, keys, 3)[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("scale", [1e-25, 1e19, 1e25])
+def test_select_of_very_short_and_very_long_vectors(scale, backend, rng):
+    query, keys = torch.randn(3, 24, generator=rng), torch.randn(9, 24, generator=rng)
+    index, _, similarity = ops.select(query, keys, 4)
+    site = dispatch.Site(torch.device("cpu"), torch.float32, ())
+    if dispatch._refusal("select", backend, site):
+        pytest.skip(f"no backend {backend}")
+    with ops.backend(backend):
+        for scaled in ((query * scale, keys), (query, keys * scale)):
+            found = ops.select(*scaled, 4)
+            assert torch.equal(found[0], index)
+            close(found[2], similarity.double(), 1e-6)

@@ -63,24 +63,36 @@ def merge(
     if selection is None:
         raise ValueError("nothing has been learned yet; there is nothing to merge")
     unmerge(model)
-    pristine, report = {}, MergeReport({}, {})
-    for path, linear in linears.items():
-        weight = pristine[path] = linear.weight.data
-        finer = weight.to(torch.float64 if weight.dtype.itemsize > 2 else torch.float32)
-        merged = _merged(weight, selection, increments, path)
-        exact = _merged(finer, selection, increments, path)
-        off, whole, increment = (torch.linalg.vector_norm(t) for t in (merged - exact, exact, exact - finer))
-        report.output_error[path] = (off / whole).item()
-        report.increment_error[path] = (off / increment).item() if increment > 0 else 0.0
-        linear.weight.data = merged
-    increments.pristine = pristine
+    report = MergeReport({}, {})
+    try:
+        # weights made in inference mode could not be used in training later
+        with torch.inference_mode(False), torch.no_grad():
+            for path, linear in linears.items():
+                _merge_one(linear, path, selection, increments, report)
+    except BaseException:
+        unmerge(model)
+        raise
     return report
+
+
+def _merge_one(linear: nn.Linear, path: str, selection: Selection, increments: Increments, report: MergeReport) -> None:
+    weight = linear.weight.data
+    finer = weight.to(torch.float64 if weight.dtype.itemsize > 2 else torch.float32)
+    merged = _merged(weight, selection, increments, path)
+    exact = _merged(finer, selection, increments, path)
+    off, whole, increment = (torch.linalg.vector_norm(t) for t in (merged - exact, exact, exact - finer))
+    report.output_error[path] = (off / whole).item() if whole > 0 else 0.0
+    report.increment_error[path] = (off / increment).item() if increment > 0 else 0.0
+    increments.pristine[path] = weight  # before it is replaced, so that it can always be put back
+    linear.weight.data = merged
 
 
 def unmerge(model: Any) -> Any:
     """Puts the pristine weights back, the very tensors; does nothing where none was merged. Returns the model."""
     increments = get_increments(model)
-    for path, linear in _plain_linears(model, increments).items() if increments.pristine else ():
+    linears = _plain_linears(model, increments) if increments.pristine else {}
+    for path in increments.pristine:
+        linear = linears[path]
         present = linear.weight.data  # the model may have been moved or cast since
         linear.weight.data = increments.pristine[path].to(present.device, present.dtype)
     increments.pristine = {}
@@ -94,6 +106,8 @@ def _plain_linears(model: Any, increments: Increments) -> dict[str, nn.Linear]:
             raise TypeError(
                 f"{path} is a {type(module).__name__}; only a plain nn.Linear can be merged: serve unmerged"
             )
+        if module.weight.is_meta:
+            raise ValueError(f"{path} is offloaded; load its weight on a device before merging")
         linears[path] = module
     return linears
 

@@ -73,10 +73,20 @@ def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: A
     library = torch.ops.cllava_fast_emulated if emulated else torch.ops.cllava_fast_native
     dispatch.register(
         backend,
-        {op: functools.partial(run, library) for op, run in kernels.items()},
+        {op: functools.partial(_run, run, library) for op, run in kernels.items()},
         usable=cpu_usable if backend == "cpu" else cuda_usable,
         accepts=functools.partial(_accepts, backend, accepts),
     )
+
+
+def _run(run: Callable[..., Any], library: Any, *arguments: Any) -> Any:
+    try:
+        return run(library, *arguments)
+    except RuntimeError as error:
+        # a kernel's workspace: the stable ABI keeps neither the type nor the text of what torch raised
+        if "aten::new_empty" in str(error):
+            raise torch.OutOfMemoryError(f"no memory for a workspace of {run.__name__}: {error}") from error
+        raise
 
 
 def _accepts(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:

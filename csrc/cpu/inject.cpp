@@ -37,7 +37,7 @@ void inject_add_as(const InjectAdd& call) {
       for (int64_t s = 0; s < call.S; ++s) convert(out + s * call.d_out, total.data() + s * strip, width);
       for (int64_t k = 0; k < K; ++k) {
         const int64_t pair = b * call.P + k / call.R;
-        if (call.coefficient[pair] == 0) continue;
+        if (call.coefficient[pair] * call.scale == 0) continue;
         const F* row = B + call.index[pair] * call.B_stride_n + k % call.R * call.B_stride_r + first;
         for (int64_t s = 0; s < call.S; ++s) add(total.data() + s * strip, row, low[(b * K + k) * call.S + s], width);
       }

@@ -1,4 +1,5 @@
 // mix_factors on the CPU: rows are read where they lie, in strips of columns that stay in cache.
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -58,6 +59,8 @@ void mix_factors_backward(const MixFactorsBackward& call) {
       if (row.empty() || row.back().source != b) row.push_back({b, 0.f});
       row.back().strength += call.coefficient[p];
     }
+  for (auto& row : terms)
+    row.erase(std::remove_if(row.begin(), row.end(), [](const Term& term) { return term.strength == 0; }), row.end());
   with_type(call.type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* grad_A = static_cast<const T*>(call.grad_A);

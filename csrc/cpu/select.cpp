@@ -20,6 +20,15 @@ constexpr int64_t row_mask = (int64_t{1} << 31) - 1;
 constexpr int64_t lowest = std::numeric_limits<int64_t>::min();
 constexpr float sum_floor = 1e-6f;
 
+// The length of a chunk; in float64 where a float32 sum of squares would overflow or lose what is small.
+float length(const float* chunk, int64_t width) {
+  const float square = dot(chunk, chunk, width);
+  if (square > 1e-30f && square < 1e37f) return std::sqrt(square);
+  double exact = 0;
+  for (int64_t d = 0; d < width; ++d) exact += static_cast<double>(chunk[d]) * chunk[d];
+  return std::sqrt(exact);
+}
+
 int64_t padded(int64_t width) { return (width + lanes - 1) / lanes * lanes; }
 
 constexpr int64_t queries_at_once = 4, keys_at_once = 4;  // 16 sums in registers for 8 loads
@@ -56,7 +65,7 @@ void add_cosines(
     const int64_t here = std::min(keys_at_once, rows - row);
     for (int64_t j = 0; j < keys_at_once; ++j) {
       key[j] = keys + (row + std::min(j, here - 1)) * key_stride;  // the last one again where there are fewer
-      norm[j] = std::sqrt(dot(key[j], key[j], width));
+      norm[j] = length(key[j], width);
     }
     for (int64_t b = 0, step; b < samples; b += step) {
       step = samples - b < queries_at_once ? 1 : queries_at_once;
@@ -128,7 +137,7 @@ std::vector<float> unit_queries(const Select& call, int64_t chunk, int64_t strid
     for (int64_t g = 0; g < call.groups; ++g) {
       const float* query = call.query + b * call.D + g * chunk;
       float* unit = units.data() + ((call.by_batch ? 0 : b) * call.groups + g) * stride;
-      const float norm = std::sqrt(dot(query, query, chunk));
+      const float norm = length(query, chunk);
       if (norm != 0)
         for (int64_t d = 0; d < chunk; ++d) unit[d] += query[d] / norm * share;
     }

@@ -58,8 +58,19 @@ struct Cuda {
     const OnDevice device(on);
     kernel(call, device.stream);
   }
-  static void select(const cllava::Select& call, const Tensor& on) { run(cllava::cuda::select, call, on); }
+  // The limits of ops.cuh, for a call that does not come through cllava_fast.ops.
+  static void at_most(const char* name, int64_t size, int64_t most) {
+    if (size > most) cllava::refuse(name, " = ", size, " is above ", most, ", the most that the kernel takes");
+  }
+  static void select(const cllava::Select& call, const Tensor& on) {
+    at_most("M", call.M, cllava::cuda::SELECT_MOST_M);
+    at_most("groups", call.groups, cllava::cuda::SELECT_MOST_GROUPS);
+    at_most("N", call.N, cllava::cuda::SELECT_MOST_N);
+    run(cllava::cuda::select, call, on);
+  }
   static void select_backward(const cllava::SelectBackward& call, const Tensor& on) {
+    at_most("D", call.D, cllava::cuda::SELECT_BACKWARD_MOST_D);
+    at_most("groups", call.groups, cllava::cuda::SELECT_MOST_GROUPS);
     run(cllava::cuda::select_backward, call, on);
   }
   static void aggregate(const cllava::Aggregate& call, const Tensor& on) { run(cllava::cuda::aggregate, call, on); }
@@ -72,7 +83,11 @@ struct Cuda {
   static void mix_factors_backward(const cllava::MixFactorsBackward& call, const Tensor& on) {
     run(cllava::cuda::mix_factors_backward, call, on);
   }
-  static void inject_add(const cllava::InjectAdd& call, const Tensor& on) { run(cllava::cuda::inject_add, call, on); }
+  static void inject_add(const cllava::InjectAdd& call, const Tensor& on) {
+    at_most("S", call.S, cllava::cuda::INJECT_ADD_MOST_S);
+    at_most("P * R", call.P * call.R, 0x7fffffff);
+    run(cllava::cuda::inject_add, call, on);
+  }
   static void merge(const cllava::Merge& call, const Tensor& on) { run(cllava::cuda::merge, call, on); }
 };
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import dispatch
+from cllava_fast.ops.aggregate import mix
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
@@ -54,9 +55,9 @@ def mix_factors(library: Any, A: Tensor, B: Tensor, coefficient: Tensor, index: 
         dtype = torch.promote_types(A.dtype, B.dtype)
         A_mix, B_mix = mix_factors(library, A.to(dtype), B.to(dtype), coefficient, index)
         return A_mix.to(A.dtype), B_mix.to(B.dtype)
+    if 0 in (index.numel(), A.numel(), B.numel()):  # no pointer to give to a kernel
+        return mix.mix_factors(A, B, coefficient, index)
     A_mix, B_mix = (factor.new_empty(len(index), *factor.shape[1:]) for factor in (A, B))
-    if 0 in (index.numel(), A[0].numel(), B[0].numel()):
-        return A_mix.zero_(), B_mix.zero_()
     library.mix_factors(_adjacent(A), _adjacent(B), *_dense(coefficient, index), A_mix, B_mix)
     return A_mix, B_mix
 
@@ -78,14 +79,11 @@ def mix_factors_backward(
         return found[0].to(A.dtype), found[1].to(B.dtype), found[2]
     like = (A, B, coefficient)
     outs = [t.new_empty(t.shape) if need else None for t, need in zip(like, needed, strict=True)]
-    if 0 in (index.numel(), A[0].numel(), B[0].numel()):
-        for out in outs:
-            if out is not None:
-                out.zero_()
-    else:
-        library.mix_factors_backward(
-            *_dense(grad_A, grad_B), _adjacent(A), _adjacent(B), *_dense(coefficient, index), *outs
-        )
+    if 0 in (index.numel(), A.numel(), B.numel()):
+        return mix.mix_factors_backward(grad_A, grad_B, A, B, coefficient, index, needed)
+    library.mix_factors_backward(
+        *_dense(grad_A, grad_B), _adjacent(A), _adjacent(B), *_dense(coefficient, index), *outs
+    )
     to_A, to_B, to_coefficient = (t.new_empty(0) if out is None else out for t, out in zip(like, outs, strict=True))
     return to_A, to_B, to_coefficient
 

@@ -44,6 +44,8 @@ def inject(
             refused rather than silently left without. The same holds for bias.
         A: `[N, R, d_in]`, floating. B: `[N, R, d_out]`, floating, rank-major. Their dtype may differ from x's (float32
             master factors under a bfloat16 model): they are cast to x's inside; their gradients come back in their own.
+            They must be finite: where most of a small pool acts, all of it is projected on, and what is not selected
+            is multiplied by 0.
         index: int64 `[B, P]`, rows in [0, N); a row may appear more than once in a sample.
         coefficient: float32 `[B, P]` (float64 is taken with float64 x); applied in float32 between the two
             products. A coefficient of 0 with any valid row is padding.

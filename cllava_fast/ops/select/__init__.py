@@ -49,7 +49,7 @@ def select(
         c_m = max(s_m, 0) / sum_m max(s_m, 0),        or 1/M where that sum is below 1e-6.
 
     With `groups` > 1 both vectors are cut into that many equal chunks and `s_n` is the mean of the chunks' cosines; a
-    chunk of norm zero has cosine 0.
+    chunk of norm zero has cosine 0. (On a GPU squares are summed in float32: norms should lie between 1e-15 and 1e18.)
 
     Args:
         query: `[B, D]`, floating. `B` may be 0.

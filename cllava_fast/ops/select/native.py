@@ -11,21 +11,21 @@ from torch import Tensor
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.native import dense_rows
 
-MOST_ROWS = 2**31 - 1  # a row and its similarity share 64 bits
-# csrc/cuda/ops.cuh says the same
-CUDA_LIMITS = {"M": 64, "groups": 64, "N": MOST_ROWS - 31}
+MOST_ROWS = 2**31 - 32  # a row and its similarity share 64 bits, and blocks of 32 rows are counted
+# Beyond, a list that is kept in order is no way to a top-M; csrc/cuda/ops.cuh has the same limits.
+LIMITS = {"M": 64, "groups": 64, "N": MOST_ROWS}
 CUDA_BACKWARD_WIDTH = 8192
 
 
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     if site.dtype != torch.float32:
         return f"keys are {site.dtype}, the CPU's kernel takes float32"
-    return dispatch.above(site, {"N": MOST_ROWS})
+    return dispatch.above(site, LIMITS)
 
 
 def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     widest = {"D": CUDA_BACKWARD_WIDTH} if op == "select_backward" else {}
-    return dispatch.above(site, CUDA_LIMITS | widest)
+    return dispatch.above(site, LIMITS | widest)
 
 
 def select(
