@@ -146,7 +146,7 @@ def _verdict(mutant: Mutant, folder: Path) -> str:
     try:
         if native and not _built(folder):
             return "NOT BUILT"
-        only = _selection(Path(mutant.file))
+        only = _selection(Path(mutant.file)) if CONFORMANCE in mutant.tests else []
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *only, *mutant.tests]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -40,6 +40,11 @@ class Backend(NamedTuple):
     def __str__(self) -> str:
         return f"{self.name}-{self.way}" if self.way else self.name
 
+    @property
+    def asked(self) -> str:
+        """What `ops.backend` is asked for."""
+        return f"{self.name},{self.beside}" if self.beside else self.name
+
     def refusal(self, op: str, dtype: torch.dtype, sizes: dict[str, Any]) -> str | None:
         """Why it cannot run the op in this dtype and these sizes, or None."""
         whole = {name: size for name, size in sizes.items() if isinstance(size, int)}
@@ -97,7 +102,7 @@ def running_on(backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(importlib.import_module(module), name, value)
     if backend.name == "triton" and triton_backend.INTERPRETED:
         _round_bfloat16_like_hardware(monkeypatch)
-    with nan_in_empty_memory(), ops.backend(",".join(filter(None, [backend.name, backend.beside]))):
+    with nan_in_empty_memory(), ops.backend(backend.asked):
         yield
 
 
