@@ -147,7 +147,7 @@ def gathered_sums(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> t
 
 def whole_pool_sums(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """One product with the whole pool; what is not selected counts 0 times."""
-    chosen = F.one_hot(index, A.shape[0])  # [B, P, N]
+    chosen = index.unsqueeze(2) == torch.arange(A.shape[0], device=index.device)  # [B, P, N]
     strength = (coefficient.unsqueeze(2) * chosen).sum(1)  # [B, N]
     return tuple((strength.to(f.dtype) @ f.flatten(1)).view(-1, *f.shape[1:]) for f in (A, B))
 

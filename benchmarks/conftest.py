@@ -116,6 +116,10 @@ class State:
                 kind = "wrong" if isinstance(found, measure.Wrong) else "unavailable"
                 row |= {kind: str(found)}
             else:
+                row |= {
+                    "ours": name == module.OP,
+                    "rival": name in module.WAYS and name != module.OP and ways[name].rival,
+                }
                 row |= {"note": ways[name].note, "median": found.median, "iqr": found.iqr, "error": found.error}
                 row |= {"rounds": len(found.seconds), "extra_memory": found.extra_memory}
                 row |= module.work(point)._asdict()

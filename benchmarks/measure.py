@@ -26,6 +26,8 @@ FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "both")
 # as in training. idle: the device waits for each launch, as in decoding without graphs. graph: a CUDA graph's replay.
 HOST, QUEUED, IDLE, GRAPH = "host", "queued", "idle", "graph"
 
+BY_BATCH = "other semantics: one selection for the batch"
+
 
 class Unavailable(Exception):
     """Why a way cannot run here."""
@@ -53,7 +55,8 @@ class Way(NamedTuple):
     function: Callable[..., Any]
     exact: Callable[..., Any]  # of the same inputs in float64, written independently
     inputs: tuple[Any, ...]
-    note: str = ""  # what a reader must know to compare it
+    note: str = ""  # what a reader must know of it
+    rival: bool = True  # does the same job; what selects less, or not at all, is shown and beats nobody
     backend: str = ops.dispatch.AUTO
 
 
@@ -70,7 +73,7 @@ class Work(NamedTuple):
 class Measured(NamedTuple):
     seconds: list[float]  # of each round
     error: float
-    extra_memory: int  # bytes at the peak beyond what was there before, results included
+    extra_memory: int | None  # bytes at the peak beyond what was there before, results included
 
     @property
     def median(self) -> float:
@@ -117,12 +120,13 @@ def compare(ways: Mapping[str, Way | Unavailable], point: Point, budget: float) 
                 worst = _error(run(), _exact_results(way, point.direction, exact))
                 if not worst <= limit:
                     raise Wrong(f"relative error {worst:.1e} exceeds {limit:.1e}: a wrong result has no time")
-                took, _ = peak_memory(run)
+                # what a graph replays was allocated when it was captured
+                peak = None if point.launch == GRAPH else peak_memory(run, point.launch != HOST)[0].peak
         except (ops.BackendError, Unavailable, Wrong) as reason:
             found[name] = reason
         else:
             runs[name] = run
-            found[name] = Measured([], worst, took.peak)
+            found[name] = Measured([], worst, peak)
     exact.clear()
     _take_turns(runs, ways, found, point.launch, budget)
     return found
@@ -284,10 +288,10 @@ class Took(NamedTuple):
     largest: int  # bytes of the largest single allocation (0 where nobody knows)
 
 
-def peak_memory(run: Callable[[], Any]) -> tuple[Took, Any]:
+def peak_memory(run: Callable[[], Any], on_gpu: bool) -> tuple[Took, Any]:
     """What `run` takes, and its results. On a CPU torch's profiler sees every allocation, also those inside the ops;
     on a GPU the allocator keeps count."""
-    if torch.cuda.is_available():
+    if on_gpu:
         run()  # what libraries allocate once
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -298,7 +302,7 @@ def peak_memory(run: Callable[[], Any]) -> tuple[Took, Any]:
     events = profiler.profiler.kineto_results.events()
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
     if not changes:
-        return Took(0, 0), results
+        raise RuntimeError("the profiler recorded no allocation")
     live = torch.tensor(changes).cumsum(0)
     return Took(int(live.max()), max(changes)), results
 

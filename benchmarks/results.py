@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -34,7 +35,9 @@ def sources_digest() -> str:
     """Of what decides how fast the ops are; needs no git, so a copied tree has one as well."""
     files = [*(ROOT / "cllava_fast" / "ops").rglob("*.py"), *(ROOT / "csrc").rglob("*")]
     digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh")):
+    for path in sorted(
+        path for path in files if path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh")
+    ):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -48,6 +51,7 @@ def new(quick: bool) -> dict[str, Any]:
         "sources": sources_digest(),
         "quick": quick,
         "complete": False,
+        "load": os.getloadavg()[0],  # before anything was timed
         "environment": environment(),
         "rows": [],
     }

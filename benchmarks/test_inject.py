@@ -45,7 +45,7 @@ def way(name, point, tensors):
     case = point.case
     x, weight, A, B, index, coefficient, *past = tensors
     if name == "frozen linear":
-        return Way(baselines.frozen, exact_frozen, (x, weight), "floor")
+        return Way(baselines.frozen, exact_frozen, (x, weight), "the floor", rival=False)
     if name.startswith("PEFT"):
         if importlib.util.find_spec("peft") is None:
             raise Unavailable("peft is not installed")
@@ -53,9 +53,11 @@ def way(name, point, tensors):
             return peft_lora(x, weight, *low_rank(0, A, B, index, coefficient, *past))
         if case.S > 1 or case.past:
             raise Unavailable("for inference only: it refuses to train")
+        if point.launch == measure.GRAPH:
+            raise Unavailable("copies the numbers of its samples to the device: no CUDA graph")
         return peft_mixed_batch(x, weight, A, B, index, coefficient)
     if name == "dense by batch":
-        return Way(baselines.dense_by_batch, exact_by_batch, tensors, "other semantics: one selection for the batch")
+        return Way(baselines.dense_by_batch, exact_by_batch, tensors, measure.BY_BATCH, rival=False)
     if name in ("compiled", AUTOTUNED):
         options = compile_options(name, point)
         return Way(measure.compiled(baselines.smart_eager, **options), exact_by_sample, tensors)
@@ -102,7 +104,7 @@ def peft_lora(x, weight, down, up):
     trained = layer.lora_A["a"].weight, layer.lora_B["a"].weight
     if not x.requires_grad:
         layer.requires_grad_(False)
-    return Way(lambda x, *_: layer(x), exact_lora, (x, weight, *trained), "one adapter: cannot select by sample")
+    return Way(lambda x, *_: layer(x), exact_lora, (x, weight, *trained), "cannot select by sample", rival=False)
 
 
 def peft_mixed_batch(x, weight, A, B, index, coefficient):

@@ -31,8 +31,8 @@ def way(name, point, tensors):
     by_batch = case.reduce == "batch"
     tensors = (*tensors, case.M, case.groups)
     if name == "repeat, cosine, topk":
-        note = "" if by_batch else "other semantics: one selection for the batch"
-        return Way(repeat_cosine_topk, exact_by_batch, tensors, note)
+        note = "" if by_batch else measure.BY_BATCH
+        return Way(repeat_cosine_topk, exact_by_batch, tensors, note, rival=by_batch)
     if name in ("normalise, matmul, topk", "compiled"):
         if by_batch or case.groups > 1:
             raise Unavailable("selects by sample, from whole cosines")
