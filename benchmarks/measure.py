@@ -1,13 +1,14 @@
 """One comparison: several ways to compute the same, each checked against float64, then timed in turn.
 
-Ways take turns, round by round, so that a machine that slows down slows all of them down; a ratio of two medians of one
-comparison means something even where the times do not. A way whose result is wrong has no time.
+Ways take turns, in a new order each round, so that a machine that slows down slows all of them down; a ratio of two
+medians of one comparison means something even where the times do not. A way whose result is wrong has no time.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -133,11 +134,15 @@ def compare(ways: Mapping[str, Way | Unavailable], point: Point, budget: float) 
 
 
 def _take_turns(runs: Any, ways: Any, found: Any, launch: str, budget: float) -> None:
+    order = list(runs)
+    shuffle = random.Random(0).shuffle
+
     def turn() -> dict[str, float]:
+        shuffle(order)  # whoever comes right after a way whose threads still spin would pay for it each time
         taken = {}
-        for name, run in runs.items():
+        for name in order:
             with ops.backend(ways[name].backend):
-                taken[name] = _seconds(run, launch)
+                taken[name] = _seconds(runs[name], launch)
         return taken
 
     gc.collect()
@@ -146,7 +151,7 @@ def _take_turns(runs: Any, ways: Any, found: Any, launch: str, budget: float) ->
         turn()
         start = time.perf_counter()
         turn()
-        rounds = max(5, min(50, int(budget / (time.perf_counter() - start))))
+        rounds = max(5, min(200, int(budget / (time.perf_counter() - start))))
         for _ in range(rounds):
             for name, seconds in turn().items():
                 found[name].seconds.append(seconds)
