@@ -26,6 +26,7 @@ torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 OPS = ("aggregate", "inject", "merge", "mix_factors", "select")
+UNAVAILABLE = (measure.Unavailable, measure.ops.BackendError, torch.OutOfMemoryError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -102,7 +103,7 @@ class State:
                     ways[name] = module.way(name, point, self.inputs[1])
                 except measure.Unavailable as reason:
                     ways[name] = reason
-            budget = 0.7 if self.config.getoption("quick") else 1.0 if DEVICE == "cuda" else 5.0
+            budget = 0.7 if self.config.getoption("quick") else 0.6 if DEVICE == "cuda" else 5.0
             self.compared = (key, measure.compare(ways, point, budget))
             self._record(module, point, ways)
         return self.compared[1]
@@ -116,8 +117,8 @@ class State:
             row = {"op": module.OP, "case": str(point.case), "dtype": measure.dtype_name(point.dtype)}
             row |= {"direction": point.direction, "launch": point.launch, "way": name}
             if isinstance(found, Exception):
-                kind = "wrong" if isinstance(found, measure.Wrong) else "unavailable"
-                row |= {kind: str(found)}
+                kind = "unavailable" if isinstance(found, UNAVAILABLE) else "wrong"
+                row |= {kind: f"{type(found).__name__}: {found}"}
             else:
                 row |= {
                     "ours": name == module.OP,
@@ -149,11 +150,11 @@ def comparison(request, point, way):
 
     def check():
         found = request.config.stash[STATE].compare(request.module, point)[way]
-        if isinstance(found, measure.Unavailable | measure.ops.BackendError):
+        if isinstance(found, UNAVAILABLE):
             pytest.skip(str(found))
         if isinstance(found, Exception):
             ours = way == request.module.OP or way not in request.module.WAYS
-            (pytest.fail if ours else pytest.xfail)(f"{way}: {found}")
+            (pytest.fail if ours else pytest.xfail)(f"{way}: {type(found).__name__}: {found}")
         if request.config.pluginmanager.hasplugin("benchmark"):
             ticks = itertools.chain.from_iterable((0.0, seconds) for seconds in found.seconds)
             request.node.add_marker(pytest.mark.benchmark(timer=ticks.__next__, group=f"{request.module.OP} {point}"))

@@ -158,9 +158,9 @@ def pictures(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and title of each picture of a device."""
     found = []
     for op in dict.fromkeys(row["op"] for row in content["rows"] if "median" in row):
-        found.append((f"{op}-time", f"{op}: time of each way over that of the floor or the fastest rival"))
+        found.append((f"{op}-time", f"{op}: time of each way"))
     if any(row.get("extra_memory") and row["op"] == "inject" for row in content["rows"]):
-        found.append(("inject-memory", "inject: peak memory of each way beyond its inputs"))
+        found.append(("inject-memory", "inject: peak memory of each way"))
     if not content["device"].startswith("CPU"):
         found.append(("roofline", "Achieved throughput over arithmetic intensity"))
     return found
@@ -174,10 +174,10 @@ def draw(stem: str, content: Mapping[str, Any], folder: Path) -> None:
             figure = roofline(content["rows"])
         else:
             relative = lambda row, to: row["median"] / to["median"]  # noqa: E731
-            memory = lambda row, to: (row.get("extra_memory") or math.nan) / 2**20  # noqa: E731
+            memory = lambda row, to: (row.get("extra_memory") or 0) / 2**20  # noqa: E731
             label = "MiB at the peak beyond the inputs" if kind == "memory" else "times the floor or the fastest rival"
             figure = bars(whole(content["rows"], op), memory if kind == "memory" else relative, label)
-        figure.suptitle(f"{title}\n{content['device']}", fontsize=11)
+        figure.suptitle(f"{title}\n{content['device']}", fontsize=10)
         atomic.write_file(path, lambda to, figure=figure: figure.savefig(to, dpi=110, format="png", facecolor="white"))
 
 
@@ -201,21 +201,22 @@ def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[
     for axes, ((_, case, dtype, direction, launch), ways) in zip(grid.flat, grouped.items(), strict=False):
         to = base(ways)
         timed = {name: row for name, row in ways.items() if "median" in row and to is not None}
-        heights = [value(row, to) for row in timed.values()]
+        heights = [value(row, to) for row in timed.values()] or [0.0]
         colors = [COLORS[0] if row["ours"] else COLORS[1] if row["rival"] else "0.65" for row in timed.values()]
         axes.barh(range(len(timed)), heights, color=colors)
         axes.set_yticks(range(len(timed)), list(timed), fontsize=8)
         axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.margins(x=0.15)
+        own = [height for height, row in zip(heights, timed.values(), strict=True) if row["ours"]]
+        end = min(max(heights), 4 * max(own, default=math.inf))  # what is longer is cut off, and its number says so
+        axes.set_xlim(0, 1.2 * end)
         for i, height in enumerate(heights):
-            if not math.isnan(height):
-                axes.text(height, i, f" {height:.3g}", va="center", fontsize=7)
-        said = f"{direction}" if launch == "host" else f"{direction}, {launch}"
-        axes.set_title(f"{case}\n{dtype}, {said}", fontsize=8)
+            cut = {"backgroundcolor": "white"} if height > end else {}
+            axes.text(min(height, end), i, f" {height:.3g}", va="center", fontsize=7, **cut)
+        how = direction if launch == "host" else f"{direction}, {launch}"
+        axes.set_title(f"{case}\n{dtype}, {how}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="x", which="both", labelsize=7)
-    figure.supxlabel(f"{label} (blue: ours, orange: rivals, grey: floor, single backends, other semantics)", fontsize=9)
+    figure.supxlabel(f"{label}\nblue: ours, orange: rivals, grey: the rest", fontsize=9)
     return figure
 
 

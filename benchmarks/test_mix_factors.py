@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from benchmarks import baselines, measure
@@ -28,19 +30,25 @@ def inputs(case, dtype, device):
 
 
 def way(name, point, tensors):
-    if point.direction != measure.FORWARD:
-        # gradients start from the first output, here from both at once
-        joined = lambda function: lambda *tensors: torch.cat(function(*tensors), 2)  # noqa: E731
-    else:
-        joined = lambda function: function  # noqa: E731
+    form = as_they_are if point.direction == measure.FORWARD else joined
     if name == "compiled":
         if not torch.cuda.is_available() and point.case in cases.MIX_QUICK:
             raise Unavailable("compiling takes longer than a quick run")
-        return Way(measure.compiled(joined(baselines.gathered_sums)), joined(exact), tensors)
+        return Way(measure.compiled(form(baselines.gathered_sums)), form(exact), tensors)
     if name in FUNCTIONS:
-        return Way(joined(FUNCTIONS[name]), joined(exact), tensors)
+        return Way(form(FUNCTIONS[name]), form(exact), tensors)
     backend = ops.dispatch.AUTO if name == "mix_factors" else name
-    return Way(joined(ops.mix_factors), joined(exact), tensors, backend=backend)
+    return Way(form(ops.mix_factors), form(exact), tensors, backend=backend)
+
+
+def as_they_are(function):
+    return function
+
+
+@functools.cache
+def joined(function):
+    """Gradients start from one output, here from both at once."""
+    return lambda *tensors: torch.cat(function(*tensors), 2)
 
 
 def exact(A, B, coefficient, index):
