@@ -103,7 +103,7 @@ def noise(row: Row) -> float:
 
 def loses(ways: Mapping[str, Row]) -> bool:
     own, rival = ours(ways), best_rival(ways)
-    return bool(own and rival and "median" in own and own["median"] > rival["median"])
+    return bool(own and rival and "median" in own and own["median"] > 1.005 * rival["median"])
 
 
 def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping[str, Any]) -> str:
@@ -120,9 +120,10 @@ def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping
         own, rival = ours(ways), best_rival(ways)
         over = "–"
         if own and rival and "median" in own:
-            ratio = own["median"] / rival["median"]
-            over = f"**{ratio:.2f} loses**" if ratio > 1 else f"{ratio:.2f}"
-        cells = [f"{case} {dtype}<br>{direction}" + ("" if launch == "host" else f", {launch}"), over]
+            about = "~" if max(noise(own), noise(rival)) > NOISY else ""
+            over = f"{about}{own['median'] / rival['median']:.2f}"
+            over = f"**{over} loses**" if loses(ways) else over
+        cells = [named(case, dtype, direction, launch).replace("\n", "<br>"), over]
         if on_gpu:
             cells += achieved(own)
         to = base(ways)
@@ -135,6 +136,11 @@ def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping
     to_floor = any(FLOOR in ways for ways in grouped.values())
     legend = f"Times over those of the {'frozen linear alone' if to_floor else 'fastest rival'}; below, the error."
     return "\n".join([*lines, "", " ".join([legend, *notes])])
+
+
+def named(case: str, dtype: str, direction: str, launch: str) -> str:
+    how = [dtype, direction] if launch == "host" else [dtype, direction, launch]
+    return f"{case.removesuffix('-groups1-none-sample')}\n{', '.join(how)}"
 
 
 def cell(row: Row, to: Row | None) -> str:
@@ -212,8 +218,7 @@ def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[
         for i, height in enumerate(heights):
             cut = {"backgroundcolor": "white"} if height > end else {}
             axes.text(min(height, end), i, f" {height:.3g}", va="center", fontsize=7, **cut)
-        how = direction if launch == "host" else f"{direction}, {launch}"
-        axes.set_title(f"{case}\n{dtype}, {how}", fontsize=8)
+        axes.set_title(named(case, dtype, direction, launch), fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="x", which="both", labelsize=7)
     figure.supxlabel(f"{label}\nblue: ours, orange: rivals, grey: the rest", fontsize=9)

@@ -150,7 +150,7 @@ def test_what_the_report_says() -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("| small")]
     cells = [part.strip() for part in line.strip("|").split("|")]
     # against the rival that does the same, not against one that does something else
-    assert cells[:2] == ["small bfloat16<br>both, queued", "**1.04 loses**"]
+    assert cells[:2] == ["small<br>bfloat16, both, queued", "**~1.04 loses**"]
     assert cells[2:5] == ["2,500", "40", "0.4"]  # 1e8 bytes and 1e9 FLOPs in 2.5 ms
     assert [c.partition("<br>")[0] for c in cells[5:]] == ["1.00", "1.25", "~1.20", "0.50", "wrong"]
     assert cells[6].endswith("<sub>3e-03</sub>")
