@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from cllava_fast import ops
+from cllava_fast.ops import native, triton_backend
 
 # Largest error relative to the largest entry, the same for all ways. Roundings of sums over up to 16,384 tokens.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -327,5 +328,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 def backends(op: str) -> list[str]:
-    """The names of those that can run the op on this machine at all."""
-    return [row.backend for row in ops.dispatch.table() if row.op == op and row.available]
+    """The names of those that can run the op on this machine, interpreters and emulations aside."""
+    pretended = {"triton": triton_backend.INTERPRETED, "cuda": native.EMULATED}
+    rows = [row for row in ops.dispatch.table() if row.op == op and row.available]
+    return [row.backend for row in rows if not pretended.get(row.backend)]

@@ -86,12 +86,30 @@ def test_the_device_clock_queues_until_the_host_is_ahead(monkeypatch: pytest.Mon
     assert said == ["idle", "event", "run", "event", "end"] and not clock.flush.any()
 
 
-def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_benchmarks(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_merge.py", "--quick"]
     variables = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CLLAVA_BACKEND")
     }
+    variables |= more
     return subprocess.run([*command, *arguments], cwd=results.ROOT, env=variables, capture_output=True, text=True)
+
+
+def test_a_wrong_op_is_red_and_a_wrong_rival_is_published_as_wrong(tmp_path: Path) -> None:
+    broken = """
+from benchmarks import baselines
+from cllava_fast import ops
+def a_little_off(right):
+    return lambda *arguments: 1.001 * right(*arguments)
+ops.merge, baselines.merge_by_gather = a_little_off(ops.merge), a_little_off(baselines.merge_by_gather)
+"""
+    (tmp_path / "broken.py").write_text(broken)
+    file = tmp_path / "here.json"
+    done = run_benchmarks("-p", "broken", "-rfx", "--results", str(file), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "2 failed, 1 xfailed" in done.stdout, done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["way"] for row in rows} == {"merge", "reference", "gather, addmm"}
+    assert all("a wrong result has no time" in row["wrong"] and "median" not in row for row in rows)
 
 
 def test_a_quick_run_from_the_command_line_to_the_report(tmp_path: Path) -> None:
