@@ -73,33 +73,24 @@ def dense_by_batch(
 
 def peft_lora(weight: Tensor, A: Tensor, B: Tensor) -> torch.nn.Module:
     """PEFT's own layer around a frozen linear; A [K, d_in], B [d_out, K]."""
-    layer = _peft_layer(weight, A.shape[0])
-    layer.lora_A["a"].weight = torch.nn.Parameter(A)
-    layer.lora_B["a"].weight = torch.nn.Parameter(B)
+    layer, _ = peft_mixed_batch(weight, [(A, B)])
     return layer
 
 
 def peft_mixed_batch(weight: Tensor, adapters: list[tuple[Tensor, Tensor]]) -> tuple[torch.nn.Module, list[str]]:
     """PEFT's layer with one adapter a sample, and their names, as its forward wants them."""
-    layer = _peft_layer(weight, adapters[0][0].shape[0], *[f"a{b}" for b in range(1, len(adapters))])
-    names = ["a", *[f"a{b}" for b in range(1, len(adapters))]]
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model = torch.nn.Sequential(linear)
+    names = [f"sample{b}" for b in range(len(adapters))]
     for name, (A, B) in zip(names, adapters, strict=True):
-        layer.lora_A[name].weight = torch.nn.Parameter(A, requires_grad=False)
-        layer.lora_B[name].weight = torch.nn.Parameter(B, requires_grad=False)
-    return layer, names
-
-
-def _peft_layer(weight: Tensor, rank: int, *more: str) -> torch.nn.Module:
-    from peft import LoraConfig
-    from peft.tuners.lora.layer import Linear
-
-    base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-    base.weight = torch.nn.Parameter(weight, requires_grad=False)
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0)
-    layer = Linear(base, "a", config=config, r=rank, lora_alpha=rank)
-    for name in more:
-        layer.update_layer(name, rank, lora_alpha=rank, config=config)
-    return layer
+        config = LoraConfig(r=len(A), lora_alpha=len(A), lora_dropout=0.0, target_modules=["0"])
+        inject_adapter_in_model(config, model, adapter_name=name)
+        model[0].lora_A[name].weight = torch.nn.Parameter(A)
+        model[0].lora_B[name].weight = torch.nn.Parameter(B)
+    return model[0], names
 
 
 def _strength(coefficient: Tensor, factor: Tensor, x: Tensor) -> Tensor:  # [B, P] -> [B, 1, P * R]

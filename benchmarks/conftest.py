@@ -101,7 +101,7 @@ class State:
             for name in self._names(module, point):
                 try:
                     ways[name] = module.way(name, point, self.inputs[1])
-                except measure.Unavailable as reason:
+                except Exception as reason:  # a rival that another version of its package broke, say
                     ways[name] = reason
             budget = 0.7 if self.config.getoption("quick") else 0.6 if DEVICE == "cuda" else 5.0
             self.compared = (key, measure.compare(ways, point, budget))
@@ -132,7 +132,7 @@ class State:
 
     def finish(self):
         if self.content["rows"]:
-            self.content["complete"] = not self.partial
+            self.content["complete"] = not self.partial and len(self.content["rows"]) == len(self.items)
             self._write()
 
     def _write(self):

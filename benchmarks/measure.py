@@ -106,14 +106,14 @@ def points(
     return found
 
 
-def compare(ways: Mapping[str, Way | Unavailable], point: Point, budget: float) -> dict[str, Measured | Exception]:
+def compare(ways: Mapping[str, Way | Exception], point: Point, budget: float) -> dict[str, Measured | Exception]:
     """Times for about `budget` seconds; a way that cannot run or is wrong has the reason instead."""
     found: dict[str, Any] = {}
     runs = {}
     limit = LIMITS[point.dtype]
     exact: dict[Any, tuple[Tensor, ...]] = {}
     for name, way in ways.items():
-        if isinstance(way, Unavailable):
+        if isinstance(way, Exception):
             found[name] = way
             continue
         try:

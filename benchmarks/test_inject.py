@@ -101,15 +101,22 @@ def low_rank(sample, A, B, index, coefficient, *past):
 
 def peft_lora(x, weight, down, up):
     layer = baselines.peft_lora(weight, down, up)
-    trained = layer.lora_A["a"].weight, layer.lora_B["a"].weight
+    trained = layer.lora_A["sample0"].weight, layer.lora_B["sample0"].weight
     if not x.requires_grad:
         layer.requires_grad_(False)
-    return Way(lambda x, *_: layer(x), exact_lora, (x, weight, *trained), "cannot select by sample", rival=False)
+    return Way(
+        lambda x, *_: layer(x),
+        exact_lora,
+        (x, weight, *trained),
+        "cannot select by sample",
+        rival=False,
+    )
 
 
 def peft_mixed_batch(x, weight, A, B, index, coefficient):
     adapters = [low_rank(b, A, B, index, coefficient) for b in range(len(x))]
     layer, names = baselines.peft_mixed_batch(weight, adapters)
+    layer.requires_grad_(False)
     function = lambda x, *_: layer(x, adapter_names=names)  # noqa: E731
     return Way(function, exact_by_sample, (x, weight, A, B, index, coefficient), "one adapter a sample")
 
