@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base native test lint format mutants kernels bench gpu clean
+.PHONY: help install demo demo-base native test lint format mutants kernels bench report gpu clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -63,8 +63,11 @@ kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90 (Triton, nvcc), no
 	$(BIN)/python csrc/build.py cuda
 	$(BIN)/python -m cllava_fast.ops.native_table
 
-bench: $(STAMP) ## time the ops against their rivals (ARGS="--quick")
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+bench: native ## time the ops against their rivals; results in benchmarks/results (ARGS="--quick" for less)
+	$(BIN)/python -m pytest -q benchmarks $(ARGS)
+
+report: $(STAMP) ## draw the benchmarks' results files and fill in benchmarks/README.md
+	$(BIN)/python -m benchmarks.report
 
 gpu: ## check everything on a GPU, with that machine's own Python (PY=python3 OUT=runs/gpu); installs nothing
 	$(PY) tests/gpu.py --out $(OUT) $(ARGS)

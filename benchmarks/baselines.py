@@ -1,46 +1,148 @@
-"""What a user would write otherwise. The only place in this repository where a dense d_out x d_in offset exists."""
+"""What a user would write otherwise. The only place in this repository where a dense d_out x d_in offset exists.
+
+Ways of injecting take x [B, S, d_in], the frozen weight [d_out, d_in], the trained block's factors A [N, R, d_in] and
+B [N, R, d_out] with each sample's index and coefficient [B, P], and, where earlier tasks are in context, those of the
+past likewise: its rows all act on every sample.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def dense_by_batch(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
-    """The ancestor: one selection for the whole batch (`index`, `coefficient` [P]), added to the frozen weight."""
-    offset = torch.einsum("p,pro,pri->oi", coefficient.to(x.dtype), B[index], A[index])  # [d_out, d_in]
-    return F.linear(x, weight + offset)
+def frozen(x: Tensor, weight: Tensor) -> Tensor:
+    """The linear alone: the floor, not a rival."""
+    return F.linear(x, weight)
 
 
-def dense_by_sample(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
-    """The same for each sample's own selection: one dense weight per sample."""
+def smart_eager(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
+) -> Tensor:
+    """Gather, two thin batched products, one add; gradients left to autograd. The past needs no gather."""
+    low = torch.bmm(x, A[index].flatten(1, 2).transpose(1, 2)) * _strength(coefficient, A, x)  # [B, S, P * R]
+    y = F.linear(x, weight)
+    if past:
+        past_A, past_B, _, past_coefficient = past
+        past_low = (x @ past_A.flatten(0, 1).t()) * _strength(past_coefficient, past_A, x)
+        y = torch.addmm(y.flatten(0, 1), past_low.flatten(0, 1), past_B.flatten(0, 1)).view_as(y)
+    return torch.baddbmm(y, low, B[index].flatten(1, 2))
+
+
+def grouped(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
+) -> Tensor:
+    """The thin products as grouped ones, a group a sample."""
+    if past:
+        A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
+    samples, tokens, _ = x.shape
+    ends = torch.arange(1, samples + 1, device=x.device, dtype=torch.int32) * tokens
+    low = grouped_mm()(x.flatten(0, 1), A[index].flatten(1, 2).transpose(1, 2), offs=ends)  # [B * S, P * R]
+    low = (low.view(samples, tokens, -1) * _strength(coefficient, A, x)).flatten(0, 1)
+    return F.linear(x, weight) + grouped_mm()(low, B[index].flatten(1, 2), offs=ends).view(samples, tokens, -1)
+
+
+def grouped_mm() -> Callable[..., Any] | None:
+    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def dense_by_sample(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
+) -> Tensor:
+    """A dense weight for each sample."""
+    if past:
+        A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
     scaled = coefficient.to(x.dtype)[:, :, None, None] * B[index]  # [B, P, R, d_out]
     offset = torch.bmm(scaled.flatten(1, 2).transpose(1, 2), A[index].flatten(1, 2))  # [B, d_out, d_in]
     return torch.bmm(x, (weight + offset).transpose(1, 2))
 
 
-def smart_eager(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
-    """Gather, two thin batched products, one add; gradients left to autograd."""
-    low = torch.bmm(x, A[index].flatten(1, 2).transpose(1, 2))  # [B, S, P * R]
-    low = low * coefficient.to(x.dtype).repeat_interleave(A.shape[1], dim=1).unsqueeze(1)
-    return torch.baddbmm(F.linear(x, weight), low, B[index].flatten(1, 2))
+def dense_by_batch(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
+) -> Tensor:
+    """The ancestor: one selection for the whole batch, the first sample's, added to the frozen weight."""
+    if past:
+        A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
+    offset = torch.einsum("p,pro,pri->oi", coefficient[0].to(x.dtype), B[index[0]], A[index[0]])  # [d_out, d_in]
+    return F.linear(x, weight + offset)
 
 
-def frozen(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
-    """The linear alone: the floor, not a rival."""
-    return F.linear(x, weight)
+def peft_lora(weight: Tensor, A: Tensor, B: Tensor) -> torch.nn.Module:
+    """PEFT's own layer around a frozen linear; A [K, d_in], B [d_out, K]."""
+    layer, _ = peft_mixed_batch(weight, [(A, B)])
+    return layer
 
 
-def normalise_matmul_topk(query: Tensor, keys: Tensor, top_m: int) -> tuple[Tensor, Tensor]:
-    similarity, index = (F.normalize(query, dim=1) @ F.normalize(keys, dim=1).t()).topk(top_m, dim=1)
+def peft_mixed_batch(weight: Tensor, adapters: list[tuple[Tensor, Tensor]]) -> tuple[torch.nn.Module, list[str]]:
+    """PEFT's layer with one adapter a sample, and their names, as its forward wants them."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model = torch.nn.Sequential(linear)
+    names = [f"sample{b}" for b in range(len(adapters))]
+    for name, (A, B) in zip(names, adapters, strict=True):
+        config = LoraConfig(r=len(A), lora_alpha=len(A), lora_dropout=0.0, target_modules=["0"])
+        inject_adapter_in_model(config, model, adapter_name=name)
+        model[0].lora_A[name].weight = torch.nn.Parameter(A)
+        model[0].lora_B[name].weight = torch.nn.Parameter(B)
+    return model[0], names
+
+
+def _strength(coefficient: Tensor, factor: Tensor, x: Tensor) -> Tensor:  # [B, P] -> [B, 1, P * R]
+    return coefficient.to(x.dtype).repeat_interleave(factor.shape[1], dim=1).unsqueeze(1)
+
+
+def _joined(A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    past_A, past_B, past_index, past_coefficient = past
+    indices = torch.cat([index, past_index + A.shape[0]], 1)
+    return torch.cat([A, past_A]), torch.cat([B, past_B]), indices, torch.cat([coefficient, past_coefficient], 1)
+
+
+Selection = tuple[Tensor, Tensor, Tensor]
+
+
+def normalise_matmul_topk(query: Tensor, keys: Tensor, top_m: int) -> Selection:
+    """similarity, weight, index, each [B, M]; in float32 whatever the keys are, or the ranks would be wrong."""
+    cosine = F.normalize(query.float(), dim=1) @ F.normalize(keys.float(), dim=1).t()
+    similarity, index = cosine.topk(top_m, dim=1)
     positive = similarity.clamp(min=0)
-    return positive / positive.sum(1, keepdim=True), index
+    return similarity, positive / positive.sum(1, keepdim=True), index
 
 
-def repeat_cosine_topk(query: Tensor, keys: Tensor, top_m: int, groups: int = 4) -> tuple[Tensor, Tensor]:
-    """The ancestor: the query repeated for every key, cosine per chunk, mean over chunks and batch."""
-    pairs = query.unsqueeze(1).repeat(1, keys.shape[0], 1).unflatten(2, (groups, -1))  # [B, N, G, D / G]
-    cosine = F.cosine_similarity(pairs, keys.unflatten(1, (groups, -1)).unsqueeze(0), dim=-1)
+def repeat_cosine_topk(query: Tensor, keys: Tensor, top_m: int, groups: int) -> Selection:
+    """The ancestor: the query repeated for every key, cosine per chunk, mean over chunks and batch. Each [M]."""
+    pairs = query.float().unsqueeze(1).repeat(1, keys.shape[0], 1).unflatten(2, (groups, -1))  # [B, N, G, D / G]
+    cosine = F.cosine_similarity(pairs, keys.float().unflatten(1, (groups, -1)).unsqueeze(0), dim=-1)
     similarity, index = cosine.mean(2).mean(0).topk(top_m)
-    return similarity / similarity.sum(), index
+    return similarity, similarity / similarity.sum(), index
+
+
+def aggregate_pairwise(index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor) -> Tensor:
+    """Every (sample, selected row, row) at once, straight from the formula: [B, M + N]."""
+    of, by = row_task[index].unsqueeze(2), row_task.expand(*index.shape, -1)  # [B, M, 1], [B, M, N]
+    past = torch.where(by < of, weight.unsqueeze(2) * context[of, by] * row_mean, 0).sum(1)
+    return torch.cat([weight, past], 1)
+
+
+def gathered_sums(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather, then one weighted sum for each factor: [B, R, d_in], [B, R, d_out]."""
+    strength = coefficient.unsqueeze(1)
+    rows = (torch.bmm(strength.to(factor.dtype), factor[index].flatten(2)) for factor in (A, B))
+    return tuple(row.view(-1, *factor.shape[1:]) for row, factor in zip(rows, (A, B), strict=True))
+
+
+def whole_pool_sums(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """One product with the whole pool; what is not selected counts 0 times."""
+    chosen = index.unsqueeze(2) == torch.arange(A.shape[0], device=index.device)  # [B, P, N]
+    strength = (coefficient.unsqueeze(2) * chosen).sum(1)  # [B, N]
+    return tuple((strength.to(f.dtype) @ f.flatten(1)).view(-1, *f.shape[1:]) for f in (A, B))
+
+
+def merge_by_gather(weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
+    scaled = coefficient.to(weight.dtype)[:, None, None] * B[index]  # [P, R, d_out]
+    return torch.addmm(weight, scaled.flatten(0, 1).t(), A[index].flatten(0, 1))

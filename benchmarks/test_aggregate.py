@@ -1,44 +1,59 @@
-"""aggregate and mix_factors, forward and backward."""
+"""aggregate beside its formula written out over all pairs of rows."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
+from benchmarks import baselines, measure
+from benchmarks.measure import Unavailable, Way, Work
 from cllava_fast import ops
 from cllava_fast.ops.aggregate import cases
 
-QUICK = (*cases.QUICK, *cases.MIX_QUICK)
-BENCH = (*cases.BENCH, *cases.MIX_BENCH)
+OP = "aggregate"
+WAYS = ("aggregate", "all pairs", "compiled")
 
 
-def pairwise(index, weight, row_task, row_mean, context):
-    """Every (sample, selected row, row) at once, straight from the formula."""
-    of, by = row_task[index].unsqueeze(2), row_task.expand(*index.shape, -1)  # [B, M, 1], [B, M, N]
-    past = torch.where(by < of, weight.unsqueeze(2) * context[of, by] * row_mean, 0).sum(1)
-    return torch.cat([weight, past], 1)
+def points(device, quick):
+    return measure.points(cases.QUICK if quick else cases.BENCH, [torch.float32], device)
 
 
-def gathered_sums(A, B, coefficient, index):
-    return tuple(torch.einsum("bp,bprd->brd", coefficient, factor[index]) for factor in (A, B))
+def inputs(case, dtype, device):
+    tensors = [t.to(device) for t in cases.make(case, dtype, torch.Generator().manual_seed(0))]
+    tensors[1].requires_grad_()  # weight
+    tensors[4].requires_grad_()  # context
+    return tuple(tensors)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
-def test_aggregate(case, backward, timed, rng):
-    if isinstance(case, cases.MixCase):
-        *leaves, index = cases.make_mix(case, torch.float32, rng)
-        run_op = lambda A, B, c: ops.mix_factors(A, B, c, index)  # noqa: E731
-        run_exact = lambda A, B, c: gathered_sums(A, B, c, index)  # noqa: E731
-    else:
-        index, weight, row_task, row_mean, context = cases.make(case, torch.float32, rng)
-        leaves = [weight, context]
-        run_op = lambda w, c: (ops.aggregate(index, w, row_task, row_mean, c)[1],)  # noqa: E731
-        run_exact = lambda w, c: (pairwise(index, w, row_task, row_mean.double(), c),)  # noqa: E731
+def way(name, point, tensors):
+    if name == "compiled":
+        if not torch.cuda.is_available() and point.case in cases.QUICK:
+            raise Unavailable("compiling takes longer than a quick run")
+        return Way(measure.compiled(baselines.aggregate_pairwise), exact, tensors)
+    if name == "all pairs":
+        return Way(baselines.aggregate_pairwise, exact, tensors)
+    backend = ops.dispatch.AUTO if name == "aggregate" else name
+    return Way(lambda *tensors: ops.aggregate(*tensors)[1], exact, tensors, backend=backend)
 
-    def run(function, tensors):
-        if not backward:
-            return function(*tensors)
-        tensors = [t.detach().requires_grad_() for t in tensors]
-        return torch.autograd.grad(sum(output.square().sum() for output in function(*tensors)), tensors)
 
-    timed(lambda: run(run_op, leaves), run(run_exact, [t.double() for t in leaves]), 1e-5)
+def exact(index, weight, row_task, row_mean, context):
+    """Sample by sample and row by row."""
+    past = []
+    for rows, strengths in zip(index, weight, strict=True):
+        seen = torch.zeros_like(row_mean)
+        for row, strength in zip(rows, strengths, strict=True):
+            task = row_task[row]
+            seen = seen + torch.where(row_task < task, strength * context[task, row_task] * row_mean, 0)
+        past.append(seen)
+    return torch.cat([weight, torch.stack(past)], 1)
+
+
+def work(point):
+    case = point.case
+    pairs = case.B * (case.M + case.N)
+    rows = case.N * 12 + case.T * case.T * 4 + case.B * case.M * 12
+    directions = 2 if point.direction == measure.BOTH else 1
+    return Work(directions * (rows + pairs * 12), directions * 3 * case.B * case.M * case.N)
+
+
+def test_aggregate(comparison):
+    comparison()

@@ -1,66 +1,169 @@
-"""inject, forward and forward + backward, beside what a user would write otherwise."""
+"""inject and its gradients beside the frozen linear and what a user would write otherwise.
+
+One token a sample is decoding, which has no backward.
+"""
 
 from __future__ import annotations
 
-import baselines
-import pytest
+import importlib.util
+
 import torch
 
+from benchmarks import baselines, measure
+from benchmarks.measure import Unavailable, Way, Work
 from cllava_fast import ops
-from cllava_fast.ops.inject.cases import BENCH, QUICK, make  # noqa: F401
+from cllava_fast.ops.inject import cases
 
-WAYS = {
-    "inject": ops.inject,
-    "smart_eager": baselines.smart_eager,
-    "dense_by_sample": baselines.dense_by_sample,
-    "dense_by_batch": baselines.dense_by_batch,
-    "frozen": baselines.frozen,
-}
-LIMIT = 1e-5
+OP = "inject"
+AUTOTUNED = "compiled, max-autotune"
+WAYS = (
+    "frozen linear", "inject", "smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch",
+    "PEFT LoRA", "PEFT mixed batch",
+)  # fmt: skip
 
 
-def inputs(case, way, rng):
-    x, weight, A, B, index, coefficient, _ = make(case, torch.float32, rng)
-    if way == "dense_by_batch":
-        index, coefficient = index[0], coefficient[0]
-    return x, weight, A, B, index, coefficient
+def points(device, quick):
+    chosen = cases.QUICK if quick else cases.BENCH if device == "cpu" else cases.BENCH_GPU
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    directions = lambda case: measure.DIRECTIONS if case.S > 1 else (measure.FORWARD,)  # noqa: E731
+    return measure.points(chosen, [dtype], device, directions, launch_bound=lambda case: case.S == 1)
 
 
-def exact(way, arguments):
-    """In float64, by the dense form: slow, and independent of the op that is measured."""
-    x, weight, A, B, index, coefficient = arguments
-    if way == "frozen":
-        return x @ weight.t()
-    index, coefficient = index.expand(len(x), -1), coefficient.expand(len(x), -1)
+def inputs(case, dtype, device):
+    """x, weight, A, B, index, coefficient, and the past's A, B, index, coefficient."""
+    rng = torch.Generator().manual_seed(0)
+    tensors = [*cases.make(case, dtype, rng)[:6], *(cases.make_past(case, dtype, rng) if case.past else ())]
+    tensors = [tensor.to(device) for tensor in tensors]
+    if case.S > 1:
+        # the past's factors are frozen, how strongly it acts is trained
+        for position in (0, 2, 3, 5, 9)[: 5 if case.past else 4]:
+            tensors[position].requires_grad_()
+    return tuple(tensors)
+
+
+def way(name, point, tensors):
+    case = point.case
+    x, weight, A, B, index, coefficient, *past = tensors
+    if name == "frozen linear":
+        return Way(baselines.frozen, exact_frozen, (x, weight), "the floor", rival=False)
+    if name.startswith("PEFT"):
+        if importlib.util.find_spec("peft") is None:
+            raise Unavailable("peft is not installed")
+        if name == "PEFT LoRA":
+            return peft_lora(x, weight, *low_rank(0, A, B, index, coefficient, *past))
+        if case.S > 1 or case.past:
+            raise Unavailable("for inference only: it refuses to train")
+        if point.launch == measure.GRAPH:
+            raise Unavailable("copies the numbers of its samples to the device: no CUDA graph")
+        return peft_mixed_batch(x, weight, A, B, index, coefficient)
+    if name == "dense by batch":
+        return Way(baselines.dense_by_batch, exact_by_batch, tensors, measure.BY_BATCH, rival=False)
+    if name in ("compiled", AUTOTUNED):
+        options = compile_options(name, point)
+        return Way(measure.compiled(baselines.smart_eager, **options), exact_by_sample, tensors)
+    if name == "grouped_mm" and baselines.grouped_mm() is None:
+        raise Unavailable(f"torch {torch.__version__} has none")
+    functions = {
+        "smart eager": baselines.smart_eager,
+        "grouped_mm": baselines.grouped,
+        "dense by sample": baselines.dense_by_sample,
+    }
+    backend = ops.dispatch.AUTO if name in WAYS else name
+    return Way(functions.get(name, inject), exact_by_sample, tensors, backend=backend)
+
+
+def compile_options(name, point):
+    case, cuda = point.case, torch.cuda.is_available()
+    if case.selection != "uniform":
+        raise Unavailable("compiled once a shape: how rows are selected does not change the code")
+    if not cuda and case in cases.QUICK:
+        raise Unavailable("compiling takes longer than a quick run")
+    if name != AUTOTUNED:
+        return {}
+    if not cuda or case.S == 1 or case.past:
+        raise Unavailable("autotuned on a GPU only, at the largest shape")
+    return {"mode": "max-autotune-no-cudagraphs"}
+
+
+def inject(x, weight, A, B, index, coefficient, *past):
+    y = ops.inject(x, weight, A, B, index, coefficient)
+    return ops.inject_add(y, x, *past) if past else y
+
+
+def low_rank(sample, A, B, index, coefficient, *past):
+    """One sample's increment as two factors: [K, d_in], [d_out, K]."""
+    pools = [(A, B, index, coefficient), past] if past else [(A, B, index, coefficient)]
+    pools = [[tensor.detach() for tensor in pool] for pool in pools]
+    down = torch.cat([A[index[sample]].flatten(0, 1) for A, _, index, _ in pools])
+    up = torch.cat([(c[sample, :, None, None] * B[index[sample]]).flatten(0, 1) for _, B, index, c in pools])
+    return down, up.t().contiguous().to(down.dtype)
+
+
+def peft_lora(x, weight, down, up):
+    layer = baselines.peft_lora(weight, down, up)
+    trained = layer.lora_A["sample0"].weight, layer.lora_B["sample0"].weight
+    if not x.requires_grad:
+        layer.requires_grad_(False)
+    return Way(
+        lambda x, *_: layer(x),
+        exact_lora,
+        (x, weight, *trained),
+        "cannot select by sample",
+        rival=False,
+    )
+
+
+def peft_mixed_batch(x, weight, A, B, index, coefficient):
+    adapters = [low_rank(b, A, B, index, coefficient) for b in range(len(x))]
+    layer, names = baselines.peft_mixed_batch(weight, adapters)
+    layer.requires_grad_(False)
+    function = lambda x, *_: layer(x, adapter_names=names)  # noqa: E731
+    return Way(function, exact_by_sample, (x, weight, A, B, index, coefficient), "one adapter a sample")
+
+
+def exact_frozen(x, weight):
+    return x @ weight.t()
+
+
+def exact_lora(x, weight, down, up):
+    return x @ weight.t() + x @ down.t() @ up.t()
+
+
+def exact_by_sample(x, weight, *pools):
+    """By the dense form: slow, and independent of the op that is measured."""
     samples = []
     for b in range(len(x)):
-        offset = sum(c * (B[n].t() @ A[n]) for c, n in zip(coefficient[b], index[b].tolist(), strict=True))
-        samples.append(x[b] @ (weight + offset).t())
+        total = weight
+        for A, B, index, coefficient in (pools[:4], pools[4:])[: len(pools) // 4]:
+            rows = coefficient[b].double().repeat_interleave(A.shape[1])[:, None] * B[index[b]].flatten(0, 1)
+            total = total + rows.t() @ A[index[b]].flatten(0, 1)
+        samples.append(x[b] @ total.t())
     return torch.stack(samples)
 
 
-def doubles(arguments):
-    return [t.double() if t.is_floating_point() else t for t in arguments]
+def exact_by_batch(x, weight, *pools):
+    pools = [tensor[:1] if i % 4 >= 2 else tensor for i, tensor in enumerate(pools)]
+    return exact_by_sample(x.flatten(0, 1).unsqueeze(0), weight, *pools).view(*x.shape[:2], -1)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_forward(case, way, timed, rng):
-    arguments = inputs(case, way, rng)
-    timed(lambda: (WAYS[way](*arguments),), (exact(way, doubles(arguments)),), LIMIT)
+def work(point):
+    case, size = point.case, point.dtype.itemsize
+    tokens, columns = case.B * case.S, (case.P + case.past) * case.R
+    rows = case.past + (case.P if case.selection == "identical" else min(case.N, case.B * case.P))
+    factors = rows * case.R * (case.d_in + case.d_out) * size
+    weight = case.d_in * case.d_out
+    product = 2 * tokens * weight
+    thin_in, thin_out = 2 * tokens * columns * case.d_in, 2 * tokens * columns * case.d_out
+    forward = Work(tokens * (case.d_in + case.d_out) * size + weight * size + factors, product + thin_in + thin_out)
+    # of x, A, B and the coefficients; the past's rows have none
+    trained = 2 * tokens * case.P * case.R * (case.d_in + case.d_out)
+    backward = Work(
+        tokens * (2 * case.d_in + case.d_out) * size + weight * size + 2 * factors,
+        product + 2 * thin_in + thin_out + trained,
+    )
+    total = {measure.FORWARD: forward, measure.BACKWARD: backward}
+    return total.get(point.direction) or Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_forward_backward(case, way, timed, rng):
-    arguments = inputs(case, way, rng)
-    upstream = torch.randn(case.B, case.S, case.d_out, generator=rng)
-    positions = (0,) if way == "frozen" else (0, 2, 3, 5)
-
-    def gradients(function, tensors, grad):
-        leaves = [tensors[i].detach().requires_grad_() for i in positions]
-        tensors = list(tensors)
-        for i, tensor in zip(positions, leaves, strict=True):
-            tensors[i] = tensor
-        return torch.autograd.grad(function(*tensors), leaves, grad)
-
-    wanted = gradients(lambda *tensors: exact(way, tensors), doubles(arguments), upstream.double())
-    timed(lambda: gradients(WAYS[way], arguments, upstream), wanted, LIMIT)
+def test_inject(comparison):
+    comparison()

@@ -1,20 +1,18 @@
 """How much memory `inject` takes beside the frozen linear that it extends, at a width where it matters.
 
-On a CPU the profiler sees every allocation, also those inside the ops; the launchers of the Triton kernels run there
-with the kernels left out, since what they allocate depends on sizes alone. On a GPU the allocator keeps count.
+On a CPU the launchers of the Triton kernels run with the kernels left out: what they allocate depends on sizes alone.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import peak_memory
 from cllava_fast import ops
 from cllava_fast.ops import triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
@@ -28,25 +26,8 @@ SAMPLES, TOKENS, RANK = 4, 512, 8
 SLACK = 1.15  # times what the frozen linear takes and the gradients that are returned
 
 
-class Took(NamedTuple):
-    peak: int  # bytes beyond what was there before
-    largest: int  # bytes of the largest single allocation (0 where nobody knows)
-
-
 def measure(run):
-    if ON_GPU:
-        run()  # what libraries allocate once
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        results = run()
-        return Took(torch.cuda.max_memory_allocated() - before, 0), results
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        results = run()
-    events = profiler.profiler.kineto_results.events()
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
-    assert changes, "the profiler recorded no allocation"
-    live = torch.tensor(changes).cumsum(0)
-    return Took(int(live.max()), max(changes)), results
+    return peak_memory(run, ON_GPU)
 
 
 @pytest.fixture(params=["reference", "cpu", "triton-gather", "triton-whole"])

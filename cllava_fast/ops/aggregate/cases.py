@@ -56,6 +56,7 @@ QUICK = (Case(B=16, M=4, N=64, T=8),)
 BENCH = (*QUICK, Case(B=64, M=4, N=512, T=64))
 MIX_QUICK = (MixCase(B=4, P=36, N=32, R=8, d_in=256, d_out=256),)
 MIX_BENCH = (*MIX_QUICK, MixCase(B=16, P=36, N=64, R=8, d_in=1024, d_out=1024))
+MIX_BENCH_GPU = (MixCase(B=16, P=36, N=64, R=8, d_in=4096, d_out=4096),)
 
 
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

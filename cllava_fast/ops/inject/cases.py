@@ -16,9 +16,12 @@ class Case(NamedTuple):
     N: int
     R: int
     P: int
+    selection: str = "repeats"  # how samples choose their rows: see `select_rows`
+    past: int = 0  # frozen rows of earlier tasks that act on every sample too: see `make_past`
 
     def __str__(self) -> str:
-        return "-".join(f"{name}{value}" for name, value in self._asdict().items())
+        said = {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name)}
+        return "-".join(value if name == "selection" else f"{name}{value}" for name, value in said.items())
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -46,18 +49,33 @@ ODD = (
     Case(B=2, S=1, d_in=40, d_out=40, N=130, R=1, P=3),
 )
 QUICK = (
-    Case(B=4, S=64, d_in=512, d_out=512, N=32, R=8, P=4),
-    Case(B=4, S=1, d_in=512, d_out=512, N=32, R=8, P=4),
+    Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform"),
+    Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform", past=56),
+    Case(B=4, S=1, d_in=512, d_out=512, N=64, R=8, P=4, selection="uniform"),
 )
 BENCH = (
     *QUICK,
-    Case(B=4, S=64, d_in=512, d_out=512, N=32, R=8, P=36),
-    Case(B=4, S=577, d_in=1024, d_out=1024, N=64, R=8, P=4),
+    Case(B=4, S=577, d_in=1024, d_out=1024, N=8, R=8, P=4, selection="uniform"),
+    Case(B=4, S=577, d_in=1024, d_out=1024, N=8, R=8, P=4, selection="uniform", past=56),
+    Case(B=16, S=64, d_in=1024, d_out=1024, N=64, R=8, P=4, selection="distinct"),
+    Case(B=4, S=256, d_in=1024, d_out=1024, N=64, R=8, P=4, selection="identical"),
+    Case(B=1, S=1000, d_in=2048, d_out=2048, N=64, R=8, P=4, selection="zipf"),
+    Case(B=16, S=1, d_in=2048, d_out=2048, N=64, R=8, P=4, selection="zipf"),
+)
+# A 7B model's attention output: the training step, with seven earlier tasks in context, other selections, decoding.
+BENCH_GPU = (
+    Case(B=16, S=1024, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="uniform"),
+    Case(B=16, S=1024, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="uniform", past=56),
+    Case(B=16, S=577, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="distinct"),
+    Case(B=4, S=1000, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="zipf"),
+    Case(B=1, S=2048, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="identical"),
+    Case(B=16, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="uniform"),
+    Case(B=1, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="identical"),
 )
 
 
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    """x, weight, A, B, index, coefficient, bias, of unit scale; rows may repeat within a sample."""
+    """x, weight, A, B, index, coefficient, bias, of unit scale."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -67,6 +85,26 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     weight = (normal(case.d_out, case.d_in) / case.d_in**0.5).to(dtype)
     A = (normal(case.N, case.R, case.d_in) / case.d_in**0.5).to(dtype)
     B = normal(case.N, case.R, case.d_out).to(dtype)
-    index = torch.randint(case.N, (case.B, case.P), generator=generator)
+    index = select_rows(case, generator)
     coefficient = normal(case.B, case.P).to(exact)
     return x, weight, A, B, index, coefficient, normal(case.d_out).to(dtype)
+
+
+def select_rows(case: Case, generator: torch.Generator) -> Tensor:  # int64 [B, P]
+    """repeats: any rows, also twice; uniform, zipf: without repeats within a sample, some rows as likely as others or
+    not; identical: the same for all samples; distinct: no two samples share one."""
+    if case.selection == "repeats":
+        return torch.randint(case.N, (case.B, case.P), generator=generator)
+    if case.selection == "distinct":
+        return torch.randperm(case.N, generator=generator)[: case.B * case.P].view(case.B, case.P)
+    likely = torch.arange(1, case.N + 1, dtype=torch.float64) ** (-1.0 if case.selection == "zipf" else 0.0)
+    samples = 1 if case.selection == "identical" else case.B
+    index = torch.multinomial(likely.expand(samples, -1), case.P, generator=generator)
+    return index.expand(case.B, -1).contiguous()
+
+
+def make_past(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, index, coefficient of the earlier tasks' rows, each of which acts on every sample."""
+    one = case._replace(N=case.past, P=case.past, S=0, selection="repeats")
+    _, _, A, B, _, coefficient, _ = make(one, dtype, generator)
+    return A, B, torch.arange(case.past).repeat(case.B, 1), coefficient / case.past**0.5

@@ -28,6 +28,7 @@ CASES = (
 )
 QUICK = (Case(d_out=512, d_in=512, N=32, R=8, P=36),)
 BENCH = (*QUICK, Case(d_out=2048, d_in=2048, N=64, R=8, P=36))
+BENCH_GPU = (Case(d_out=4096, d_in=4096, N=64, R=8, P=36),)
 
 
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -39,6 +39,12 @@ CASES = (
 )
 QUICK = (Case(B=16, N=64, D=384, M=4), Case(B=16, N=2048, D=384, M=4))
 BENCH = (*QUICK, Case(B=16, N=64, D=384, M=4, groups=4, reduce="batch"), Case(B=16, N=20000, D=384, M=4))
+BENCH_GPU = (
+    Case(B=16, N=64, D=768, M=4),
+    Case(B=16, N=2048, D=768, M=4),
+    Case(B=16, N=64, D=768, M=4, groups=4, reduce="batch"),
+    Case(B=16, N=100_000, D=768, M=4),
+)
 
 
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:

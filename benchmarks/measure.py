@@ -1,0 +1,334 @@
+"""One comparison: several ways to compute the same, each checked against float64, then timed in turn.
+
+Ways take turns, in a new order each round, so that a machine that slows down slows all of them down; a ratio of two
+medians of one comparison means something even where the times do not. A way whose result is wrong has no time.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from cllava_fast import ops
+from cllava_fast.ops import native, triton_backend
+
+# Largest error relative to the largest entry, the same for all ways. Roundings of sums over up to 16,384 tokens.
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "both")
+# How work reaches a device. host: there is none. queued: behind other work, so that only the device's own time counts,
+# as in training. idle: the device waits for each launch, as in decoding without graphs. graph: a CUDA graph's replay.
+HOST, QUEUED, IDLE, GRAPH = "host", "queued", "idle", "graph"
+
+BY_BATCH = "other semantics: one selection for the batch"
+
+
+class Unavailable(Exception):
+    """Why a way cannot run here."""
+
+
+class Wrong(Exception):
+    """A result that is too far from float64's."""
+
+
+class Point(NamedTuple):
+    """What the ways of one comparison have in common."""
+
+    case: Any
+    dtype: torch.dtype
+    direction: str
+    launch: str
+
+    def __str__(self) -> str:
+        return "-".join([str(self.case), dtype_name(self.dtype), self.direction, self.launch])
+
+
+class Way(NamedTuple):
+    """`function(*inputs)` returns a tensor or several; gradients go from the first to the inputs that ask for one."""
+
+    function: Callable[..., Any]
+    exact: Callable[..., Any]  # of the same inputs in float64, written independently
+    inputs: tuple[Any, ...]
+    note: str = ""  # what a reader must know of it
+    rival: bool = True  # does the same job; what selects less, or not at all, is shown and beats nobody
+    backend: str = ops.dispatch.AUTO
+
+
+class Work(NamedTuple):
+    """What the mathematics needs, whichever way it is computed: the floor of a roofline."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Any) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+class Measured(NamedTuple):
+    seconds: list[float]  # of each round
+    error: float
+    extra_memory: int | None  # bytes at the peak beyond what was there before, results included
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def iqr(self) -> float:
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return high - low
+
+
+def points(
+    cases: Iterable[Any],
+    dtypes: Iterable[torch.dtype],
+    device: str,
+    directions: Callable[[Any], tuple[str, ...]] = lambda case: DIRECTIONS,
+    launch_bound: Callable[[Any], bool] = lambda case: True,
+) -> list[Point]:
+    """On a GPU what is bound by launches is timed both ways: launched one by one, and replayed from a graph."""
+    found = []
+    for case in cases:
+        for dtype in dtypes:
+            for direction in directions(case):
+                launch = HOST if device == "cpu" else IDLE if launch_bound(case) else QUEUED
+                found.append(Point(case, dtype, direction, launch))
+                if launch == IDLE and direction == FORWARD:
+                    found.append(Point(case, dtype, direction, GRAPH))
+    return found
+
+
+def compare(ways: Mapping[str, Way | Exception], point: Point, budget: float) -> dict[str, Measured | Exception]:
+    """Times for about `budget` seconds; a way that cannot run or is wrong has the reason instead."""
+    found: dict[str, Any] = {}
+    runs = {}
+    limit = LIMITS[point.dtype]
+    exact: dict[Any, tuple[Tensor, ...]] = {}
+    for name, way in ways.items():
+        if isinstance(way, Exception):
+            found[name] = way
+            continue
+        try:
+            with ops.backend(way.backend):
+                run = _runner(way, point)
+                worst = _error(run(), _exact_results(way, point.direction, exact))
+                if not worst <= limit:
+                    raise Wrong(f"relative error {worst:.1e} exceeds {limit:.1e}: a wrong result has no time")
+                # what a graph replays was allocated when it was captured
+                peak = None if point.launch == GRAPH else peak_memory(run, point.launch != HOST)[0].peak
+        except Exception as reason:  # whatever it is, the others have their times
+            found[name] = reason
+        else:
+            runs[name] = run
+            found[name] = Measured([], worst, peak)
+    exact.clear()
+    _take_turns(runs, ways, found, point.launch, budget)
+    return found
+
+
+def _take_turns(runs: Any, ways: Any, found: Any, launch: str, budget: float) -> None:
+    order = list(runs)
+    shuffle = random.Random(0).shuffle
+
+    def turn() -> dict[str, float]:
+        shuffle(order)  # whoever comes right after a way whose threads still spin would pay for it each time
+        taken = {}
+        for name in order:
+            with ops.backend(ways[name].backend):
+                taken[name] = _seconds(runs[name], launch)
+        return taken
+
+    gc.collect()
+    gc.disable()
+    try:
+        turn()
+        start = time.perf_counter()
+        turn()
+        rounds = max(5, min(200, int(budget / (time.perf_counter() - start))))
+        for _ in range(rounds):
+            for name, seconds in turn().items():
+                found[name].seconds.append(seconds)
+    finally:
+        gc.enable()
+
+
+def _runner(way: Way, point: Point) -> Callable[[], tuple[Tensor, ...]]:
+    leaves = _leaves(way.inputs)
+
+    def forward() -> tuple[Tensor, ...]:
+        return _outputs(way.function(*way.inputs))
+
+    if point.launch == GRAPH:
+        return _captured(forward)
+    if point.direction == FORWARD:
+        return forward
+    output = forward()[0]
+    upstream = _upstream(output.shape, output.dtype, output.device)
+    if point.direction == BACKWARD:
+        return lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+    return lambda: torch.autograd.grad(forward()[0], leaves, upstream)
+
+
+def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            results = run()
+    except RuntimeError as error:
+        raise Unavailable(f"no CUDA graph: {str(error).splitlines()[0]}") from error
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def _exact_results(way: Way, direction: str, known: dict[Any, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    key = (way.exact, *map(id, way.inputs))
+    if key not in known:
+        inputs = tuple(_double(value) for value in way.inputs)
+        outputs = _outputs(way.exact(*inputs))
+        if direction == FORWARD:
+            known[key] = tuple(output.detach() for output in outputs)
+        else:
+            upstream = _upstream(outputs[0].shape, torch.float64, outputs[0].device)
+            known[key] = torch.autograd.grad(outputs[0], _leaves(inputs), upstream)
+    return known[key]
+
+
+@functools.lru_cache(maxsize=2)
+def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient that comes in: bfloat16's numbers in every dtype, so that float64 sees the same ones."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(device, dtype)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def _leaves(inputs: Iterable[Any]) -> list[Tensor]:
+    return [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """The largest, relative to the largest entry; infinite where a row number differs or a NaN appears."""
+    worst = 0.0
+    for result, exact in zip(found, wanted, strict=True):
+        if result.shape != exact.shape:
+            raise Wrong(f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}: a wrong result has no time")
+        if not exact.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(result, exact) else float("inf"))
+        elif exact.numel():
+            one = ((result.detach().double() - exact).abs().max() / exact.abs().max().clamp(min=1e-12)).item()
+            worst = max(worst, one if one == one else float("inf"))
+    return worst
+
+
+def _seconds(run: Callable[[], Any], launch: str) -> float:
+    if launch == HOST:
+        start = time.perf_counter()
+        results = run()  # kept, so that freeing them is not timed
+        took = time.perf_counter() - start
+        del results
+        return took
+    return _device_clock().seconds(run, wait=launch == IDLE)
+
+
+@functools.cache
+def _device_clock() -> DeviceClock:
+    return DeviceClock()
+
+
+class DeviceClock:
+    """Time on the device, from events before and after, with nothing of the last round left in its L2 cache."""
+
+    MOST_CYCLES = 2**26  # some 40 ms
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.flush = torch.empty(4 * max(size, 2**25), dtype=torch.int8, device="cuda")
+        self.cycles = 2**20  # of the wait behind which the host queues the work
+
+    def seconds(self, run: Callable[[], Any], wait: bool) -> float:
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if not wait:
+                torch.cuda._sleep(self.cycles)
+            self.flush.zero_()
+            if wait:
+                torch.cuda.synchronize()
+            start.record()
+            results = run()
+            end.record()
+            late = not wait and start.query()  # the device was ahead of the host: launches would be timed too
+            end.synchronize()
+            del results
+            if not late or self.cycles >= self.MOST_CYCLES:
+                return start.elapsed_time(end) / 1e3
+            self.cycles *= 2
+
+
+class Took(NamedTuple):
+    peak: int  # bytes beyond what was there before
+    largest: int  # bytes of the largest single allocation (0 where nobody knows)
+
+
+def peak_memory(run: Callable[[], Any], on_gpu: bool) -> tuple[Took, Any]:
+    """What `run` takes, and its results. On a CPU torch's profiler sees every allocation, also those inside the ops;
+    on a GPU the allocator keeps count."""
+    if on_gpu:
+        run()  # what libraries allocate once
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = run()
+        return Took(torch.cuda.max_memory_allocated() - before, 0), results
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    if not changes:
+        raise RuntimeError("the profiler recorded no allocation")
+    live = torch.tensor(changes).cumsum(0)
+    return Took(int(live.max()), max(changes)), results
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiled once a shape, whatever the direction."""
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # its backward runs more than once on one graph
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=False, fullgraph=True, **options)
+
+
+def backends(op: str) -> list[str]:
+    """The names of those that can run the op on this machine, interpreters and emulations aside."""
+    pretended = {"triton": triton_backend.INTERPRETED, "cuda": native.EMULATED}
+    rows = [row for row in ops.dispatch.table() if row.op == op and row.available]
+    return [row.backend for row in rows if not pretended.get(row.backend)]

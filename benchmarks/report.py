@@ -1,0 +1,278 @@
+"""Tables and pictures of the results files: `python -m benchmarks.report` fills benchmarks/README.md.
+
+A ratio is of two medians of one comparison. What runs on a CPU is shown as ratios only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from cllava_fast import atomic
+from cllava_fast.environment import require
+from cllava_fast.evaluate.plots import COLORS
+
+README = results.ROOT / "benchmarks" / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- end -->"
+FLOOR = "frozen linear"
+NOISY = 0.25  # interquartile range over median
+# The devices that this library's kernels are made for.
+WANTED = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
+STALE = "**Stale**: the ops have changed since; measure again."
+Row = Mapping[str, Any]
+
+
+def comparisons(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """(op, case, dtype, direction, launch) -> way -> row."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("op", "case", "dtype", "direction", "launch"))
+        found.setdefault(key, {})[row["way"]] = row
+    return found
+
+
+def ours(ways: Mapping[str, Row]) -> Row | None:
+    return next((row for row in ways.values() if row.get("ours")), None)
+
+
+def best_rival(ways: Mapping[str, Row]) -> Row | None:
+    return min((row for row in ways.values() if row.get("rival")), key=lambda row: row["median"], default=None)
+
+
+def base(ways: Mapping[str, Row]) -> Row | None:
+    """What ratios are to: the floor where there is one, else the fastest rival."""
+    floor = ways.get(FLOOR)
+    return floor if floor and "median" in floor else best_rival(ways)
+
+
+def render(found: Mapping[str, Mapping[str, Any]], sources: str) -> str:
+    """Everything between the README's marks."""
+    parts = [missing(found)]
+    for stem, content in found.items():
+        parts.append(f"## {content['device']}\n\n{describe(content, sources)}")
+        grouped = comparisons(content["rows"])
+        for op in dict.fromkeys(op for op, *_ in grouped):
+            parts.append(f"### {op}\n\n{table({key: ways for key, ways in grouped.items() if key[0] == op}, content)}")
+        pictures_of = {f"{stem}-{name}.png": title for name, title in pictures(content)}
+        parts += [f"![{title}](results/{name})" for name, title in pictures_of.items()]
+    return "\n\n".join(parts)
+
+
+def missing(found: Mapping[str, Mapping[str, Any]]) -> str:
+    there = {content["device"] for content in found.values()}
+    absent = ", ".join(device for device in WANTED if device not in there)
+    gpus = [device for device in there if not device.startswith("CPU")]
+    first = "" if gpus else "**No GPU has a results file: nothing is claimed about the speed of any kernel on a GPU.** "
+    if not found:
+        first += "No device has one. "
+    return f"{first}Without a results file, and so without a claim: {absent or 'none of the usual ones'}."
+
+
+def describe(content: Mapping[str, Any], sources: str) -> str:
+    where = content["environment"]
+    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "peft") if where.get(name))
+    lines = [
+        f"Measured {where['date'][:10]} at commit `{(content['commit'] or 'unknown')[:10]}` with {versions}, "
+        f"{where['cpu_threads']} CPU threads of {where['cpus']} CPUs, load {content['load']:.1f} before."
+    ]
+    if content["sources"] != sources:
+        lines.append(STALE)
+    if not content["complete"]:
+        lines.append("**Incomplete**: not every benchmark was run.")
+    if content["quick"]:
+        lines.append("**Quick run**: small shapes, few rounds.")
+    wrong = sum("wrong" in row for row in content["rows"])
+    if wrong:
+        lines.append(f"**{wrong} wrong results**, which have no time.")
+    noisy = sum(noise(row) > NOISY for row in content["rows"])
+    timed = sum("median" in row for row in content["rows"])
+    lines.append(f"{noisy} of {timed} times vary by more than {NOISY:.0%} (interquartile range over median): ~.")
+    lost = sum(loses(ways) for ways in comparisons(content["rows"]).values())
+    lines.append(f"This library loses {lost} of {len(comparisons(content['rows']))} comparisons.")
+    return "\n\n".join(lines)
+
+
+def noise(row: Row) -> float:
+    return row["iqr"] / row["median"] if "median" in row else 0.0
+
+
+def loses(ways: Mapping[str, Row]) -> bool:
+    own, rival = ours(ways), best_rival(ways)
+    return bool(own and rival and "median" in own and own["median"] > 1.005 * rival["median"])
+
+
+def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping[str, Any]) -> str:
+    """A line a comparison, a column a way: the ratio to the floor or the fastest rival, the error below it."""
+    timed = dict.fromkeys(way for ways in grouped.values() for way, row in ways.items() if "median" in row)
+    names = [*timed, *dict.fromkeys(w for ways in grouped.values() for w, row in ways.items() if "wrong" in row)]
+    names = list(dict.fromkeys(names))
+    on_gpu = not content["device"].startswith("CPU")
+    device_columns = ["us", "GB/s", "TFLOP/s"] if on_gpu else []
+    header = ["case", "over fastest rival", *device_columns, *names]
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    notes: dict[str, None] = {}
+    for (_, case, dtype, direction, launch), ways in grouped.items():
+        own, rival = ours(ways), best_rival(ways)
+        over = "–"
+        if own and rival and "median" in own:
+            about = "~" if max(noise(own), noise(rival)) > NOISY else ""
+            over = f"{about}{own['median'] / rival['median']:.2f}"
+            over = f"**{over} loses**" if loses(ways) else over
+        cells = [named(case, dtype, direction, launch).replace("\n", "<br>"), over]
+        if on_gpu:
+            cells += achieved(own)
+        to = base(ways)
+        for name in names:
+            row = ways.get(name, {})
+            cells.append(cell(row, to))
+            if row.get("note"):
+                notes[f"*{name}*: {row['note']}."] = None
+        lines.append("| " + " | ".join(cells) + " |")
+    to_floor = any(FLOOR in ways for ways in grouped.values())
+    legend = f"Times over those of the {'frozen linear alone' if to_floor else 'fastest rival'}; below, the error."
+    return "\n".join([*lines, "", " ".join([legend, *notes])])
+
+
+def named(case: str, dtype: str, direction: str, launch: str) -> str:
+    how = [dtype, direction] if launch == "host" else [dtype, direction, launch]
+    return f"{case.removesuffix('-groups1-none-sample')}\n{', '.join(how)}"
+
+
+def cell(row: Row, to: Row | None) -> str:
+    if "wrong" in row:
+        return "wrong"
+    if "median" not in row or to is None:
+        return "–"
+    about = "~" if noise(row) > NOISY else ""
+    return f"{about}{row['median'] / to['median']:.2f}<br><sub>{row['error']:.0e}</sub>"
+
+
+def achieved(row: Row | None) -> list[str]:
+    """Microseconds, and what the mathematics needs in bytes and FLOPs by that time."""
+    if not row or "median" not in row:
+        return ["–"] * 3
+    seconds = row["median"]
+    return [f"{seconds * 1e6:,.0f}", f"{row['bytes'] / seconds / 1e9:,.0f}", f"{row['flops'] / seconds / 1e12:,.1f}"]
+
+
+def pictures(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and title of each picture of a device."""
+    found = []
+    for op in dict.fromkeys(row["op"] for row in content["rows"] if "median" in row):
+        found.append((f"{op}-time", f"{op}: time of each way"))
+    if any(row.get("extra_memory") and row["op"] == "inject" for row in content["rows"]):
+        found.append(("inject-memory", "inject: peak memory of each way"))
+    if not content["device"].startswith("CPU"):
+        found.append(("roofline", "Achieved throughput over arithmetic intensity"))
+    return found
+
+
+def draw(stem: str, content: Mapping[str, Any], folder: Path) -> None:
+    for name, title in pictures(content):
+        path = folder / f"{stem}-{name}.png"
+        op, _, kind = name.partition("-")
+        if kind == "":
+            figure = roofline(content["rows"])
+        else:
+            relative = lambda row, to: row["median"] / to["median"]  # noqa: E731
+            memory = lambda row, to: (row.get("extra_memory") or 0) / 2**20  # noqa: E731
+            label = "MiB at the peak beyond the inputs" if kind == "memory" else "times the floor or the fastest rival"
+            figure = bars(whole(content["rows"], op), memory if kind == "memory" else relative, label)
+        figure.suptitle(f"{title}\n{content['device']}", fontsize=10)
+        atomic.write_file(path, lambda to, figure=figure: figure.savefig(to, dpi=110, format="png", facecolor="white"))
+
+
+def whole(rows: Iterable[Row], op: str) -> dict[tuple[str, ...], dict[str, Row]]:
+    """For each case the comparisons that say most: forward and backward together where there is a backward."""
+    grouped = {key: ways for key, ways in comparisons(rows).items() if key[0] == op}
+    both = {key[:3] for key in grouped if key[3] == "both"}
+    return {key: ways for key, ways in grouped.items() if key[3] == "both" or key[:3] not in both}
+
+
+def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[Row, Row], float], label: str) -> Any:
+    """One panel a comparison, one bar a way, the same colour everywhere: ours, rivals, what is no rival."""
+    Figure = require("matplotlib.figure", "pictures of a report").Figure
+    columns = min(3, len(grouped))
+    lines = math.ceil(len(grouped) / columns)
+    most = max(len(ways) for ways in grouped.values())
+    figure = Figure(figsize=(5.2 * columns, lines * (0.24 * most + 0.9) + 0.8), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(grouped) :]:
+        axes.set_visible(False)
+    for axes, ((_, case, dtype, direction, launch), ways) in zip(grid.flat, grouped.items(), strict=False):
+        to = base(ways)
+        timed = {name: row for name, row in ways.items() if "median" in row and to is not None}
+        heights = [value(row, to) for row in timed.values()] or [0.0]
+        colors = [COLORS[0] if row["ours"] else COLORS[1] if row["rival"] else "0.65" for row in timed.values()]
+        axes.barh(range(len(timed)), heights, color=colors)
+        axes.set_yticks(range(len(timed)), list(timed), fontsize=8)
+        axes.invert_yaxis()
+        own = [height for height, row in zip(heights, timed.values(), strict=True) if row["ours"]]
+        end = min(max(heights), 4 * max(own, default=math.inf))  # what is longer is cut off, and its number says so
+        axes.set_xlim(0, 1.2 * end)
+        for i, height in enumerate(heights):
+            cut = {"backgroundcolor": "white"} if height > end else {}
+            axes.text(min(height, end), i, f" {height:.3g}", va="center", fontsize=7, **cut)
+        axes.set_title(named(case, dtype, direction, launch), fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="x", which="both", labelsize=7)
+    figure.supxlabel(f"{label}\nblue: ours, orange: rivals, grey: the rest", fontsize=9)
+    return figure
+
+
+def roofline(rows: Iterable[Row]) -> Any:
+    """Roofs are the most that anything here achieved, not a data sheet's."""
+    Figure = require("matplotlib.figure", "pictures of a report").Figure
+    timed = [row for row in rows if "median" in row]
+    bandwidth = max(row["bytes"] / row["median"] for row in timed)
+    compute = max(row["flops"] / row["median"] for row in timed)
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    own = [row for row in timed if row["ours"]]
+    for number, op in enumerate(dict.fromkeys(row["op"] for row in own)):
+        of_op = [row for row in own if row["op"] == op]
+        across, up = zip(*((row["flops"] / row["bytes"], row["flops"] / row["median"]) for row in of_op), strict=True)
+        axes.scatter(across, up, color=COLORS[number % len(COLORS)], label=op, zorder=3)
+    intensity = [row["flops"] / row["bytes"] for row in timed]
+    ends = [min(intensity), compute / bandwidth, max(max(intensity), compute / bandwidth)]
+    axes.plot(ends, [min(compute, bandwidth * x) for x in ends], color="0.5")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOPs for each byte that must move")
+    axes.set_ylabel("FLOP/s")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def fill(text: str, body: str) -> str:
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md: expected one {BEGIN} and one {END}; put the marks where the tables belong")
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of results files")
+    parser.add_argument("--readme", type=Path, default=README, help="file to fill in")
+    given = parser.parse_args(arguments)
+    found = results.read_all(given.results)
+    for stem, content in found.items():
+        draw(stem, content, given.results)
+    body = render(found, results.sources_digest())
+    atomic.write_text(given.readme, fill(given.readme.read_text(encoding="utf-8"), body))
+    print(body.split("\n\n")[0])
+    for stem, content in found.items():
+        state = "stale" if content["sources"] != results.sources_digest() else "up to date"
+        print(f"{stem}: {len(content['rows'])} rows, {state}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
