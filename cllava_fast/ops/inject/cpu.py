@@ -1,7 +1,7 @@
 """inject on the CPU where plain gathering is slow: three ways, chosen by what benchmarks/native_cpu.py measured.
 
-"native": one token, or few and few columns; csrc/cpu reads the rows where they lie. "whole": where about as many rows
-act as there are, all activations are projected on the whole pool, and what is not selected is multiplied by 0: no
+"native": one token, or few and few columns; csrc/cpu reads the rows where they lie. "whole": where as many rows act
+as there are, all activations are projected on the whole pool, and what is not selected is multiplied by 0: no
 gathering, and gradients need no sum over pairs. "gather": everything else, which the reference does best.
 """
 
@@ -16,14 +16,13 @@ from cllava_fast.ops.inject import native as native_inject
 
 NATIVE_TOKENS = 4  # of one sample
 NATIVE_COLUMNS = 64  # pairs * rank, for more than one token
-WHOLE_ROWS = 2  # of the pool for each pair
 
 
 def plan(tokens: int, pairs: int, rows: int, rank: int) -> str:
     few = tokens <= 1 or (tokens <= NATIVE_TOKENS and pairs * rank <= NATIVE_COLUMNS)
     if few and native.cpu_usable() is None:
         return "native"
-    return "whole" if rows <= WHOLE_ROWS * pairs else "gather"
+    return "whole" if rows <= pairs else "gather"
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
