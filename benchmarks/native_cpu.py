@@ -85,6 +85,12 @@ def mix_factors(case: aggregate_cases.MixCase, dtype: torch.dtype, rng: torch.Ge
     def whole() -> tuple[Tensor, ...]:
         return tuple((strength() @ f.flatten(1).float()).view(case.B, *f.shape[1:]).to(dtype) for f in (A, B))
 
+    def whole_backward() -> tuple[Tensor, ...]:
+        flat = [grad.flatten(1).float() for grad in grads]
+        to_rows = [(strength().t() @ grad).view(f.shape).to(dtype) for grad, f in zip(flat, (A, B), strict=True)]
+        along = flat[0] @ A.flatten(1).float().t() + flat[1] @ B.flatten(1).float().t()  # [B, N]
+        return *to_rows, along.gather(1, index)
+
     grads = whole()
     backward = *grads, A, B, coefficient, index, [True, True, True]
     return (
@@ -96,6 +102,7 @@ def mix_factors(case: aggregate_cases.MixCase, dtype: torch.dtype, rng: torch.Ge
         {
             "native": lambda: aggregate_native.mix_factors_backward(LIBRARY, *backward),
             "gather, bmm": lambda: mix.mix_factors_backward(*backward),
+            "whole pool": whole_backward,
         },
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -234,3 +235,13 @@ def test_import_is_cheap_and_touches_no_gpu() -> None:
     )
     took = [float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout) for _ in range(3)]
     assert min(took) < 0.05
+
+
+def test_the_page_of_native_kernels_shows_what_was_measured() -> None:
+    from benchmarks import native_cpu
+
+    page = (ROOT / "csrc" / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- native table of (\S+) -->\n\n(.*?)\n\n<!-- end -->", page, re.DOTALL)
+    assert found is not None
+    rows = json.loads((ROOT / found[1]).read_text(encoding="utf-8"))["rows"]
+    assert found[2] == native_cpu.table(rows)
