@@ -41,7 +41,7 @@ demo-base: $(STAMP) ## pretrain the demo's tiny LLaVA again (about 5 minutes on 
 	$(BIN)/python -m cllava_fast.demo.pretrain --output cllava_fast/demo/base $(ARGS)
 
 native: $(STAMP) ## build the native libraries in place, and csrc/cuda for the CPU, which is how the tests run it
-	$(BIN)/python csrc/build.py cpu emulated
+	$(BIN)/python csrc/build.py --if-possible cpu emulated
 
 test: native ## run the tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)

@@ -1,9 +1,10 @@
-"""Builds the native libraries into cllava_fast/: `python csrc/build.py [cpu] [cuda] [emulated]`.
+"""Builds the native libraries into cllava_fast/: `python csrc/build.py [--if-possible] [cpu] [cuda] [emulated]`.
 
 Plain shared libraries on torch's stable ABI (2.11 or newer), free of Python's version: `_native_cpu.so` (schemas and
 CPU kernels, by the C++ compiler), `_native_cuda.so` (CUDA kernels, by nvcc), and `_native_cuda_emulated.so` (the same
 kernels for the CPU, by the C++ compiler, which is how tests run them without a GPU). Needs torch and the compilers
-alone; with ninja only what changed is compiled again. setup.py calls this.
+alone; with ninja only what changed is compiled again. Without a compiler that is an error, or with --if-possible a line
+that says so; a compiler that fails is an error always. setup.py calls this.
 
     TORCH_CUDA_ARCH_LIST         such as "8.0;9.0a+PTX" (default: "8.0+PTX;9.0a")
     MAX_JOBS                     processes at once
@@ -154,12 +155,17 @@ def _without_ninja(
     run([*linker, *objects.values(), *libraries, "-o", f"{name}.so"])
 
 
-def main(kinds: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    kinds = [name for name in arguments if name != "--if-possible"]
     unknown = set(kinds) - LIBRARIES.keys()
     if unknown:
         print(f"unknown {', '.join(sorted(unknown))}: expected some of {', '.join(LIBRARIES)}", file=sys.stderr)
         return 2
     for kind in kinds or ("cpu",):
+        reason = missing(kind)
+        if reason is not None and "--if-possible" in arguments:
+            print(f"{LIBRARIES[kind]}.so is not built: {reason}", file=sys.stderr)
+            continue
         try:
             target = ROOT / "cllava_fast" / f"{LIBRARIES[kind]}.so"
             # a new file, not the old one's bytes: a process may have that one mapped

@@ -199,6 +199,14 @@ def test_it_builds_without_ninja(tmp_path: Path) -> None:
     assert done.returncode == 0 and (tmp_path / "cllava_fast" / "_native_cpu.so").exists(), done.stderr
 
 
+def test_without_a_compiler_a_build_says_so_and_may_be_left_out() -> None:
+    command = [sys.executable, "csrc/build.py", "cpu"]
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    for options, code in (([], 1), (["--if-possible"], 0)):
+        done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and "_native_cpu.so is not built: the C++ compiler" in done.stderr
+
+
 @can_build
 def test_a_compiler_that_fails_costs_its_library_alone(tmp_path: Path) -> None:
     (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")

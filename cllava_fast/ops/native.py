@@ -21,8 +21,8 @@ from cllava_fast.ops import dispatch
 FOLDER = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
-HOW = "build it with a C++ compiler and ninja: pip install --no-build-isolation, from the source tree"
-HOW_CUDA = "build it with the CUDA toolkit: CLLAVA_BUILD_CUDA=1 pip install --no-build-isolation, from the source tree"
+HOW = "build it with a C++ compiler: pip install --no-build-isolation . in the source tree"
+HOW_CUDA = "build it with the CUDA toolkit: CLLAVA_BUILD_CUDA=1 pip install --no-build-isolation . in the source tree"
 EMULATED = os.environ.get("CLLAVA_EMULATE_CUDA", "0") == "1"
 
 
@@ -75,7 +75,7 @@ def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: A
         backend,
         {op: functools.partial(_run, run, library) for op, run in kernels.items()},
         usable=cpu_usable if backend == "cpu" else cuda_usable,
-        accepts=functools.partial(_accepts, backend, accepts),
+        accepts=functools.partial(accepts_on, backend, accepts),
     )
 
 
@@ -89,7 +89,8 @@ def _run(run: Callable[..., Any], library: Any, *arguments: Any) -> Any:
         raise
 
 
-def _accepts(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:
+def accepts_on(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:
+    """Device and dtype, and what `accepts` says beyond."""
     emulated = backend == "cuda" and EMULATED
     if site.device.type != ("cpu" if emulated else backend):
         return f"the tensors are on {site.device}"

@@ -77,10 +77,10 @@ def mix_factors_backward(
         grad_A, grad_B, A_cast, B_cast = (tensor.to(dtype) for tensor in (grad_A, grad_B, A, B))
         found = mix_factors_backward(library, grad_A, grad_B, A_cast, B_cast, coefficient, index, needed)
         return found[0].to(A.dtype), found[1].to(B.dtype), found[2]
-    like = (A, B, coefficient)
-    outs = [t.new_empty(t.shape) if need else None for t, need in zip(like, needed, strict=True)]
     if 0 in (index.numel(), A.numel(), B.numel()):
         return mix.mix_factors_backward(grad_A, grad_B, A, B, coefficient, index, needed)
+    like = (A, B, coefficient)
+    outs = [t.new_empty(t.shape) if need else None for t, need in zip(like, needed, strict=True)]
     library.mix_factors_backward(
         *_dense(grad_A, grad_B), _adjacent(A), _adjacent(B), *_dense(coefficient, index), *outs
     )

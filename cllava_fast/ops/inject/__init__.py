@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ native_backend.register("cuda", {"inject": native.inject, "inject_add": native.i
 dispatch.register(
     "cpu",
     {"inject": cpu.inject, "inject_add": cpu.inject_add, "inject_backward": cpu.inject_backward},
-    accepts=cpu.accepts,
+    accepts=partial(native_backend.accepts_on, "cpu", cpu.accepts),
 )
 triton_backend.register("cllava_fast.ops.inject.triton", "inject", "inject_add", "inject_backward")
 

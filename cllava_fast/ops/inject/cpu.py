@@ -26,10 +26,6 @@ def plan(tokens: int, pairs: int, rows: int, rank: int) -> str:
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    if site.device.type != "cpu":
-        return f"the tensors are on {site.device}"
-    if site.dtype not in native.DTYPES:
-        return f"{site.dtype} is not one of {', '.join(str(dtype) for dtype in native.DTYPES)}"
     if asked:
         return None
     sizes = dict(site.sizes)

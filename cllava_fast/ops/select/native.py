@@ -11,9 +11,9 @@ from torch import Tensor
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.native import dense_rows
 
-MOST_ROWS = 2**31 - 32  # a row and its similarity share 64 bits, and blocks of 32 rows are counted
-# Beyond, a list that is kept in order is no way to a top-M; csrc/cuda/ops.cuh has the same limits.
-LIMITS = {"M": 64, "groups": 64, "N": MOST_ROWS}
+# The CPU's kernel packs a row into 31 bits, and beyond M a list that is kept in order is no way to a top-M. The limits
+# of csrc/cuda/ops.cuh are no lower.
+LIMITS = {"M": 64, "groups": 64, "N": 2**31 - 1}
 CUDA_BACKWARD_WIDTH = 8192
 
 
