@@ -60,12 +60,12 @@ __device__ void add_queries(const SelectBackward& p, bool vector, const int* cho
   __syncthreads();
   for (int column = threadIdx.x; column < p.D; column += THREADS) {
     const int group = column / chunk;
-    float total = shared.pull[column];
+    float total = 0.0f;  // of these few alone: adding each to a long sum would round at its size every time
     for (int i = 0; i < count; i++) {
       const float unit = over_norm(p.query[choices[i] / M * p.D + column], shared.query_norm[i][group]);
       total = __fmaf_rn(shared.strength[i], unit, total);
     }
-    shared.pull[column] = total;
+    shared.pull[column] += total;
   }
   __syncthreads();
 }
