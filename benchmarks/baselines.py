@@ -1,8 +1,8 @@
 """What a user would write otherwise. The only place in this repository where a dense d_out x d_in offset exists.
 
 Ways of injecting take x [B, S, d_in], the frozen weight [d_out, d_in], the trained block's factors A [N, R, d_in] and
-B [N, R, d_out] with each sample's index and coefficient [B, P], and, where earlier tasks are in context, those of the
-past likewise: its rows all act on every sample.
+B [N, R, d_out] with each sample's index and coefficient [B, P], and, where earlier tasks are in context, the past's A,
+B and coefficient [B, C]: its rows all act on every sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def smart_eager(
     low = torch.bmm(x, A[index].flatten(1, 2).transpose(1, 2)) * _strength(coefficient, A, x)  # [B, S, P * R]
     y = F.linear(x, weight)
     if past:
-        past_A, past_B, _, past_coefficient = past
+        past_A, past_B, past_coefficient = past
         past_low = (x @ past_A.flatten(0, 1).t()) * _strength(past_coefficient, past_A, x)
         y = torch.addmm(y.flatten(0, 1), past_low.flatten(0, 1), past_B.flatten(0, 1)).view_as(y)
     return torch.baddbmm(y, low, B[index].flatten(1, 2))
@@ -98,8 +98,9 @@ def _strength(coefficient: Tensor, factor: Tensor, x: Tensor) -> Tensor:  # [B, 
 
 
 def _joined(A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-    past_A, past_B, past_index, past_coefficient = past
-    indices = torch.cat([index, past_index + A.shape[0]], 1)
+    past_A, past_B, past_coefficient = past
+    every = torch.arange(len(past_A), device=index.device).expand(len(index), -1)
+    indices = torch.cat([index, every + A.shape[0]], 1)
     return torch.cat([A, past_A]), torch.cat([B, past_B]), indices, torch.cat([coefficient, past_coefficient], 1)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast.environment import environment
@@ -26,7 +25,6 @@ from cllava_fast.ops.aggregate import mix
 from cllava_fast.ops.aggregate import native as aggregate_native
 from cllava_fast.ops.aggregate import reference as aggregate_reference
 from cllava_fast.ops.inject import cases as inject_cases
-from cllava_fast.ops.inject import cpu as inject_cpu
 from cllava_fast.ops.inject import native as inject_native
 from cllava_fast.ops.inject import reference as inject_reference
 from cllava_fast.ops.select import cases as select_cases
@@ -109,11 +107,13 @@ def mix_factors(case: aggregate_cases.MixCase, dtype: torch.dtype, rng: torch.Ge
 
 def inject(case: inject_cases.Case, dtype: torch.dtype, rng: torch.Generator) -> Ways:
     x, weight, A, B, index, coefficient, _ = inject_cases.make(case, dtype, rng)
-    arguments = x, weight, None, A, B, index, coefficient, 1.0
+    gather, whole = (
+        inject_reference.Increments(A, B, index, coefficient, None, None, None, 1.0, whole) for whole in (False, True)
+    )
     return {
-        "native": lambda: inject_native.inject(LIBRARY, *arguments),
-        "gather, baddbmm": lambda: inject_reference.inject(*arguments),
-        "whole pool": lambda: inject_cpu.add_whole_(F.linear(x, weight), x, A, B, index, coefficient, 1.0),
+        "native": lambda: inject_native.inject(LIBRARY, x, weight, None, gather, False),
+        "gather, baddbmm": lambda: inject_reference.inject(x, weight, None, gather, False),
+        "whole pool": lambda: inject_reference.inject(x, weight, None, whole, False),
     }
 
 

@@ -30,13 +30,13 @@ def points(device, quick):
 
 
 def inputs(case, dtype, device):
-    """x, weight, A, B, index, coefficient, and the past's A, B, index, coefficient."""
+    """x, weight, A, B, index, coefficient, and the past's A, B, coefficient."""
     rng = torch.Generator().manual_seed(0)
-    tensors = [*cases.make(case, dtype, rng)[:6], *(cases.make_past(case, dtype, rng) if case.past else ())]
+    tensors = [*cases.make(case, dtype, rng)[:6], *(cases.make_past(case, dtype, rng) or ())]
     tensors = [tensor.to(device) for tensor in tensors]
     if case.S > 1:
         # the past's factors are frozen, how strongly it acts is trained
-        for position in (0, 2, 3, 5, 9)[: 5 if case.past else 4]:
+        for position in (0, 2, 3, 5, 8)[: 5 if case.past else 4]:
             tensors[position].requires_grad_()
     return tuple(tensors)
 
@@ -86,14 +86,12 @@ def compile_options(name, point):
 
 
 def inject(x, weight, A, B, index, coefficient, *past):
-    y = ops.inject(x, weight, A, B, index, coefficient)
-    return ops.inject_add(y, x, *past) if past else y
+    return ops.inject(x, weight, A, B, index, coefficient, past=past or None, check_values=False)
 
 
 def low_rank(sample, A, B, index, coefficient, *past):
     """One sample's increment as two factors: [K, d_in], [d_out, K]."""
-    pools = [(A, B, index, coefficient), past] if past else [(A, B, index, coefficient)]
-    pools = [[tensor.detach() for tensor in pool] for pool in pools]
+    pools = [[tensor.detach() for tensor in pool] for pool in pools_of(A, B, index, coefficient, *past)]
     down = torch.cat([A[index[sample]].flatten(0, 1) for A, _, index, _ in pools])
     up = torch.cat([(c[sample, :, None, None] * B[index[sample]]).flatten(0, 1) for _, B, index, c in pools])
     return down, up.t().contiguous().to(down.dtype)
@@ -129,21 +127,31 @@ def exact_lora(x, weight, down, up):
     return x @ weight.t() + x @ down.t() @ up.t()
 
 
-def exact_by_sample(x, weight, *pools):
+def pools_of(A, B, index, coefficient, *past):
+    """A, B, index, coefficient of the block, and likewise of the past."""
+    every = [(A, B, index, coefficient)]
+    if past:
+        past_A, past_B, past_coefficient = past
+        rows = torch.arange(len(past_A), device=index.device).expand(len(past_coefficient), -1)
+        every.append((past_A, past_B, rows, past_coefficient))
+    return every
+
+
+def exact_by_sample(x, weight, *given):
     """By the dense form: slow, and independent of the op that is measured."""
     samples = []
     for b in range(len(x)):
         total = weight
-        for A, B, index, coefficient in (pools[:4], pools[4:])[: len(pools) // 4]:
+        for A, B, index, coefficient in pools_of(*given):
             rows = coefficient[b].double().repeat_interleave(A.shape[1])[:, None] * B[index[b]].flatten(0, 1)
             total = total + rows.t() @ A[index[b]].flatten(0, 1)
         samples.append(x[b] @ total.t())
     return torch.stack(samples)
 
 
-def exact_by_batch(x, weight, *pools):
-    pools = [tensor[:1] if i % 4 >= 2 else tensor for i, tensor in enumerate(pools)]
-    return exact_by_sample(x.flatten(0, 1).unsqueeze(0), weight, *pools).view(*x.shape[:2], -1)
+def exact_by_batch(x, weight, *given):
+    first = [tensor[:1] if i in (2, 3, 6) else tensor for i, tensor in enumerate(given)]
+    return exact_by_sample(x.flatten(0, 1).unsqueeze(0), weight, *first).view(*x.shape[:2], -1)
 
 
 def work(point):

@@ -54,9 +54,11 @@ def run_all(device, backend, dtypes=(torch.float32, torch.float16, torch.bfloat1
             backward(ops.mix_factors(A, B, coefficient, index), A, B, coefficient)
             x, weight, A, B, index, coefficient, bias = moved(inject_cases.make(INJECT, dtype, generator))
             pairs = A, B, index, coefficient
+            past_A, past_B, past_coefficient = moved(inject_cases.make_past(INJECT._replace(past=5), dtype, generator))
+            past = past_A.detach(), past_B.detach(), past_coefficient
             for _ in ways(backend):
-                y = ops.inject(x, weight.detach(), *pairs, bias.detach())
-                backward([ops.inject_add(y, x, *pairs)], x, A, B, coefficient)
+                y = ops.inject(x, weight.detach(), *pairs, bias.detach(), past=past)
+                backward([ops.inject_add(y, x, *pairs)], x, A, B, coefficient, past_coefficient)
             if backend != "triton":
                 ops.merge(weight, A, B, index[0], coefficient[0])
         index, weight, row_task, row_mean, context = moved(aggregate_cases.make(AGGREGATE, torch.float32, generator))
@@ -68,7 +70,7 @@ def ways(backend):
     if backend != "triton":
         yield "native"
         return
-    inject = importlib.import_module("cllava_fast.ops.inject.triton")
+    inject = importlib.import_module("cllava_fast.ops.inject")
     plan = inject.plan
     try:
         for way in ("gather", "whole"):

@@ -41,7 +41,7 @@ MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "
 
 MUTANTS = [
     Mutant(
-        "inject: sign of dx", f"{INJECT}/reference.py", "_expand_(to_x, scaled", "_expand_(to_x, -scaled",
+        "inject: sign of dx", f"{INJECT}/reference.py", "expand_(to_x, low_grad,", "expand_(to_x, -low_grad,",
         INJECT_TESTS,
     ),
     Mutant(
@@ -52,7 +52,10 @@ MUTANTS = [
         "results are views", "cllava_fast/ops/library.py", "torch._C._AutoDispatchBelowADInplaceOrView()",
         "torch._C._AutoDispatchBelowAutograd()", MEMORY,
     ),
-    Mutant("inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_by_row(", "to_B = -_sum_by_row(", INJECT_TESTS),
+    Mutant(
+        "inject: sign of dB", f"{INJECT}/reference.py", "to_B = _sum_over_tokens(", "to_B = -_sum_over_tokens(",
+        INJECT_TESTS,
+    ),
     Mutant(
         "select: sign of dkeys", f"{SELECT}/reference.py", "return across.flatten(1)", "return -across.flatten(1)",
         SELECT_TESTS,
@@ -62,8 +65,24 @@ MUTANTS = [
         'similarity = similarity.masked_fill(~allowed, float("-inf"))', "pass", SELECT_TESTS,
     ),
     Mutant(
-        "past rows train", "cllava_fast/model/increments.py", "terms.append((factors.A, factors.B, selection.past))",
-        "terms.append((factors.A.requires_grad_(), factors.B.requires_grad_(), selection.past))", MODEL,
+        "inject: the past's strength lost in the gradient", f"{INJECT}/reference.py",
+        "times(low_grad, past_strength(given), grad.dtype)", "low_grad.to(grad.dtype)", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: the past's coefficient learns nothing", f"{INJECT}/autograd.py",
+        "needs[3], needs[4], needs[6], needs[9]]", "needs[3], needs[4], needs[6], False]", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: a whole pool saves no past", f"{INJECT}/reference.py", "torch.cat([low, past_low], 2)",
+        "torch.cat([low, 0 * past_low], 2)", INJECT_TESTS,
+    ),
+    Mutant(
+        "context of too many rows", "cllava_fast/model/increments.py", "factors.A[:rows], factors.B[:rows]",
+        "factors.A[-rows:], factors.B[-rows:]", MODEL,
+    ),
+    Mutant(
+        "context lost in a layer", "cllava_fast/model/increments.py", "return [(*first, past),",
+        "return [(*first, None),", MODEL,
     ),
     Mutant(
         "past keys drift", "cllava_fast/pool.py", "torch.cat([self.keys, self.block_keys.detach()])",

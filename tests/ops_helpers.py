@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ LIBRARY: Any = torch.ops.cllava_fast
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*LOW, torch.float64)
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
+INJECT = "cllava_fast.ops.inject"
 INJECT_TRITON = "cllava_fast.ops.inject.triton"
-INJECT_CPU = "cllava_fast.ops.inject.cpu"
+INJECT_NATIVE = "cllava_fast.ops.inject.native"
 SELECT_TRITON = "cllava_fast.ops.select.triton"
 
 
@@ -62,16 +64,15 @@ BACKENDS = (
 )
 # Ways between which the size of a call chooses, each tested at every size: name in a module, and what it then is.
 WAYS = {
-    ("triton", "inject", "gather"): (INJECT_TRITON, "plan", lambda *sizes: "gather"),
-    ("triton", "inject", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
-    ("triton", "inject_add", "gather"): (INJECT_TRITON, "plan", lambda *sizes: "gather"),
-    ("triton", "inject_add", "whole"): (INJECT_TRITON, "plan", lambda *sizes: "whole"),
-    ("cpu", "inject", "native"): (INJECT_CPU, "plan", lambda *sizes: native.cpu_usable() or "native"),
-    ("cpu", "inject", "whole"): (INJECT_CPU, "plan", lambda *sizes: "whole"),
-    ("cpu", "inject_add", "native"): (INJECT_CPU, "plan", lambda *sizes: native.cpu_usable() or "native"),
-    ("cpu", "inject_add", "whole"): (INJECT_CPU, "plan", lambda *sizes: "whole"),
+    (name, op, way): (INJECT, "plan", functools.partial(lambda way, *sizes: way, way))
+    for name in ("reference", "triton")
+    for op in ("inject", "inject_add")
+    for way in ("gather", "whole")
+} | {
     ("triton", "select", "one"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 2**31),
     ("triton", "select", "split"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 16),
+    ("cpu", "inject", "native"): (INJECT_NATIVE, "few", lambda *sizes: True),
+    ("cpu", "inject_add", "native"): (INJECT_NATIVE, "few", lambda *sizes: True),
 }
 
 
@@ -193,6 +194,18 @@ def leaves(data: Any) -> list[torch.Tensor]:
 def inject_inputs(case, dtype, rng, device="cpu"):
     x, weight, A, B, index, coefficient, bias = on(device, inject_cases.make(case, dtype, rng))
     return leaf(x), weight, leaf(A), leaf(B), index, leaf(coefficient), bias
+
+
+def flat_increments(A, B, index, coefficient, scale=1.0, past=(None, None, None), whole=False):
+    """As the library's ops take them."""
+    return A, B, index, coefficient, *past, scale, whole
+
+
+def inject_backward(upstream, x, weight, increments, needed):
+    """The op, given what the forward pass keeps for it."""
+    given = x if x is not None else upstream.new_zeros(*upstream.shape[:2], increments[0].shape[2])
+    _, *lows = LIBRARY.inject_add(upstream, given, *increments, True)
+    return LIBRARY.inject_backward(upstream, x, weight, *increments, *lows, needed)
 
 
 def trained(inputs):

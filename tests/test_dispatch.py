@@ -28,8 +28,8 @@ def call():
     )
 
 
-def marked(*args):
-    return torch.full_like(args[0], 7.0)
+def marked(y, *args):
+    return torch.full_like(y, 7.0), y.new_empty(0), y.new_empty(0)
 
 
 def site(**sizes):
@@ -106,8 +106,8 @@ def test_the_block_is_left_on_an_error(registry):
 
 
 def test_backward_ops_are_dispatched_too(registry):
-    def zero_grads(grad, x, weight, A, B, index, coefficient, scale, needed):
-        return torch.full_like(grad, 3.0), A.new_empty(0), B.new_empty(0), coefficient.new_empty(0)
+    def zero_grads(grad, *args):
+        return torch.full_like(grad, 3.0), *(torch.empty(0) for _ in range(4))
 
     dispatch.register("triton", {"inject_backward": zero_grads})
     x = torch.ones(1, 2, 4, requires_grad=True)

@@ -17,7 +17,8 @@ from cllava_fast import ops
 from cllava_fast.ops import triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference
-from tests.ops_helpers import LIBRARY, close, leaf
+from cllava_fast.ops.inject.reference import Increments
+from tests.ops_helpers import close, flat_increments, inject_backward, leaf
 
 ON_GPU = torch.cuda.is_available() and not triton_backend.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -39,7 +40,7 @@ def backend(request, monkeypatch):
         pytest.importorskip("triton")
         if triton_backend.usable() is not None:
             pytest.skip(triton_backend.usable())
-        monkeypatch.setattr(importlib.import_module("cllava_fast.ops.inject.triton"), "plan", lambda *sizes: way)
+        monkeypatch.setattr(importlib.import_module("cllava_fast.ops.inject"), "plan", lambda *sizes: way)
         if not ON_GPU:
             launch = importlib.import_module("cllava_fast.ops.inject.triton_launch")
             monkeypatch.setattr(launch, "_launch", lambda *arguments, **constants: None)
@@ -109,18 +110,19 @@ def test_float32_factors_under_a_bfloat16_layer(layer, dtype, rng):
     assert took.peak <= SLACK * allowance(layer, gradients[1:])
 
 
-def test_a_layer_with_a_past_takes_one_more_gradient_of_x(layer, dtype, rng):
-    """The trainable block through `inject`, frozen earlier rows through `inject_add`: each has a gradient of x, and
-    autograd holds both until it has added them."""
+def test_a_long_past_takes_what_x_is_projected_to(layer, dtype, rng):
+    """56 rows: for every token a few hundred numbers, kept for the backward pass, and their gradient there."""
     x, weight, upstream = layer
-    block, past = rows(8, 4, dtype, rng, trained=True), rows(56, 56, dtype, rng, trained=False)
+    block, (A, B, _, coefficient) = rows(8, 4, dtype, rng, trained=True), rows(56, 56, dtype, rng, trained=False)
+    past = A, B, leaf(coefficient)
 
     def run():
-        y = ops.inject_add(ops.inject(x, weight, *block), x, *past)
-        return backward(y, upstream, x, block[0], block[1], block[3])
+        y = ops.inject(x, weight, *block, past=past)
+        return backward(y, upstream, x, block[0], block[1], block[3], past[2])
 
     took, (_, gradients) = measure(run)
-    assert took.peak <= SLACK * (allowance(layer, gradients[1:]) + x.nbytes)
+    low = x[..., : 56 * RANK].numel() * 4  # bytes in float32
+    assert took.peak <= SLACK * (allowance(layer, gradients[1:]) + 4 * low)
     assert took.largest < weight.nbytes
 
 
@@ -136,13 +138,13 @@ def test_many_samples_with_a_long_past_gather_less_than_the_weight(layer, dtype,
 
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32)], indirect=True)
 def test_a_dense_offset_inside_the_op_would_be_seen(layer, dtype, rng, monkeypatch):
-    columns = reference._columns
+    columns = reference._gather
 
     def wasteful(*arguments):
         torch.zeros(WIDTH, WIDTH, dtype=dtype, device=DEVICE)
         return columns(*arguments)
 
-    monkeypatch.setattr(reference, "_columns", wasteful)
+    monkeypatch.setattr(reference, "_gather", wasteful)
     block = rows(8, 4, dtype, rng, trained=True)
     took, (_, gradients) = measure(lambda: inject(layer, block))
     assert took.peak > SLACK * allowance(layer, gradients[1:])
@@ -155,7 +157,7 @@ def test_results_are_no_views(layer, dtype, rng):
     x, weight, _ = (t.detach()[..., :64].contiguous() for t in layer)
     A, B, index, coefficient = rows(4, 3, dtype, rng, trained=False)
     y = ops.inject(leaf(x), weight, A[..., :64], B, index, coefficient)
-    grads = LIBRARY.inject_backward(y.detach(), x, weight, A[..., :64], B, index, coefficient, 1.0, [True] * 4)
+    grads = inject_backward(y.detach(), x, weight, flat_increments(A[..., :64], B, index, coefficient), [True] * 5)
     assert not any(t._is_view() for t in (y, *grads))
     y += 1
 
@@ -165,9 +167,11 @@ def test_samples_that_take_turns_change_nothing(together, rng, monkeypatch):
     case = inject_cases.Case(B=3, S=5, d_in=24, d_out=16, N=6, R=2, P=4)
     tensors = [t.to(DEVICE) for t in inject_cases.make(case, torch.float64, rng)]
 
+    given = Increments(*flat_increments(*tensors[2:6], scale=0.5))
+
     def results():
-        y = reference.inject(*tensors[:2], tensors[6], *tensors[2:6], 0.5)
-        return y, *reference.inject_backward(y, *tensors[:6], 0.5, [True] * 4)
+        y, *lows = reference.inject(*tensors[:2], tensors[6], given, True)
+        return y, *reference.inject_backward(y, *tensors[:2], given, *lows, [True] * 5)
 
     wanted = results()
     monkeypatch.setattr(reference, "GATHERED", together * case.P * case.R * case.d_in)

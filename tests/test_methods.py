@@ -59,6 +59,8 @@ def dense(selection: Selection, rows: int, first_block_row: int) -> Tensor:
     for pairs, offset in ((selection.past, 0), (selection.block, first_block_row)):
         if pairs is not None:
             alpha.scatter_add_(1, pairs.index + offset, pairs.coefficient.detach().double())
+    if selection.context is not None:
+        alpha[:, : selection.context.shape[1]] += selection.context.detach().double()
     return alpha
 
 
@@ -88,7 +90,8 @@ def test_coefficients_in_training_use_the_open_block_alone_and_all_earlier_conte
     for b in range(7):
         expected = alpha_of(weights_of(query[b], keys, list(range(16, 24)), 4), task, z, pool.context_matrix().detach())
         torch.testing.assert_close(dense(selection, 24, 16)[b], expected, atol=1e-6, rtol=1e-6)
-    selection.past.coefficient.sum().backward()
+    assert selection.past is None
+    selection.context.sum().backward()
     assert pool.block_context.grad.abs().min() > 0 and pool.block_keys.grad is None
 
 

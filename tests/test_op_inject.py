@@ -17,12 +17,16 @@ from torch.utils._pytree import tree_leaves
 from cllava_fast import ops
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference as inject_reference
+from cllava_fast.ops.inject.reference import Increments
 from tests.ops_helpers import (
+    INJECT,
     INJECT_TRITON,
     LIBRARY,
     LOW,
     close,
     far_apart,
+    flat_increments,
+    inject_backward,
     inject_inputs,
     leaf,
     on,
@@ -46,7 +50,7 @@ def test_inject_add_is_inject_on_top(dtype, backend, rng):
     before = base.detach().clone()
     y = ops.inject_add(base, x, A, B, index, coefficient, 2.0)
     whole = ops.inject(x, weight, A, B, index, coefficient, scale=2.0)
-    if str(backend) == "reference":  # the others may write the increments first, and so round in another order
+    if backend.name == "reference":  # the others may write the increments first, and so round in another order
         assert torch.equal(y, whole)
     assert torch.equal(base.detach(), before)
     upstream = torch.randn(y.shape, generator=rng).to(y)
@@ -57,17 +61,36 @@ def test_inject_add_is_inject_on_top(dtype, backend, rng):
     close(grads[1].double() + upstream.double() @ weight.double(), whole_grads[0].double(), 4 * torch.finfo(dtype).eps)
 
 
-def test_inject_gradcheck_in_every_subset(rng):  # in float64: of the reference
-    x, weight, A, B, index, coefficient, bias = inject_inputs(
-        inject_cases.Case(2, 3, 5, 4, 3, 2, 4), torch.float64, rng
-    )
-    everything = (x, A, B, coefficient)
-    for subset in ((0,), (1,), (2,), (3,), (1, 2), (0, 3), (0, 1, 2, 3)):
+@on_every_backend("inject", only="reference")
+def test_inject_gradcheck_in_every_subset(backend, rng):  # in float64: of the reference
+    case = inject_cases.Case(2, 3, 5, 4, 3, 2, 4, past=2, Q=3)
+    x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float64, rng)
+    past_A, past_B, past_coefficient = inject_cases.make_past(case, torch.float64, rng)
+    everything = (x, A, B, coefficient, leaf(past_coefficient))
+
+    def on_linear(x, A, B, c, past):
+        return ops.inject(x, weight, A, B, index, c, bias, 0.7, past=(past_A, past_B, past))
+
+    def on_any(x, A, B, c, past):
+        return ops.inject_add(x[..., :4] * 2, x, A, B, index, c, 0.7, past=(past_A, past_B, past))
+
+    for subset in ((0,), (1,), (2,), (3,), (4,), (1, 2), (0, 3), (0, 4), (0, 1, 2, 3, 4)):
         args = [t if i in subset else t.detach() for i, t in enumerate(everything)]
-        whole = lambda x, A, B, c: ops.inject(x, weight, A, B, index, c, bias, 0.7)  # noqa: E731
-        added = lambda x, A, B, c: ops.inject_add(x[..., :4] * 2, x, A, B, index, c, 0.7)  # noqa: E731
-        assert torch.autograd.gradcheck(whole, args)
-        assert torch.autograd.gradcheck(added, args)
+        assert torch.autograd.gradcheck(on_linear, args)
+        assert torch.autograd.gradcheck(on_any, args)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_past_is_the_same_as_more_pairs(dtype, backend, rng):
+    case = inject_cases.CASES[9]
+    x, weight, A, B, index, coefficient, bias = inject_inputs(case, dtype, rng, backend.device)
+    past = on(backend.device, inject_cases.make_past(case, dtype, rng))
+    y = ops.inject(x, weight, A, B, index, coefficient, bias, past=past)
+    both = torch.cat([A, past.A]), torch.cat([B, past.B])
+    every = torch.arange(case.past, device=backend.device).expand(case.B, -1) + case.N
+    pairs = torch.cat([index, every], 1), torch.cat([coefficient, past.coefficient], 1)
+    close(y, ops.inject(x, weight, *both, *pairs, bias).double(), 1e-5 if dtype == torch.float32 else 1e-12)
 
 
 @everywhere
@@ -126,9 +149,10 @@ def test_inject_never_allocates_a_dense_offset(backend, rng):
     if module is None:
         pytest.skip("what is no PyTorch inside allocates nothing that a mode could see")
     run_by = importlib.import_module(module)
+    given = Increments(*flat_increments(A, B, index, coefficient, whole=backend.way == "whole"))
     with Allocations() as seen:  # a mode sees nothing inside an op of torch.library: the kernels are called bare
-        y = run_by.inject(x, weight, bias, A, B, index, coefficient, 1.0)
-        run_by.inject_backward(y, x, weight, A, B, index, coefficient, 1.0, [True] * 4)
+        y, *lows = run_by.inject(x, weight, bias, given, True)
+        run_by.inject_backward(y, x, weight, given, *lows, [True] * 5)
     assert A.numel() <= seen.largest < case.d_in * case.d_out
 
 
@@ -142,12 +166,25 @@ def test_inject_backward_keeps_and_computes_only_what_is_needed(backend, rng):
         saved.clear()
         ops.inject(x, weight, A, B, index, coefficient, bias)
     pointers = {t.data_ptr() for t in (x, weight, A, B, index, coefficient)}
-    assert {t.data_ptr() for t in saved} == pointers  # aliases, no copies
-    grad = torch.ones(2, 3, 24, device=backend.device)
-    pairs = (weight, A, B, index, coefficient, 1.0)
-    everything = LIBRARY.inject_backward(grad, x, *pairs, [True] * 4)
-    for needed in itertools.product([True, False], repeat=4):
-        found = LIBRARY.inject_backward(grad, x if any(needed[1:]) else None, *pairs, needed)
+    own = [t for t in saved if t.data_ptr() not in pointers]  # beside aliases: x in the small space, and no past
+    assert len({t.data_ptr() for t in saved}) == len(pointers) + 1 + (0 in [t.numel() for t in own])
+    assert max(t.numel() for t in own) == 2 * 3 * 8 * (5 if backend.way == "whole" else 4)
+
+
+@everywhere
+def test_inject_backward_computes_only_what_is_needed(backend, rng):
+    case = inject_cases.CASES[9]
+    x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float32, rng, backend.device)
+    past = on(backend.device, inject_cases.make_past(case, torch.float32, rng))
+    increments = flat_increments(A, B, index, coefficient, past=past, whole=backend.way == "whole")
+    grad = torch.ones(case.B, case.S, case.d_out, device=backend.device)
+    _, *lows = LIBRARY.inject(x, weight, bias, *increments, True)
+    everything = LIBRARY.inject_backward(grad, x, weight, *increments, *lows, [True] * 5)
+    for needed in itertools.product([True, False], repeat=5):
+        need_x, need_A, *others = needed
+        given = x if need_A else None, weight if need_x else None
+        kept = lows if any(others) else [torch.empty(0, device=backend.device)] * 2
+        found = LIBRARY.inject_backward(grad, *given, *increments, *kept, needed)
         for wanted, tensor, full in zip(needed, found, everything, strict=True):
             assert torch.allclose(tensor, full, atol=1e-5) if wanted else tensor.numel() == 0
 
@@ -180,7 +217,7 @@ def test_segments_of_tokens_need_not_be_equal(backend, rng, monkeypatch):
 @everywhere
 def test_inject_never_reads_rows_that_nobody_selected(backend, rng):
     x, weight, A, B, index, coefficient, bias = inject_inputs(inject_cases.CASES[5], torch.float32, rng, backend.device)
-    if backend.way == "whole" or backend.name == "cpu":
+    if backend.way == "whole":
         pytest.skip("projects on the whole pool by design, and keeps out what is finite")
     index[index == 7] = 8
     with torch.no_grad():
@@ -214,17 +251,21 @@ def test_inject_beyond_32_bit_offsets(backend, rng):
     limit = 4 * torch.finfo(torch.float16).eps
     close(far_y, y.double(), limit)
     upstream = torch.randn(y.shape, generator=rng).to(y)
-    grads = LIBRARY.inject_backward(upstream, x, weight, A, B, index, coefficient, 1.0, [True] * 4)
-    far_grads = LIBRARY.inject_backward(upstream, far_x, weight, far_A, far_B, index, coefficient, 1.0, [True] * 4)
+    whole = backend.way == "whole"
+    increments = flat_increments(A, B, index, coefficient, whole=whole)
+    far = flat_increments(far_A, far_B, index, coefficient, whole=whole)
+    grads = inject_backward(upstream, x, weight, increments, [True] * 5)
+    far_grads = inject_backward(upstream, far_x, weight, far, [True] * 5)
     for grad, far_grad in zip(grads, far_grads, strict=True):
         close(far_grad, grad.double(), limit)
 
 
 def test_the_whole_pool_is_projected_on_while_that_is_cheap():
-    plan = pytest.importorskip(INJECT_TRITON, reason="triton is not installed", exc_type=ImportError).plan
-    assert plan(samples=4, pairs=4, rows=8, rank=8) == "whole"
-    assert plan(samples=1, pairs=4, rows=8, rank=8) == "gather"
-    assert plan(samples=16, pairs=4, rows=40, rank=8) == "gather"
+    plan = importlib.import_module(INJECT).plan
+    assert plan("cuda", samples=4, pairs=4, rows=8, rank=8) == "whole"
+    assert plan("cuda", samples=1, pairs=4, rows=8, rank=8) == "gather"
+    assert plan("cuda", samples=16, pairs=4, rows=40, rank=8) == "gather"
+    assert plan("cpu", samples=4, pairs=4, rows=8, rank=8) == "gather"
 
 
 @pytest.mark.parametrize(
@@ -245,6 +286,17 @@ def test_the_whole_pool_is_projected_on_while_that_is_cheap():
         ({"coefficient": torch.zeros(2, 4)}, "coefficient: expected .* P = 3"),
         ({"coefficient": torch.zeros(2, 3).half()}, "coefficient: expected torch.float32"),
         ({"coefficient": torch.zeros(2, 3).double()}, "coefficient: expected torch.float32"),
+        ({"past": (torch.zeros(4, 7, 9), torch.zeros(4, 7, 6), torch.zeros(2, 4))}, r"past.A: expected .* d_in = 8"),
+        ({"past": (torch.zeros(4, 7, 8), torch.zeros(4, 1, 6), torch.zeros(2, 4))}, r"past.B: expected .* Q = 7"),
+        ({"past": (torch.zeros(4, 7, 8), torch.zeros(4, 7, 6), torch.zeros(2, 3))}, "past.coefficient: .* C = 4"),
+        (
+            {"past": (torch.zeros(4, 7, 8, requires_grad=True), torch.zeros(4, 7, 6), torch.zeros(2, 4))},
+            "past.A: requires a gradient.*frozen",
+        ),
+        (
+            {"past": (torch.zeros(4, 7, 8), torch.zeros(4, 7, 6), torch.zeros(2, 4).half())},
+            "past.coefficient: expected torch.float32",
+        ),
     ],
 )
 def test_inject_refuses(change, message):

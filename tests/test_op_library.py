@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
 from tests.helpers import learn
-from tests.ops_helpers import LIBRARY, inject_inputs, leaf, leaves, on, on_every_backend, run
+from tests.ops_helpers import LIBRARY, flat_increments, inject_inputs, leaf, leaves, on, on_every_backend, run
 
 # all of a backend's ops in one: its "inject" goes the way that it chooses itself
 everywhere = on_every_backend("chain")
@@ -45,15 +46,24 @@ def samples(rng, device):
     grads = ones(3, 8, 40).bfloat16(), ones(3, 8, 24).bfloat16()
     yield LIBRARY.mix_factors_backward, (*grads, *mixed, [True, False, True])
     x, weight, A, B, index, coefficient, bias = inject_inputs(inject_cases.CASES[1], torch.float32, rng, device)
-    pairs = A, B, index, coefficient, 0.5
+    past_A, past_B, past_coefficient = on(
+        device, inject_cases.make_past(inject_cases.CASES[1]._replace(past=3), torch.float32, rng)
+    )
     y = ones(2, 3, 24)
-    yield LIBRARY.inject, (x, weight, bias, *pairs)
-    yield LIBRARY.inject, (leaf(x.transpose(0, 1)[:2]), weight, None, leaf(A.bfloat16()), *pairs[1:])
-    yield LIBRARY.inject_add, (leaf(y), x, *pairs)
-    yield LIBRARY.inject_add, (leaf(y), x, A.detach(), B.detach(), index, coefficient.detach(), 0.5)
-    frozen = A.detach(), B.detach(), index, coefficient.detach(), 0.5
-    yield LIBRARY.inject_backward, (y, x.detach(), None, *frozen, [True, True, True, True])
-    yield LIBRARY.inject_backward, (y, None, weight, *frozen, [True, False, False, False])
+    for past, whole in itertools.product(((None, None, None), (past_A, past_B, leaf(past_coefficient))), (False, True)):
+        pairs = flat_increments(A, B, index, coefficient, 0.5, past, whole)
+        yield LIBRARY.inject, (x, weight, bias, *pairs, True)
+        yield LIBRARY.inject_add, (leaf(y), x, *pairs, True)
+    yield LIBRARY.inject, (leaf(x.transpose(0, 1)[:2]), weight, None, leaf(A.bfloat16()), *pairs[1:], True)
+    frozen = flat_increments(A.detach(), B.detach(), index, coefficient.detach(), 0.5)
+    yield LIBRARY.inject_add, (leaf(y), x, *frozen, False)
+    low, nothing = ones(2, 3, 32), ones(0)
+    yield LIBRARY.inject_backward, (y, x.detach(), None, *frozen, low, nothing, [True, True, True, True, False])
+    yield LIBRARY.inject_backward, (y, None, weight, *frozen, nothing, nothing, [True, False, False, False, False])
+    past = past_A, past_B, past_coefficient
+    frozen = flat_increments(A.detach(), B.detach(), index, coefficient.detach(), 0.5, past, True)
+    low = ones(2, 3, 5 * 8 + 3 * 8)
+    yield LIBRARY.inject_backward, (y, x.detach(), weight, *frozen, low, nothing, [True, True, True, True, True])
 
 
 @everywhere

@@ -33,7 +33,7 @@ class Op(NamedTuple):
     call: Callable[..., tuple[torch.Tensor, ...]]  # the public function
     formula: Callable[..., tuple[torch.Tensor, ...]]  # the same straight from the definition, in the inputs' dtype
     plain: Callable[..., tuple[torch.Tensor, ...]]  # plain PyTorch in the same dtype; runs on the reference
-    trained: tuple[int, ...]  # inputs that get a gradient
+    trained: tuple[int, ...]  # inputs that get a gradient, where they are given
     source: tuple[int, ...]  # outputs that it comes from
     shapes: Callable[[Any], list[tuple[int, ...]]]  # of those
     limit: Callable[[Measured], float]  # of the error
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 def run(op: Op, function: Callable[..., Any], case: Any, inputs: tuple[Any, ...], upstream: list[Any]) -> Result:
     outputs = function(case, *inputs)
     sources = [outputs[i] for i in op.source]
-    wanted = [inputs[i] for i in op.trained]
+    wanted = [inputs[i] for i in op.trained if i < len(inputs)]
     upstream = [up.to(out.dtype) for up, out in zip(upstream, sources, strict=True)]
     grads = torch.autograd.grad(sources, wanted, upstream, allow_unused=True) if wanted else []
     grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted, strict=True)]
@@ -222,44 +222,61 @@ def rounding_limit(m: Measured, most: float) -> float:
     return min(rule, most if m.ours.dtype == torch.float32 else 1.01 * eps)
 
 
-def inject(case: Any, x: Any, weight: Any, A: Any, B: Any, index: Any, coefficient: Any, bias: Any) -> Any:
-    return (ops.inject(x, weight, A, B, index, coefficient, bias, SCALE),)
+def inject(case: Any, x: Any, weight: Any, A: Any, B: Any, index: Any, coefficient: Any, bias: Any, *past: Any) -> Any:
+    return (ops.inject(x, weight, A, B, index, coefficient, bias, SCALE, past=past or None),)
 
 
-def inject_formula(case: Any, x: Any, weight: Any, A: Any, B: Any, index: Any, coefficient: Any, bias: Any) -> Any:
-    """Each sample's increment as a dense matrix."""
-    dense = weight + SCALE * torch.einsum("bp,bpro,bpri->boi", coefficient, B[index], A[index])
-    return (torch.einsum("bsi,boi->bso", x, dense) + bias,)
+def dense_offset(A: Any, B: Any, index: Any, coefficient: Any, *past: Any) -> torch.Tensor:
+    """Each sample's increment as a dense matrix: [B, d_out, d_in]."""
+    dense = torch.einsum("bp,bpro,bpri->boi", coefficient, B[index], A[index])
+    if past:
+        dense = dense + torch.einsum("bc,cro,cri->boi", past[2], past[1], past[0])
+    return SCALE * dense
 
 
-def inject_plain(case: Any, x: Any, weight: Any, A: Any, B: Any, index: Any, coefficient: Any, bias: Any) -> Any:
+def inject_formula(case: Any, x: Any, weight: Any, *rest: Any) -> Any:
+    *pairs, bias = rest[:5]
+    return (torch.einsum("bsi,boi->bso", x, weight + dense_offset(*pairs, *rest[5:])) + bias,)
+
+
+def inject_plain(case: Any, x: Any, weight: Any, *rest: Any) -> Any:
     """What a user would write in the model's dtype."""
-    return inject_add_plain(case, F.linear(x, weight, bias), x, A, B, index, coefficient)
+    *pairs, bias = rest[:5]
+    return inject_add_plain(case, F.linear(x, weight, bias), x, *pairs, *rest[5:])
 
 
 def make_inject(case: Any, dtype: torch.dtype, rng: torch.Generator) -> tuple[Any, ...]:
     x, weight, A, B, index, coefficient, bias = inject_cases.make(case, dtype, rng)
-    return leaf(x), weight, leaf(A), leaf(B), index, leaf(some_zero(coefficient)), bias
+    past = inject_cases.make_past(case, dtype, rng)
+    past = () if past is None else (past.A, past.B, leaf(some_zero(past.coefficient)))
+    return leaf(x), weight, leaf(A), leaf(B), index, leaf(some_zero(coefficient)), bias, *past
 
 
-def inject_add(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coefficient: Any) -> Any:
-    return (ops.inject_add(y, x, A, B, index, coefficient, SCALE),)
+def inject_add(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coefficient: Any, *past: Any) -> Any:
+    return (ops.inject_add(y, x, A, B, index, coefficient, SCALE, past=past or None),)
 
 
-def inject_add_formula(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coefficient: Any) -> Any:
-    dense = SCALE * torch.einsum("bp,bpro,bpri->boi", coefficient, B[index], A[index])
-    return (y + torch.einsum("bsi,boi->bso", x, dense),)
+def inject_add_formula(case: Any, y: Any, x: Any, *pairs: Any) -> Any:
+    return (y + torch.einsum("bsi,boi->bso", x, dense_offset(*pairs)),)
 
 
-def inject_add_plain(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coefficient: Any) -> Any:
+def inject_add_plain(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coefficient: Any, *past: Any) -> Any:
+    y = y + rows_on(x, A[index], B[index], coefficient)
+    if past:
+        every = torch.arange(len(past[0]), device=x.device).expand(len(x), -1)
+        y = y + rows_on(x, past[0][every], past[1][every], past[2])
+    return (y,)
+
+
+def rows_on(x: Any, A: Any, B: Any, coefficient: Any) -> torch.Tensor:  # A [B, P, R, d_in], B [B, P, R, d_out]
     strength = (SCALE * coefficient).to(x.dtype)[:, None, :, None]
-    low = torch.einsum("bsi,bpri->bspr", x, A[index].to(x.dtype)) * strength
-    return (y + torch.einsum("bspr,bpro->bso", low, B[index].to(x.dtype)),)
+    low = torch.einsum("bsi,bpri->bspr", x, A.to(x.dtype)) * strength
+    return torch.einsum("bspr,bpro->bso", low, B.to(x.dtype))
 
 
 def make_inject_add(case: Any, dtype: torch.dtype, rng: torch.Generator) -> tuple[Any, ...]:
-    x, weight, A, B, index, coefficient, bias = make_inject(case, dtype, rng)
-    return leaf(F.linear(x, weight, bias)), x, A, B, index, coefficient
+    x, weight, A, B, index, coefficient, bias, *past = make_inject(case, dtype, rng)
+    return leaf(F.linear(x, weight, bias)), x, A, B, index, coefficient, *past
 
 
 def merge(case: Any, *inputs: Any) -> Any:
@@ -314,12 +331,14 @@ OPS = {
     ),
     "inject": Op(
         inject_cases.CASES + inject_cases.ODD, make_inject, inject, inject_formula, inject_plain,
-        trained=(0, 2, 3, 5), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit, repeated=(3, 5),
+        trained=(0, 2, 3, 5, 9), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit,
+        repeated=(3, 5, 9),
     ),
     "inject_add": Op(
-        (*inject_cases.CASES[:4], *inject_cases.CASES[6:], inject_cases.ODD[0]),
+        (*inject_cases.CASES[:4], *inject_cases.CASES[6:], inject_cases.ODD[0], inject_cases.ODD[-1]),
         make_inject_add, inject_add, inject_add_formula, inject_add_plain,
-        trained=(0, 1, 2, 3, 5), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit, repeated=(3,),
+        trained=(0, 1, 2, 3, 5, 8), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit,
+        repeated=(3, 8),
     ),
     "merge": Op(
         merge_cases.CASES, merge_cases.make, merge, merge_formula, merge_plain,

@@ -151,6 +151,7 @@ def test_increments_are_the_formula(llava: Any, processor: Any, generator: torch
         query = increments.surrogate.query([increments.reader.canonical(QUESTIONS[i])])
         selection = increments.method.select(pool, query, 1, training=False)
         alpha = torch.zeros(pool.num_rows).index_add_(0, selection.past.index[0], selection.past.coefficient[0])
+        alpha[: selection.context.shape[1]] += selection.context[0]
         plain = cf.unpatch(copy.deepcopy(llava))
         for path in pool.layers:
             factors = pool.factors(path.replace("/", "."))

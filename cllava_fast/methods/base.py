@@ -33,6 +33,8 @@ class Selection:
     Attributes:
         block: pairs over the open block's rows, which train; None if none acts.
         past: pairs over the committed rows, which get no factor gradient; None if none acts.
+        context: ``[B, C]`` float32, coefficients of the first C committed rows, which all act on every sample; None if
+            none acts.
         index, weight: ``[B, M]`` the rows that were selected (committed row numbers at inference) and their weights,
             for reports; None for methods that do not select.
         mix: sum the factors before multiplying them (``context="factor"``).
@@ -40,6 +42,7 @@ class Selection:
 
     block: Pairs | None = None
     past: Pairs | None = None
+    context: Tensor | None = None
     index: Tensor | None = None
     weight: Tensor | None = None
     mix: bool = False
@@ -66,6 +69,7 @@ class Selection:
             self,
             block=self.block and self.block.map(repeat),
             past=self.past and self.past.map(repeat),
+            context=None if self.context is None else repeat(self.context),
             index=None if self.index is None else repeat(self.index),
             weight=None if self.weight is None else repeat(self.weight),
         )

@@ -100,19 +100,21 @@ class ContinualLlava(Method):
             return self._select_block(pool, query, pool.block_keys.detach(), groups)
         if not pool.num_rows:
             return None
-        top_m, context_rows = self.config.top_m, pool.last_block_start
-        if self.config.context == "none" or not context_rows:
+        top_m = self.config.top_m
+        context_rows = 0 if self.config.context == "none" else pool.last_block_start
+        if not context_rows:
             index, coefficient, _ = ops.select(query, pool.keys, top_m, groups=groups, check_values=False)
         else:
             tasks = pool.row_task, pool.row_mean, pool.context
             index, coefficient = ops.select_aggregate(
                 query, pool.keys, top_m, *tasks, groups=groups, check_values=False
             )
-        pairs = top_m + context_rows  # later rows are the context of no one
+        past, context = split(index, coefficient, top_m, context_rows)  # later rows are the context of no one
         return Selection(
-            past=Pairs(index[:, :pairs], coefficient[:, :pairs]),
-            index=index[:, :top_m],
-            weight=coefficient[:, :top_m],
+            past=past,
+            context=context,
+            index=past.index,
+            weight=past.coefficient,
             mix=self.config.context == "factor",
         )
 
@@ -120,11 +122,10 @@ class ContinualLlava(Method):
         """Training: the open block alone is allowed, and all earlier rows are its context."""
         top_m, first = self.config.top_m, pool.num_rows
         index, weight, _ = ops.select(query, keys, top_m, groups=groups, check_values=False)
-        all_index, coefficient = self._with_context(pool, index + first, weight, context_rows=first)
-        past = Pairs(all_index[:, top_m:], coefficient[:, top_m:]) if all_index.shape[1] > top_m else None
+        selected, context = self._with_context(pool, index + first, weight, context_rows=first)
         return Selection(
-            block=Pairs(index, coefficient[:, :top_m]),
-            past=past,
+            block=Pairs(index, selected.coefficient),
+            context=context,
             index=index + first,
             weight=weight,
             mix=self.config.context == "factor",
@@ -135,23 +136,30 @@ class ContinualLlava(Method):
         if self.config.context == "factor":
             return super().task_mean(pool, task)
         index = (pool.row_task == task).nonzero().t()  # [1, rows_per_task]
-        weight = pool.row_mean[index]
-        return Selection(past=Pairs(*self._with_context(pool, index, weight, pool.last_block_start)))
+        past, context = self._with_context(pool, index, pool.row_mean[index], pool.last_block_start)
+        return Selection(past=past, context=context)
 
-    def _with_context(self, pool: Pool, index: Tensor, weight: Tensor, context_rows: int) -> tuple[Tensor, Tensor]:
-        """The selected pairs ``[B, M]``, and behind them the pairs of the first ``context_rows`` rows.
-
-        Later rows are the context of no one, so their coefficients, which are zero, are left out.
-        """
+    def _with_context(
+        self, pool: Pool, index: Tensor, weight: Tensor, context_rows: int
+    ) -> tuple[Pairs, Tensor | None]:
+        """The selected pairs ``[B, M]``, and the coefficients ``[B, C]`` of the first ``context_rows`` rows."""
         if self.config.context == "none" or not context_rows:
-            return index, weight
+            return Pairs(index, weight), None
         row_task, row_mean, block = pool.row_task, pool.row_mean, pool.block_rows
         if block:
             row_task = torch.cat([row_task, row_task.new_full((block,), pool.num_tasks)])
             row_mean = torch.cat([row_mean, row_mean.new_zeros(block)])
-        pairs = index.shape[1] + context_rows
+        top_m = index.shape[1]
         index, coefficient = ops.aggregate(index, weight, row_task, row_mean, pool.context_matrix())
-        return index[:, :pairs], coefficient[:, :pairs]
+        return split(index, coefficient, top_m, context_rows)
+
+
+def split(index: Tensor, coefficient: Tensor, top_m: int, context_rows: int) -> tuple[Pairs, Tensor | None]:
+    """What ``aggregate`` returned, as selected pairs and the coefficients of the first ``context_rows`` rows; those of
+    later rows are zero. In one piece each, since every layer reads them."""
+    pairs = Pairs(index[:, :top_m].contiguous(), coefficient[:, :top_m].contiguous())
+    context = coefficient[:, top_m : top_m + context_rows].contiguous() if context_rows else None
+    return pairs, context
 
 
 def sample_keys(queries: Tensor, rows: int, generator: torch.Generator) -> Tensor:

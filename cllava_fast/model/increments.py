@@ -211,36 +211,60 @@ class Increments(nn.Module):
         if x.dim() != 3 or x.shape[0] != selection.batch_size:
             raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{selection.batch_size}, S, d_in]")
         y = base
-        for A, B, pairs in terms(selection, factors):
+        for A, B, pairs, past in self._pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
+            options: dict[str, Any] = {"scale": self.config.scale, "past": past, "check_values": False}
             if y is None:
                 assert linear is not None
-                y = ops.inject(
-                    x, linear.weight, A, B, index, coefficient, bias=linear.bias, scale=self.config.scale,
-                    check_values=False,
-                )  # fmt: skip
+                y = ops.inject(x, linear.weight, A, B, index, coefficient, linear.bias, **options)
             else:
-                y = ops.inject_add(y, x, A, B, index, coefficient, scale=self.config.scale, check_values=False)
+                y = ops.inject_add(y, x, A, B, index, coefficient, **options)
         assert y is not None
         return y
 
+    def _pools(
+        self, selection: Selection, factors: Factors, device: torch.device
+    ) -> list[tuple[Tensor, Tensor, Pairs, ops.Past | None]]:
+        """The context goes with the first pool that is selected from."""
+        if selection.mix:
+            return [(*term, None) for term in terms(selection, factors)]
+        context, past = selection.context, None
+        if context is not None:
+            rows = context.shape[1]
+            past = ops.Past(factors.A[:rows], factors.B[:rows], context.to(device))
+        first, *others = selected(selection, factors)
+        return [(*first, past), *((*other, None) for other in others)]
 
-def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
-    """``(A, B, pairs)`` whose increments add up to what acts. Committed and open rows stay two pools, so that no
-    gradient of committed rows ever exists."""
-    terms: list[tuple[Tensor, Tensor, Pairs]] = []
+
+def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
+    """``(A, B, pairs)`` of what is selected. Committed and open rows stay two pools, so that no gradient of committed
+    rows ever exists."""
+    found: list[tuple[Tensor, Tensor, Pairs]] = []
     if selection.block is not None:
         assert factors.block_A is not None and factors.block_B is not None
-        terms.append((factors.block_A, factors.block_B, selection.block))
+        found.append((factors.block_A, factors.block_B, selection.block))
     if selection.past is not None:
-        terms.append((factors.A, factors.B, selection.past))
-    if not selection.mix:
-        return terms
-    mixed = [ops.mix_factors(A, B, pairs.coefficient.to(A.device), pairs.index.to(A.device)) for A, B, pairs in terms]
-    A = torch.stack([a.float() for a, _ in mixed]).sum(0)  # [B, R, d_in]
-    B = torch.stack([b.float() for _, b in mixed]).sum(0)  # [B, R, d_out]
+        found.append((factors.A, factors.B, selection.past))
+    return found
+
+
+def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
+    """``(A, B, pairs)`` whose increments add up to what acts, the context written as pairs too."""
+    found = selected(selection, factors)
+    if selection.context is not None:
+        every = torch.arange(selection.context.shape[1], device=selection.context.device)
+        pairs = Pairs(every.expand(selection.context.shape), selection.context)
+        found.append((factors.A, factors.B, pairs))
+    return [_mixed(found)] if selection.mix else found
+
+
+def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, Pairs]:
+    """Factors summed before they are multiplied: one row a sample."""
+    sums = [ops.mix_factors(A, B, pairs.coefficient.to(A.device), pairs.index.to(A.device)) for A, B, pairs in found]
+    A = torch.stack([a.float() for a, _ in sums]).sum(0)  # [B, R, d_in]
+    B = torch.stack([b.float() for _, b in sums]).sum(0)  # [B, R, d_out]
     index = torch.arange(len(A), device=A.device)[:, None]
-    return [(A, B, Pairs(index, torch.ones(index.shape, device=A.device)))]
+    return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
 
 
 def _shape(linear: nn.Module, model: nn.Module) -> LinearShape:

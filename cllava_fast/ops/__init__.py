@@ -8,13 +8,14 @@ serves all.
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.aggregate import aggregate, mix_factors
 from cllava_fast.ops.dispatch import BackendError, backend
-from cllava_fast.ops.inject import inject, inject_add
+from cllava_fast.ops.inject import Past, inject, inject_add
 from cllava_fast.ops.merge import merge
 from cllava_fast.ops.select import select
 from cllava_fast.ops.select_aggregate import select_aggregate
 
 __all__ = [
     "BackendError",
+    "Past",
     "aggregate",
     "backend",
     "dispatch",

@@ -20,11 +20,13 @@ def define(
     site: Callable[..., dispatch.Site],
     fake: Callable[..., Any],
     autocast: tuple[str, ...] = (),
+    pack: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Any:
     """Define `cllava_fast::name` and return its overload.
 
     `site(*args)` says what the backend is chosen by; `fake(*args)` allocates the outputs; `autocast` names the
     arguments that an autocast region casts to its dtype (as it does for `F.linear`); the rest keep their own.
+    `pack(*args)` turns the schema's arguments into what backends take, where that is not the same.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,7 +36,8 @@ def define(
         # A result must not remember that it is a view of some local tensor: users may not write into such a one, and
         # autograd adds up gradients in place only where it is none.
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return dispatch.choose(name, site(*args)).run(*args)
+            packed = args if pack is None else pack(*args)
+            return dispatch.choose(name, site(*args)).run(*packed)
 
     torch.library.impl(qualified, DEVICES, kernel)
     torch.library.register_fake(qualified, fake)

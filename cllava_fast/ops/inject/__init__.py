@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cllava_fast.ops import checks, dispatch, triton_backend
 from cllava_fast.ops import native as native_backend
-from cllava_fast.ops.inject import autograd, cpu, native, reference
+from cllava_fast.ops.inject import autograd, native, reference
 
 dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
 dispatch.register("reference", {"inject_backward": reference.inject_backward})
-native_backend.register("cuda", {"inject": native.inject, "inject_add": native.inject_add}, native.accepts)
-dispatch.register(
+native_backend.register("cuda", {"inject": native.inject, "inject_add": native.inject_add}, native.cuda_accepts)
+native_backend.register(
     "cpu",
-    {"inject": cpu.inject, "inject_add": cpu.inject_add, "inject_backward": cpu.inject_backward},
-    accepts=partial(native_backend.accepts_on, "cpu", cpu.accepts),
+    {
+        "inject": native.cpu_inject,
+        "inject_add": native.cpu_inject_add,
+        "inject_backward": native.cpu_inject_backward,
+    },
+    native.cpu_accepts,
 )
 triton_backend.register("cllava_fast.ops.inject.triton", "inject", "inject_add", "inject_backward")
+
+
+class Past(NamedTuple):
+    """Frozen rows that all act on every sample, each as strongly as that sample's coefficient says.
+
+    A: `[C, Q, d_in]`, B: `[C, Q, d_out]`, floating; coefficient: float32 `[B, C]`.
+    """
+
+    A: Tensor
+    B: Tensor
+    coefficient: Tensor
 
 
 def inject(
@@ -32,6 +47,7 @@ def inject(
     bias: Tensor | None = None,
     scale: float = 1.0,
     *,
+    past: Past | None = None,
     check_values: bool = True,
 ) -> Tensor:
     """A frozen linear plus, for each sample, its own weighted increments.
@@ -39,6 +55,8 @@ def inject(
     The increment of Continual LLaVA (arXiv 2411.02564), with one list of pairs per sample:
 
         y[b, s] = weight x[b, s] + bias + scale * sum_p coefficient[b, p] * B[index[b, p]]^T (A[index[b, p]] x[b, s])
+
+    and, where earlier tasks are in context, `scale * sum_c past.coefficient[b, c] * past.B[c]^T (past.A[c] x[b, s])`.
 
     Args:
         x: `[B, S, d_in]`, floating; any strides; B, S and P may be 0.
@@ -52,11 +70,14 @@ def inject(
         coefficient: float32 `[B, P]` (float64 is taken with float64 x); applied in float32 between the two
             products. A coefficient of 0 with any valid row is padding.
         bias: `[d_out]`, or None. scale: a number.
+        past: frozen rows that all act on every sample, of their own number C and rank Q (`Past`). The same as more
+            pairs, but nothing is gathered and no gradient of these rows exists; the past's coefficient has one.
         check_values: also check, for CPU tensors, that `index` is in range.
 
     Returns:
         y `[B, S, d_out]` in x's dtype; under autocast x, weight and bias are cast as `F.linear` casts them. Gradients
-        go to `x`, `A`, `B`, `coefficient`, computed only where asked for, in a fixed order (bit-equal run to run).
+        go to `x`, `A`, `B`, `coefficient` and `past.coefficient`, computed only where asked for, in a fixed order
+        (bit-equal run to run).
 
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
@@ -77,7 +98,7 @@ def inject(
         checks.same_dtype("bias", bias, "x", x)
     checks.device(x, weight=weight, bias=bias)
     _check_pairs(x, A, B, index, coefficient, sizes, check_values)
-    y: Tensor = autograd.INJECT(x, weight, bias, A, B, index, coefficient, scale)
+    y: Tensor = autograd.INJECT(x, weight, bias, *_increments(x, A, B, index, coefficient, scale, past, sizes))[0]
     return y
 
 
@@ -90,6 +111,7 @@ def inject_add(
     coefficient: Tensor,
     scale: float = 1.0,
     *,
+    past: Past | None = None,
     check_values: bool = True,
 ) -> Tensor:
     """`inject` on top of any base layer's output (quantised, wrapped, trained), or of another `inject`.
@@ -100,7 +122,7 @@ def inject_add(
         y: `[B, S, d_out]`, same dtype as x; not modified. The rest as for `inject`.
 
     Returns:
-        a new `[B, S, d_out]`. Gradients go to `y`, `x`, `A`, `B` and `coefficient`. Under autocast y and x are cast.
+        a new `[B, S, d_out]`. Gradients go to `y` and as for `inject`. Under autocast y and x are cast.
 
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
@@ -112,8 +134,50 @@ def inject_add(
     checks.same_dtype("x", x, "y", y)
     checks.device(y, x=x)
     _check_pairs(x, A, B, index, coefficient, sizes, check_values)
-    total: Tensor = autograd.INJECT_ADD(y, x, A, B, index, coefficient, scale)
+    total: Tensor = autograd.INJECT_ADD(y, x, *_increments(x, A, B, index, coefficient, scale, past, sizes))[0]
     return total
+
+
+# On a GPU, projecting on this many columns still costs little more than reading the activations once.
+WHOLE_COLUMNS = 256
+
+
+def plan(device: str, samples: int, pairs: int, rows: int, rank: int) -> str:
+    """How activations are projected. "whole": on all rows of the pool, by library products, while it is small and
+    samples would gather no fewer rows than it has; what is not selected is multiplied by 0. "gather": on each sample's
+    own rows, which on a CPU is never slower (benchmarks/README.md)."""
+    small = device == "cuda" and rows * rank <= WHOLE_COLUMNS and rows <= samples * pairs
+    return "whole" if small else "gather"
+
+
+def _increments(
+    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float, past: Past | None,
+    sizes: dict[str, int],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments that both ops have last."""
+    if past is None:
+        past = Past(None, None, None)  # type: ignore[arg-type]
+    else:
+        past = Past(*past)
+        _check_past(x, past, sizes)
+    whole = plan(x.device.type, *index.shape, *A.shape[:2]) == "whole"
+    save = autograd.save_for(A, B, coefficient, past.coefficient)
+    return A, B, index, coefficient, *past, scale, whole, save
+
+
+def _check_past(x: Tensor, past: Past, sizes: dict[str, int]) -> None:
+    names = {f"past.{name}": tensor for name, tensor in past._asdict().items()}
+    for (name, tensor), pattern in zip(names.items(), ("C Q d_in", "C Q d_out", "B C"), strict=True):
+        checks.shape(name, tensor, pattern, sizes)
+    for name, factor in list(names.items())[:2]:
+        if factor.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, but inject computes none for it: the past is frozen. "
+                "Give rows that train as A and B."
+            )
+    checks.floating(**names)
+    checks.full_precision(x.dtype == torch.float64, **{"past.coefficient": past.coefficient})
+    checks.device(x, **names)
 
 
 def _check_pairs(

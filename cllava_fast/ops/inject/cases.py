@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cllava_fast.ops.inject import Past
+
 
 class Case(NamedTuple):
     B: int
@@ -17,7 +19,8 @@ class Case(NamedTuple):
     R: int
     P: int
     selection: str = "repeats"  # how samples choose their rows: see `select_rows`
-    past: int = 0  # frozen rows of earlier tasks that act on every sample too: see `make_past`
+    past: int = 0  # C: frozen rows of earlier tasks that act on every sample too, in `make_past`
+    Q: int = 8  # their rank
 
     def __str__(self) -> str:
         said = {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name)}
@@ -37,6 +40,8 @@ CASES = (
     Case(B=0, S=3, d_in=8, d_out=8, N=4, R=2, P=3),
     Case(B=2, S=0, d_in=8, d_out=12, N=4, R=2, P=3),
     Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0),
+    Case(B=2, S=5, d_in=24, d_out=40, N=5, R=4, P=3, past=6, Q=4),
+    Case(B=3, S=35, d_in=40, d_out=17, N=3, R=8, P=2, past=3, Q=32),
 )
 # Sizes that no tile divides: several column tiles, the widest and the longest.
 ODD = (
@@ -47,6 +52,10 @@ ODD = (
     Case(B=1, S=3, d_in=40, d_out=24, N=16, R=8, P=64),
     Case(B=1, S=3, d_in=40, d_out=4096, N=2, R=1, P=1),
     Case(B=2, S=1, d_in=40, d_out=40, N=130, R=1, P=3),
+    Case(B=2, S=1, d_in=192, d_out=40, N=16, R=8, P=4, past=9),
+    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0, past=2, Q=1),
+    Case(B=0, S=3, d_in=8, d_out=12, N=4, R=2, P=2, past=2),
+    Case(B=2, S=66, d_in=70, d_out=130, N=4, R=1, P=3, past=40, Q=3),
 )
 QUICK = (
     Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform"),
@@ -103,8 +112,10 @@ def select_rows(case: Case, generator: torch.Generator) -> Tensor:  # int64 [B, 
     return index.expand(case.B, -1).contiguous()
 
 
-def make_past(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B, index, coefficient of the earlier tasks' rows, each of which acts on every sample."""
-    one = case._replace(N=case.past, P=case.past, S=0, selection="repeats")
+def make_past(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Past | None:
+    """The earlier tasks' rows."""
+    if not case.past:
+        return None
+    one = case._replace(N=case.past, P=case.past, R=case.Q, S=0, selection="repeats")
     _, _, A, B, _, coefficient, _ = make(one, dtype, generator)
-    return A, B, torch.arange(case.past).repeat(case.B, 1), coefficient / case.past**0.5
+    return Past(A, B, coefficient / case.past**0.5)

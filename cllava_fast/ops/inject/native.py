@@ -1,6 +1,7 @@
 """inject in csrc, for few tokens a sample: the library's product, then the increments added to it in place.
 
-Forward only: training has many tokens, and gathers them into matrix products.
+The kernels add what pairs select; the past, in which all rows act on all samples, is two matrix products. Gradients
+have no kernel: training has many tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast.ops import dispatch
+from cllava_fast.ops.inject import reference
+from cllava_fast.ops.inject.reference import Increments, Lows
 from cllava_fast.ops.native import dense_rows, factors
 
-MOST_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
+CUDA_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
+# On a CPU gathering is as fast beyond: benchmarks/native_cpu.py.
+CPU_TOKENS = 4
+CPU_COLUMNS = 64  # pairs * rank, for more than one token
+
+Result = tuple[Tensor, Tensor, Tensor]
 
 
-def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    return dispatch.above(site, {"S": MOST_TOKENS})
+def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    return dispatch.above(site, {"S": CUDA_TOKENS})
+
+
+def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    sizes = dict(site.sizes)
+    if asked or (op != "inject_backward" and few(sizes["S"], sizes["P"] * sizes["R"])):
+        return None
+    return "only few tokens have a kernel: plain PyTorch's matrix products are as fast"
+
+
+def few(tokens: int, columns: int) -> bool:
+    return tokens <= 1 or (tokens <= CPU_TOKENS and columns <= CPU_COLUMNS)
 
 
 def inject(
@@ -26,34 +45,44 @@ def inject(
     x: Tensor,  # [B, S, d_in]
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,  # [d_out]
-    A: Tensor,  # [N, R, d_in]
-    B: Tensor,  # [N, R, d_out]
-    index: Tensor,  # [B, P]
-    coefficient: Tensor,  # [B, P]
-    scale: float,
-) -> Tensor:
+    given: Increments,
+    save: bool,
+) -> Result:
     y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
-    add_(library, y, x, A, B, index, coefficient, scale)
-    return y
+    return y, *add_(library, y, x, given, save)
 
 
 def inject_add(
     library: Any,
     y: Tensor,  # [B, S, d_out]
     x: Tensor,  # [B, S, d_in]
-    A: Tensor,
-    B: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    scale: float,
-) -> Tensor:
+    given: Increments,
+    save: bool,
+) -> Result:
     y = y.clone(memory_format=torch.contiguous_format)
-    add_(library, y, x, A, B, index, coefficient, scale)
-    return y
+    return y, *add_(library, y, x, given, save)
 
 
-def add_(
-    library: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float
-) -> None:
-    A, B = factors(A, B, x.dtype)
-    library.inject_add(dense_rows(x), A, B, index.contiguous(), coefficient.contiguous(), scale, y)
+def add_(library: Any, y: Tensor, x: Tensor, given: Increments, save: bool) -> Lows:
+    past_low = reference.add_past_(y, x, given)
+    A, B = factors(given.A, given.B, x.dtype)
+    index, coefficient = given.index.contiguous(), given.coefficient.contiguous()
+    library.inject_add(dense_rows(x), A, B, index, coefficient, given.scale, y)
+    low = reference.shrink(x, given.A, given) if save else past_low
+    return reference.lows(low, past_low, given, save)
+
+
+def cpu_inject(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Increments, save: bool) -> Result:
+    if few(x.shape[1], given.index.shape[1] * given.A.shape[1]):
+        return inject(library, x, weight, bias, given, save)
+    return reference.inject(x, weight, bias, given, save)
+
+
+def cpu_inject_add(library: Any, y: Tensor, x: Tensor, given: Increments, save: bool) -> Result:
+    if few(x.shape[1], given.index.shape[1] * given.A.shape[1]):
+        return inject_add(library, y, x, given, save)
+    return reference.inject_add(y, x, given, save)
+
+
+def cpu_inject_backward(library: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    return reference.inject_backward(*arguments)

@@ -1,13 +1,15 @@
 """inject in plain PyTorch: the definition of right.
 
-The P pairs of a sample are joined to K = P * R columns; two thin batched products do the rest, so nothing of the size
-of the frozen weight is ever allocated. Where many pairs act, samples take turns: their rows of factors, gathered for
-all at once, would outweigh the activations.
+Pairs are gathered: the P of a sample are joined to K = P * R columns, and two thin batched products do the rest, so
+nothing of the size of the frozen weight is ever allocated. Where many pairs act, samples take turns: their rows of
+factors, gathered for all at once, would outweigh the activations. The past, and a pool that is projected on whole, need
+no gathering: all their rows act on every sample, some with strength 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,92 +18,167 @@ from torch import Tensor
 GATHERED = 2**21  # entries of a factor that may be gathered at once, if that is not less than one sample's
 
 
+@dataclass(slots=True)
+class Increments:
+    """What acts, and how: arguments that every form of inject has, in this order."""
+
+    A: Tensor  # [N, R, d_in]
+    B: Tensor  # [N, R, d_out]
+    index: Tensor  # [B, P]
+    coefficient: Tensor  # [B, P]
+    past_A: Tensor | None  # [C, Q, d_in]
+    past_B: Tensor | None  # [C, Q, d_out]
+    past_coefficient: Tensor | None  # [B, C]
+    scale: float
+    whole: bool  # whether activations are projected on all rows of the pool, or on each sample's pairs
+
+    @property
+    def columns(self) -> int:
+        """K: what activations are projected on, the past aside."""
+        return (self.A.shape[0] if self.whole else self.index.shape[1]) * self.A.shape[1]
+
+    @property
+    def past_columns(self) -> int:
+        return 0 if self.past_A is None else self.past_A.shape[0] * self.past_A.shape[1]
+
+
+# x projected on the pairs [B, S, K] and on the past [B, S, C * Q]; of a whole pool both in one [B, S, K + C * Q], and
+# nothing. Empty if not asked for.
+Lows = tuple[Tensor, Tensor]
+
+
 def inject(
     x: Tensor,  # [B, S, d_in]
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,  # [d_out]
-    A: Tensor,  # [N, R, d_in]
-    B: Tensor,  # [N, R, d_out]
-    index: Tensor,  # [B, P]
-    coefficient: Tensor,  # [B, P]
-    scale: float,
-) -> Tensor:
+    given: Increments,
+    save: bool,  # whether a backward pass will ask for what x was projected to
+) -> tuple[Tensor, Tensor, Tensor]:
     y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
-    return _expand_(y, _scaled_shrink(x, A, index, coefficient, scale), B, index)
+    return y, *add_(y, x, given, save)
 
 
 def inject_add(
     y: Tensor,  # [B, S, d_out]
     x: Tensor,  # [B, S, d_in]
-    A: Tensor,
-    B: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    scale: float,
-) -> Tensor:
+    given: Increments,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     total = y.clone(memory_format=torch.contiguous_format)
-    return _expand_(total, _scaled_shrink(x, A, index, coefficient, scale), B, index)
+    return total, *add_(total, x, given, save)
+
+
+def add_(y: Tensor, x: Tensor, given: Increments, save: bool) -> Lows:
+    """Adds the increments to y."""
+    past_low = add_past_(y, x, given)
+    low = shrink(x, given.A, given)
+    expand_(y, times(low, strength(given), x.dtype), given.B, given)
+    return lows(low, past_low, given, save)
+
+
+def lows(low: Tensor, past_low: Tensor, given: Increments, save: bool) -> Lows:
+    if not save:
+        return low.new_empty(0), low.new_empty(0)  # two, since results of an op must not be one tensor
+    if given.whole and given.past_A is not None:
+        return torch.cat([low, past_low], 2), low.new_empty(0)
+    return low, past_low
+
+
+def add_past_(y: Tensor, x: Tensor, given: Increments) -> Tensor:
+    if given.past_A is None or given.past_B is None:
+        return x.new_empty(0)
+    low = project(x, given.past_A)
+    scaled = times(low, past_strength(given), x.dtype)
+    y.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_B, x.dtype))
+    return low
 
 
 def inject_backward(
     grad: Tensor,  # [B, S, d_out]
-    x: Tensor | None,  # [B, S, d_in]; None if only x's own gradient is needed
+    x: Tensor | None,  # [B, S, d_in]; None if A has no gradient
     weight: Tensor | None,  # [d_out, d_in]; None for inject_add
-    A: Tensor,
-    B: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    scale: float,
-    needed: list[bool],  # x, A, B, coefficient
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given: Increments,
+    low: Tensor,  # as the forward pass returned it; not read if neither B nor the coefficient has a gradient
+    past_low: Tensor,  # likewise, for the past's coefficient
+    needed: list[bool],  # gradients of x, A, B, coefficient, past_coefficient
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What is not needed comes back empty."""
-    need_x, need_A, need_B, need_coefficient = needed
-    to_x, to_A, to_B, to_coefficient = grad.new_empty(0), A.new_empty(0), B.new_empty(0), coefficient.new_empty(0)
-    grad = grad.contiguous()  # a reduction's gradient is expanded, and is read up to three times here
-    exact = _exact(grad)
-    strength = _strength(coefficient, scale, A.shape[1], exact)  # [B, 1, K]
-    low = low_grad = grad.new_empty(0)
-    if need_B or need_coefficient:
-        assert x is not None
-        low = _shrink(x, A, index).to(exact)  # [B, S, K], recomputed rather than saved
-    if need_x or need_A or need_coefficient:
-        low_grad = _shrink(grad, B, index).to(exact)  # [B, S, K]
-    if need_coefficient:
-        by_pair = (low_grad * low).sum(1).reshape(*index.shape, A.shape[1]).sum(2)  # [B, P]
-        to_coefficient = (by_pair * scale).to(coefficient.dtype)
+    need_x, need_A, need_B, need_coefficient, need_past = needed
+    to_x = to_past = grad.new_empty(0)
+    to_A, to_B, to_coefficient = (t.new_empty(0) for t in (given.A, given.B, given.coefficient))
+    grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
+    if given.whole and low.dim() == 3:
+        low, past_low = low.split([given.columns, given.past_columns], 2)
+    strengths = strength(given)
     if need_B:
-        scaled = (low * strength).to(grad.dtype)
-        to_B = _sum_by_row(torch.bmm(scaled.transpose(1, 2), grad), B, index)
-    if need_x or need_A:
-        scaled = (low_grad * strength).to(grad.dtype)
+        to_B = _sum_over_tokens(times(low, strengths, grad.dtype), grad, given.B, given)
+    if need_x or need_A or need_coefficient:
+        low_grad = shrink(grad, given.B, given)  # [B, S, K]
+        if need_coefficient:
+            to_coefficient = _sum_of_products(low_grad, low, given.A.shape[1], given)
+            to_coefficient = to_coefficient.gather(1, given.index) if given.whole else to_coefficient
+            to_coefficient = to_coefficient.to(given.coefficient.dtype)
+        low_grad = times(low_grad, strengths, grad.dtype)
         if need_A:
             assert x is not None
-            to_A = _sum_by_row(torch.bmm(scaled.transpose(1, 2), x), A, index)
+            to_A = _sum_over_tokens(low_grad, x, given.A, given)
         if need_x:
-            to_x = grad.new_zeros(*grad.shape[:2], A.shape[2]) if weight is None else grad @ weight
-            _expand_(to_x, scaled, A, index)
-    return to_x, to_A, to_B, to_coefficient
+            to_x = grad.new_zeros(*grad.shape[:2], given.A.shape[2]) if weight is None else grad @ weight
+            expand_(to_x, low_grad, given.A, given)
+    if given.past_A is not None and given.past_B is not None and (need_x or need_past):
+        low_grad = project(grad, given.past_B)  # [B, S, C * Q]
+        if need_past:
+            assert given.past_coefficient is not None
+            to_past = _sum_of_products(low_grad, past_low, given.past_A.shape[1], given)
+            to_past = to_past.to(given.past_coefficient.dtype)
+        if need_x:
+            scaled = times(low_grad, past_strength(given), grad.dtype)
+            to_x.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_A, grad.dtype))
+    return to_x, to_A, to_B, to_coefficient, to_past
 
 
-def _scaled_shrink(x: Tensor, A: Tensor, index: Tensor, coefficient: Tensor, scale: float) -> Tensor:  # -> [B, S, K]
-    exact = _exact(x)
-    low = _shrink(x, A, index)
-    return (low.to(exact) * _strength(coefficient, scale, A.shape[1], exact)).to(x.dtype)
+def strength(given: Increments) -> Tensor:
+    """Of every column of the pool: [B, 1, K]. A row that appears twice in a sample counts twice."""
+    by_row = given.coefficient
+    if given.whole:
+        chosen = given.index.unsqueeze(2) == torch.arange(given.A.shape[0], device=given.index.device)  # [B, P, N]
+        by_row = torch.where(chosen, by_row.unsqueeze(2), 0).sum(1)
+    return (by_row * given.scale).repeat_interleave(given.A.shape[1], dim=1).unsqueeze(1)
 
 
-def _strength(coefficient: Tensor, scale: float, rank: int, exact: torch.dtype) -> Tensor:  # [B, P] -> [B, 1, K]
-    return (coefficient.to(exact) * scale).repeat_interleave(rank, dim=1).unsqueeze(1)
+def past_strength(given: Increments) -> Tensor:  # [B, 1, C * Q]
+    assert given.past_A is not None and given.past_coefficient is not None
+    return (given.past_coefficient * given.scale).repeat_interleave(given.past_A.shape[1], dim=1).unsqueeze(1)
 
 
-def _shrink(x: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # [B, S, d] -> [B, S, K]
-    parts = [torch.bmm(x[at], _columns(factor, index[at], x.dtype).transpose(1, 2)) for at in _turns(factor, index)]
+def times(low: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:
+    if low.dtype == torch.float16:  # an overflow in a row that does not act stays there
+        return torch.where(strength != 0, low * strength, 0).to(dtype)
+    return (low * strength).to(dtype)  # in the coefficient's dtype, float32 or better
+
+
+def shrink(x: Tensor, factor: Tensor, given: Increments) -> Tensor:  # [B, S, d] -> [B, S, K]
+    if given.whole:
+        return project(x, factor)
+    index = given.index
+    parts = [torch.bmm(x[at], _gather(factor, index[at], x.dtype).transpose(1, 2)) for at in _turns(factor, index)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _expand_(y: Tensor, low: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # [B, S, K] added to [B, S, d]
-    for at in _turns(factor, index):
-        y[at].baddbmm_(low[at], _columns(factor, index[at], y.dtype))
-    return y
+def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Increments) -> None:  # [B, S, K] added to [B, S, d]
+    if given.whole:
+        y.flatten(0, 1).addmm_(low.flatten(0, 1), columns(factor, y.dtype))
+        return
+    for at in _turns(factor, given.index):
+        y[at].baddbmm_(low[at], _gather(factor, given.index[at], y.dtype))
+
+
+def project(x: Tensor, factor: Tensor) -> Tensor:  # [B, S, d], [N, R, d] -> [B, S, N * R]
+    return F.linear(x, columns(factor, x.dtype))
+
+
+def columns(factor: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d] -> [N * R, d]
+    return factor.to(dtype).flatten(0, 1)
 
 
 def _turns(factor: Tensor, index: Tensor) -> Iterator[slice]:
@@ -111,18 +188,27 @@ def _turns(factor: Tensor, index: Tensor) -> Iterator[slice]:
         yield slice(first, first + together)
 
 
-def _columns(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d] -> [B, K, d]
+def _gather(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d] -> [B, K, d]
     if factor.shape[0] <= index.numel():  # whichever is smaller is cast
         factor = factor.to(dtype)
     return factor[index].to(dtype).flatten(1, 2)
 
 
-def _sum_by_row(by_pair: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # [B, K, d] -> [N, R, d]
-    """A one-hot product instead of index_add: no atomics, so one order of summation."""
-    exact = _exact(by_pair)
-    rows = torch.arange(factor.shape[0], device=index.device).unsqueeze(1)
-    chosen = (index.reshape(1, -1) == rows).to(exact)  # [N, B * P]
-    by_pair = by_pair.reshape(index.numel(), factor.shape[1] * factor.shape[2]).to(exact)
+def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Increments) -> Tensor:  # -> [B, rows]
+    """The gradient of a coefficient, before its dtype."""
+    by_column = (low_grad.to(_exact(low)) * low).sum(1)  # [B, K]
+    return by_column.view(len(low), low.shape[2] // rank, rank).sum(2) * given.scale
+
+
+def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Increments) -> Tensor:  # -> [N, R, d]
+    """The gradient of `factor`. A one-hot product instead of index_add: no atomics, so one order of summation."""
+    if given.whole:
+        return (low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape).to(factor.dtype)
+    exact = _exact(x)
+    by_pair = torch.bmm(low.transpose(1, 2), x)  # [B, K, d]
+    rows = torch.arange(factor.shape[0], device=x.device).unsqueeze(1)
+    chosen = (given.index.reshape(1, -1) == rows).to(exact)  # [N, B * P]
+    by_pair = by_pair.reshape(given.index.numel(), factor.shape[1] * factor.shape[2]).to(exact)
     return (chosen @ by_pair).view(factor.shape).to(factor.dtype)
 
 

@@ -1,186 +1,203 @@
 """inject in Triton: what is launched, with which tiles, in which order.
 
-Two ways, chosen by `plan`. "gather": a thin product per sample whose factor rows are picked inside the kernel. "whole":
-a pool of few columns is projected on entirely, by library products, and what is not selected is multiplied by 0. In
-both, the increments are written first and the library's product with the frozen weight accumulates on top of them.
+Pairs are gathered inside the kernels, a thin product per sample; a whole pool and the past are projected on by library
+products, and a kernel multiplies by the coefficients, which are 0 where a row is not selected. Either way the
+increments are written first and the library's product with the frozen weight accumulates on top of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject import triton_launch as launch
-from cllava_fast.ops.inject.triton_launch import Pairs, Shrunk, shipped, shrink_tiles
+from cllava_fast.ops.inject.reference import Increments, columns
+from cllava_fast.ops.inject.triton_launch import shipped, shrink_tiles
 
 __all__ = ["inject", "inject_add", "inject_backward", "shipped"]
 
-# Projecting on this many columns still costs little more than reading the activations once.
-WHOLE_COLUMNS = 256
-
-
-def plan(samples: int, pairs: int, rows: int, rank: int) -> str:
-    """The way to go: "whole" while the pool is small and samples would gather no fewer rows than it has."""
-    return "whole" if rows * rank <= WHOLE_COLUMNS and rows <= samples * pairs else "gather"
+Result = tuple[Tensor, Tensor, Tensor]
 
 
 def inject(
     x: Tensor,  # [B, S, d_in]
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,  # [d_out]
-    A: Tensor,  # [N, R, d_in]
-    B: Tensor,  # [N, R, d_out]
-    index: Tensor,  # [B, P]
-    coefficient: Tensor,  # [B, P]
-    scale: float,
-) -> Tensor:
-    if _nothing(x.shape[0] * x.shape[1], A, B, index):
-        return F.linear(x, weight, bias).contiguous()
-    pairs = Pairs(index.contiguous(), coefficient.contiguous(), scale)
-    if plan(*index.shape, *A.shape[:2]) == "whole":
-        scaled = launch.weigh(_project(x, A), None, A.shape[1], pairs, scale_low=True).low
-        assert scaled is not None
-        rows = scaled.flatten(0, 1), _whole(B, x.dtype)
-        y = torch.mm(*rows) if bias is None else torch.addmm(bias, *rows)  # [B * S, d_out]
-    else:
-        y = launch.expand(_scaled_shrink(x, A, pairs), B, pairs.rows, bias=bias).flatten(0, 1)
-    y.addmm_(x.flatten(0, 1), weight.t())  # the product reads y in its epilogue
-    return y.view(*x.shape[:2], -1)
+    given: Increments,
+    save: bool,
+) -> Result:
+    if _nothing(x, given):
+        return reference.inject(x, weight, bias, given, save)
+    y, low, past_low = _increments(x, _dense(given), save, bias=bias)
+    y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t())  # the product reads y in its epilogue
+    return y, low, past_low
 
 
 def inject_add(
     y: Tensor,  # [B, S, d_out]
     x: Tensor,  # [B, S, d_in]
-    A: Tensor,
-    B: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    scale: float,
-) -> Tensor:
-    if _nothing(x.shape[0] * x.shape[1], A, B, index):
-        return y.clone(memory_format=torch.contiguous_format)
-    pairs = Pairs(index.contiguous(), coefficient.contiguous(), scale)
-    return launch.expand(_scaled_shrink(x, A, pairs), B, pairs.rows, base=y)
+    given: Increments,
+    save: bool,
+) -> Result:
+    if _nothing(x, given):
+        return reference.inject_add(y, x, given, save)
+    return _increments(x, _dense(given), save, base=y)
+
+
+def _increments(
+    x: Tensor, given: Increments, save: bool, *, bias: Tensor | None = None, base: Tensor | None = None
+) -> Result:
+    """A new y = bias + base + increments, and what the backward pass needs."""
+    if given.whole:
+        low = _project(x, given.A, given.past_A)
+        scaled = launch.weigh(low, None, given, scale_low=True).low
+        assert scaled is not None
+        y = _expand(scaled, given.B, given.past_B, bias=bias, base=base)
+        return y, low if save else x.new_empty(0), x.new_empty(0)
+    tiles = shrink_tiles(x.dtype, x.shape[0], x.shape[1], given.columns)
+    shrunk = launch.shrink(x, given.A, given, tiles, scaled=True, bare=save)
+    assert shrunk.scaled is not None
+    y = launch.expand(shrunk.scaled, given.B, given.index, bias=bias, base=base)
+    past_low = x.new_empty(0)
+    if given.past_A is not None and given.past_B is not None:
+        past_low = _project(x, given.past_A)
+        scaled = launch.weigh(past_low, None, given, past_only=True, scale_low=True).low
+        assert scaled is not None
+        y.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_B, x.dtype))
+    return y, x.new_empty(0) if shrunk.bare is None else shrunk.bare, past_low if save else x.new_empty(0)
 
 
 def inject_backward(
     grad: Tensor,  # [B, S, d_out]
-    x: Tensor | None,  # [B, S, d_in]; None if only x's own gradient is needed
+    x: Tensor | None,  # [B, S, d_in]; None if A has no gradient
     weight: Tensor | None,  # [d_out, d_in]; None for inject_add
-    A: Tensor,
-    B: Tensor,
-    index: Tensor,
-    coefficient: Tensor,
-    scale: float,
-    needed: list[bool],  # x, A, B, coefficient
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given: Increments,
+    low: Tensor,  # as the forward pass returned it; not read if neither B nor the coefficient has a gradient
+    past_low: Tensor,  # likewise, for the past's coefficient
+    needed: list[bool],  # gradients of x, A, B, coefficient, past_coefficient
+) -> tuple[Tensor, ...]:
     """What is not needed comes back empty."""
+    if not any(needed) or _nothing(grad, given):
+        return reference.inject_backward(grad, x, weight, given, low, past_low, needed)
+    grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
+    run = _backward_whole if given.whole else _backward_gather
+    to_x, *others = run(grad, x, _dense(given), low, past_low, needed)
+    if to_x is not None and weight is not None:
+        to_x.flatten(0, 1).addmm_(grad.flatten(0, 1), weight)
+    empty = (grad, given.A, given.B, given.coefficient, given.coefficient)
+    return tuple(t.new_empty(0) if found is None else found for t, found in zip(empty, (to_x, *others), strict=True))
+
+
+Grads = list[Tensor | None]
+
+
+def _backward_gather(
+    grad: Tensor, x: Tensor | None, given: Increments, low: Tensor, past_low: Tensor, needed: list[bool]
+) -> Grads:
+    need_x, need_A, need_B, need_coefficient, need_past = needed
+    to_x = to_A = to_B = to_coefficient = to_past = None
     samples, tokens, _ = grad.shape
-    grad = grad.contiguous()  # a reduction's gradient is expanded, and is read up to three times here
-    pairs = Pairs(index.contiguous(), coefficient.contiguous(), scale)
-    need_x, *need_factors = needed
-    to_x: Tensor | None = None
-    if not any(needed) or _nothing(samples * tokens, A, B, index):
-        others = [
-            t.new_zeros(t.shape) if need else None for t, need in zip((A, B, coefficient), need_factors, strict=True)
-        ]
-    elif plan(*index.shape, *A.shape[:2]) == "whole":
-        to_x, *others = _backward_whole(grad, x, A, B, pairs, needed)
-    else:
-        to_x, *others = _backward_gather(grad, x, A, B, pairs, needed)
-    if need_x:
-        if to_x is None:
-            to_x = grad.new_zeros(samples, tokens, A.shape[2])
-        if weight is not None:
-            to_x.flatten(0, 1).addmm_(grad.flatten(0, 1), weight)
-    to_A, to_B, to_coefficient = others
-    return (
-        grad.new_empty(0) if to_x is None else to_x,
-        A.new_empty(0) if to_A is None else to_A,
-        B.new_empty(0) if to_B is None else to_B,
-        coefficient.new_empty(0) if to_coefficient is None else to_coefficient,
-    )
-
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _backward_gather(grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, pairs: Pairs, needed: list[bool]) -> Grads:
-    need_x, need_A, need_B, need_coefficient = needed
-    to_x = to_A = to_B = to_coefficient = None
-    samples, tokens, _ = grad.shape
-    columns = pairs.rows.shape[1] * A.shape[1]
-    low = Shrunk()
-    if need_B or need_coefficient:
-        assert x is not None
-        tiles = shrink_tiles(x.dtype, samples, tokens, columns)
-        low = launch.shrink(x, A, pairs, tiles, scaled=need_B, exact=need_coefficient)  # recomputed rather than saved
     if need_x or need_A or need_coefficient:
-        tiles = shrink_tiles(grad.dtype, samples, tokens, columns)
+        tiles = shrink_tiles(grad.dtype, samples, tokens, given.columns)
         left = None
-        if need_B and launch.one_pass(grad.dtype, samples, tokens, columns):
-            tiles, left = launch.one_pass_tiles(grad.dtype), low.scaled
-        low_grad = launch.shrink(grad, B, pairs, tiles, scaled=need_x or need_A, other=low.exact, left=left)
+        if need_B and launch.one_pass(grad.dtype, samples, tokens, given.columns):
+            tiles, left = launch.one_pass_tiles(grad.dtype), low
+        other = low if need_coefficient else None
+        low_grad = launch.shrink(grad, given.B, given, tiles, scaled=need_x or need_A, other=other, left=left)
         if low_grad.outer is not None:
-            to_B = launch.sum_by_row(low_grad.outer, B, pairs.rows)
+            to_B = launch.sum_by_row(low_grad.outer, given.B, given, scaled=False)
             low_grad = low_grad._replace(outer=None)  # up to half of grad's bytes: free before the next are taken
         if low_grad.products is not None:
-            by_pair = low_grad.products.sum(1).view(*pairs.rows.shape, -1).sum(2)
-            to_coefficient = by_pair * pairs.scale
+            to_coefficient = low_grad.products.sum(1).view(*given.index.shape, -1).sum(2) * given.scale
         if need_A:
             assert x is not None and low_grad.scaled is not None
-            to_A = launch.sum_by_row(launch.outer(low_grad.scaled, x), A, pairs.rows)
+            to_A = launch.sum_by_row(launch.outer(low_grad.scaled, x), given.A, given, scaled=True)
         if need_x:
             assert low_grad.scaled is not None
-            to_x = launch.expand(low_grad.scaled, A, pairs.rows)
+            to_x = launch.expand(low_grad.scaled, given.A, given.index)
     if need_B and to_B is None:
-        assert low.scaled is not None
-        to_B = launch.sum_by_row(launch.outer(low.scaled, grad), B, pairs.rows)
-    return to_x, to_A, to_B, to_coefficient
+        to_B = launch.sum_by_row(launch.outer(low, grad), given.B, given, scaled=False)
+    if given.past_A is not None and given.past_B is not None and (need_x or need_past):
+        past_grad = _project(grad, given.past_B)
+        known = past_low if need_past else None
+        past = launch.weigh(known, past_grad, given, past_only=True, scale_grad=need_x, multiply=need_past)
+        if past.products is not None:
+            to_past = _by_row(past.products, given.past_A.shape[1]) * given.scale
+        if past.grad is not None:
+            assert to_x is not None
+            to_x.flatten(0, 1).addmm_(past.grad.flatten(0, 1), columns(given.past_A, grad.dtype))
+    return [to_x, to_A, to_B, to_coefficient, to_past]
 
 
-def _backward_whole(grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, pairs: Pairs, needed: list[bool]) -> Grads:
-    need_x, need_A, need_B, need_coefficient = needed
-    to_x = to_A = to_B = to_coefficient = None
-    low = low_grad = None
-    if need_B or need_coefficient:
-        assert x is not None
-        low = _project(x, A)
-    if need_x or need_A or need_coefficient:
-        low_grad = _project(grad, B)
-    weighed = launch.weigh(
-        low, low_grad, A.shape[1], pairs, scale_low=need_B, scale_grad=need_x or need_A, multiply=need_coefficient
-    )
+def _backward_whole(
+    grad: Tensor, x: Tensor | None, given: Increments, low: Tensor, _: Tensor, needed: list[bool]
+) -> Grads:
+    need_x, need_A, need_B, need_coefficient, need_past = needed
+    to_x = to_A = to_B = to_coefficient = to_past = None
+    of_pool = given.A.shape[0] * given.A.shape[1]  # columns
+    multiply = need_coefficient or need_past
+    known = low if need_B or multiply else None
+    low_grad = _project(grad, given.B, given.past_B) if need_x or need_A or multiply else None
+    weighed = launch.weigh(known, low_grad, given, scale_low=need_B, scale_grad=need_x or need_A, multiply=multiply)
     if weighed.products is not None:
-        by_row = weighed.products.sum(1).view(-1, *A.shape[:2]).sum(2)  # [B, N]
-        to_coefficient = by_row.gather(1, pairs.rows) * pairs.scale
+        by_row = _by_row(weighed.products[..., :of_pool], given.A.shape[1])  # [B, N]
+        to_coefficient = by_row.gather(1, given.index) * given.scale
+        if need_past and given.past_A is not None:
+            to_past = _by_row(weighed.products[..., of_pool:], given.past_A.shape[1]) * given.scale
     if weighed.low is not None:
-        to_B = (weighed.low.flatten(0, 1).t() @ grad.flatten(0, 1)).view(B.shape).to(B.dtype)
+        to_B = _outer(weighed.low[..., :of_pool], grad, given.B)
     if weighed.grad is not None:
-        scaled = weighed.grad.flatten(0, 1)
         if need_A:
             assert x is not None
-            to_A = (scaled.t() @ x.flatten(0, 1)).view(A.shape).to(A.dtype)
+            to_A = _outer(weighed.grad[..., :of_pool], x, given.A)
         if need_x:
-            to_x = (scaled @ _whole(A, grad.dtype)).view(*grad.shape[:2], -1)
-    return to_x, to_A, to_B, to_coefficient
+            to_x = _expand(weighed.grad, given.A, given.past_A)
+    return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
 
 
-def _scaled_shrink(x: Tensor, A: Tensor, pairs: Pairs) -> Tensor:  # -> [B, S, K]
-    tiles = shrink_tiles(x.dtype, x.shape[0], x.shape[1], pairs.rows.shape[1] * A.shape[1])
-    scaled = launch.shrink(x, A, pairs, tiles, scaled=True).scaled
-    assert scaled is not None
-    return scaled
+def _dense(given: Increments) -> Increments:
+    """Kernels read these without strides."""
+    past = given.past_coefficient
+    return replace(
+        given,
+        index=given.index.contiguous(),
+        coefficient=given.coefficient.contiguous(),
+        past_coefficient=None if past is None else past.contiguous(),
+    )
 
 
-def _nothing(tokens: int, A: Tensor, B: Tensor, index: Tensor) -> bool:
-    return 0 in (tokens, index.shape[1], A.shape[1], A.shape[2], B.shape[2])
+def _nothing(x: Tensor, given: Increments) -> bool:
+    """Whether a kernel would have nothing to do; plain PyTorch takes care of what remains."""
+    sizes = (*x.shape, *given.A.shape, *given.B.shape, given.index.shape[1])
+    return 0 in sizes or (given.past_A is not None and given.past_A.numel() == 0)
 
 
-def _whole(factor: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d] -> [N * R, d]
-    return factor.to(dtype).flatten(0, 1)
+def _by_row(products: Tensor, rank: int) -> Tensor:  # [B, token tiles, C] -> [B, C / rank]
+    return products.sum(1).view(len(products), -1, rank).sum(2)
 
 
-def _project(x: Tensor, factor: Tensor) -> Tensor:  # [B, S, d], [N, R, d] -> [B, S, N * R]
-    return (x.flatten(0, 1) @ _whole(factor, x.dtype).t()).view(*x.shape[:2], -1)
+def _project(x: Tensor, factor: Tensor, past: Tensor | None = None) -> Tensor:  # [B, S, d] -> [B, S, C]
+    return F.linear(x, _joined(factor, past, x.dtype)).contiguous()
+
+
+def _expand(
+    low: Tensor, factor: Tensor, past: Tensor | None, *, bias: Tensor | None = None, base: Tensor | None = None
+) -> Tensor:  # [B, S, C] -> [B, S, d]
+    rows = low.flatten(0, 1), _joined(factor, past, low.dtype)
+    start = bias if base is None else base.flatten(0, 1)
+    assert bias is None or base is None
+    return (torch.mm(*rows) if start is None else torch.addmm(start, *rows)).view(*low.shape[:2], -1)
+
+
+def _joined(factor: Tensor, past: Tensor | None, dtype: torch.dtype) -> Tensor:  # -> [C, d]
+    """A copy of a few rows, so that activations are read once for both."""
+    rows = columns(factor, dtype)
+    return rows if past is None else torch.cat([rows, columns(past, dtype)])
+
+
+def _outer(low: Tensor, x: Tensor, factor: Tensor) -> Tensor:  # -> [N, R, d]
+    return (low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape).to(factor.dtype)

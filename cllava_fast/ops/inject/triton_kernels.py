@@ -40,9 +40,9 @@ def shrink(
     index,  # [B, P]
     coefficient,  # [B, P]
     scaled,  # out [B, S, K]: product * coefficient * scale, or None
-    exact,  # out float32 [B, S, K]: the bare product, or None
-    other,  # float32 [B, S, K], or None
-    products,  # out float32 [B, token tiles, K]: sum over the tile's tokens of bare product * other
+    bare,  # out [B, S, K]: product, or None
+    other,  # [B, S, K], or None
+    products,  # out float32 [B, token tiles, K]: sum over the tile's tokens of product * other
     left,  # [B, S, K], or None
     outer,  # out float32 [B, token tiles, K, width]: sum over the tile's tokens of left * x
     tokens,
@@ -87,13 +87,13 @@ def shrink(
             part = _dot(tl.trans(left_tile), x_tile, None)  # [BLOCK_K, BLOCK_D]
             outer_at = (tile * columns + k)[:, None] * width + d[None, :]
             tl.store(outer + outer_at, part, mask=in_k[:, None] & in_d[None, :])
-    if exact is not None:
-        tl.store(exact + at, total, mask=inside)
+    if bare is not None:
+        tl.store(bare + at, total.to(bare.dtype.element_ty), mask=inside)
     if scaled is not None:
         strength = tl.load(coefficient + b * pairs + k // R, mask=in_k, other=0.0) * scale
         tl.store(scaled + at, (total * strength[None, :]).to(scaled.dtype.element_ty), mask=inside)
     if other is not None:
-        product = total * tl.load(other + at, mask=inside, other=0.0)
+        product = total * tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(products + tile * columns + k, tl.sum(product, 0), mask=in_k)
 
 
@@ -193,14 +193,16 @@ def outer(
 def sum_by_row(
     partial,  # float32 [B, segments, P, size]
     index,  # [B, P]
+    coefficient,  # [B, P], or None: all 1
     out,  # [N, size]
     size,  # of a row: R * d
     pairs,
     all_pairs,  # B * P
     segments,
+    scale,
     BLOCK: tl.constexpr,
 ):
-    """out[n] = sum of what the pairs with row n left in `partial`: samples, then pairs, then segments in order."""
+    """out[n] = sum of what the pairs with row n left in `partial`, times coefficients: samples, then pairs in order."""
     tiles = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
     row = (pid // tiles).to(tl.int64)
@@ -210,30 +212,39 @@ def sum_by_row(
     for pair in range(0, all_pairs):
         if tl.load(index + pair) == row:
             first = (pair // pairs) * segments * pairs + pair % pairs
+            of_pair = tl.zeros([BLOCK], tl.float32)
             for segment in range(0, segments):
                 offset = (first + segment * pairs).to(tl.int64) * size
-                total += tl.load(partial + offset + at, mask=inside, other=0.0)
+                of_pair += tl.load(partial + offset + at, mask=inside, other=0.0)
+            if coefficient is not None:
+                strength = tl.load(coefficient + pair) * scale
+                of_pair = tl.where(strength != 0.0, of_pair * strength, 0.0)
+            total += of_pair
     tl.store(out + row * size + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def weigh(
-    low,  # [B, S, C]: C = N * R columns, one for each row and rank of the pool; or None
+    low,  # [B, S, C]: one column for each row and rank of the pool, then of the past; or None
     low_grad,  # [B, S, C], or None
     index,  # [B, P]
     coefficient,  # [B, P]
+    past_coefficient,  # [B, past rows], or None
     scaled_low,  # out [B, S, C], or None
     scaled_grad,  # out [B, S, C], or None
     products,  # out float32 [B, token tiles, C]: sum over the tile's tokens of low * low_grad, or None
     tokens,
     columns,
+    pool_columns,  # N * R
     pairs,
+    past_rows,
+    past_rank,
     scale,
     R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Projections on the whole pool times each sample's strength of the row, which is 0 for rows not selected."""
+    """Projections on all rows times each sample's strength of the row, which is 0 for rows not selected."""
     k_tiles = tl.cdiv(columns, BLOCK_K)
     s_tiles = tl.cdiv(tokens, BLOCK_S)
     pid = tl.program_id(0)
@@ -247,7 +258,12 @@ def weigh(
     strength = tl.zeros([BLOCK_K], tl.float32)
     for pair in range(0, pairs):  # a row that appears twice counts twice
         row = tl.load(index + b * pairs + pair)
-        strength += tl.where(k // R == row, tl.load(coefficient + b * pairs + pair), 0.0)
+        here = (k // R == row) & (k < pool_columns)
+        strength += tl.where(here, tl.load(coefficient + b * pairs + pair), 0.0)
+    if past_coefficient is not None:
+        past_row = (k - pool_columns) // past_rank
+        of_past = in_k & (k >= pool_columns)
+        strength += tl.load(past_coefficient + b * past_rows + past_row, mask=of_past, other=0.0)
     strength *= scale
     acts = strength[None, :] != 0.0  # so that an overflow in a row not selected stays there
     if low is not None:

@@ -14,25 +14,18 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops.inject import triton_kernels as kernels
+from cllava_fast.ops.inject.reference import Increments
 from cllava_fast.ops.triton_backend import Shipped
 
 # Programs that fill a GPU: below, token tiles shrink or tokens are split into segments.
 ENOUGH_PROGRAMS = 128
 # Arguments of the kernels that are sizes or strides.
 INTEGERS = frozenset(
-    "tokens width pairs all_pairs columns segments segment_tiles size x_stride_b x_stride_s f_stride_n f_stride_r"
-    " base_stride_b base_stride_s right_stride_b right_stride_s".split()
+    "tokens width pairs all_pairs columns pool_columns past_rows past_rank segments segment_tiles size x_stride_b"
+    " x_stride_s f_stride_n f_stride_r base_stride_b base_stride_s right_stride_b right_stride_s".split()
 )
 # Elements of a row of a factor that one program of `sum_by_row` adds up.
 SUM_BLOCK = 512
-
-
-class Pairs(NamedTuple):
-    """Which rows act on each sample and how strongly."""
-
-    rows: Tensor  # int64 [B, P]
-    coefficient: Tensor  # [B, P]
-    scale: float
 
 
 class Tiles(NamedTuple):
@@ -47,7 +40,7 @@ class Shrunk(NamedTuple):
     """What `shrink` was asked for."""
 
     scaled: Tensor | None = None  # [B, S, K]
-    exact: Tensor | None = None  # float32 [B, S, K]
+    bare: Tensor | None = None  # [B, S, K]
     products: Tensor | None = None  # float32 [B, token tiles, K]
     outer: Tensor | None = None  # float32 [B, token tiles, K, width]
 
@@ -55,9 +48,9 @@ class Shrunk(NamedTuple):
 class Weighed(NamedTuple):
     """What `weigh` was asked for."""
 
-    low: Tensor | None  # [B, S, N * R]
-    grad: Tensor | None  # [B, S, N * R]
-    products: Tensor | None  # float32 [B, token tiles, N * R]
+    low: Tensor | None  # [B, S, C]
+    grad: Tensor | None  # [B, S, C]
+    products: Tensor | None  # float32 [B, token tiles, C]
 
 
 def shrink_tiles(dtype: torch.dtype, samples: int, tokens: int, columns: int) -> Tiles:
@@ -111,29 +104,30 @@ SUM_TILES = Tiles(0, 0, SUM_BLOCK, 4, 3)
 def shrink(
     x: Tensor,  # [B, S, width]
     factor: Tensor,  # [N, R, width]
-    pairs: Pairs,
+    given: Increments,
     tiles: Tiles,
     *,
     scaled: bool = False,
-    exact: bool = False,
-    other: Tensor | None = None,  # float32 [B, S, K]: asks for products
+    bare: bool = False,
+    other: Tensor | None = None,  # [B, S, K]: asks for products
     left: Tensor | None = None,  # [B, S, K]: asks for outer
 ) -> Shrunk:
     x, factor = _dense_rows(x), _dense_rows(factor)
     tiles = beside(tiles, x.dtype, factor.dtype)
     samples, tokens, width = x.shape
     rank = factor.shape[1]
-    columns = pairs.rows.shape[1] * rank
+    pairs = given.index.shape[1]
+    columns = pairs * rank
     s_tiles = _tiles(tokens, tiles.tokens)
     single = torch.float32
     out = Shrunk(
         x.new_empty(samples, tokens, columns) if scaled else None,
-        x.new_empty(samples, tokens, columns, dtype=single) if exact else None,
+        x.new_empty(samples, tokens, columns) if bare else None,
         None if other is None else x.new_empty(samples, s_tiles, columns, dtype=single),
         None if left is None else x.new_empty(samples, s_tiles, columns, width, dtype=single),
     )
-    arguments = (x, factor, pairs.rows, pairs.coefficient, out.scaled, out.exact, other, out.products, left, out.outer)
-    sizes = (tokens, width, pairs.rows.shape[1], *x.stride()[:2], *factor.stride()[:2], pairs.scale)
+    arguments = (x, factor, given.index, given.coefficient, *out[:2], other, out.products, left, out.outer)
+    sizes = (tokens, width, pairs, *x.stride()[:2], *factor.stride()[:2], given.scale)
     programs = samples * s_tiles * _tiles(columns, tiles.columns)
     _launch(kernels.shrink, programs, tiles, *arguments, *sizes, R=rank, **_blocks(tiles))
     return out
@@ -178,22 +172,24 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return partial
 
 
-def sum_by_row(partial: Tensor, factor: Tensor, index: Tensor) -> Tensor:
-    """float32 [B, segments, K, d] -> [N, R, d] like `factor`: rows that no pair names are 0."""
+def sum_by_row(partial: Tensor, factor: Tensor, given: Increments, *, scaled: bool) -> Tensor:
+    """float32 [B, segments, K, d] -> [N, R, d] like `factor`: rows that no pair names are 0. `scaled`: `partial` holds
+    the coefficients already."""
     rows, rank, width = factor.shape
     out = factor.new_empty(factor.shape)
-    sizes = (rank * width, index.shape[1], index.numel(), partial.shape[1])
+    coefficient = None if scaled else given.coefficient
+    sizes = (rank * width, given.index.shape[1], given.index.numel(), partial.shape[1], given.scale)
     programs = rows * _tiles(rank * width, SUM_BLOCK)
-    _launch(kernels.sum_by_row, programs, SUM_TILES, partial, index, out, *sizes, BLOCK=SUM_BLOCK)
+    _launch(kernels.sum_by_row, programs, SUM_TILES, partial, given.index, coefficient, out, *sizes, BLOCK=SUM_BLOCK)
     return out
 
 
 def weigh(
-    low: Tensor | None,  # [B, S, N * R], contiguous
-    low_grad: Tensor | None,  # [B, S, N * R], contiguous
-    rank: int,
-    pairs: Pairs,
+    low: Tensor | None,  # [B, S, C], contiguous
+    low_grad: Tensor | None,  # [B, S, C], contiguous
+    given: Increments,
     *,
+    past_only: bool = False,  # whether the C columns are those of the past, or those of the pool and then of the past
     scale_low: bool = False,
     scale_grad: bool = False,
     multiply: bool = False,
@@ -208,10 +204,14 @@ def weigh(
         torch.empty_like(like) if scale_grad else None,
         like.new_empty(samples, s_tiles, columns, dtype=torch.float32) if multiply else None,
     )
-    sizes = (tokens, columns, pairs.rows.shape[1], pairs.scale)
+    rows, rank, _ = given.A.shape
+    pool_columns, pairs = (0, 0) if past_only else (rows * rank, given.index.shape[1])
+    past_rows, past_rank = (0, 1) if given.past_A is None else given.past_A.shape[:2]
+    sizes = (tokens, columns, pool_columns, pairs, past_rows, past_rank, given.scale)
     programs = samples * s_tiles * _tiles(columns, tiles.columns)
     constants = {"R": rank, "BLOCK_S": tiles.tokens, "BLOCK_K": tiles.columns}
-    _launch(kernels.weigh, programs, tiles, low, low_grad, pairs.rows, pairs.coefficient, *out, *sizes, **constants)
+    strengths = given.index, given.coefficient, given.past_coefficient
+    _launch(kernels.weigh, programs, tiles, low, low_grad, *strengths, *out, *sizes, **constants)
     return out
 
 
@@ -241,11 +241,11 @@ def shipped() -> list[Shipped]:
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     for name, dtype in dtypes.items():
         for factor in {"fp16": ("fp16",), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}[name]:
-            types = {"factor": factor, "coefficient": "fp32", "exact": "fp32", "other": "fp32", "products": "fp32"}
+            types = {"factor": factor, "coefficient": "fp32", "past_coefficient": "fp32", "products": "fp32"}
             types |= {"outer": "fp32", "partial": "fp32", "index": "i64"}
             for tiles in _every(shrink_tiles(dtype, 16, s, k) for s in (1, 1024) for k in (32, 64, 128)):
                 tiles = beside(tiles, dtype, dtypes[factor])
-                found.append(_ship(kernels.shrink, tiles, name, types, "exact other products left outer"))
+                found.append(_ship(kernels.shrink, tiles, name, types, "bare other products left outer"))
                 found.append(_ship(kernels.shrink, tiles, name, types, "left outer"))
             found.append(_ship(kernels.shrink, one_pass_tiles(dtype), name, types))
             for tiles in _every(expand_tiles(dtype, s, k) for s in (1, 64) for k in (32, 64)):
