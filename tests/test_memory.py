@@ -138,13 +138,13 @@ def test_many_samples_with_a_long_past_gather_less_than_the_weight(layer, dtype,
 
 @pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32)], indirect=True)
 def test_a_dense_offset_inside_the_op_would_be_seen(layer, dtype, rng, monkeypatch):
-    columns = reference._gather
+    shrink = reference.shrink
 
     def wasteful(*arguments):
         torch.zeros(WIDTH, WIDTH, dtype=dtype, device=DEVICE)
-        return columns(*arguments)
+        return shrink(*arguments)
 
-    monkeypatch.setattr(reference, "_gather", wasteful)
+    monkeypatch.setattr(reference, "shrink", wasteful)
     block = rows(8, 4, dtype, rng, trained=True)
     took, (_, gradients) = measure(lambda: inject(layer, block))
     assert took.peak > SLACK * allowance(layer, gradients[1:])
@@ -175,6 +175,6 @@ def test_samples_that_take_turns_change_nothing(together, rng, monkeypatch):
 
     wanted = results()
     monkeypatch.setattr(reference, "GATHERED", together * case.P * case.R * case.d_in)
-    assert len(list(reference._turns(tensors[2], tensors[4]))) == -(-case.B // together)
+    assert len(list(reference._turns(tensors[0], tensors[2], tensors[4]))) == -(-case.B // together)
     for found, exact in zip(results(), wanted, strict=True):
         close(found, exact)

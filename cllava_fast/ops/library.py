@@ -11,6 +11,7 @@ from cllava_fast.ops import dispatch
 
 NAMESPACE = "cllava_fast"
 DEVICES = ("cpu", "cuda")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(
@@ -47,6 +48,36 @@ def define(
     return op
 
 
+def differentiable(op: Any, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+    """`torch.library.register_autograd` for ops without default or keyword-only arguments, at half its cost a call:
+    torch reads the schema again each time, in search of defaults."""
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *given, keys = args
+            outputs = below(keys, *given)
+            setup_context(ctx, tuple(given), outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            found = backward(ctx, *grads)
+            return *(found if isinstance(found, tuple) else (found,)), None
+
+    def below(keys: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    def run(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Gradient.apply(*args, keys)
+        return below(keys, *args)
+
+    Gradient.__name__ = f"{op._opname}_gradient"
+    _LIBRARY.impl(op._opname, run, "Autograd", with_keyset=True)
+
+
 def no_second_derivative(op: Any) -> None:
     """Make the gradient of a backward op a clear error instead of a silently wrong zero."""
 
@@ -56,7 +87,7 @@ def no_second_derivative(op: Any) -> None:
             "Call backward without create_graph=True."
         )
 
-    torch.library.register_autograd(op, backward)
+    differentiable(op, backward, setup_context=lambda *_: None)
 
 
 def _under_autocast(op: Any, device: str, casts: frozenset[int]) -> Callable[..., Any]:

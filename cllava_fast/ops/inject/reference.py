@@ -117,7 +117,7 @@ def inject_backward(
         if need_coefficient:
             to_coefficient = _sum_of_products(low_grad, low, given.A.shape[1], given)
             to_coefficient = to_coefficient.gather(1, given.index) if given.whole else to_coefficient
-            to_coefficient = to_coefficient.to(given.coefficient.dtype)
+            to_coefficient = as_dtype(to_coefficient, given.coefficient.dtype)
         low_grad = times(low_grad, strengths, grad.dtype)
         if need_A:
             assert x is not None
@@ -130,7 +130,7 @@ def inject_backward(
         if need_past:
             assert given.past_coefficient is not None
             to_past = _sum_of_products(low_grad, past_low, given.past_A.shape[1], given)
-            to_past = to_past.to(given.past_coefficient.dtype)
+            to_past = as_dtype(to_past, given.past_coefficient.dtype)
         if need_x:
             scaled = times(low_grad, past_strength(given), grad.dtype)
             to_x.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_A, grad.dtype))
@@ -138,78 +138,93 @@ def inject_backward(
 
 
 def strength(given: Increments) -> Tensor:
-    """Of every column of the pool: [B, 1, K]. A row that appears twice in a sample counts twice."""
+    """Of every row that x is projected on, one for its R columns: [B, 1, rows, 1]. A row that appears twice in a sample
+    counts twice."""
     by_row = given.coefficient
     if given.whole:
         chosen = given.index.unsqueeze(2) == torch.arange(given.A.shape[0], device=given.index.device)  # [B, P, N]
         by_row = torch.where(chosen, by_row.unsqueeze(2), 0).sum(1)
-    return (by_row * given.scale).repeat_interleave(given.A.shape[1], dim=1).unsqueeze(1)
+    return (by_row * given.scale)[:, None, :, None]
 
 
-def past_strength(given: Increments) -> Tensor:  # [B, 1, C * Q]
-    assert given.past_A is not None and given.past_coefficient is not None
-    return (given.past_coefficient * given.scale).repeat_interleave(given.past_A.shape[1], dim=1).unsqueeze(1)
+def past_strength(given: Increments) -> Tensor:  # [B, 1, C, 1]
+    assert given.past_coefficient is not None
+    return (given.past_coefficient * given.scale)[:, None, :, None]
 
 
-def times(low: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:
+def times(low: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:  # [B, S, rows * R], in strength's precision
+    samples, tokens, columns = low.shape
+    rows = strength.shape[2]
+    by_row = low.view(samples, tokens, rows, columns // rows if rows else 0)
+    scaled = by_row * strength
     if low.dtype == torch.float16:  # an overflow in a row that does not act stays there
-        return torch.where(strength != 0, low * strength, 0).to(dtype)
-    return (low * strength).to(dtype)  # in the coefficient's dtype, float32 or better
+        scaled = torch.where(strength != 0, scaled, 0)
+    return as_dtype(scaled.reshape(samples, tokens, columns), dtype)
 
 
 def shrink(x: Tensor, factor: Tensor, given: Increments) -> Tensor:  # [B, S, d] -> [B, S, K]
     if given.whole:
         return project(x, factor)
-    index = given.index
-    parts = [torch.bmm(x[at], _gather(factor, index[at], x.dtype).transpose(1, 2)) for at in _turns(factor, index)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = [torch.bmm(part, rows.transpose(1, 2)) for part, rows in _turns(x, factor, given.index)]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Increments) -> None:  # [B, S, K] added to [B, S, d]
     if given.whole:
         y.flatten(0, 1).addmm_(low.flatten(0, 1), columns(factor, y.dtype))
         return
-    for at in _turns(factor, given.index):
-        y[at].baddbmm_(low[at], _gather(factor, given.index[at], y.dtype))
+    first = 0
+    for part, rows in _turns(y, factor, given.index):
+        part.baddbmm_(low[first : first + len(part)], rows)
+        first += len(part)
 
 
 def project(x: Tensor, factor: Tensor) -> Tensor:  # [B, S, d], [N, R, d] -> [B, S, N * R]
-    return F.linear(x, columns(factor, x.dtype))
+    return F.linear(x, columns(factor, x.dtype)).contiguous()
 
 
 def columns(factor: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d] -> [N * R, d]
-    return factor.to(dtype).flatten(0, 1)
+    return as_dtype(factor, dtype).flatten(0, 1)
 
 
-def _turns(factor: Tensor, index: Tensor) -> Iterator[slice]:
-    """Which samples are worked on together."""
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _turns(x: Tensor, factor: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples that are worked on together, and the rows of `factor` that act on them: [b, S, d], [b, K, d]."""
+    samples = len(index)
     together = max(1, GATHERED // max(1, index.shape[1] * factor.shape[1] * factor.shape[2]))
-    for first in range(0, max(1, index.shape[0]), together):
-        yield slice(first, first + together)
-
-
-def _gather(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d] -> [B, K, d]
     if factor.shape[0] <= index.numel():  # whichever is smaller is cast
-        factor = factor.to(dtype)
-    return factor[index].to(dtype).flatten(1, 2)
+        factor = as_dtype(factor, x.dtype)
+    if together >= samples:
+        yield x, as_dtype(factor[index], x.dtype).flatten(1, 2)
+        return
+    for first in range(0, samples, together):
+        at = slice(first, first + together)
+        yield x[at], as_dtype(factor[index[at]], x.dtype).flatten(1, 2)
 
 
 def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Increments) -> Tensor:  # -> [B, rows]
     """The gradient of a coefficient, before its dtype."""
-    by_column = (low_grad.to(_exact(low)) * low).sum(1)  # [B, K]
+    by_column = (as_dtype(low_grad, _exact(low)) * low).sum(1)  # [B, K]
     return by_column.view(len(low), low.shape[2] // rank, rank).sum(2) * given.scale
 
 
 def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Increments) -> Tensor:  # -> [N, R, d]
-    """The gradient of `factor`. A one-hot product instead of index_add: no atomics, so one order of summation."""
+    """The gradient of `factor`, summed in one order."""
     if given.whole:
         return (low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape).to(factor.dtype)
+    rows, size = factor.shape[0], factor.shape[1] * factor.shape[2]
     exact = _exact(x)
-    by_pair = torch.bmm(low.transpose(1, 2), x)  # [B, K, d]
-    rows = torch.arange(factor.shape[0], device=x.device).unsqueeze(1)
-    chosen = (given.index.reshape(1, -1) == rows).to(exact)  # [N, B * P]
-    by_pair = by_pair.reshape(given.index.numel(), factor.shape[1] * factor.shape[2]).to(exact)
-    return (chosen @ by_pair).view(factor.shape).to(factor.dtype)
+    by_pair = as_dtype(torch.bmm(low.transpose(1, 2), x), exact).reshape(given.index.numel(), size)  # [B * P, R * d]
+    index = given.index.reshape(-1)
+    if x.device.type == "cpu":
+        total = by_pair.new_zeros(rows, size).index_add_(0, index, by_pair)
+    else:  # where index_add has atomics: a one-hot product
+        chosen = (index == torch.arange(rows, device=x.device).unsqueeze(1)).to(exact)  # [N, B * P]
+        total = chosen @ by_pair
+    return as_dtype(total.view(factor.shape), factor.dtype)
 
 
 def _exact(tensor: Tensor) -> torch.dtype:
