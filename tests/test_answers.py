@@ -62,7 +62,9 @@ def test_loss_and_gradients_are_those_of_all_logits(training, batch, known, item
     training.double()
     options = {} if items is None else {"num_items_in_batch": items}
     known = {"answer_positions": answers.answer_positions(batch["labels"])} if known else {}
-    same(step(training, batch, **options, **known), step(training, batch, **options, **ALL), 1e-6)  # float32 in the loss
+    same(
+        step(training, batch, **options, **known), step(training, batch, **options, **ALL), 1e-6
+    )  # float32 in the loss
     assert training(**batch, **known).logits.shape[1] == 3
 
 

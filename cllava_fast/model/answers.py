@@ -29,8 +29,8 @@ def next_labels(labels: Tensor) -> Tensor:
 def answer_positions(labels: Tensor) -> Tensor:
     """``[B, K]`` int64: where the next token carries a label, in order.
 
-    Rows with fewer than ``K`` go on with positions that predict nothing. Waits for a GPU, since ``K`` depends on values:
-    a collator calls it on the CPU and hands the result to the model.
+    Rows with fewer than ``K`` go on with positions that predict nothing. On a GPU it waits, since ``K`` depends on
+    values: a collator calls it on the CPU, and hands the result to the model.
     """
     predicts = next_labels(labels) != IGNORE  # [B, S]
     most = max(1, int(predicts.sum(1).max()))  # of no logits at all, transformers' loss would have no gradient

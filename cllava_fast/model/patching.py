@@ -50,8 +50,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     (``[B, D]``, embeddings of the surrogate) and ``image_features`` (``[images, tokens, d]`` in place of
     ``pixel_values``: the projected features of the frozen vision tower, computed once).
 
-    In training, a ``forward`` with ``labels`` returns the ``logits`` of answer positions alone, ``[B, K, vocab]``; those
-    of all positions in evaluation mode, or if ``logits_to_keep=0`` is passed. ``answer_positions`` (``[B, K]``, see
+    In training, a ``forward`` with ``labels`` returns the ``logits`` of answer positions alone, ``[B, K, vocab]``; of
+    all positions in evaluation mode, or if ``logits_to_keep=0`` is passed. ``answer_positions`` (``[B, K]``, see
     ``answers.answer_positions``) says which they are, where a collator knows; otherwise labels are read.
 
     Args:
