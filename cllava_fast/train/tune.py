@@ -105,6 +105,8 @@ def tune(
         bf16=args.bf16,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
+        # a blocking copy would wait for the whole step before it
+        accelerator_config={"non_blocking": device.type != "cpu"},
         save_strategy="no",
         logging_steps=10,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
