@@ -16,7 +16,8 @@ import cllava_fast as cf
 from cllava_fast.data.encode import IGNORE
 from cllava_fast.model import answers
 from cllava_fast.ops import checks
-from cllava_fast.train.align import READ_EVERY, align_keys
+from cllava_fast.train import align
+from cllava_fast.train.align import READ_EVERY
 from cllava_fast.train.arguments import ContinualArguments
 from tests.helpers import QUESTIONS, inputs, learn
 
@@ -80,9 +81,17 @@ def test_generation(model, processor, rng):
     assert set(reads.by) <= KNOWN and len(reads.by) <= 1
 
 
-def test_alignment_reads_its_losses_now_and_then(model, tmp_path, rng):
+def test_alignment_reads_its_losses_now_and_then(model, tmp_path, rng, monkeypatch):
     args = ContinualArguments(output_dir=str(tmp_path), align_steps=2 * READ_EVERY, align_batch_size=8, progress=False)
+    read = []
+    monkeypatch.setattr(align, "_check", lambda losses, step, title: read.append((len(losses), step)) or 0.0)
     with Reads() as reads:
-        align_keys(model.increments.pool, queries(model, 32, rng), 2, 1, args, seed=0, title="align")
-    assert reads.by.count("align_keys") == 1  # their mean, at the end
-    assert 0 < reads.by.count("_check") <= 2 * READ_EVERY and set(reads.by) == {"_check", "align_keys"}
+        align.align_keys(model.increments.pool, queries(model, 32, rng), 2, 1, args, seed=0, title="align")
+    assert read == [(READ_EVERY, READ_EVERY), (READ_EVERY, 2 * READ_EVERY)]
+    assert reads.by == ["align_keys"]  # their mean, at the end
+
+
+def test_alignment_names_the_step_whose_loss_is_no_number():
+    losses = [torch.tensor(value) for value in (1.0, float("nan"), float("nan"))]
+    with pytest.raises(FloatingPointError, match="a: the loss is nan at step 19"):
+        align._check(losses, 20, "a")
