@@ -37,7 +37,8 @@ class Reads(TorchDispatchMode):
         masks = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
         if masks or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             frame = sys._getframe(1)
-            while frame is not None and "/torch/" in frame.f_code.co_filename:
+            # an optimizer's count of steps lies on the CPU
+            while frame is not None and "/torch/" in (file := frame.f_code.co_filename) and "/optim/" not in file:
                 frame = frame.f_back
             if frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
                 self.by.append(frame.f_code.co_name)
