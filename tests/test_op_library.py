@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cllava_fast as cf
@@ -189,3 +190,28 @@ def test_values_are_checked_only_where_they_can_be_read(rng):
     meta = [t.detach().to("meta") for t in chain_inputs(rng)]
     assert chain(*meta)[0].shape == (3, 4, 10)
     torch._dynamo.reset()
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the ops that reach a dispatch mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_see_ops_and_gradients(rng):
+    """Selective checkpointing, for one, decides by them."""
+    inputs = chain_inputs(rng)
+    wanted = gradients(chain(*inputs), inputs)
+    with _Seen() as seen:
+        found = gradients(chain(*inputs), inputs)
+    forward = ["select", "aggregate", "inject", "mix_factors", "inject_add"]
+    expected = forward + [f"{name}_backward" for name in ("inject", "mix_factors", "inject", "aggregate", "select")]
+    ours = [name for name in seen.names if name in {*expected}]
+    assert sorted(ours) == sorted(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

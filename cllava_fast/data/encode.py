@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cllava_fast.data.stream import ImageSource, Sample
-
-IGNORE = -100  # label of positions without a loss, as in transformers
+from cllava_fast.model.answers import IGNORE
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
-from cllava_fast.model import paths
+from cllava_fast.model import answers, paths
 from cllava_fast.model.increments import Increments, Request
 from cllava_fast.pool import Factors
 
@@ -49,6 +49,10 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     ``instructions`` (one text a sample; by default the last user turn is read back from ``input_ids``), ``query``
     (``[B, D]``, embeddings of the surrogate) and ``image_features`` (``[images, tokens, d]`` in place of
     ``pixel_values``: the projected features of the frozen vision tower, computed once).
+
+    In training, a ``forward`` with ``labels`` returns the ``logits`` of answer positions alone, ``[B, K, vocab]``; of
+    all positions in evaluation mode, or if ``logits_to_keep=0`` is passed. ``answer_positions`` (``[B, K]``, see
+    ``answers.answer_positions``) says which they are, where a collator knows; otherwise labels are read.
 
     Args:
         model: a ``transformers.LlavaForConditionalGeneration``.
@@ -201,6 +205,7 @@ def _forward(
     instructions: list[str] | None = None,
     query: Tensor | None = None,
     image_features: Tensor | None = None,
+    answer_positions: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
@@ -209,7 +214,8 @@ def _forward(
     if image_features is not None:
         kwargs["pixel_values"] = _check_features(image_features, kwargs)
     try:
-        output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
+        with answers.for_loss_alone(model, kwargs, answer_positions):
+            output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
         increments.active = None
     if increments.pending is None:

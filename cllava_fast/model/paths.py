@@ -51,6 +51,10 @@ def language_model(model: nn.Module) -> nn.Module:
     return model.get_submodule("model.language_model")
 
 
+def output_head(model: nn.Module) -> nn.Module:
+    return model.get_submodule("lm_head")
+
+
 def vision_tower(model: nn.Module) -> nn.Module:
     return model.get_submodule("model.vision_tower")
 

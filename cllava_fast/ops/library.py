@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import _C
 
 from cllava_fast.ops import dispatch
 
 NAMESPACE = "cllava_fast"
 DEVICES = ("cpu", "cuda")
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+_kernels: dict[Any, Callable[..., Any]] = {}  # of each op
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # noqa: TOR901 (what it registers lives as long as it does)
+_PLAIN = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
 
 def define(
@@ -40,6 +44,7 @@ def define(
             packed = args if pack is None else pack(*args)
             return dispatch.choose(name, site(*args)).run(*packed)
 
+    _kernels[op] = kernel
     torch.library.impl(qualified, DEVICES, kernel)
     torch.library.register_fake(qualified, fake)
     casts = frozenset(i for i, argument in enumerate(op._schema.arguments) if argument.name in autocast)
@@ -48,34 +53,38 @@ def define(
     return op
 
 
-def differentiable(op: Any, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-    """`torch.library.register_autograd` for ops without default or keyword-only arguments, at half its cost a call:
-    torch reads the schema again each time, in search of defaults."""
+def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    """What `torch.library.register_autograd` does, for ops whose schema has no defaults, in half its time: where plain
+    tensors have nothing between autograd and their device's kernel, the kernel is called rather than dispatched to."""
+    kernel = _kernels[op]
 
-    class Gradient(torch.autograd.Function):
+    def below_autograd(keys: Any, args: tuple[Any, ...]) -> Any:
+        if (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _PLAIN:
+            return kernel(*args)
+        with _C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & _C._after_autograd_keyset, *args)
+
+    class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            *given, keys = args
-            outputs = below(keys, *given)
-            setup_context(ctx, tuple(given), outputs)
-            return outputs
+            *inputs, keys = args
+            output = below_autograd(keys, tuple(inputs))
+            if setup_context is not None:
+                setup_context(ctx, tuple(inputs), output)
+            return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             found = backward(ctx, *grads)
-            return *(found if isinstance(found, tuple) else (found,)), None
+            return (*found, None) if isinstance(found, tuple) else (found, None)
 
-    def below(keys: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+    def autograd(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and _C._any_requires_grad(*args):
+            return Differentiable.apply(*args, keys)
+        return below_autograd(keys, args)
 
-    def run(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Gradient.apply(*args, keys)
-        return below(keys, *args)
-
-    Gradient.__name__ = f"{op._opname}_gradient"
-    _LIBRARY.impl(op._opname, run, "Autograd", with_keyset=True)
+    Differentiable.__name__ = f"{op._opname}_backward"
+    _library.impl(op._opname, autograd, "Autograd", with_keyset=True)
 
 
 def no_second_derivative(op: Any) -> None:
@@ -87,7 +96,7 @@ def no_second_derivative(op: Any) -> None:
             "Call backward without create_graph=True."
         )
 
-    differentiable(op, backward, setup_context=lambda *_: None)
+    differentiable(op, backward)
 
 
 def _under_autocast(op: Any, device: str, casts: frozenset[int]) -> Callable[..., Any]:

@@ -12,6 +12,8 @@ from cllava_fast.pool import Pool
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.progress import stage
 
+READ_EVERY = 10  # steps
+
 
 def align_keys(
     pool: Pool, queries: Tensor, top_m: int, groups: int, args: ContinualArguments, seed: int, title: str
@@ -39,24 +41,32 @@ def align_keys(
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=decay_every, gamma=0.1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    losses: list[float] = []
+    losses: list[Tensor] = []  # on the device; read every READ_EVERY steps, since reading waits for it
+    note = ""
     with stage(title, steps, args.progress) as advance:
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             if not len(order):
-                order = torch.randperm(len(queries), generator=generator)
+                order = torch.randperm(len(queries), generator=generator).to(keys.device)
             batch, order = order[: args.align_batch_size], order[args.align_batch_size :]
-            _, _, similarity = ops.select(
-                queries[batch.to(keys.device)], keys, top_m, groups=groups, check_values=False
-            )
+            _, _, similarity = ops.select(queries[batch], keys, top_m, groups=groups, check_values=False)
             loss = -similarity.mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([keys], args.align_max_grad_norm)
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"{title}: the loss is {losses[-1]} at step {len(losses)}")
-            advance(f"loss {losses[-1]:.4f}")
+            losses.append(loss.detach())
+            if step % READ_EVERY == 0 or step == steps:
+                note = f"loss {_check(losses[-READ_EVERY:], step, title):.4f}"
+            advance(note)
     recent = losses[-per_epoch:]
-    return sum(recent) / max(len(recent), 1)
+    return torch.stack(recent).mean().item() if recent else 0.0
+
+
+def _check(losses: list[Tensor], step: int, title: str) -> float:
+    """The last of the losses that end at ``step``."""
+    values = torch.stack(losses).tolist()
+    for number, value in enumerate(values, start=step - len(values) + 1):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{title}: the loss is {value} at step {number}")
+    return values[-1]

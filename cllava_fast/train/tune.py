@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments
+from cllava_fast.model.answers import answer_positions
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.progress import Advance, stage
 
@@ -54,6 +55,8 @@ class _TuneCollator:
 
     def __call__(self, items: Sequence[tuple[Example, Tensor | None]]) -> dict[str, Tensor]:
         batch = self.collate([example for example, _ in items])
+        # found here, where reading the labels waits for no device
+        batch["answer_positions"] = answer_positions(batch["labels"])
         queries = [query for _, query in items if query is not None]
         return {**batch, "query": torch.stack(queries)} if queries else batch
 
@@ -102,6 +105,8 @@ def tune(
         bf16=args.bf16,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
+        # a blocking copy would wait for the whole step before it
+        accelerator_config={"non_blocking": device.type != "cpu"},
         save_strategy="no",
         logging_steps=10,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen

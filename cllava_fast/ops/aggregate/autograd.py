@@ -106,7 +106,7 @@ def _mix_backward(ctx: Any, grad_A: Tensor, grad_B: Tensor) -> tuple[Any, ...]:
     return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None
 
 
-library.differentiable(AGGREGATE, _backward, setup_context=_setup_context)
-library.differentiable(MIX_FACTORS, _mix_backward, setup_context=_mix_setup_context)
+library.differentiable(AGGREGATE, _backward, _setup_context)
+library.differentiable(MIX_FACTORS, _mix_backward, _mix_setup_context)
 library.no_second_derivative(AGGREGATE_BACKWARD)
 library.no_second_derivative(MIX_FACTORS_BACKWARD)

@@ -147,6 +147,6 @@ def _add_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return to_y, x, A, B, None, coefficient, None, None, past_coefficient, None, None, None
 
 
-library.differentiable(INJECT, _backward, setup_context=_setup_context)
-library.differentiable(INJECT_ADD, _add_backward, setup_context=_add_setup_context)
+library.differentiable(INJECT, _backward, _setup_context)
+library.differentiable(INJECT_ADD, _add_backward, _add_setup_context)
 library.no_second_derivative(BACKWARD)

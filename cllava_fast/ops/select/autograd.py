@@ -69,5 +69,5 @@ def _backward(ctx: Any, grad: Tensor, _weight: Any, _index: Any) -> tuple[Any, .
     return None, grad_keys, None, None, None, None
 
 
-library.differentiable(SELECT, _backward, setup_context=_setup_context)
+library.differentiable(SELECT, _backward, _setup_context)
 library.no_second_derivative(BACKWARD)

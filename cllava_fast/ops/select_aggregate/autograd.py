@@ -61,4 +61,4 @@ def _backward(ctx: Any, grad: Tensor, _index: Any) -> tuple[Any, ...]:
     return *[None] * 8, to_context
 
 
-library.differentiable(SELECT_AGGREGATE, _backward, setup_context=_setup_context)
+library.differentiable(SELECT_AGGREGATE, _backward, _setup_context)

@@ -1,0 +1,91 @@
+"""A tune step of the demo's model: Continual LLaVA over sequential LoRA of equal active rank: `python
+benchmarks/demo_step.py`.
+
+Forward, backward, clipping and optimizer, without the Trainer around them, which is the same for all. Ways take turns;
+medians. Each earlier task is 64 columns more in every adapted layer, of width 128: that is most of what it costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import cllava_fast as cf
+from cllava_fast.data.encode import Collator
+from cllava_fast.demo.base import load_base
+from cllava_fast.demo.run import DemoConfig
+from cllava_fast.demo.stream import build_stream
+from cllava_fast.train.tune import _TuneCollator
+
+BATCH = 32
+LORA = "sequential_lora"
+
+
+def tune_step(method: str, earlier: int, data: cf.PreparedStream) -> Callable[[], None]:
+    """One step of the task that follows `earlier` committed ones."""
+    model, processor = load_base()
+    cf.patch(model, DemoConfig().method_config(method), processor=processor)
+    increments, names = model.increments, data.stream.task_names
+    for number, name in enumerate(names[: earlier + 1]):
+        examples = data.examples(name, "train", model)
+        queries = None
+        if increments.surrogate is not None:
+            queries = increments.surrogate.query([increments.reader.canonical(e.instruction) for e in examples])
+        increments.method.open_task(increments.pool, queries, torch.Generator().manual_seed(number))
+        if number < earlier:
+            increments.method.close_task(increments.pool, name, queries, increments.groups)
+    increments.pool.train_keys(False)
+    collate = _TuneCollator(Collator(data.encoder, data.features, training=True))
+    batch = collate([(examples[i], None if queries is None else queries[i]) for i in range(BATCH)])
+    trained = [p for p in increments.pool.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    model.train()
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Milliseconds of each, taken in turn, in a new order each round."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    for turn in range(rounds + 3):
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            steps[name]()
+            if turn >= 3:
+                taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=1)
+    chosen: Any = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    data = cf.PreparedStream(build_stream(0, train=64, test=4), load_base()[1])
+    steps = {LORA: tune_step(LORA, 0, data)}
+    for earlier in range(len(data.stream)):
+        steps[f"continual_llava, task {earlier + 1}"] = tune_step("continual_llava", earlier, data)
+    found = medians(steps, chosen.rounds)
+    for name, milliseconds in found.items():
+        print(f"{name:<26} {milliseconds:>8.2f} ms  {milliseconds / found[LORA]:.2f}x")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
