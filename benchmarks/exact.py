@@ -1,6 +1,7 @@
-"""What whole steps are held against: a dense weight for each sample at every adapted linear, straight from the formula.
+"""What whole steps are held against: a dense weight for each sample at every adapted linear.
 
-Computed one dtype finer than what is measured (transformers' norms and loss stay float32), by none of the library's ops.
+Straight from the formula, by none of the library's ops, one dtype finer than what is measured (transformers' norms and
+loss stay float32).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Offset = Callable[[str], Tensor]  # path -> [B or 1, d_out, d_in]
 
 
 class Rows(NamedTuple):
-    """A pool, committed rows first, as fresh tensors of one dtype; the open block's and its context's want gradients."""
+    """A pool, committed rows first, as fresh tensors of one dtype; those of the open block want gradients."""
 
     keys: Tensor  # [N, D]
     row_task: Tensor  # [N]

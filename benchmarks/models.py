@@ -112,6 +112,17 @@ def adapt(model: Any, function: Callable[[str, Tensor, Tensor], Tensor]) -> Any:
     return model
 
 
+def watch_embeddings(model: Any) -> Callable[[], list[Tensor]]:
+    """Makes the input embeddings want a gradient; gives those of the last forward."""
+    last: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, embeddings: Tensor) -> None:
+        last[:] = [embeddings.requires_grad_()]
+
+    model.get_input_embeddings().register_forward_hook(hook)
+    return lambda: last
+
+
 def checkpoint(model: Any, on: bool) -> None:
     """Activation checkpointing by its name in this version of transformers."""
     name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"

@@ -47,8 +47,8 @@ def test_a_wrong_way_has_no_time(direction: str) -> None:
 
 def test_a_wrong_row_number_is_infinitely_wrong() -> None:
     wanted = (torch.ones(2).double(), torch.tensor([3, 4]))
-    assert measure._error((torch.ones(2), torch.tensor([3, 4])), wanted) == 0
-    assert measure._error((torch.ones(2), torch.tensor([4, 3])), wanted) == float("inf")
+    assert measure.error((torch.ones(2), torch.tensor([3, 4])), wanted) == 0
+    assert measure.error((torch.ones(2), torch.tensor([4, 3])), wanted) == float("inf")
 
 
 def test_the_device_clock_queues_until_the_host_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
