@@ -23,7 +23,6 @@ from cllava_fast.ops import native, triton_backend
 
 # Largest error relative to the largest entry, the same for all ways. Roundings of sums over up to 16,384 tokens.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-WHOLE_LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-1}  # of a model's 32 layers, forth and back
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "both")
 # How work reaches a device. host: there is none. queued: behind other work, so that only the device's own time counts,
 # as in training. idle: the device waits for each launch, as in decoding without graphs. graph: a CUDA graph's replay.
@@ -71,6 +70,7 @@ class Job(NamedTuple):
     note: str = ""
     rival: bool = False
     backend: str = ops.dispatch.AUTO
+    limits: Mapping[torch.dtype, float] = LIMITS
 
 
 class Work(NamedTuple):
@@ -135,7 +135,7 @@ def compare(ways: Mapping[str, Way | Job | Exception], point: Point, budget: flo
         try:
             with ops.backend(way.backend):
                 if isinstance(way, Job):
-                    run, limit = way.run, WHOLE_LIMITS[point.dtype]
+                    run, limit = way.run, way.limits[point.dtype]
                     took, results = peak_memory(run, point.launch != HOST)
                     worst, peak = way.error(results), took.peak
                     del results

@@ -20,6 +20,8 @@ from cllava_fast.model import paths
 
 TOP_M, ROWS, RANK = 4, 8, 8  # of one task: rows selected for a sample, rows of the pool, rank of a row
 CONFIG = cf.IncrementConfig(rows_per_task=ROWS, top_m=TOP_M, rank=RANK, surrogate="backbone")
+# where increments are, as PEFT says it
+TARGETS = r".*language_model\.layers\.\d+\." + "|".join(target.replace(".", r"\.") for target in CONFIG.targets)
 STRENGTH = 5e-3  # standard deviation of B: an increment is about a third of a random o_proj's output
 SPECIAL = 64  # token ids at the end of the vocabulary; the first is the image's, the second is padding
 
@@ -105,9 +107,13 @@ def _pass_features(pixel_values: Tensor, *_: Any, **__: Any) -> BaseModelOutputW
     return BaseModelOutputWithPooling(pooler_output=list(pixel_values))
 
 
+def adapted(model: Any) -> dict[str, nn.Module]:
+    return paths.adapted_linears(model, CONFIG.targets)
+
+
 def adapt(model: Any, function: Callable[[str, Tensor, Tensor], Tensor]) -> Any:
     """`function(path, weight, x)` in place of every adapted linear."""
-    for path, linear in paths.adapted_linears(model, CONFIG.targets).items():
+    for path, linear in adapted(model).items():
         linear.forward = functools.partial(function, path, linear.weight)
     return model
 

@@ -13,12 +13,12 @@ import torch
 
 from benchmarks import baselines, exact, measure, models
 from benchmarks.measure import Job, Point, Tokens, Unavailable
-from cllava_fast.model import paths
 
 OP, OWN = "step", "patched"
 WAYS = ("frozen step", "patched", "dense offset", "PEFT LoRA")
 BACKENDS = ("reference",)
 TUNE, CHECKPOINTING = "tune", "tune, checkpointing"
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-1}  # of gradients: 32 layers forth and back
 BROKEN_DOWN = ("patched", "frozen step")
 LORA_RANK = models.TOP_M * models.RANK  # as many columns as a sample's own rows have
 
@@ -108,7 +108,7 @@ def way(name, point, setup):
     models.checkpoint(setup.patched, checkpointing)
     run = step(setup.patched, setup.batch, lambda: setup.trained, adamw(setup.trained))
     backend = measure.ops.dispatch.AUTO if name == OWN else name
-    return Job(run, against(lambda: setup.right_by_sample), backend=backend)
+    return Job(run, against(lambda: setup.right_by_sample), backend=backend, limits=LIMITS)
 
 
 def against(right):
@@ -140,7 +140,9 @@ def frozen_step(setup, checkpointing):
     model = setup.bare()
     models.checkpoint(model, checkpointing)
     run = step(model, setup.plain, models.watch_embeddings(model))
-    return Job(run, against(lambda: setup.right_frozen), "the floor: no increments, dX only, no optimizer")
+    return Job(
+        run, against(lambda: setup.right_frozen), "the floor: no increments, dX only, no optimizer", limits=LIMITS
+    )
 
 
 def dense_offset(setup, checkpointing):
@@ -165,7 +167,7 @@ def dense_offset(setup, checkpointing):
         return model(**inputs)
 
     run = step(forward, setup.plain, lambda: setup.trained, adamw(setup.trained))
-    return Job(run, against(lambda: setup.right_by_batch), measure.BY_BATCH)
+    return Job(run, against(lambda: setup.right_by_batch), measure.BY_BATCH, limits=LIMITS)
 
 
 def peft_lora(setup, checkpointing):
@@ -174,13 +176,10 @@ def peft_lora(setup, checkpointing):
     from peft import LoraConfig, get_peft_model
 
     skeleton = setup.bare()
-    targets = "|".join(target.replace(".", r"\.") for target in models.CONFIG.targets)
-    config = LoraConfig(
-        r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=rf".*language_model\.layers\.\d+\.({targets})"
-    )
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=models.TARGETS)
     model = get_peft_model(skeleton, config)
     models.checkpoint(skeleton, checkpointing)
-    layers = paths.adapted_linears(skeleton, models.CONFIG.targets)
+    layers = models.adapted(skeleton)
     pairs = {path: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for path, layer in layers.items()}
     for _, up in pairs.values():
         torch.nn.init.normal_(up, std=models.STRENGTH)  # born zero, and then A would have no gradient
@@ -195,7 +194,7 @@ def peft_lora(setup, checkpointing):
         return setup.right_with(lambda path: (finer[path][1] @ finer[path][0])[None], leaves)
 
     run = step(model, setup.plain, lambda: trained, adamw(trained))
-    return Job(run, against(right), f"one adapter of rank {LORA_RANK} for all, no earlier tasks")
+    return Job(run, against(right), f"one adapter of rank {LORA_RANK} for all, no earlier tasks", limits=LIMITS)
 
 
 def work(point):
