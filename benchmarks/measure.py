@@ -136,9 +136,10 @@ def compare(ways: Mapping[str, Way | Job | Exception], point: Point, budget: flo
             with ops.backend(way.backend):
                 if isinstance(way, Job):
                     run, limit = way.run, way.limits[point.dtype]
-                    took, results = peak_memory(run, point.launch != HOST)
+                    took, results = peak_memory(run, point.launch != HOST, warm=bool(runs))
                     worst, peak = way.error(results), took.peak
                     del results
+                    _tidy()  # a 7B model leaves no room for what is only waiting to be freed
                 else:
                     run, limit = _runner(way, point), LIMITS[point.dtype]
                     worst = error(run(), _exact_results(way, point.direction, exact))
@@ -154,6 +155,11 @@ def compare(ways: Mapping[str, Way | Job | Exception], point: Point, budget: flo
     exact.clear()
     _take_turns(runs, ways, found, point.launch, budget)
     return found
+
+
+def _tidy() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _take_turns(runs: Any, ways: Any, found: Any, launch: str, budget: float) -> None:
@@ -321,11 +327,12 @@ class Took(NamedTuple):
     largest: int  # bytes of the largest single allocation (0 where nobody knows)
 
 
-def peak_memory(run: Callable[[], Any], on_gpu: bool) -> tuple[Took, Any]:
+def peak_memory(run: Callable[[], Any], on_gpu: bool, warm: bool = False) -> tuple[Took, Any]:
     """What `run` takes, and its results. On a CPU torch's profiler sees every allocation, also those inside the ops;
     on a GPU the allocator keeps count."""
     if on_gpu:
-        run()  # what libraries allocate once
+        if not warm:
+            run()  # what libraries allocate once
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         results = run()

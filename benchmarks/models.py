@@ -20,8 +20,7 @@ from cllava_fast.model import paths
 
 TOP_M, ROWS, RANK = 4, 8, 8  # of one task: rows selected for a sample, rows of the pool, rank of a row
 CONFIG = cf.IncrementConfig(rows_per_task=ROWS, top_m=TOP_M, rank=RANK, surrogate="backbone")
-# where increments are, as PEFT says it
-TARGETS = r".*language_model\.layers\.\d+\." + "|".join(target.replace(".", r"\.") for target in CONFIG.targets)
+TARGETS = r".*language_model\.layers\.\d+\.self_attn\.o_proj"  # where CONFIG puts increments, as PEFT says it
 STRENGTH = 5e-3  # standard deviation of B: an increment is about a third of a random o_proj's output
 SPECIAL = 64  # token ids at the end of the vocabulary; the first is the image's, the second is padding
 
@@ -138,8 +137,9 @@ def checkpoint(model: Any, on: bool) -> None:
         getattr(model, f"{name}_disable")()
 
 
+@functools.lru_cache(maxsize=1)
 def patched(model: Any, tasks: int, learning: bool) -> Any:
-    """A patched copy that has learned `tasks` tasks; `learning`: and is at the next one, somewhere in the middle."""
+    """A patched copy that has learned `tasks` tasks; `learning`: and is somewhere in the middle of the next one."""
     model = cf.patch(share(model), CONFIG)
     pool, rng = model.increments.pool, torch.Generator().manual_seed(1)
     for task in range(tasks + learning):
