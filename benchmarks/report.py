@@ -23,7 +23,7 @@ FLOORS = ("frozen linear", "frozen step", "unpatched model")
 NOISY = 0.25  # interquartile range over median
 # The devices that this library's kernels are made for.
 WANTED = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
-STALE = "**Stale**: the ops have changed since; measure again."
+STALE = "**Stale**: the sources have changed since; measure again."
 Row = Mapping[str, Any]
 
 
