@@ -157,6 +157,13 @@ def test_a_breakdown_counts_an_op_of_ours_once() -> None:
     assert len(found["lines"]) == breakdown.LINES
     assert breakdown.of(lambda: x @ weight, "cpu")["ours"] == 0
 
+    def nested() -> None:
+        with torch.profiler.record_function("cllava_fast::outer"), torch.profiler.record_function("cllava_fast::inner"):
+            large @ large
+
+    large = torch.randn(256, 256)
+    assert 0.5 < breakdown.of(nested, "cpu")["ours"] <= 1
+
 
 def run_benchmarks(*arguments: str, what: tuple[str, ...] = ("merge",), **more: str) -> Any:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--quick"]
