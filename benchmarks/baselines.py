@@ -1,4 +1,4 @@
-"""What a user would write otherwise. The only place in this repository where a dense d_out x d_in offset exists.
+"""What a user would write otherwise. Dense d_out x d_in offsets exist here, and in what results are held against.
 
 Ways of injecting take x [B, S, d_in], the frozen weight [d_out, d_in], the trained block's factors A [N, R, d_in] and
 B [N, R, d_out] with each sample's index and coefficient [B, P], and, where earlier tasks are in context, the past's A,

@@ -8,6 +8,12 @@ A module `test_<op>.py` says what there is to measure:
     way(name, point, inputs)          a `Way`, or raises `Unavailable`
     work(point)                       the bytes and FLOPs that the mathematics needs
 
+and, where whole work of a model is measured rather than an op (`way` gives a `Job`, `work` its `Tokens`):
+
+    OWN                               which way is this library's (else the one named like the op)
+    BACKENDS                          those to ask for by name (else all that the op has)
+    BROKEN_DOWN                       ways whose time is also told by kernel, for `broken_down(point)`
+
 One test is one way of one comparison. The first test of a comparison measures all ways that were collected, in turn.
 """
 
@@ -19,15 +25,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, results
+from benchmarks import breakdown, measure, results
 
 # cuBLAS sums in float32, as the kernels do
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-OPS = ("aggregate", "inject", "merge", "mix_factors", "select")
+SUBJECTS = ("aggregate", "inject", "merge", "mix_factors", "select", "align", "step", "generate")  # in this order
 UNAVAILABLE = (measure.Unavailable, measure.ops.BackendError, torch.OutOfMemoryError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SECONDS = {"cpu": 5.0, "cuda": 0.6}  # of a comparison
 
 
 def pytest_addoption(parser):
@@ -45,9 +52,21 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     module = metafunc.module
     if "comparison" in metafunc.fixturenames:
-        names = list(dict.fromkeys([*module.WAYS, *measure.backends(module.OP)]))
+        names = list(dict.fromkeys([*module.WAYS, *backends(module)]))
         chosen = list(itertools.product(module.points(DEVICE, metafunc.config.getoption("quick")), names))
         metafunc.parametrize(("point", "way"), chosen, ids=[f"{point}-{way}" for point, way in chosen])
+
+
+def backends(module):
+    return getattr(module, "BACKENDS", None) or measure.backends(module.OP)
+
+
+def own(module):
+    return getattr(module, "OWN", module.OP)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SUBJECTS.index(getattr(item.module, "OP", SUBJECTS[0])))
 
 
 def pytest_deselected(items):
@@ -58,7 +77,7 @@ def pytest_deselected(items):
 def pytest_collection_finish(session):
     state = session.config.stash[STATE]
     state.items = [item for item in session.items if "comparison" in getattr(item, "fixturenames", ())]
-    state.partial |= {item.module.OP for item in state.items} != set(OPS)
+    state.partial |= {item.module.OP for item in state.items} != set(SUBJECTS)
 
 
 def pytest_sessionfinish(session):
@@ -103,8 +122,9 @@ class State:
                     ways[name] = module.way(name, point, self.inputs[1])
                 except Exception as reason:  # a rival that another version of its package broke, say
                     ways[name] = reason
-            budget = 0.7 if self.config.getoption("quick") else 0.6 if DEVICE == "cuda" else 5.0
+            budget = 0.7 if self.config.getoption("quick") else SECONDS[DEVICE]
             self.compared = (key, measure.compare(ways, point, budget))
+            self._break_down(module, point, ways)
             self._record(module, point, ways)
         return self.compared[1]
 
@@ -112,17 +132,29 @@ class State:
         every = [(item.module.OP, *item.callspec.params.values()) for item in self.items]
         return [way for op, at, way in every if (op, at) == (module.OP, point)]
 
+    def _break_down(self, module, point, ways):
+        if not getattr(module, "BROKEN_DOWN", ()) or not module.broken_down(point):
+            return
+        for name in module.BROKEN_DOWN:
+            if isinstance(self.compared[1].get(name), measure.Measured):
+                self.content["breakdowns"].append(
+                    self._place(module, point, name) | breakdown.of(ways[name].run, DEVICE)
+                )
+
+    def _place(self, module, point, name):
+        row = {"op": module.OP, "case": str(point.case), "dtype": measure.dtype_name(point.dtype)}
+        return row | {"direction": point.direction, "launch": point.launch, "way": name}
+
     def _record(self, module, point, ways):
         for name, found in self.compared[1].items():
-            row = {"op": module.OP, "case": str(point.case), "dtype": measure.dtype_name(point.dtype)}
-            row |= {"direction": point.direction, "launch": point.launch, "way": name}
+            row = self._place(module, point, name)
             if isinstance(found, Exception):
                 kind = "unavailable" if isinstance(found, UNAVAILABLE) else "wrong"
                 row |= {kind: f"{type(found).__name__}: {found}"}
             else:
                 row |= {
-                    "ours": name == module.OP,
-                    "rival": name in module.WAYS and name != module.OP and ways[name].rival,
+                    "ours": name == own(module),
+                    "rival": name in module.WAYS and name != own(module) and ways[name].rival,
                 }
                 row |= {"note": ways[name].note, "median": found.median, "iqr": found.iqr, "error": found.error}
                 row |= {"rounds": len(found.seconds), "extra_memory": found.extra_memory}
@@ -153,7 +185,7 @@ def comparison(request, point, way):
         if isinstance(found, UNAVAILABLE):
             pytest.skip(str(found))
         if isinstance(found, Exception):
-            ours = way == request.module.OP or way not in request.module.WAYS
+            ours = way == own(request.module) or way not in request.module.WAYS
             (pytest.fail if ours else pytest.xfail)(f"{way}: {type(found).__name__}: {found}")
         if request.config.pluginmanager.hasplugin("benchmark"):
             ticks = itertools.chain.from_iterable((0.0, seconds) for seconds in found.seconds)

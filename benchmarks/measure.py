@@ -62,6 +62,17 @@ class Way(NamedTuple):
     backend: str = ops.dispatch.AUTO
 
 
+class Job(NamedTuple):
+    """Whole work, such as a training step: `error` says how far what `run()` returns is from right."""
+
+    run: Callable[[], Any]
+    error: Callable[[Any], float]
+    note: str = ""
+    rival: bool = False
+    backend: str = ops.dispatch.AUTO
+    limits: Mapping[torch.dtype, float] = LIMITS
+
+
 class Work(NamedTuple):
     """What the mathematics needs, whichever way it is computed: the floor of a roofline."""
 
@@ -70,6 +81,12 @@ class Work(NamedTuple):
 
     def __add__(self, other: Any) -> Work:
         return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+class Tokens(NamedTuple):
+    """What a whole step works on, padding aside."""
+
+    tokens: int
 
 
 class Measured(NamedTuple):
@@ -106,11 +123,10 @@ def points(
     return found
 
 
-def compare(ways: Mapping[str, Way | Exception], point: Point, budget: float) -> dict[str, Measured | Exception]:
+def compare(ways: Mapping[str, Way | Job | Exception], point: Point, budget: float) -> dict[str, Measured | Exception]:
     """Times for about `budget` seconds; a way that cannot run or is wrong has the reason instead."""
     found: dict[str, Any] = {}
     runs = {}
-    limit = LIMITS[point.dtype]
     exact: dict[Any, tuple[Tensor, ...]] = {}
     for name, way in ways.items():
         if isinstance(way, Exception):
@@ -118,14 +134,21 @@ def compare(ways: Mapping[str, Way | Exception], point: Point, budget: float) ->
             continue
         try:
             with ops.backend(way.backend):
-                run = _runner(way, point)
-                worst = _error(run(), _exact_results(way, point.direction, exact))
+                if isinstance(way, Job):
+                    run, limit = way.run, way.limits[point.dtype]
+                    took, results = peak_memory(run, point.launch != HOST, warm=bool(runs))
+                    worst, peak = way.error(results), took.peak
+                    del results
+                    _tidy()  # a 7B model leaves no room for what is only waiting to be freed
+                else:
+                    run, limit = _runner(way, point), LIMITS[point.dtype]
+                    worst = error(run(), _exact_results(way, point.direction, exact))
+                    # what a graph replays was allocated when it was captured
+                    peak = None if point.launch == GRAPH else peak_memory(run, point.launch != HOST)[0].peak
                 if not worst <= limit:
                     raise Wrong(f"relative error {worst:.1e} exceeds {limit:.1e}: a wrong result has no time")
-                # what a graph replays was allocated when it was captured
-                peak = None if point.launch == GRAPH else peak_memory(run, point.launch != HOST)[0].peak
         except Exception as reason:  # whatever it is, the others have their times
-            found[name] = reason
+            found[name] = reason.with_traceback(None)  # whose frames would keep their tensors
         else:
             runs[name] = run
             found[name] = Measured([], worst, peak)
@@ -134,30 +157,40 @@ def compare(ways: Mapping[str, Way | Exception], point: Point, budget: float) ->
     return found
 
 
+def _tidy() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _take_turns(runs: Any, ways: Any, found: Any, launch: str, budget: float) -> None:
     order = list(runs)
     shuffle = random.Random(0).shuffle
+    whole = any(isinstance(ways[name], Job) for name in runs)
 
     def turn() -> dict[str, float]:
         shuffle(order)  # whoever comes right after a way whose threads still spin would pay for it each time
         taken = {}
+        if whole:
+            gc.collect()  # a step leaves much behind
         for name in order:
             with ops.backend(ways[name].backend):
                 taken[name] = _seconds(runs[name], launch)
         return taken
 
     gc.collect()
+    gc.freeze()  # what is there by now need not be looked at again
     gc.disable()
     try:
-        turn()
-        start = time.perf_counter()
-        turn()
-        rounds = max(5, min(200, int(budget / (time.perf_counter() - start))))
-        for _ in range(rounds):
+        if not whole:
+            turn()
+        start, least, rounds = time.perf_counter(), 3 if whole else 5, 0
+        while rounds < least or (rounds < 200 and time.perf_counter() < start + budget):
             for name, seconds in turn().items():
                 found[name].seconds.append(seconds)
+            rounds += 1
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 def _runner(way: Way, point: Point) -> Callable[[], tuple[Tensor, ...]]:
@@ -231,7 +264,7 @@ def _outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+def error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     """The largest, relative to the largest entry; infinite where a row number differs or a NaN appears."""
     worst = 0.0
     for result, exact in zip(found, wanted, strict=True):
@@ -294,11 +327,12 @@ class Took(NamedTuple):
     largest: int  # bytes of the largest single allocation (0 where nobody knows)
 
 
-def peak_memory(run: Callable[[], Any], on_gpu: bool) -> tuple[Took, Any]:
+def peak_memory(run: Callable[[], Any], on_gpu: bool, warm: bool = False) -> tuple[Took, Any]:
     """What `run` takes, and its results. On a CPU torch's profiler sees every allocation, also those inside the ops;
     on a GPU the allocator keeps count."""
     if on_gpu:
-        run()  # what libraries allocate once
+        if not warm:
+            run()  # what libraries allocate once
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         results = run()

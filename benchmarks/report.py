@@ -19,11 +19,11 @@ from cllava_fast.evaluate.plots import COLORS
 
 README = results.ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- end -->"
-FLOOR = "frozen linear"
+FLOORS = ("frozen linear", "frozen step", "unpatched model")
 NOISY = 0.25  # interquartile range over median
 # The devices that this library's kernels are made for.
 WANTED = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
-STALE = "**Stale**: the ops have changed since; measure again."
+STALE = "**Stale**: the sources have changed since; measure again."
 Row = Mapping[str, Any]
 
 
@@ -46,7 +46,7 @@ def best_rival(ways: Mapping[str, Row]) -> Row | None:
 
 def base(ways: Mapping[str, Row]) -> Row | None:
     """What ratios are to: the floor where there is one, else the fastest rival."""
-    floor = ways.get(FLOOR)
+    floor = next((ways[name] for name in FLOORS if name in ways), None)
     return floor if floor and "median" in floor else best_rival(ways)
 
 
@@ -58,6 +58,7 @@ def render(found: Mapping[str, Mapping[str, Any]], sources: str) -> str:
         grouped = comparisons(content["rows"])
         for op in dict.fromkeys(op for op, *_ in grouped):
             parts.append(f"### {op}\n\n{table({key: ways for key, ways in grouped.items() if key[0] == op}, content)}")
+            parts += breakdowns(op, content)
         pictures_of = {f"{stem}-{name}.png": title for name, title in pictures(content)}
         parts += [f"![{title}](results/{name})" for name, title in pictures_of.items()]
     return "\n\n".join(parts)
@@ -92,8 +93,8 @@ def describe(content: Mapping[str, Any], sources: str) -> str:
     noisy = sum(noise(row) > NOISY for row in content["rows"])
     timed = sum("median" in row for row in content["rows"])
     lines.append(f"{noisy} of {timed} times vary by more than {NOISY:.0%} (interquartile range over median): ~.")
-    lost = sum(loses(ways) for ways in comparisons(content["rows"]).values())
-    lines.append(f"This library loses {lost} of {len(comparisons(content['rows']))} comparisons.")
+    against = [ways for ways in comparisons(content["rows"]).values() if best_rival(ways)]
+    lines.append(f"This library loses {sum(map(loses, against))} of {len(against)} comparisons.")
     return "\n\n".join(lines)
 
 
@@ -107,13 +108,15 @@ def loses(ways: Mapping[str, Row]) -> bool:
 
 
 def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping[str, Any]) -> str:
-    """A line a comparison, a column a way: the ratio to the floor or the fastest rival, the error below it."""
+    """A line a comparison, a column a way: the ratio to the floor or the fastest rival; memory and error below it."""
     timed = dict.fromkeys(way for ways in grouped.values() for way, row in ways.items() if "median" in row)
     names = [*timed, *dict.fromkeys(w for ways in grouped.values() for w, row in ways.items() if "wrong" in row)]
     names = list(dict.fromkeys(names))
     on_gpu = not content["device"].startswith("CPU")
-    device_columns = ["us", "GB/s", "TFLOP/s"] if on_gpu else []
-    header = ["case", "over fastest rival", *device_columns, *names]
+    whole_steps = any("tokens" in row for ways in grouped.values() for row in ways.values())
+    device_columns = ["ms", "tokens/s", "GiB"] if whole_steps else ["us", "GB/s", "TFLOP/s"]
+    rivals = any(best_rival(ways) for ways in grouped.values())
+    header = ["case", *(["over fastest rival"] if rivals else []), *(device_columns if on_gpu else []), *names]
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     notes: dict[str, None] = {}
     for (_, case, dtype, direction, launch), ways in grouped.items():
@@ -123,7 +126,7 @@ def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping
             about = "~" if max(noise(own), noise(rival)) > NOISY else ""
             over = f"{about}{own['median'] / rival['median']:.2f}"
             over = f"**{over} loses**" if loses(ways) else over
-        cells = [named(case, dtype, direction, launch).replace("\n", "<br>"), over]
+        cells = [named(case, dtype, direction, launch).replace("\n", "<br>"), *([over] if rivals else [])]
         if on_gpu:
             cells += achieved(own)
         to = base(ways)
@@ -133,8 +136,10 @@ def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping
             if row.get("note"):
                 notes[f"*{name}*: {row['note']}."] = None
         lines.append("| " + " | ".join(cells) + " |")
-    to_floor = any(FLOOR in ways for ways in grouped.values())
-    legend = f"Times over those of the {'frozen linear alone' if to_floor else 'fastest rival'}; below, the error."
+    floor = next((name for name in FLOORS if any(name in ways for ways in grouped.values())), None)
+    to_name = "frozen linear alone" if floor == "frozen linear" else floor or "fastest rival"
+    below = "peak memory beyond weights and state likewise, and the error" if whole_steps else "the error"
+    legend = f"Times over those of the {to_name}; below, {below}."
     return "\n".join([*lines, "", " ".join([legend, *notes])])
 
 
@@ -149,15 +154,56 @@ def cell(row: Row, to: Row | None) -> str:
     if "median" not in row or to is None:
         return "–"
     about = "~" if noise(row) > NOISY else ""
-    return f"{about}{row['median'] / to['median']:.2f}<br><sub>{row['error']:.0e}</sub>"
+    memory = ""
+    if "tokens" in row and row["extra_memory"] and to["extra_memory"]:
+        memory = f"{row['extra_memory'] / to['extra_memory']:.2f}, "
+    return f"{about}{row['median'] / to['median']:.2f}<br><sub>{memory}{row['error']:.0e}</sub>"
 
 
 def achieved(row: Row | None) -> list[str]:
-    """Microseconds, and what the mathematics needs in bytes and FLOPs by that time."""
+    """Microseconds, and what the mathematics needs in bytes and FLOPs by that time; of whole steps milliseconds, tokens
+    by that time, and peak memory."""
     if not row or "median" not in row:
         return ["–"] * 3
     seconds = row["median"]
+    if "tokens" in row:
+        return [f"{seconds * 1e3:,.1f}", f"{row['tokens'] / seconds:,.0f}", f"{row['extra_memory'] / 2**30:,.2f}"]
     return [f"{seconds * 1e6:,.0f}", f"{row['bytes'] / seconds / 1e9:,.0f}", f"{row['flops'] / seconds / 1e12:,.1f}"]
+
+
+def breakdowns(op: str, content: Mapping[str, Any]) -> list[str]:
+    """Where the time of each comparison that was broken down goes: a line a kernel, a column a way."""
+    found: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    for entry in content.get("breakdowns", ()):
+        if entry["op"] == op:
+            key = named(*(entry[name] for name in ("case", "dtype", "direction", "launch"))).replace("\n", ", ")
+            found.setdefault(key, {})[entry["way"]] = entry
+    return [breakdown_table(case, ways, content) for case, ways in found.items()]
+
+
+def breakdown_table(case: str, ways: Mapping[str, Mapping[str, Any]], content: Mapping[str, Any]) -> str:
+    on_gpu = not content["device"].startswith("CPU")
+    kernels = dict.fromkeys(line["name"] for way in ways.values() for line in way["lines"])
+
+    def shown(way: Mapping[str, Any], share: float | None, calls: int = 0) -> str:
+        if share is None:
+            return "–"
+        time = f"{1e3 * share * way['seconds']:,.2f} ms, " if on_gpu else ""
+        return f"{time}{share:.1%}" + (f" ({calls})" if calls else "")
+
+    lines = ["| " + " | ".join(["", *ways]) + " |", "| --- |" + " ---: |" * len(ways)]
+    for name in kernels:
+        of_kernel = [next((line for line in way["lines"] if line["name"] == name), {}) for way in ways.values()]
+        cells = [
+            shown(way, line.get("share"), line.get("calls", 0))
+            for way, line in zip(ways.values(), of_kernel, strict=True)
+        ]
+        short = name if len(name) <= 70 else f"{name[:69]}…"
+        lines.append("| " + " | ".join([f"`{short.replace('|', '/')}`", *cells]) + " |")
+    for title, name in (("the rest", "rest"), ("**inside this library's ops**", "ours")):
+        lines.append("| " + " | ".join([title, *(shown(way, way[name]) for way in ways.values())]) + " |")
+    what = "kernel (calls), of the time that kernels ran" if on_gpu else "operator (calls)"
+    return "\n".join([f"Where the time goes in {case}, by {what}; – : not among the first.", "", *lines])
 
 
 def pictures(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -165,8 +211,9 @@ def pictures(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for op in dict.fromkeys(row["op"] for row in content["rows"] if "median" in row):
         found.append((f"{op}-time", f"{op}: time of each way"))
-    if any(row.get("extra_memory") and row["op"] == "inject" for row in content["rows"]):
-        found.append(("inject-memory", "inject: peak memory of each way"))
+    for op in ("inject", "step"):
+        if any(row.get("extra_memory") and row["op"] == op for row in content["rows"]):
+            found.append((f"{op}-memory", f"{op}: peak memory of each way"))
     if not content["device"].startswith("CPU"):
         found.append(("roofline", "Achieved throughput over arithmetic intensity"))
     return found
@@ -228,7 +275,7 @@ def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[
 def roofline(rows: Iterable[Row]) -> Any:
     """Roofs are the most that anything here achieved, not a data sheet's."""
     Figure = require("matplotlib.figure", "pictures of a report").Figure
-    timed = [row for row in rows if "median" in row]
+    timed = [row for row in rows if "bytes" in row]
     bandwidth = max(row["bytes"] / row["median"] for row in timed)
     compute = max(row["flops"] / row["median"] for row in timed)
     figure = Figure(figsize=(7, 4.6), layout="constrained")

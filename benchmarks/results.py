@@ -32,8 +32,10 @@ def file_name(device: str) -> str:
 
 
 def sources_digest() -> str:
-    """Of what decides how fast the ops are; needs no git, so a copied tree has one as well."""
-    files = [*(ROOT / "cllava_fast" / "ops").rglob("*.py"), *(ROOT / "csrc").rglob("*")]
+    """Of what decides how fast ops and steps are; needs no git, so a copied tree has one as well."""
+    package = ROOT / "cllava_fast"
+    files = [path for part in ("ops", "model", "methods") for path in (package / part).rglob("*.py")]
+    files += [package / "pool.py", *(ROOT / "csrc").rglob("*")]
     digest = hashlib.sha256()
     for path in sorted(
         path for path in files if path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh")
@@ -54,6 +56,7 @@ def new(quick: bool) -> dict[str, Any]:
         "load": os.getloadavg()[0],  # before anything was timed
         "environment": environment(),
         "rows": [],
+        "breakdowns": [],
     }
 
 

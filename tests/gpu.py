@@ -92,7 +92,7 @@ def steps(out: Path) -> list[Step]:
                 *pytest, "benchmarks", f"--junitxml={out / 'benchmarks.xml'}",
                 f"--results={out / 'benchmarks.json'}",
             ],
-            200, missing=no_pytest, junit="benchmarks.xml",
+            300, missing=no_pytest, junit="benchmarks.xml",
         ),
     ]  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, report, results
+from benchmarks import breakdown, conftest, measure, models, report, results, test_generate, test_step
 from benchmarks.measure import Measured, Point, Unavailable, Way, Wrong
+from cllava_fast import ops
 
 
 def double(x: Any) -> Any:
@@ -47,8 +48,8 @@ def test_a_wrong_way_has_no_time(direction: str) -> None:
 
 def test_a_wrong_row_number_is_infinitely_wrong() -> None:
     wanted = (torch.ones(2).double(), torch.tensor([3, 4]))
-    assert measure._error((torch.ones(2), torch.tensor([3, 4])), wanted) == 0
-    assert measure._error((torch.ones(2), torch.tensor([4, 3])), wanted) == float("inf")
+    assert measure.error((torch.ones(2), torch.tensor([3, 4])), wanted) == 0
+    assert measure.error((torch.ones(2), torch.tensor([4, 3])), wanted) == float("inf")
 
 
 def test_the_device_clock_queues_until_the_host_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,10 +87,89 @@ def test_the_device_clock_queues_until_the_host_is_ahead(monkeypatch: pytest.Mon
     assert said == ["idle", "event", "run", "event", "end"] and not clock.flush.any()
 
 
-def run_benchmarks(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_merge.py", "--quick"]
+def test_every_module_has_its_place_in_the_order() -> None:
+    files = {path.stem for path in (results.ROOT / "benchmarks").glob("test_*.py")}
+    assert files == {f"test_{name}" for name in conftest.SUBJECTS}
+
+
+def test_copies_share_the_weights_and_nothing_else() -> None:
+    base = models.base(models.TINY, torch.float32, "cpu")
+    patched = models.patched(base, tasks=2, learning=True)
+    own = dict(patched.named_parameters())
+    assert all(own[name] is weight for name, weight in base.named_parameters())
+    assert not hasattr(base, "increments") and patched.increments.pool.num_rows == 2 * models.ROWS
+    finer = models.share(base, torch.float64)
+    assert {weight.dtype for weight in finer.parameters()} == {torch.float64}
+    assert {weight.dtype for weight in base.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("number", range(len(test_step.points("cpu", quick=True))))
+def test_a_wrong_step_has_no_time(number: int) -> None:
+    at = test_step.points("cpu", quick=True)[number]
+    setup = test_step.Setup(at.case, at.dtype, "cpu")
+    names = [name for name in (*test_step.WAYS, "reference") if name != "PEFT LoRA"]
+    found = measure.compare({name: test_step.way(name, at, setup) for name in names}, at, budget=0.0)
+    assert all(isinstance(measured, Measured) for measured in found.values()), found
+    # nothing has moved since, so a second look finds the same
+    right = test_step.way("patched", at, setup)
+    assert right.error(right.run()) == found["patched"].error < 2e-5
+    layer = next(iter(setup.pool.layers.values()))
+    with torch.no_grad():
+        layer.block_B *= 1.001
+    try:
+        found = measure.compare({name: test_step.way(name, at, setup) for name in names}, at, budget=0.0)
+    finally:
+        with torch.no_grad():
+            layer.block_B /= 1.001
+    assert {name for name, reason in found.items() if isinstance(reason, Wrong)} == set(names) - {"frozen step"}
+
+
+def test_wrong_answers_have_no_time() -> None:
+    (at,) = test_generate.points("cpu", quick=True)
+    setup = test_generate.Setup(at.case, at.dtype, "cpu")
+    right = test_generate.way("patched", at, setup)
+    bare = test_generate.generation(setup.bare, setup.plain, at.case.new)
+    others = setup.token_error(setup.rows.offset(setup.strengths.roll(1, 0)))
+    ways = {
+        "right": right,
+        "no increments": right._replace(run=bare),
+        "another sample's rows": right._replace(error=others),
+        "nothing said": right._replace(run=lambda: setup.plain["input_ids"]),
+        "unpatched": test_generate.way("unpatched model", at, setup),
+    }
+    found = measure.compare(ways, at, budget=0.0)
+    assert [name for name, measured in found.items() if isinstance(measured, Measured)] == ["right", "unpatched"]
+    assert len(found["right"].seconds) == 3 and found["right"].extra_memory > 0
+
+
+def test_a_breakdown_counts_an_op_of_ours_once() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(8, 8)
+    A, B = torch.randn(4, 2, 8, requires_grad=True), torch.randn(4, 2, 8, requires_grad=True)
+    index, coefficient = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+
+    def run() -> None:
+        ops.inject(x, weight, A, B, index, coefficient).sum().backward()
+
+    with ops.backend("reference"):
+        found = breakdown.of(run, "cpu")
+    assert 0 < found["ours"] < 1 and found["seconds"] > 0
+    assert sum(line["share"] for line in found["lines"]) + found["rest"] == pytest.approx(1)
+    assert len(found["lines"]) == breakdown.LINES
+    assert breakdown.of(lambda: x @ weight, "cpu")["ours"] == 0
+
+    def nested() -> None:
+        with torch.profiler.record_function("cllava_fast::outer"), torch.profiler.record_function("cllava_fast::inner"):
+            large @ large
+
+    large = torch.randn(256, 256)
+    assert 0.5 < breakdown.of(nested, "cpu")["ours"] <= 1
+
+
+def run_benchmarks(*arguments: str, what: tuple[str, ...] = ("merge",), **more: str) -> Any:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--quick"]
+    files = [f"benchmarks/test_{name}.py" for name in what]
     return subprocess.run(
-        [*command, *arguments], cwd=results.ROOT, env=os.environ | more, capture_output=True, text=True
+        [*command, *files, *arguments], cwd=results.ROOT, env=os.environ | more, capture_output=True, text=True
     )
 
 
@@ -115,7 +195,7 @@ def test_a_quick_run_from_the_command_line_to_the_report(tmp_path: Path) -> None
     done = run_benchmarks("--results", str(file), "--threads", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(file.read_text())
-    assert content["quick"] and not content["complete"]  # one op of five
+    assert content["quick"] and not content["complete"]  # one of many
     assert content["device"] == results.device_name() and content["sources"] == results.sources_digest()
     rows = {row["way"]: row for row in content["rows"]}
     assert rows.keys() >= {"merge", "gather, addmm", "reference"}
@@ -131,6 +211,31 @@ def test_a_quick_run_from_the_command_line_to_the_report(tmp_path: Path) -> None
     for picture in report.pictures(content):
         assert f"results/here-{picture[0]}.png" in text
         assert (tmp_path / f"here-{picture[0]}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_whole_steps_from_the_command_line_to_the_report(tmp_path: Path) -> None:
+    file = tmp_path / "here.json"
+    done = run_benchmarks("--results", str(file), "--threads", "1", what=("generate", "step", "align"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(file.read_text())
+    rows = content["rows"]
+    assert list(dict.fromkeys(row["op"] for row in rows)) == ["align", "step", "generate"]
+    assert not any("wrong" in row for row in rows)
+    ways = {(row["op"], row["way"]) for row in rows if row.get("ours")}
+    assert ways == {("align", "align"), ("step", "patched"), ("generate", "patched")}
+    steps = [row for row in rows if row["op"] == "step" and "median" in row]
+    assert {row["direction"] for row in steps} == {"tune", "tune, checkpointing"}
+    assert all(row["tokens"] == 80 and row["median"] > 0 and row["extra_memory"] > 0 for row in steps)
+    assert [(entry["op"], entry["way"]) for entry in content["breakdowns"]] == [
+        ("step", "patched"), ("step", "frozen step"), ("generate", "patched"), ("generate", "unpatched model"),
+    ]  # fmt: skip
+    assert [entry["ours"] > 0 for entry in content["breakdowns"]] == [True, False, True, False]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results -->\n<!-- end -->\n")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "those of the frozen step" in text and "those of the unpatched model" in text
+    assert text.count("Where the time goes in LLaVA-tiny") == 2 and " ms" not in text
 
 
 def made_up(device: str, **changes: Any) -> dict[str, Any]:
@@ -171,6 +276,32 @@ def test_what_the_report_says() -> None:
     assert [c.partition("<br>")[0] for c in cells[5:]] == ["1.00", "1.25", "~1.20", "0.50", "wrong"]
     assert cells[6].endswith("<sub>3e-03</sub>")
     assert "*dense*: other semantics." in text
+
+
+def whole_steps(device: str) -> dict[str, Any]:
+    content = made_up(device)
+    frozen, patched, _, dense, _ = (row | {"op": "step", "tokens": 1000} for row in content["rows"])
+    frozen |= {"way": "frozen step", "extra_memory": 2**30}
+    patched |= {"way": "patched", "extra_memory": 3 * 2**29}
+    place = {name: patched[name] for name in ("op", "case", "dtype", "direction", "launch", "way")}
+    lines = [{"name": "gemm<a|b>", "share": 0.75, "calls": 3}, {"name": "norm", "share": 0.05, "calls": 1}]
+    broken_down = place | {"lines": lines, "rest": 0.2, "ours": 0.125, "seconds": 0.002}
+    other = broken_down | {"way": "frozen step", "lines": lines[:1], "ours": 0.0}
+    return content | {"rows": [frozen, patched, dense], "breakdowns": [broken_down, other]}
+
+
+def test_what_the_report_says_of_whole_steps() -> None:
+    text = report.render({"nvidia-h200": whole_steps("NVIDIA H200")}, "now")
+    header, line = [line for line in text.splitlines() if line.startswith(("| case", "| small"))]
+    assert "fastest rival" not in header and "loses 0 of 0" in text
+    cells = [part.strip() for part in line.strip("|").split("|")]
+    assert cells[1:4] == ["2.5", "400,000", "1.50"]  # 1000 tokens in 2.5 ms
+    assert cells[4:6] == ["1.00<br><sub>1.00, 3e-03</sub>", "1.25<br><sub>1.50, 3e-03</sub>"]
+    assert "| `gemm<a/b>` | 1.50 ms, 75.0% (3) | 1.50 ms, 75.0% (3) |" in text
+    assert "| `norm` | 0.10 ms, 5.0% (1) | – |" in text
+    assert "| **inside this library's ops** | 0.25 ms, 12.5% | 0.00 ms, 0.0% |" in text
+    on_cpu = report.render({"cpu-x86-64": whole_steps("CPU x86_64")}, "now")
+    assert " ms" not in on_cpu and "tokens/s" not in on_cpu and "75.0% (3)" in on_cpu
 
 
 def test_a_cpu_has_ratios_only_and_old_files_say_so() -> None:
