@@ -184,7 +184,7 @@ def test_cached_decoding_by_hand_keeps_the_prompts_selection(
     batch = inputs(processor, QUESTIONS, generator)
     with torch.no_grad():
         prefill = llava(**batch, use_cache=True)
-        token = prefill.logits[:, -1].argmax(-1, keepdim=True)
+        token = torch.full((len(QUESTIONS), 1), 9)  # a word: what the model would say may be the start of a turn
         mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
         step = llava(input_ids=token, attention_mask=mask, past_key_values=prefill.past_key_values)
         full = {**batch, "input_ids": torch.cat([batch["input_ids"], token], 1), "attention_mask": mask}
