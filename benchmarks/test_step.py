@@ -162,8 +162,7 @@ def dense_offset(setup, checkpointing):
         _, weight, index = baselines.repeat_cosine_topk(setup.batch["query"], pool.block_keys, models.TOP_M, groups=4)
         chosen["block"] = index[None], weight[None].detach()
         if setup.case.past:
-            every = torch.arange(pool.num_rows, device=index.device)
-            chosen["past"] = every[None], (pool.block_context[pool.row_task] * pool.row_mean)[None]
+            chosen["past"] = [(pool.block_context[pool.row_task] * pool.row_mean)[None]]
         return model(**inputs)
 
     run = step(forward, setup.plain, lambda: setup.trained, adamw(setup.trained))

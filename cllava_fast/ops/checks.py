@@ -6,21 +6,14 @@ values ask `can_read` first.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-@functools.cache
-def _names(pattern: str) -> list[str]:
-    return pattern.split()
-
-
 def shape(name: str, tensor: Tensor, pattern: str, sizes: dict[str, int]) -> None:
     """`tensor` must look like `pattern` ("B S d_in"); `sizes` holds what earlier arguments said, and learns more."""
-    names = _names(pattern)
+    names = pattern.split()
     if tensor.dim() != len(names):
         raise ValueError(
             f"{name}: expected {len(names)} dimensions [{', '.join(names)}], got shape {tuple(tensor.shape)}. "
