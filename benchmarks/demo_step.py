@@ -1,5 +1,5 @@
-"""A tune step of the demo's model: Continual LLaVA over sequential LoRA of equal active rank: `python
-benchmarks/demo_step.py`.
+"""A tune step of the demo's model: Continual LLaVA over sequential LoRA of equal active rank: `python -m
+benchmarks.demo_step`.
 
 Forward, backward, clipping and optimizer, without the Trainer around them, which is the same for all. Ways take turns;
 medians. Each earlier task is 64 columns more in every adapted layer, of width 128: that is most of what it costs.
@@ -8,16 +8,14 @@ medians. Each earlier task is 64 columns more in every adapted layer, of width 1
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import cllava_fast as cf
+from benchmarks.native_cpu import times
 from cllava_fast.data.encode import Collator
 from cllava_fast.demo.base import load_base
 from cllava_fast.demo.run import DemoConfig
@@ -57,20 +55,6 @@ def tune_step(method: str, earlier: int, data: cf.PreparedStream) -> Callable[[]
     return step
 
 
-def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each, taken in turn, in a new order each round."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
-    for turn in range(rounds + 3):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            if turn >= 3:
-                taken[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60)
@@ -81,9 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     steps = {LORA: tune_step(LORA, 0, data)}
     for earlier in range(len(data.stream)):
         steps[f"continual_llava, task {earlier + 1}"] = tune_step("continual_llava", earlier, data)
-    found = medians(steps, chosen.rounds)
-    for name, milliseconds in found.items():
-        print(f"{name:<26} {milliseconds:>8.2f} ms  {milliseconds / found[LORA]:.2f}x")
+    found = times(steps, chosen.rounds)
+    for name, microseconds in found.items():
+        print(f"{name:<26} {microseconds / 1e3:>8.2f} ms  {microseconds / found[LORA]:.2f}x")
     return 0
 
 
