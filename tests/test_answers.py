@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import cllava_fast as cf
+from benchmarks import models
 from benchmarks.measure import peak_memory
 from cllava_fast.data.encode import IGNORE
 from cllava_fast.model import answers
-from cllava_fast.train.tune import _checkpointing_options
 from tests.helpers import QUESTIONS, inputs, learn
 
 ALL = {"logits_to_keep": 0}  # transformers' own path
@@ -80,7 +80,7 @@ def test_under_autocast_and_checkpointing(training, batch):
     with torch.autocast("cpu", torch.bfloat16):
         same(step(training, batch), step(training, batch, **ALL), 2e-2)
     wanted = step(training, batch)
-    training.gradient_checkpointing_enable(next(iter(_checkpointing_options().values())) and {"use_reentrant": False})
+    models.checkpoint(training, True)
     same(step(training, batch), wanted, 0.0)
 
 
@@ -112,7 +112,9 @@ def test_a_failed_forward_leaves_nothing_behind(training, batch):
 
 def test_positions_that_miss_a_label_are_refused(training, batch):
     positions = answers.answer_positions(batch["labels"])
-    for wrong in (positions[:, :1], positions[:2], positions[0]):
+    first_twice = positions.clone()
+    first_twice[1, 1] = first_twice[1, 0]  # as many labels as there are
+    for wrong in (positions[:, :1], positions[:2], positions[0], first_twice):
         with pytest.raises(ValueError, match="answer_positions"):
             training(**batch, answer_positions=wrong)
 

@@ -53,7 +53,7 @@ def for_loss_alone(model: Any, kwargs: dict[str, Any], positions: Tensor | None)
         raise ValueError(f"answer_positions is {list(positions.shape)}; expected [{len(labels)}, K]")
     wanted = next_labels(labels)
     kept = wanted.gather(1, positions)  # [B, K]
-    if checks.can_read(labels, cuda=False) and (kept != IGNORE).sum() != (wanted != IGNORE).sum():
+    if checks.can_read(labels, cuda=False) and not _names_each_once(positions, kept, wanted):
         raise ValueError(
             "answer_positions does not name each position before a label once; "
             "use cllava_fast.model.answers.answer_positions(labels), or leave it out"
@@ -61,6 +61,11 @@ def for_loss_alone(model: Any, kwargs: dict[str, Any], positions: Tensor | None)
     kwargs["shift_labels"] = kept
     # looked up now: resizing the vocabulary replaces it
     return paths.output_head(model).register_forward_pre_hook(partial(_keep, positions))
+
+
+def _names_each_once(positions: Tensor, kept: Tensor, wanted: Tensor) -> bool:
+    missed = wanted.scatter(1, positions, IGNORE) != IGNORE
+    return not missed.any() and bool((kept != IGNORE).sum() == (wanted != IGNORE).sum())
 
 
 def _keep(positions: Tensor, head: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
