@@ -108,7 +108,7 @@ def mix_factors(case: aggregate_cases.MixCase, dtype: torch.dtype, rng: torch.Ge
 def inject(case: inject_cases.Case, dtype: torch.dtype, rng: torch.Generator) -> Ways:
     x, weight, A, B, index, coefficient, _ = inject_cases.make(case, dtype, rng)
     gather, whole = (
-        inject_reference.Increments(A, B, index, coefficient, None, None, None, 1.0, whole) for whole in (False, True)
+        inject_reference.Acting(A, B, index, coefficient, None, None, None, 1.0, whole) for whole in (False, True)
     )
     return {
         "native": lambda: inject_native.inject(LIBRARY, x, weight, None, gather, False),

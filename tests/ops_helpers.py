@@ -196,7 +196,7 @@ def inject_inputs(case, dtype, rng, device="cpu"):
     return leaf(x), weight, leaf(A), leaf(B), index, leaf(coefficient), bias
 
 
-def flat_increments(A, B, index, coefficient, scale=1.0, past=(None, None, None), whole=False):
+def flat_acting(A, B, index, coefficient, scale=1.0, past=(None, None, None), whole=False):
     """As the library's ops take them."""
     return A, B, index, coefficient, *past, scale, whole
 

@@ -16,13 +16,13 @@ from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.aggregate import mix
 from cllava_fast.ops.aggregate import reference as aggregate_reference
 from cllava_fast.ops.inject import reference as inject_reference
-from cllava_fast.ops.inject.reference import Increments
+from cllava_fast.ops.inject.reference import Acting
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select import reference as select_reference
 from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
 from tests.cuda_emulator import library
 from tests.cuda_emulator.library import Guarded, guarded
-from tests.ops_helpers import LOW, error, flat_increments
+from tests.ops_helpers import LOW, error, flat_acting
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="needs g++")
 dtypes = pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -384,7 +384,7 @@ def test_inject_add(sizes, odd, dtype, factor_dtype, kernels, rng):
     B = torch.randn(rows, rank, d_out, generator=rng).to(factor_dtype)
     index, coefficient, unread = pairs(samples, count, rows, rng)
     exact, plain = (
-        inject_reference.inject_add(y, x, Increments(*flat_increments(*rest, scale=0.5)), False)[0]
+        inject_reference.inject_add(y, x, Acting(*flat_acting(*rest, scale=0.5)), False)[0]
         for y, x, *rest in (doubles(y, x, A, B, index, coefficient), (y, x, A, B, index, coefficient))
     )
     A[unread] = B[unread] = float("nan")

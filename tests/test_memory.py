@@ -17,8 +17,8 @@ from cllava_fast import ops
 from cllava_fast.ops import triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference
-from cllava_fast.ops.inject.reference import Increments
-from tests.ops_helpers import close, flat_increments, inject_backward, leaf
+from cllava_fast.ops.inject.reference import Acting
+from tests.ops_helpers import close, flat_acting, inject_backward, leaf
 
 ON_GPU = torch.cuda.is_available() and not triton_backend.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -157,7 +157,7 @@ def test_results_are_no_views(layer, dtype, rng):
     x, weight, _ = (t.detach()[..., :64].contiguous() for t in layer)
     A, B, index, coefficient = rows(4, 3, dtype, rng, trained=False)
     y = ops.inject(leaf(x), weight, A[..., :64], B, index, coefficient)
-    grads = inject_backward(y.detach(), x, weight, flat_increments(A[..., :64], B, index, coefficient), [True] * 5)
+    grads = inject_backward(y.detach(), x, weight, flat_acting(A[..., :64], B, index, coefficient), [True] * 5)
     assert not any(t._is_view() for t in (y, *grads))
     y += 1
 
@@ -167,7 +167,7 @@ def test_samples_that_take_turns_change_nothing(together, rng, monkeypatch):
     case = inject_cases.Case(B=3, S=5, d_in=24, d_out=16, N=6, R=2, P=4)
     tensors = [t.to(DEVICE) for t in inject_cases.make(case, torch.float64, rng)]
 
-    given = Increments(*flat_increments(*tensors[2:6], scale=0.5))
+    given = Acting(*flat_acting(*tensors[2:6], scale=0.5))
 
     def results():
         y, *lows = reference.inject(*tensors[:2], tensors[6], given, True)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from cllava_fast import ops
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference as inject_reference
-from cllava_fast.ops.inject.reference import Increments
+from cllava_fast.ops.inject.reference import Acting
 from tests.ops_helpers import (
     INJECT,
     INJECT_TRITON,
@@ -25,7 +25,7 @@ from tests.ops_helpers import (
     LOW,
     close,
     far_apart,
-    flat_increments,
+    flat_acting,
     inject_backward,
     inject_inputs,
     leaf,
@@ -149,7 +149,7 @@ def test_inject_never_allocates_a_dense_offset(backend, rng):
     if module is None:
         pytest.skip("what is no PyTorch inside allocates nothing that a mode could see")
     run_by = importlib.import_module(module)
-    given = Increments(*flat_increments(A, B, index, coefficient, whole=backend.way == "whole"))
+    given = Acting(*flat_acting(A, B, index, coefficient, whole=backend.way == "whole"))
     with Allocations() as seen:  # a mode sees nothing inside an op of torch.library: the kernels are called bare
         y, *lows = run_by.inject(x, weight, bias, given, True)
         run_by.inject_backward(y, x, weight, given, *lows, [True] * 5)
@@ -176,7 +176,7 @@ def test_inject_backward_computes_only_what_is_needed(backend, rng):
     case = inject_cases.CASES[9]
     x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float32, rng, backend.device)
     past = on(backend.device, inject_cases.make_past(case, torch.float32, rng))
-    increments = flat_increments(A, B, index, coefficient, past=past, whole=backend.way == "whole")
+    increments = flat_acting(A, B, index, coefficient, past=past, whole=backend.way == "whole")
     grad = torch.ones(case.B, case.S, case.d_out, device=backend.device)
     _, *lows = LIBRARY.inject(x, weight, bias, *increments, True)
     everything = LIBRARY.inject_backward(grad, x, weight, *increments, *lows, [True] * 5)
@@ -252,8 +252,8 @@ def test_inject_beyond_32_bit_offsets(backend, rng):
     close(far_y, y.double(), limit)
     upstream = torch.randn(y.shape, generator=rng).to(y)
     whole = backend.way == "whole"
-    increments = flat_increments(A, B, index, coefficient, whole=whole)
-    far = flat_increments(far_A, far_B, index, coefficient, whole=whole)
+    increments = flat_acting(A, B, index, coefficient, whole=whole)
+    far = flat_acting(far_A, far_B, index, coefficient, whole=whole)
     grads = inject_backward(upstream, x, weight, increments, [True] * 5)
     far_grads = inject_backward(upstream, far_x, weight, far, [True] * 5)
     for grad, far_grad in zip(grads, far_grads, strict=True):

@@ -20,7 +20,7 @@ from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
 from tests.helpers import learn
-from tests.ops_helpers import LIBRARY, flat_increments, inject_inputs, leaf, leaves, on, on_every_backend, run
+from tests.ops_helpers import LIBRARY, flat_acting, inject_inputs, leaf, leaves, on, on_every_backend, run
 
 # all of a backend's ops in one: its "inject" goes the way that it chooses itself
 everywhere = on_every_backend("chain")
@@ -52,17 +52,17 @@ def samples(rng, device):
     )
     y = ones(2, 3, 24)
     for past, whole in itertools.product(((None, None, None), (past_A, past_B, leaf(past_coefficient))), (False, True)):
-        pairs = flat_increments(A, B, index, coefficient, 0.5, past, whole)
+        pairs = flat_acting(A, B, index, coefficient, 0.5, past, whole)
         yield LIBRARY.inject, (x, weight, bias, *pairs, True)
         yield LIBRARY.inject_add, (leaf(y), x, *pairs, True)
     yield LIBRARY.inject, (leaf(x.transpose(0, 1)[:2]), weight, None, leaf(A.bfloat16()), *pairs[1:], True)
-    frozen = flat_increments(A.detach(), B.detach(), index, coefficient.detach(), 0.5)
+    frozen = flat_acting(A.detach(), B.detach(), index, coefficient.detach(), 0.5)
     yield LIBRARY.inject_add, (leaf(y), x, *frozen, False)
     low, nothing = ones(2, 3, 32), ones(0)
     yield LIBRARY.inject_backward, (y, x.detach(), None, *frozen, low, nothing, [True, True, True, True, False])
     yield LIBRARY.inject_backward, (y, None, weight, *frozen, nothing, nothing, [True, False, False, False, False])
     past = past_A, past_B, past_coefficient
-    frozen = flat_increments(A.detach(), B.detach(), index, coefficient.detach(), 0.5, past, True)
+    frozen = flat_acting(A.detach(), B.detach(), index, coefficient.detach(), 0.5, past, True)
     low = ones(2, 3, 5 * 8 + 3 * 8)
     yield LIBRARY.inject_backward, (y, x.detach(), weight, *frozen, low, nothing, [True, True, True, True, True])
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import dispatch, library
-from cllava_fast.ops.inject.reference import Increments
+from cllava_fast.ops.inject.reference import Acting
 
-FIELDS = len(fields(Increments))
+FIELDS = len(fields(Acting))
 _ACTING = (
     "Tensor A, Tensor B, Tensor index, Tensor coefficient, Tensor? past_A, Tensor? past_B, Tensor? past_coefficient,"
     " float scale, bool whole"
@@ -33,14 +33,14 @@ def _add_site(y: Tensor, x: Tensor, *increments: Any) -> dispatch.Site:
 
 
 def _pack(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    return x, weight, bias, Increments(*rest[:FIELDS]), *rest[FIELDS:]
+    return x, weight, bias, Acting(*rest[:FIELDS]), *rest[FIELDS:]
 
 
 def _add_pack(y: Tensor, x: Tensor, *rest: Any) -> tuple[Any, ...]:
-    return y, x, Increments(*rest[:FIELDS]), *rest[FIELDS:]
+    return y, x, Acting(*rest[:FIELDS]), *rest[FIELDS:]
 
 
-def _fake_lows(x: Tensor, given: Increments, save: bool) -> tuple[Tensor, Tensor]:
+def _fake_lows(x: Tensor, given: Acting, save: bool) -> tuple[Tensor, Tensor]:
     if not save:
         return x.new_empty(0), x.new_empty(0)
     columns, past = given.columns, given.past_columns
@@ -59,7 +59,7 @@ def _add_fake(y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(grad: Tensor, x: Tensor | None, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    given, needed = Increments(*rest[:FIELDS]), rest[-1]
+    given, needed = Acting(*rest[:FIELDS]), rest[-1]
     past = given.past_coefficient
     return (
         grad.new_empty((grad.shape[0], grad.shape[1], given.A.shape[2]) if needed[0] else 0),

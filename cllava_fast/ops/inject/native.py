@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.inject import reference
-from cllava_fast.ops.inject.reference import Increments, Lows
+from cllava_fast.ops.inject.reference import Acting, Lows
 from cllava_fast.ops.native import dense_rows, factors
 
 CUDA_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
@@ -45,7 +45,7 @@ def inject(
     x: Tensor,  # [B, S, d_in]
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,  # [d_out]
-    given: Increments,
+    given: Acting,
     save: bool,
 ) -> Result:
     y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
@@ -56,14 +56,14 @@ def inject_add(
     library: Any,
     y: Tensor,  # [B, S, d_out]
     x: Tensor,  # [B, S, d_in]
-    given: Increments,
+    given: Acting,
     save: bool,
 ) -> Result:
     y = y.clone(memory_format=torch.contiguous_format)
     return y, *add_(library, y, x, given, save)
 
 
-def add_(library: Any, y: Tensor, x: Tensor, given: Increments, save: bool) -> Lows:
+def add_(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
     past_low = reference.add_past_(y, x, given)
     A, B = factors(given.A, given.B, x.dtype)
     index, coefficient = given.index.contiguous(), given.coefficient.contiguous()
@@ -72,13 +72,13 @@ def add_(library: Any, y: Tensor, x: Tensor, given: Increments, save: bool) -> L
     return reference.lows(low, past_low, given, save)
 
 
-def cpu_inject(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Increments, save: bool) -> Result:
+def cpu_inject(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Acting, save: bool) -> Result:
     if few(x.shape[1], given.index.shape[1] * given.A.shape[1]):
         return inject(library, x, weight, bias, given, save)
     return reference.inject(x, weight, bias, given, save)
 
 
-def cpu_inject_add(library: Any, y: Tensor, x: Tensor, given: Increments, save: bool) -> Result:
+def cpu_inject_add(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Result:
     if few(x.shape[1], given.index.shape[1] * given.A.shape[1]):
         return inject_add(library, y, x, given, save)
     return reference.inject_add(y, x, given, save)

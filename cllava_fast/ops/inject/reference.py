@@ -19,7 +19,7 @@ GATHERED = 2**21  # entries of a factor that may be gathered at once, if that is
 
 
 @dataclass(slots=True)
-class Increments:
+class Acting:
     """What acts, and how: arguments that every form of inject has, in this order."""
 
     A: Tensor  # [N, R, d_in]
@@ -51,7 +51,7 @@ def inject(
     x: Tensor,  # [B, S, d_in]
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,  # [d_out]
-    given: Increments,
+    given: Acting,
     save: bool,  # whether a backward pass will ask for what x was projected to
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
@@ -61,14 +61,14 @@ def inject(
 def inject_add(
     y: Tensor,  # [B, S, d_out]
     x: Tensor,  # [B, S, d_in]
-    given: Increments,
+    given: Acting,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = y.clone(memory_format=torch.contiguous_format)
     return total, *add_(total, x, given, save)
 
 
-def add_(y: Tensor, x: Tensor, given: Increments, save: bool) -> Lows:
+def add_(y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
     """Adds the increments to y."""
     past_low = add_past_(y, x, given)
     low = shrink(x, given.A, given)
@@ -76,7 +76,7 @@ def add_(y: Tensor, x: Tensor, given: Increments, save: bool) -> Lows:
     return lows(low, past_low, given, save)
 
 
-def lows(low: Tensor, past_low: Tensor, given: Increments, save: bool) -> Lows:
+def lows(low: Tensor, past_low: Tensor, given: Acting, save: bool) -> Lows:
     if not save:
         return low.new_empty(0), low.new_empty(0)  # two, since results of an op must not be one tensor
     if given.whole and given.past_A is not None:
@@ -84,7 +84,7 @@ def lows(low: Tensor, past_low: Tensor, given: Increments, save: bool) -> Lows:
     return low, past_low
 
 
-def add_past_(y: Tensor, x: Tensor, given: Increments) -> Tensor:
+def add_past_(y: Tensor, x: Tensor, given: Acting) -> Tensor:
     if given.past_A is None or given.past_B is None:
         return x.new_empty(0)
     low = project(x, given.past_A)
@@ -97,7 +97,7 @@ def inject_backward(
     grad: Tensor,  # [B, S, d_out]
     x: Tensor | None,  # [B, S, d_in]; None if A has no gradient
     weight: Tensor | None,  # [d_out, d_in]; None for inject_add
-    given: Increments,
+    given: Acting,
     low: Tensor,  # as the forward pass returned it; not read if neither B nor the coefficient has a gradient
     past_low: Tensor,  # likewise, for the past's coefficient
     needed: list[bool],  # gradients of x, A, B, coefficient, past_coefficient
@@ -137,7 +137,7 @@ def inject_backward(
     return to_x, to_A, to_B, to_coefficient, to_past
 
 
-def strength(given: Increments) -> Tensor:
+def strength(given: Acting) -> Tensor:
     """Of every row that x is projected on, one for its R columns: [B, 1, rows, 1]. A row that appears twice in a sample
     counts twice."""
     by_row = given.coefficient
@@ -147,7 +147,7 @@ def strength(given: Increments) -> Tensor:
     return (by_row * given.scale)[:, None, :, None]
 
 
-def past_strength(given: Increments) -> Tensor:  # [B, 1, C, 1]
+def past_strength(given: Acting) -> Tensor:  # [B, 1, C, 1]
     assert given.past_coefficient is not None
     return (given.past_coefficient * given.scale)[:, None, :, None]
 
@@ -162,14 +162,14 @@ def times(low: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:  # [B, S
     return as_dtype(scaled.reshape(samples, tokens, columns), dtype)
 
 
-def shrink(x: Tensor, factor: Tensor, given: Increments) -> Tensor:  # [B, S, d] -> [B, S, K]
+def shrink(x: Tensor, factor: Tensor, given: Acting) -> Tensor:  # [B, S, d] -> [B, S, K]
     if given.whole:
         return project(x, factor)
     parts = [torch.bmm(part, rows.transpose(1, 2)) for part, rows in _turns(x, factor, given.index)]
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
-def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Increments) -> None:  # [B, S, K] added to [B, S, d]
+def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting) -> None:  # [B, S, K] added to [B, S, d]
     if given.whole:
         y.flatten(0, 1).addmm_(low.flatten(0, 1), columns(factor, y.dtype))
         return
@@ -205,13 +205,13 @@ def _turns(x: Tensor, factor: Tensor, index: Tensor) -> Iterator[tuple[Tensor, T
         yield x[at], as_dtype(factor[index[at]], x.dtype).flatten(1, 2)
 
 
-def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Increments) -> Tensor:  # -> [B, rows]
+def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Acting) -> Tensor:  # -> [B, rows]
     """The gradient of a coefficient, before its dtype."""
     by_column = (as_dtype(low_grad, _exact(low)) * low).sum(1)  # [B, K]
     return by_column.view(len(low), low.shape[2] // rank, rank).sum(2) * given.scale
 
 
-def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Increments) -> Tensor:  # -> [N, R, d]
+def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting) -> Tensor:  # -> [N, R, d]
     """The gradient of `factor`, summed in one order."""
     if given.whole:
         return (low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape).to(factor.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject import triton_launch as launch
-from cllava_fast.ops.inject.reference import Increments, columns
+from cllava_fast.ops.inject.reference import Acting, columns
 from cllava_fast.ops.inject.triton_launch import shipped, shrink_tiles
 
 __all__ = ["inject", "inject_add", "inject_backward", "shipped"]
@@ -27,7 +27,7 @@ def inject(
     x: Tensor,  # [B, S, d_in]
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,  # [d_out]
-    given: Increments,
+    given: Acting,
     save: bool,
 ) -> Result:
     if _nothing(x, given):
@@ -40,7 +40,7 @@ def inject(
 def inject_add(
     y: Tensor,  # [B, S, d_out]
     x: Tensor,  # [B, S, d_in]
-    given: Increments,
+    given: Acting,
     save: bool,
 ) -> Result:
     if _nothing(x, given):
@@ -49,7 +49,7 @@ def inject_add(
 
 
 def _increments(
-    x: Tensor, given: Increments, save: bool, *, bias: Tensor | None = None, base: Tensor | None = None
+    x: Tensor, given: Acting, save: bool, *, bias: Tensor | None = None, base: Tensor | None = None
 ) -> Result:
     """A new y = bias + base + increments, and what the backward pass needs."""
     if given.whole:
@@ -75,7 +75,7 @@ def inject_backward(
     grad: Tensor,  # [B, S, d_out]
     x: Tensor | None,  # [B, S, d_in]; None if A has no gradient
     weight: Tensor | None,  # [d_out, d_in]; None for inject_add
-    given: Increments,
+    given: Acting,
     low: Tensor,  # as the forward pass returned it; not read if neither B nor the coefficient has a gradient
     past_low: Tensor,  # likewise, for the past's coefficient
     needed: list[bool],  # gradients of x, A, B, coefficient, past_coefficient
@@ -96,7 +96,7 @@ Grads = list[Tensor | None]
 
 
 def _backward_gather(
-    grad: Tensor, x: Tensor | None, given: Increments, low: Tensor, past_low: Tensor, needed: list[bool]
+    grad: Tensor, x: Tensor | None, given: Acting, low: Tensor, past_low: Tensor, needed: list[bool]
 ) -> Grads:
     need_x, need_A, need_B, need_coefficient, need_past = needed
     to_x = to_A = to_B = to_coefficient = to_past = None
@@ -133,9 +133,7 @@ def _backward_gather(
     return [to_x, to_A, to_B, to_coefficient, to_past]
 
 
-def _backward_whole(
-    grad: Tensor, x: Tensor | None, given: Increments, low: Tensor, _: Tensor, needed: list[bool]
-) -> Grads:
+def _backward_whole(grad: Tensor, x: Tensor | None, given: Acting, low: Tensor, _: Tensor, needed: list[bool]) -> Grads:
     need_x, need_A, need_B, need_coefficient, need_past = needed
     to_x = to_A = to_B = to_coefficient = to_past = None
     of_pool = given.A.shape[0] * given.A.shape[1]  # columns
@@ -159,7 +157,7 @@ def _backward_whole(
     return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
 
 
-def _dense(given: Increments) -> Increments:
+def _dense(given: Acting) -> Acting:
     """Kernels read these without strides."""
     past = given.past_coefficient
     return replace(
@@ -170,7 +168,7 @@ def _dense(given: Increments) -> Increments:
     )
 
 
-def _nothing(x: Tensor, given: Increments) -> bool:
+def _nothing(x: Tensor, given: Acting) -> bool:
     """Whether a kernel would have nothing to do; plain PyTorch takes care of what remains."""
     sizes = (*x.shape, *given.A.shape, *given.B.shape, given.index.shape[1])
     return 0 in sizes or (given.past_A is not None and given.past_A.numel() == 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops.inject import triton_kernels as kernels
-from cllava_fast.ops.inject.reference import Increments
+from cllava_fast.ops.inject.reference import Acting
 from cllava_fast.ops.triton_backend import Shipped
 
 # Programs that fill a GPU: below, token tiles shrink or tokens are split into segments.
@@ -104,7 +104,7 @@ SUM_TILES = Tiles(0, 0, SUM_BLOCK, 4, 3)
 def shrink(
     x: Tensor,  # [B, S, width]
     factor: Tensor,  # [N, R, width]
-    given: Increments,
+    given: Acting,
     tiles: Tiles,
     *,
     scaled: bool = False,
@@ -172,7 +172,7 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return partial
 
 
-def sum_by_row(partial: Tensor, factor: Tensor, given: Increments, *, scaled: bool) -> Tensor:
+def sum_by_row(partial: Tensor, factor: Tensor, given: Acting, *, scaled: bool) -> Tensor:
     """float32 [B, segments, K, d] -> [N, R, d] like `factor`: rows that no pair names are 0. `scaled`: `partial` holds
     the coefficients already."""
     rows, rank, width = factor.shape
@@ -187,7 +187,7 @@ def sum_by_row(partial: Tensor, factor: Tensor, given: Increments, *, scaled: bo
 def weigh(
     low: Tensor | None,  # [B, S, C], contiguous
     low_grad: Tensor | None,  # [B, S, C], contiguous
-    given: Increments,
+    given: Acting,
     *,
     past_only: bool = False,  # whether the C columns are those of the past, or those of the pool and then of the past
     scale_low: bool = False,
