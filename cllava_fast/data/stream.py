@@ -17,14 +17,19 @@ ImageSource = str | Path | Image.Image
 class Sample:
     """One instruction about at most one image, and the answer that is wanted.
 
-    ``image`` is a path, a PIL image, or None for a text-only sample. Samples that share one image should share the
-    same object (or path): features of the frozen vision tower are computed once per image.
+    Args:
+        image: a path, a PIL image, or None for a text-only sample. Samples that share one image should share the same
+            object (or path): features of the frozen vision tower are computed once per image.
+        history: earlier turns of the conversation, (user, assistant) texts; the instruction is its last user turn.
+        references: all answers that evaluation accepts, one for each annotator, say; ``(answer,)`` where empty.
     """
 
     instruction: str
     answer: str
     image: ImageSource | None = None
     id: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    references: tuple[str, ...] = ()
 
     def open_image(self) -> Image.Image | None:
         """The image in RGB, or None.
@@ -41,12 +46,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """One step of the stream. ``validation`` is what hyperparameters are chosen on; ``test`` is only ever measured."""
+    """One step of the stream. ``validation`` is what hyperparameters are chosen on; ``test`` is only ever measured.
+
+    ``metric`` is the name of a function of ``cllava_fast.evaluate.metrics.SCORES``.
+    """
 
     name: str
     train: Sequence[Sample]
     test: Sequence[Sample]
     validation: Sequence[Sample] = ()
+    metric: str = "exact_match"
 
     def __len__(self) -> int:
         return len(self.train)
@@ -99,7 +108,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         image: object = sample.image
         if isinstance(image, Image.Image):
             image = [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
-        digest.update(json.dumps([sample.instruction, sample.answer, str(image)]).encode())
+        texts = [sample.instruction, sample.answer, *sample.history, *sample.references]
+        digest.update(json.dumps([texts, str(image)]).encode())
     return digest.hexdigest()
 
 

@@ -100,7 +100,7 @@ def build_stream(
     tasks = []
     for name in ("chart", "document", "icon", "digit"):
         parts = {split: _samples(name, split, size, seed, ambiguous) for split, size in sizes.items()}
-        tasks.append(Task(name, **parts))
+        tasks.append(Task(name, train=parts["train"], test=parts["test"], validation=parts["validation"]))
     return Stream(tasks, name="demo")
 
 

@@ -7,7 +7,7 @@ that were not seen yet; all rows but the last of a model that was trained on all
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Matrix = Sequence[Sequence[float | None]]
@@ -61,6 +61,12 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
         raise ValueError(f"{len(predictions)} predictions came with {len(answers)} answers; expected one for each")
     pairs = zip(predictions, answers, strict=True)
     return sum(normalize_answer(p) == normalize_answer(a) for p, a in pairs) / len(answers)
+
+
+# of a task, by the name that Task.metric gives: predictions and, for each, the answers that are accepted
+SCORES: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {
+    "exact_match": lambda predictions, references: exact_match(predictions, [answers[0] for answers in references]),
+}
 
 
 def mean_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
