@@ -20,17 +20,22 @@ def frozen(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def rows(factor: Tensor, index: Tensor) -> Tensor:
+    """[N, R, d], [B, P] -> [B, P * R, d]; copies whole rows, which factor[index] goes through entry by entry."""
+    return factor.index_select(0, index.reshape(-1)).view(len(index), -1, factor.shape[2])
+
+
 def smart_eager(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
 ) -> Tensor:
     """Gather, two thin batched products, one add; gradients left to autograd. The past needs no gather."""
-    low = torch.bmm(x, A[index].flatten(1, 2).transpose(1, 2)) * _strength(coefficient, A, x)  # [B, S, P * R]
+    low = torch.bmm(x, rows(A, index).transpose(1, 2)) * _strength(coefficient, A, x)  # [B, S, P * R]
     y = F.linear(x, weight)
     if past:
         past_A, past_B, past_coefficient = past
         past_low = (x @ past_A.flatten(0, 1).t()) * _strength(past_coefficient, past_A, x)
         y = torch.addmm(y.flatten(0, 1), past_low.flatten(0, 1), past_B.flatten(0, 1)).view_as(y)
-    return torch.baddbmm(y, low, B[index].flatten(1, 2))
+    return torch.baddbmm(y, low, rows(B, index))
 
 
 def grouped(
@@ -41,9 +46,9 @@ def grouped(
         A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
     samples, tokens, _ = x.shape
     ends = torch.arange(1, samples + 1, device=x.device, dtype=torch.int32) * tokens
-    low = grouped_mm()(x.flatten(0, 1), A[index].flatten(1, 2).transpose(1, 2), offs=ends)  # [B * S, P * R]
+    low = grouped_mm()(x.flatten(0, 1), rows(A, index).transpose(1, 2), offs=ends)  # [B * S, P * R]
     low = (low.view(samples, tokens, -1) * _strength(coefficient, A, x)).flatten(0, 1)
-    return F.linear(x, weight) + grouped_mm()(low, B[index].flatten(1, 2), offs=ends).view(samples, tokens, -1)
+    return F.linear(x, weight) + grouped_mm()(low, rows(B, index), offs=ends).view(samples, tokens, -1)
 
 
 def grouped_mm() -> Callable[..., Any] | None:
@@ -56,8 +61,8 @@ def dense_by_sample(
     """A dense weight for each sample."""
     if past:
         A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
-    scaled = coefficient.to(x.dtype)[:, :, None, None] * B[index]  # [B, P, R, d_out]
-    offset = torch.bmm(scaled.flatten(1, 2).transpose(1, 2), A[index].flatten(1, 2))  # [B, d_out, d_in]
+    scaled = _strength(coefficient, B, x).transpose(1, 2) * rows(B, index)  # [B, P * R, d_out]
+    offset = torch.bmm(scaled.transpose(1, 2), rows(A, index))  # [B, d_out, d_in]
     return torch.bmm(x, (weight + offset).transpose(1, 2))
 
 
@@ -133,8 +138,8 @@ def aggregate_pairwise(index: Tensor, weight: Tensor, row_task: Tensor, row_mean
 def gathered_sums(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Gather, then one weighted sum for each factor: [B, R, d_in], [B, R, d_out]."""
     strength = coefficient.unsqueeze(1)
-    rows = (torch.bmm(strength.to(factor.dtype), factor[index].flatten(2)) for factor in (A, B))
-    return tuple(row.view(-1, *factor.shape[1:]) for row, factor in zip(rows, (A, B), strict=True))
+    sums = (torch.bmm(strength.to(factor.dtype), rows(factor, index).view(*index.shape, -1)) for factor in (A, B))
+    return tuple(mix.view(-1, *factor.shape[1:]) for mix, factor in zip(sums, (A, B), strict=True))
 
 
 def whole_pool_sums(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,5 +150,6 @@ def whole_pool_sums(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) ->
 
 
 def merge_by_gather(weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
-    scaled = coefficient.to(weight.dtype)[:, None, None] * B[index]  # [P, R, d_out]
-    return torch.addmm(weight, scaled.flatten(0, 1).t(), A[index].flatten(0, 1))
+    strength = coefficient.to(weight.dtype)[:, None, None]
+    scaled = strength * B.index_select(0, index)  # [P, R, d_out]
+    return torch.addmm(weight, scaled.flatten(0, 1).t(), A.index_select(0, index).flatten(0, 1))

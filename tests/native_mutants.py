@@ -11,7 +11,7 @@ NATIVE_MUTANTS = [
     # name, file under csrc/, old, new, tests beside the conformance test
     ("select: ties go to the highest row", "cpu/select.cpp", "+ (row_mask - row);", "+ row;", SELECT),
     ("select: the mask is not read", "cpu/select.cpp", "if (call.allowed && !call", "if (false && !call", SELECT),
-    ("select: keys are not normalised", "cpu/select.cpp", "found[i][j] / norm[j]", "found[i][j]", SELECT),
+    ("select: keys are not normalised", "cpu/select.cpp", "found[i] / norm);", "found[i]);", SELECT),
     ("select: no guard of the weights", "cpu/select.cpp", "total < sum_floor", "total < 0", SELECT),
     ("select: only the first tile", "cpu/select.cpp", "tile < tiles; tile += pieces", "tile < 1; tile += pieces", SELECT),
     ("select: the bar is stale", "cpu/select.cpp", "if (packed == lowest) return -", "if (packed == 1) return -", SELECT),
@@ -21,6 +21,9 @@ NATIVE_MUTANTS = [
     ("aggregate: grad of unread rows", "cpu/aggregate.cpp", "t < task; ++t) context[", "t < T; ++t) context[", AGGREGATE),
     ("mix_factors: repeated rows lost", "cpu/mix.cpp", "strength += call", "strength = call", AGGREGATE),
     ("mix_factors: strips of one row", "cpu/mix.cpp", "piece / terms.size() * strip", "0 * strip", AGGREGATE),
+    ("select: norms of other keys", "cpu/select.cpp", "sums[queries][j] += k[j] * k[j]", "sums[queries][j] += k[0] * k[0]", SELECT),
+    ("mix_factors: last columns lost", "cpu/mix.cpp", "terms[t].strength, width - i);", "terms[t].strength, 0);", AGGREGATE),
+    ("mix_factors: products of the first strip", "cpu/mix.cpp", "first < size; first += strip)\n    for (int64_t p = begin", "first < strip; first += strip)\n    for (int64_t p = begin", AGGREGATE),
     ("inject: scale lost", "cpu/inject.cpp", "call.coefficient[pair] * call.scale;", "call.coefficient[pair];", INJECT),
     ("inject: rank is not read", "cpu/inject.cpp", "+ k % call.R * call.B_stride_r", "+ 0 * call.B_stride_r", INJECT),
     ("rows: the tail is dropped", "cpu/rows.h", "total[i] += strength * static_cast<float>(row[i]);", ";", INJECT),

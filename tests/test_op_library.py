@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import cllava_fast as cf
 from cllava_fast import ops
 from cllava_fast.model.paths import adapted_linears
+from cllava_fast.ops import library
 from cllava_fast.ops.aggregate import cases as aggregate_cases
+from cllava_fast.ops.inject import autograd as inject_autograd
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
@@ -215,3 +219,58 @@ def test_dispatch_modes_see_ops_and_gradients(rng):
     ours = [name for name in seen.names if name in {*expected}]
     assert sorted(ours) == sorted(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+class _Foreign(torch.Tensor):
+    """A subclass, as other libraries have."""
+
+
+SURROUNDINGS = {  # made where they are entered: some act from their making
+    "plain": (contextlib.nullcontext, True),
+    "no_grad": (torch.no_grad, True),
+    "inference": (torch.inference_mode, True),
+    "fake": (lambda: FakeTensorMode(allow_non_fake_inputs=True), False),
+    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), False),
+    "profiler": (torch.autograd.profiler.profile, False),
+    "below autograd": (torch._C._AutoDispatchBelowAutograd, False),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_the_dispatcher_is_passed_by_only_where_it_would_do_nothing(name, monkeypatch, rng):
+    arguments = inject_inputs(inject_cases.CASES[1], torch.float32, rng, "cpu")
+    around, straight = SURROUNDINGS[name]
+    asked, answers = library._nothing_between, []
+    monkeypatch.setattr(library, "_nothing_between", lambda args: answers.append(asked(args)) or answers[-1])
+    with around():
+        ops.inject(*arguments, check_values=False)
+    assert answers[0] == straight
+
+
+def test_transforms_and_subclasses_take_the_dispatcher(rng):
+    x = torch.randn(3, generator=rng)
+    seen = []
+    torch.func.grad(lambda t: (seen.append(library._nothing_between((t,))), t.sum())[1])(x)
+    torch.func.vmap(lambda t: (seen.append(library._nothing_between((t,))), t)[1])(torch.randn(2, 3, generator=rng))
+    torch.jit.trace(lambda t: (seen.append(library._nothing_between((t,))), t + 1)[1], x, check_trace=False)
+    seen += [
+        library._nothing_between((x, odd)) for odd in (x.as_subclass(_Foreign), x.to("meta").as_subclass(_Foreign))
+    ]
+    seen.append(library._nothing_between((x.to("meta"),)))
+    assert not any(seen)
+
+
+def test_straight_and_dispatched_calls_give_the_same_bits(rng):
+    case = inject_cases.CASES[1]
+    x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float32, rng, "cpu")
+    trained = [leaf(t) for t in (x, A, B, coefficient)]
+    pairs = flat_acting(*trained[1:3], index, trained[3], 0.5)
+    found = []
+    for call in (inject_autograd.inject, LIBRARY.inject):
+        y = call(trained[0], weight, bias, *pairs, True)[0]
+        found.append([y, *torch.autograd.grad(y.square().sum(), trained)])
+    for straight, dispatched in zip(*found, strict=True):
+        assert torch.equal(straight, dispatched)
+    with torch.profiler.profile() as profile:
+        inject_autograd.inject(trained[0], weight, bias, *pairs, True)
+    assert "cllava_fast::inject" in {event.key for event in profile.key_averages()}

@@ -14,6 +14,7 @@ from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, make_met
 from cllava_fast.model import paths
 from cllava_fast.model.instructions import InstructionReader, text_ids
 from cllava_fast.ops import checks
+from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
 from cllava_fast.pool import Factors, LinearShape, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, make_surrogate
 
@@ -214,12 +215,12 @@ class Increments(nn.Module):
         y = base
         for A, B, pairs, past in self._pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
-            options: dict[str, Any] = {"scale": self.config.scale, "past": past, "check_values": False}
             if y is None:
                 assert linear is not None
-                y = ops.inject(x, linear.weight, A, B, index, coefficient, linear.bias, **options)
+                check_frozen(linear.weight, linear.bias)
+                y = inject_unchecked(x, linear.weight, A, B, index, coefficient, linear.bias, self.config.scale, past)
             else:
-                y = ops.inject_add(y, x, A, B, index, coefficient, **options)
+                y = inject_add_unchecked(y, x, A, B, index, coefficient, self.config.scale, past)
         assert y is not None
         return y
 

@@ -16,6 +16,9 @@ DEVICES = ("cpu", "cuda")
 _kernels: dict[Any, Callable[..., Any]] = {}  # of each op
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # noqa: TOR901 (what it registers lives as long as it does)
 _PLAIN = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+_AUTOGRAD = (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA)
+_BELOW_AUTOGRAD = (*_PLAIN, _C.DispatchKey.ADInplaceOrView)
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list))
 
 
 def define(
@@ -53,13 +56,19 @@ def define(
     return op
 
 
-def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-    """What `torch.library.register_autograd` does, for ops whose schema has no defaults, in half its time: where plain
-    tensors have nothing between autograd and their device's kernel, the kernel is called rather than dispatched to."""
+def differentiable(
+    op: Any, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Registers an op's gradient, and returns the function that callers should call in the op's place.
+
+    It does what `torch.library.register_autograd` makes of an op whose schema has no defaults. In eager mode on plain
+    tensors, where the dispatcher would find autograd and the kernel and nothing else, it goes to these two straight:
+    boxing fourteen arguments there and back costs as much as the kernel of a decoding step.
+    """
     kernel = _kernels[op]
 
     def below_autograd(keys: Any, args: tuple[Any, ...]) -> Any:
-        if (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _PLAIN:
+        if keys is None or (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _PLAIN:
             return kernel(*args)
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & _C._after_autograd_keyset, *args)
@@ -83,12 +92,30 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
             return Differentiable.apply(*args, keys)
         return below_autograd(keys, args)
 
+    def call(*args: Any) -> Any:
+        return autograd(None, *args) if _nothing_between(args) else op(*args)
+
     Differentiable.__name__ = f"{op._opname}_backward"
     _library.impl(op._opname, autograd, "Autograd", with_keyset=True)
+    return call
 
 
-def no_second_derivative(op: Any) -> None:
-    """Make the gradient of a backward op a clear error instead of a silently wrong zero."""
+def _nothing_between(args: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd has a part in a call: no compiler, mode, transform, autocast, profiler, subclass."""
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+        return False
+    if torch.overrides.has_torch_function(args) or not _PLAIN_TYPES.issuperset(map(type, args)):
+        return False
+    keys = (_C._dispatch_tls_local_include_set() | _C._dispatch_keys(args[0])) - _C._dispatch_tls_local_exclude_set()
+    keys = keys.remove(_C.DispatchKey.BackendSelect)  # is for factories alone
+    if (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() not in _PLAIN:
+        return False
+    highest = keys.highestPriorityTypeId()
+    return highest in _AUTOGRAD or (highest in _BELOW_AUTOGRAD and not torch.is_grad_enabled())
+
+
+def no_second_derivative(op: Any) -> Callable[..., Any]:
+    """`differentiable` for a backward op, whose gradient is a clear error instead of a silently wrong zero."""
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
@@ -96,7 +123,7 @@ def no_second_derivative(op: Any) -> None:
             "Call backward without create_graph=True."
         )
 
-    differentiable(op, backward)
+    return differentiable(op, backward)
 
 
 def _under_autocast(op: Any, device: str, casts: frozenset[int]) -> Callable[..., Any]:

@@ -9,12 +9,33 @@
 namespace cllava::cpu {
 namespace {
 
-constexpr int64_t strip = 2048;  // columns
+constexpr int64_t strip = 1024;  // columns
+constexpr int64_t at_once = 8 * lanes;  // columns whose sums stay in registers
 
 struct Term {
   int64_t source;
   float strength;
 };
+
+// total[i] = sum over terms of strength * source row
+template <typename T>
+CLLAVA_EVERY_LEVEL void weighted_sum(
+    const Term* terms, int64_t count, const T* source, int64_t apart, float* total, int64_t width) {
+  int64_t i = 0;
+  Lanes value;
+  for (; i + at_once <= width; i += at_once) {
+    Lanes sums[8] = {};
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t j = 0; j < 8; ++j) {
+        load(value, source + terms[t].source * apart + i + j * lanes);
+        sums[j] += terms[t].strength * value;
+      }
+    for (int64_t j = 0; j < 8; ++j) store(sums[j], total + i + j * lanes);
+  }
+  std::fill(total + i, total + width, 0.f);
+  for (int64_t t = 0; t < count; ++t)
+    add(total + i, source + terms[t].source * apart + i, terms[t].strength, width - i);
+}
 
 // out[row] = sum over its terms of strength * source row, in order. Terms of strength 0 are not there.
 template <typename T>
@@ -30,11 +51,21 @@ void add_up(
       // the rows of one strip are neighbours: what they share is still in cache
       const int64_t row = piece % terms.size(), first = piece / terms.size() * strip;
       const int64_t width = std::min(strip, size - first);
-      std::fill(total.begin(), total.end(), 0.f);
-      for (const Term& term : terms[row]) add(total.data(), source + term.source * apart + first, term.strength, width);
+      weighted_sum(terms[row].data(), terms[row].size(), source + first, apart, total.data(), width);
       convert(total.data(), out + row * size + first, width);
     }
   });
+}
+
+// out[pair] += grad of its sample . its row, strip by strip, so that samples share the rows in cache
+template <typename T>
+void add_products(const MixFactorsBackward& call, const void* grad, const void* factor, int64_t apart, int64_t size,
+                  int64_t begin, int64_t end) {
+  for (int64_t first = 0; first < size; first += strip)
+    for (int64_t p = begin; p < end; ++p)
+      call.to_coefficient[p] +=
+          dot(static_cast<const T*>(grad) + p / call.P * size + first,
+              static_cast<const T*>(factor) + call.index[p] * apart + first, std::min(strip, size - first));
 }
 
 }  // namespace
@@ -69,12 +100,9 @@ void mix_factors_backward(const MixFactorsBackward& call) {
     if (call.to_B) add_up(terms, grad_B, call.size_B, call.size_B, static_cast<T*>(call.to_B));
     if (!call.to_coefficient) return;
     parallel(call.samples * call.P, call.size_A + call.size_B, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t b = p / call.P, row = call.index[p];
-        call.to_coefficient[p] =
-            dot(grad_A + b * call.size_A, static_cast<const T*>(call.A) + row * call.stride_A, call.size_A) +
-            dot(grad_B + b * call.size_B, static_cast<const T*>(call.B) + row * call.stride_B, call.size_B);
-      }
+      std::fill(call.to_coefficient + begin, call.to_coefficient + end, 0.f);
+      add_products<T>(call, call.grad_A, call.A, call.stride_A, call.size_A, begin, end);
+      add_products<T>(call, call.grad_B, call.B, call.stride_B, call.size_B, begin, end);
     });
   });
 }

@@ -21,8 +21,7 @@ constexpr int64_t lowest = std::numeric_limits<int64_t>::min();
 constexpr float sum_floor = 1e-6f;
 
 // The length of a chunk; in float64 where a float32 sum of squares would overflow or lose what is small.
-float length(const float* chunk, int64_t width) {
-  const float square = dot(chunk, chunk, width);
+float length(const float* chunk, int64_t width, float square) {
   if (square > 1e-30f && square < 1e37f) return std::sqrt(square);
   double exact = 0;
   for (int64_t d = 0; d < width; ++d) exact += static_cast<double>(chunk[d]) * chunk[d];
@@ -31,13 +30,21 @@ float length(const float* chunk, int64_t width) {
 
 int64_t padded(int64_t width) { return (width + lanes - 1) / lanes * lanes; }
 
-constexpr int64_t queries_at_once = 4, keys_at_once = 4;  // 16 sums in registers for 8 loads
+constexpr int64_t queries_at_once = 4, keys_at_once = 4;  // 16 sums in registers for 8 loads; keys are a Quad
 
-// out[i][j] = product of padded unit query i with key j over one chunk.
-template <int64_t queries>
+CLLAVA_INLINE Quad sums_of(const Lanes* value) {  // of four
+  const Quad a = quarters(value[0]), b = quarters(value[1]), c = quarters(value[2]), d = quarters(value[3]);
+  const Quad left = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+  const Quad right = __builtin_shufflevector(c, d, 0, 4, 2, 6) + __builtin_shufflevector(c, d, 1, 5, 3, 7);
+  return __builtin_shufflevector(left, right, 0, 1, 4, 5) + __builtin_shufflevector(left, right, 2, 3, 6, 7);
+}
+
+// out[i] = products of padded unit query i with the keys over one chunk; where asked for, out[queries] = the keys'
+// products with themselves, which costs no reading of its own.
+template <int64_t queries, bool squares>
 CLLAVA_INLINE void products(
-    const float* query, int64_t query_stride, const float* const* key, int64_t width, float out[][keys_at_once]) {
-  Lanes sums[queries][keys_at_once] = {}, k[keys_at_once], q;
+    const float* query, int64_t query_stride, const float* const* key, int64_t width, Quad* out) {
+  Lanes sums[queries + squares][keys_at_once] = {}, k[keys_at_once], q;
   for (int64_t d = 0; d < width; d += lanes) {
     for (int64_t j = 0; j < keys_at_once; ++j)
       if (d + lanes <= width)
@@ -48,9 +55,17 @@ CLLAVA_INLINE void products(
       load(q, query + i * query_stride + d);
       for (int64_t j = 0; j < keys_at_once; ++j) sums[i][j] += q * k[j];
     }
+    if (squares)
+      for (int64_t j = 0; j < keys_at_once; ++j) sums[queries][j] += k[j] * k[j];
   }
-  for (int64_t i = 0; i < queries; ++i)
-    for (int64_t j = 0; j < keys_at_once; ++j) out[i][j] = sum(sums[i][j]);
+  for (int64_t i = 0; i < queries + squares; ++i) out[i] = sums_of(sums[i]);
+}
+
+CLLAVA_INLINE void add_quad(float* total, const Quad& value) {
+  Quad sum;
+  std::memcpy(&sum, total, sizeof sum);
+  sum += value;
+  std::memcpy(total, &sum, sizeof sum);
 }
 
 // cosines[sample, row] += unit query . key / |key| over one chunk, for the rows of a tile.
@@ -58,24 +73,26 @@ CLLAVA_EVERY_LEVEL
 void add_cosines(
     const float* query, int64_t query_stride, int64_t samples, const float* keys, int64_t key_stride, int64_t rows,
     int64_t width, float* cosines) {
-  float found[queries_at_once][keys_at_once];
+  Quad found[queries_at_once + 1];
   for (int64_t row = 0; row < rows; row += keys_at_once) {
     const float* key[keys_at_once];
-    float norm[keys_at_once];
+    Quad norm;
     const int64_t here = std::min(keys_at_once, rows - row);
-    for (int64_t j = 0; j < keys_at_once; ++j) {
-      key[j] = keys + (row + std::min(j, here - 1)) * key_stride;  // the last one again where there are fewer
-      norm[j] = length(key[j], width);
-    }
+    for (int64_t j = 0; j < keys_at_once; ++j)  // the last one again where there are fewer
+      key[j] = keys + (row + std::min(j, here - 1)) * key_stride;
     for (int64_t b = 0, step; b < samples; b += step) {
       step = samples - b < queries_at_once ? 1 : queries_at_once;
-      if (step == 1)
-        products<1>(query + b * query_stride, query_stride, key, width, found);
-      else
-        products<queries_at_once>(query + b * query_stride, query_stride, key, width, found);
-      for (int64_t i = 0; i < step; ++i)
-        for (int64_t j = 0; j < here; ++j)
-          cosines[(b + i) * tile_rows + row + j] += norm[j] == 0 ? 0.f : found[i][j] / norm[j];
+      const float* at = query + b * query_stride;
+      if (b == 0) {
+        step == 1 ? products<1, true>(at, query_stride, key, width, found)
+                  : products<queries_at_once, true>(at, query_stride, key, width, found);
+        for (int64_t j = 0; j < keys_at_once; ++j) norm[j] = length(key[j], width, found[step][j]);
+      } else {
+        step == 1 ? products<1, false>(at, query_stride, key, width, found)
+                  : products<queries_at_once, false>(at, query_stride, key, width, found);
+      }
+      for (int64_t i = 0; i < step; ++i)  // past the last row there is room in the tile
+        add_quad(cosines + (b + i) * tile_rows + row, norm == 0 ? Quad{} : found[i] / norm);
     }
   }
 }
@@ -137,7 +154,7 @@ std::vector<float> unit_queries(const Select& call, int64_t chunk, int64_t strid
     for (int64_t g = 0; g < call.groups; ++g) {
       const float* query = call.query + b * call.D + g * chunk;
       float* unit = units.data() + ((call.by_batch ? 0 : b) * call.groups + g) * stride;
-      const float norm = length(query, chunk);
+      const float norm = length(query, chunk, dot(query, query, chunk));
       if (norm != 0)
         for (int64_t d = 0; d < chunk; ++d) unit[d] += query[d] / norm * share;
     }
@@ -169,7 +186,8 @@ void select(const Select& call) {
         for (int64_t b = 0; b < samples; ++b) {
           float bar = similarity_of(best[b * M + M - 1]);  // most rows stay below it
           for (int64_t row = 0; row < rows; ++row) {
-            float similarity = cosines[b * tile_rows + row] / call.groups;
+            float similarity = cosines[b * tile_rows + row];
+            if (call.groups > 1) similarity /= call.groups;
             const int64_t n = first + row;
             if (call.allowed && !call.allowed[b * call.allowed_stride_b + n * call.allowed_stride_n])
               similarity = -std::numeric_limits<float>::infinity();

@@ -62,7 +62,7 @@ def aggregate(
     checks.device(index, weight=weight)
     if check_values and checks.can_read(index, cuda=False):
         checks.within("index", index, sizes["N"], "N")
-    coefficient, rows = autograd.AGGREGATE(index, weight, row_task, row_mean, context)
+    coefficient, rows = autograd.aggregate(index, weight, row_task, row_mean, context)
     return rows, coefficient
 
 
@@ -118,5 +118,5 @@ def mix_factors(
     checks.device(A, B=B, coefficient=coefficient, index=index)
     if check_values and checks.can_read(index, cuda=False):
         checks.within("index", index, sizes["N"], "N")
-    mixed: tuple[Tensor, Tensor] = autograd.MIX_FACTORS(A, B, coefficient, index)
+    mixed: tuple[Tensor, Tensor] = autograd.mix_factors(A, B, coefficient, index)
     return mixed

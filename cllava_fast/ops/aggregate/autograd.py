@@ -92,7 +92,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _index: Any) -> tuple[Any, ...]:
     needed = [ctx.needs_input_grad[1], ctx.needs_input_grad[4]]
-    weight, context = AGGREGATE_BACKWARD(grad, *ctx.saved_tensors, needed)
+    weight, context = aggregate_backward(grad, *ctx.saved_tensors, needed)
     return None, weight if needed[0] else None, None, None, context if needed[1] else None
 
 
@@ -102,11 +102,11 @@ def _mix_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _mix_backward(ctx: Any, grad_A: Tensor, grad_B: Tensor) -> tuple[Any, ...]:
     needed = list(ctx.needs_input_grad[:3])
-    grads = MIX_FACTORS_BACKWARD(grad_A, grad_B, *ctx.saved_tensors, needed)
+    grads = mix_factors_backward(grad_A, grad_B, *ctx.saved_tensors, needed)
     return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None
 
 
-library.differentiable(AGGREGATE, _backward, _setup_context)
-library.differentiable(MIX_FACTORS, _mix_backward, _mix_setup_context)
-library.no_second_derivative(AGGREGATE_BACKWARD)
-library.no_second_derivative(MIX_FACTORS_BACKWARD)
+aggregate = library.differentiable(AGGREGATE, _backward, _setup_context)
+mix_factors = library.differentiable(MIX_FACTORS, _mix_backward, _mix_setup_context)
+aggregate_backward = library.no_second_derivative(AGGREGATE_BACKWARD)
+mix_factors_backward = library.no_second_derivative(MIX_FACTORS_BACKWARD)

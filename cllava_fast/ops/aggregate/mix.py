@@ -35,8 +35,7 @@ def mix_factors_backward(
 
 def _mix(factor: Tensor, coefficient: Tensor, index: Tensor) -> Tensor:  # -> [B, R, d]
     exact = _exact(factor)
-    rows = factor[index].to(exact)  # [B, P, R, d]
-    mixed = torch.bmm(coefficient.to(exact).unsqueeze(1), rows.flatten(2))  # [B, 1, R * d]
+    mixed = torch.bmm(coefficient.to(exact).unsqueeze(1), _rows(factor, index, exact))  # [B, 1, R * d]
     return mixed.view(index.shape[0], *factor.shape[1:]).to(factor.dtype)
 
 
@@ -49,8 +48,12 @@ def _to_rows(grad: Tensor, factor: Tensor, coefficient: Tensor, index: Tensor) -
 
 def _along_rows(grad: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # -> [B, P]
     exact = _exact(factor)
-    rows = factor[index].to(exact).flatten(2)  # [B, P, R * d]
-    return torch.bmm(rows, grad.to(exact).flatten(1).unsqueeze(2)).squeeze(2)
+    return torch.bmm(_rows(factor, index, exact), grad.to(exact).flatten(1).unsqueeze(2)).squeeze(2)
+
+
+def _rows(factor: Tensor, index: Tensor, exact: torch.dtype) -> Tensor:  # -> [B, P, R * d]
+    rows = factor.index_select(0, index.reshape(-1)).to(exact)
+    return rows.view(*index.shape, factor.shape[1] * factor.shape[2])
 
 
 def _exact(factor: Tensor) -> torch.dtype:

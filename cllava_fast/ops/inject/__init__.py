@@ -87,18 +87,21 @@ def inject(
     checks.shape("weight", weight, "d_out d_in", sizes)
     checks.floating(x=x)
     checks.same_dtype("weight", weight, "x", x)
-    for name, frozen in (("weight", weight), ("bias", bias)):
-        if frozen is not None and frozen.requires_grad:
-            raise ValueError(
-                f"{name}: requires a gradient, but inject computes none for it: the base layer must be frozen. "
-                f"Call {name}.requires_grad_(False), or run the trained layer yourself and use inject_add."
-            )
+    check_frozen(weight, bias)
     if bias is not None:
         checks.shape("bias", bias, "d_out", sizes)
         checks.same_dtype("bias", bias, "x", x)
     checks.device(x, weight=weight, bias=bias)
-    _check_pairs(x, A, B, index, coefficient, sizes, check_values)
-    y: Tensor = autograd.INJECT(x, weight, bias, *_increments(x, A, B, index, coefficient, scale, past, sizes))[0]
+    _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
+    return inject_unchecked(x, weight, A, B, index, coefficient, bias, scale, past)
+
+
+def inject_unchecked(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, bias: Tensor | None,
+    scale: float, past: Past | None,
+) -> Tensor:  # fmt: skip
+    """`inject` of arguments that are known to fit, as in a patched model's layers, token by token."""
+    y: Tensor = autograd.inject(x, weight, bias, *_acting(x, A, B, index, coefficient, scale, past))[0]
     return y
 
 
@@ -133,8 +136,15 @@ def inject_add(
     checks.floating(y=y, x=x)
     checks.same_dtype("x", x, "y", y)
     checks.device(y, x=x)
-    _check_pairs(x, A, B, index, coefficient, sizes, check_values)
-    total: Tensor = autograd.INJECT_ADD(y, x, *_increments(x, A, B, index, coefficient, scale, past, sizes))[0]
+    _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
+    return inject_add_unchecked(y, x, A, B, index, coefficient, scale, past)
+
+
+def inject_add_unchecked(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float, past: Past | None
+) -> Tensor:
+    """`inject_add` of arguments that are known to fit."""
+    total: Tensor = autograd.inject_add(y, x, *_acting(x, A, B, index, coefficient, scale, past))[0]
     return total
 
 
@@ -150,19 +160,23 @@ def plan(device: str, samples: int, pairs: int, rows: int, rank: int) -> str:
     return "whole" if small else "gather"
 
 
-def _increments(
-    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float, past: Past | None,
-    sizes: dict[str, int],
-) -> tuple[Any, ...]:  # fmt: skip
+def _acting(
+    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float, past: Past | None
+) -> tuple[Any, ...]:
     """The arguments that both ops have last."""
-    if past is None:
-        past = Past(None, None, None)  # type: ignore[arg-type]
-    else:
-        past = Past(*past)
-        _check_past(x, past, sizes)
+    past_A, past_B, past_coefficient = (None, None, None) if past is None else past
     whole = plan(x.device.type, *index.shape, *A.shape[:2]) == "whole"
-    save = autograd.save_for(A, B, coefficient, past.coefficient)
-    return A, B, index, coefficient, *past, scale, whole, save
+    save = autograd.save_for(A, B, coefficient, past_coefficient)
+    return A, B, index, coefficient, past_A, past_B, past_coefficient, scale, whole, save
+
+
+def check_frozen(weight: Tensor, bias: Tensor | None) -> None:
+    for name, frozen in (("weight", weight), ("bias", bias)):
+        if frozen is not None and frozen.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, but inject computes none for it: the base layer must be frozen. "
+                f"Call {name}.requires_grad_(False), or run the trained layer yourself and use inject_add."
+            )
 
 
 def _check_past(x: Tensor, past: Past, sizes: dict[str, int]) -> None:
@@ -181,8 +195,9 @@ def _check_past(x: Tensor, past: Past, sizes: dict[str, int]) -> None:
 
 
 def _check_pairs(
-    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, sizes: dict[str, int], check_values: bool
-) -> None:
+    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, past: Past | None, sizes: dict[str, int],
+    check_values: bool,
+) -> None:  # fmt: skip
     checks.shape("A", A, "N R d_in", sizes)
     checks.shape("B", B, "N R d_out", sizes)
     checks.shape("index", index, "B P", sizes)
@@ -193,3 +208,5 @@ def _check_pairs(
     checks.device(x, A=A, B=B, index=index, coefficient=coefficient)
     if check_values and checks.can_read(index, cuda=False):
         checks.within("index", index, sizes["N"], "N")
+    if past is not None:
+        _check_past(x, Past(*past), sizes)

@@ -114,7 +114,7 @@ def _save(ctx: Any, x: Tensor, weight: Tensor | None, output: tuple[Tensor, ...]
 
 def _grads(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     *tensors, low, past_low = ctx.saved_tensors
-    found = BACKWARD(grad, *tensors, ctx.scale, ctx.whole, low, past_low, ctx.needed)
+    found = inject_backward(grad, *tensors, ctx.scale, ctx.whole, low, past_low, ctx.needed)
     return [tensor if wanted else None for tensor, wanted in zip(found, ctx.needed, strict=True)]
 
 
@@ -147,6 +147,6 @@ def _add_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return to_y, x, A, B, None, coefficient, None, None, past_coefficient, None, None, None
 
 
-library.differentiable(INJECT, _backward, _setup_context)
-library.differentiable(INJECT_ADD, _add_backward, _add_setup_context)
-library.no_second_derivative(BACKWARD)
+inject = library.differentiable(INJECT, _backward, _setup_context)
+inject_add = library.differentiable(INJECT_ADD, _add_backward, _add_setup_context)
+inject_backward = library.no_second_derivative(BACKWARD)

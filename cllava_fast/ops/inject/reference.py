@@ -198,11 +198,17 @@ def _turns(x: Tensor, factor: Tensor, index: Tensor) -> Iterator[tuple[Tensor, T
     if factor.shape[0] <= index.numel():  # whichever is smaller is cast
         factor = as_dtype(factor, x.dtype)
     if together >= samples:
-        yield x, as_dtype(factor[index], x.dtype).flatten(1, 2)
+        yield x, _rows(factor, index, x.dtype)
         return
     for first in range(0, samples, together):
         at = slice(first, first + together)
-        yield x[at], as_dtype(factor[index[at]], x.dtype).flatten(1, 2)
+        yield x[at], _rows(factor, index[at], x.dtype)
+
+
+def _rows(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d], [b, P] -> [b, P * R, d]
+    # copies whole rows, where factor[index] goes through them entry by entry
+    rows = factor.index_select(0, index.reshape(-1))
+    return as_dtype(rows, dtype).view(len(index), index.shape[1] * factor.shape[1], factor.shape[2])
 
 
 def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Acting) -> Tensor:  # -> [B, rows]

@@ -16,7 +16,5 @@ def merge(
 ) -> Tensor:
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     strength = (coefficient.to(exact) * scale).repeat_interleave(A.shape[1]).unsqueeze(1)  # [K, 1]
-    columns_A, columns_B = A[index].to(exact).flatten(0, 1), B[index].to(exact).flatten(0, 1)  # [K, d]
-    # the increments first: their sum is small, and is rounded once more where it meets the weight
-    merged = (strength * columns_B).t() @ columns_A + weight.to(exact)
-    return merged.to(weight.dtype)
+    columns_A, columns_B = (f.index_select(0, index).to(exact).flatten(0, 1) for f in (A, B))  # [K, d]
+    return torch.addmm(weight.to(exact), (strength * columns_B).t(), columns_A).to(weight.dtype)

@@ -74,7 +74,7 @@ def select(
     """
     check(query, keys, top_m, allowed, groups, reduce, check_values)
     by_batch = reduce == "batch"
-    similarity, weight, index = autograd.SELECT(query, keys, top_m, allowed, groups, by_batch)
+    similarity, weight, index = autograd.select(query, keys, top_m, allowed, groups, by_batch)
     return index, weight, similarity
 
 

@@ -65,9 +65,9 @@ def _backward(ctx: Any, grad: Tensor, _weight: Any, _index: Any) -> tuple[Any, .
     grad_keys = None
     if ctx.needs_input_grad[1]:
         query, keys, index = ctx.saved_tensors
-        grad_keys = BACKWARD(grad, query, keys, index, ctx.groups, ctx.by_batch)
+        grad_keys = select_backward(grad, query, keys, index, ctx.groups, ctx.by_batch)
     return None, grad_keys, None, None, None, None
 
 
-library.differentiable(SELECT, _backward, _setup_context)
-library.no_second_derivative(BACKWARD)
+select = library.differentiable(SELECT, _backward, _setup_context)
+select_backward = library.no_second_derivative(BACKWARD)

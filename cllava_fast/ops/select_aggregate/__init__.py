@@ -55,7 +55,7 @@ def select_aggregate(
     """
     sizes = check(query, keys, top_m, allowed, groups, reduce, check_values)
     check_tasks(row_task, row_mean, context, sizes, query, check_values)
-    coefficient, index = autograd.SELECT_AGGREGATE(
+    coefficient, index = autograd.select_aggregate(
         query, keys, top_m, allowed, groups, reduce == "batch", row_task, row_mean, context
     )
     return index, coefficient

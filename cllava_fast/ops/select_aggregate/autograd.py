@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import dispatch, library
-from cllava_fast.ops.aggregate.autograd import AGGREGATE_BACKWARD
+from cllava_fast.ops.aggregate.autograd import aggregate_backward
 from cllava_fast.ops.aggregate.reference import exact_dtype
 
 
@@ -57,8 +57,8 @@ def _backward(ctx: Any, grad: Tensor, _index: Any) -> tuple[Any, ...]:
     if ctx.needs_input_grad[8]:
         index, coefficient, *tasks = ctx.saved_tensors
         selected = index[:, : ctx.top_m], coefficient[:, : ctx.top_m]
-        _, to_context = AGGREGATE_BACKWARD(grad, *selected, *tasks, [False, True])
+        _, to_context = aggregate_backward(grad, *selected, *tasks, [False, True])
     return *[None] * 8, to_context
 
 
-library.differentiable(SELECT_AGGREGATE, _backward, _setup_context)
+select_aggregate = library.differentiable(SELECT_AGGREGATE, _backward, _setup_context)
