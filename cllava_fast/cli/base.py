@@ -1,0 +1,74 @@
+"""The base model and its processor, by transformers' own Auto classes. Code that comes with weights is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from cllava_fast.config import ModelConfig
+from cllava_fast.environment import require
+
+
+def check_base(config: ModelConfig) -> None:
+    """Refuses what ``load_base`` could not load, by the model's configuration alone.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a model of the hub.
+        ValueError: no model that transformers knows.
+        ModuleNotFoundError: the quantisation needs a package that is not installed.
+    """
+    _model_config(config)
+    if config.quantization is not None:
+        require("bitsandbytes", f"model.quantization={config.quantization}")
+
+
+def load_base(config: ModelConfig) -> tuple[Any, Any]:
+    """The model in evaluation mode, and its processor (a tokenizer, for a text-only model)."""
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "trust_remote_code": False,
+        "device_map": config.device_map or {"": default_device()},
+    }
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif config.quantization == "4bit":
+        compute = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    sees = _model_config(config).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto.from_pretrained(config.path, **options)
+    return model.eval(), AutoProcessor.from_pretrained(config.path, trust_remote_code=False)
+
+
+def default_device() -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _model_config(config: ModelConfig) -> Any:
+    path = Path(config.path)
+    if path.is_absolute() or path.exists():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"model.path: {path / 'config.json'} does not exist; expected a model's folder")
+    try:
+        return AutoConfig.from_pretrained(config.path, trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model.path is {config.path!r}: neither a folder that exists nor a model that the hub gives "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from error
