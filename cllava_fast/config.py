@@ -63,13 +63,17 @@ class RunConfig:
     source: str
 
     def to_yaml(self) -> str:
-        method = self.method.to_dict()
+        """The whole configuration, free of the folder it is started from and of the one that the run writes."""
+        model, method, training = asdict(self.model), self.method.to_dict(), asdict(self.training)
+        if os.path.exists(self.model.path):
+            model["path"] = os.path.abspath(self.model.path)
+        del training["output_dir"], training["resume"]
         values = {
             **({"stream": self.stream} if isinstance(self.stream, str) else self.stream),
             "base": str(self.base),
-            "model": asdict(self.model),
+            "model": model,
             "method": {"name": method.pop("method"), **method},
-            "training": asdict(self.training),
+            "training": training,
         }
         # tuples as lists, or YAML would need Python's own tags
         return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
@@ -107,7 +111,10 @@ def load_config(source: str | os.PathLike[str], flags: Mapping[str, Any] | None 
     for name, value in (flags or {}).items():
         section, _, key = name.partition(".")
         sections[section][key] = value
-    method_class = _method_class(sections["method"], where)
+    method = sections["method"].pop("name", IncrementConfig.method)
+    if method not in METHODS:
+        given = "--method.name" if "method.name" in (flags or {}) else f"{where}method.name"
+        raise ValueError(f"{given} is {method!r}; {nearest(str(method), METHODS)}")
     if "path" not in sections["model"]:
         raise ValueError(f"{where}model is missing; give --model PATH, or model: PATH in the file")
     stream: dict[str, Any] | str = {key: values[key] for key in STREAM_KEYS if key in values}
@@ -116,7 +123,7 @@ def load_config(source: str | os.PathLike[str], flags: Mapping[str, Any] | None 
     sections["training"].setdefault("output_dir", str(Path("runs") / str(name)))
     return RunConfig(
         model=make(ModelConfig, sections["model"], "model", where, flags),
-        method=make(method_class, sections["method"], "method", where, flags),
+        method=make(METHODS[method][0], sections["method"], "method", where, flags),
         training=make(ContinualArguments, sections["training"], "training", where, flags),
         stream=stream,
         base=base,
@@ -251,13 +258,6 @@ def _section(name: str, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}{name} is {value!r}; expected a mapping of its fields")
     return dict(value)
-
-
-def _method_class(values: dict[str, Any], where: str) -> type[Any]:
-    name = values.pop("name", IncrementConfig.method)
-    if name not in METHODS:
-        raise ValueError(f"{where}method.name is {name!r}; {nearest(str(name), METHODS)}")
-    return METHODS[name][0]
 
 
 def _rebase(values: dict[str, Any], key: str, folder: Path, always: bool = False) -> None:

@@ -58,7 +58,7 @@ def open_run(path: str | os.PathLike[str], after: str | None = None) -> tuple[An
 def run_config(folder: Path) -> RunConfig:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; expected the folder of a cllava-fast train run")
-    return load_config(folder / CONFIG)
+    return load_config(folder / CONFIG, {"training.output_dir": str(folder)})
 
 
 def increments_of(folder: Path, after: str | None) -> Path:
