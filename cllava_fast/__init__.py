@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from cllava_fast import ops
     from cllava_fast.data import Sample, Stream, Task
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
-    from cllava_fast.model import load_pretrained, merge, patch, save_pretrained, unmerge, unpatch
+    from cllava_fast.model import (
+        export_peft,
+        from_pretrained,
+        load_pretrained,
+        merge,
+        patch,
+        push_to_hub,
+        save_pretrained,
+        unmerge,
+        unpatch,
+    )
     from cllava_fast.pool import Pool
     from cllava_fast.train import ContinualArguments, ContinualResult, ContinualTrainer, PreparedStream
 
@@ -30,10 +40,13 @@ __all__ = [
     "Sample",
     "Stream",
     "Task",
+    "export_peft",
+    "from_pretrained",
     "load_pretrained",
     "merge",
     "ops",
     "patch",
+    "push_to_hub",
     "save_pretrained",
     "unmerge",
     "unpatch",
@@ -42,7 +55,17 @@ __all__ = [
 _HOMES = {
     "data": ("Sample", "Stream", "Task"),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
-    "model": ("load_pretrained", "merge", "patch", "save_pretrained", "unmerge", "unpatch"),
+    "model": (
+        "export_peft",
+        "from_pretrained",
+        "load_pretrained",
+        "merge",
+        "patch",
+        "push_to_hub",
+        "save_pretrained",
+        "unmerge",
+        "unpatch",
+    ),
     "pool": ("Pool",),
     "train": ("ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"),
 }
