@@ -77,7 +77,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
         state = {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    paths.check_is_llava(model)
+    paths.check_supported(model)
     was_patched = hasattr(model, "increments")
     if was_patched:
         check_not_merged(get_increments(model))
