@@ -37,8 +37,9 @@ class Encoder:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        image_token = getattr(processor, "image_token", None)  # a tokenizer alone, of a model without images, has none
-        self._image_token_id = None if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
+        image_token = getattr(processor, "image_token", None)
+        # a tokenizer alone, of a model without images, has none; -1 is no token's id
+        self._image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
         self._image_tokens: dict[tuple[int, int], int] = {}
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
