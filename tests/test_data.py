@@ -89,7 +89,7 @@ def test_images_go_through_the_vision_tower_once(llava: Any, processor: Any, gen
     handle.remove()
     assert len(calls) == 2
     batch = Collator(encoder, features, training=True)(encoder.encode(samples))
-    direct = llava.get_image_features(encoder.pixels(pictures)).pooler_output
+    direct = llava.get_image_features(encoder.images(pictures)["pixel_values"]).pooler_output
     assert batch["image_features"].shape[0] == 7
     torch.testing.assert_close(batch["image_features"][4], direct[1], atol=1e-5, rtol=1e-5)
     pooled = features.pooled(samples, 128)

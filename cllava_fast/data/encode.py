@@ -11,7 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from cllava_fast.data.stream import ImageSource, Sample
+from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
+from cllava_fast.model.instructions import message
+from cllava_fast.model.patching import pooled_image, to_vision_tower
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +36,10 @@ class Encoder:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.tokenizer = processor.tokenizer
-        self._image_token_id: int = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        image_token = getattr(processor, "image_token", None)
+        # a tokenizer alone, of a model without images, has none; -1 is no token's id
+        self._image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
         self._image_tokens: dict[tuple[int, int], int] = {}
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
@@ -43,12 +48,8 @@ class Encoder:
         return [self._encode(sample) for sample in samples]
 
     def _encode(self, sample: Sample) -> Example:
-        content: list[dict[str, str]] = [{"type": "text", "text": sample.instruction}]
-        if sample.image is not None:
-            content.insert(0, {"type": "image"})
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        turn = message(self.processor, "user", sample.instruction, images=int(sample.image is not None))
+        prompt = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         ids: list[int] = []
         # a template that writes its own beginning-of-sequence token must not get a second one
         bos = self.tokenizer.bos_token
@@ -67,9 +68,9 @@ class Encoder:
             self._image_tokens[size] = int((ids == self._image_token_id).sum())
         return self._image_tokens[size]
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """``[n, 3, H, W]``."""
-        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """All that the image processor says: ``pixel_values [n, 3, H, W]``, or in patches, beside ``image_sizes``."""
+        return dict(self.processor.image_processor(list(images), return_tensors="pt"))
 
 
 def image_size(image: ImageSource | None) -> tuple[int, int]:
@@ -106,17 +107,22 @@ class ImageFeatures:
         new = {self.key(s.image): s for s in samples if s.image is not None}
         new = {key: sample for key, sample in new.items() if key not in self._pooled}
         keys = list(new)
-        parameter = next(model.model.vision_tower.parameters())
+        if keys and paths.vision_tower(model) is None:
+            raise ValueError(f"a sample has the image {keys[0]}, but a {type(model).__name__} takes no images")
         for start in range(0, len(keys), batch_size):
             part = keys[start : start + batch_size]
             images = [new[key].open_image() for key in part]
-            pixels = encoder.pixels([image for image in images if image is not None])
-            output = model.get_image_features(pixels.to(parameter.device, parameter.dtype), return_dict=True)
-            pooled = output.last_hidden_state.mean(1).float().cpu()
-            for key, projected, mean in zip(part, output.pooler_output, pooled, strict=True):
+            given = encoder.images([image for image in images if image is not None])
+            pixels, features = given["pixel_values"], list[Tensor | None]([None] * len(part))
+            if paths.base_of(model).takes_features and len(given) == 1:
+                output = model.get_image_features(to_vision_tower(model, pixels), return_dict=True)
+                pooled, features = output.last_hidden_state.mean(1), output.pooler_output
+            else:
+                pooled = pooled_image(model, pixels)
+            for key, projected, mean in zip(part, features, pooled.float().cpu(), strict=True):
                 self._pooled[key] = mean.clone()
                 self._alive.append(new[key].image)
-                if self._bytes + projected.nbytes <= self.limit:
+                if projected is not None and self._bytes + projected.nbytes <= self.limit:
                     self._projected[key] = projected.cpu().clone()
                     self._bytes += projected.nbytes
 
@@ -166,4 +172,4 @@ class Collator:
         if projected is not None:
             return {"image_features": projected}
         opened = [sample.open_image() for sample in samples]
-        return {"pixel_values": self.encoder.pixels([image for image in opened if image is not None])}
+        return self.encoder.images([image for image in opened if image is not None])

@@ -107,7 +107,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     folder = Path(path)
     saved = read_config(folder)
     _check_header(folder / WEIGHTS)
-    paths.check_is_llava(model)
+    paths.check_supported(model)
     was_patched = hasattr(model, "increments")
     if was_patched:
         check_not_merged(get_increments(model))

@@ -99,10 +99,12 @@ def unmerge(model: Any) -> Any:
 def _plain_linears(model: Any, increments: Increments) -> dict[str, nn.Linear]:
     linears = {}
     for path, module in paths.adapted_linears(model, increments.config.targets).items():
-        if type(module) is not nn.Linear:
+        if not paths.is_plain(module):
+            kind = type(module if type(module) is not nn.Linear else module.weight).__name__
             raise TypeError(
-                f"{path} is a {type(module).__name__}; only a plain nn.Linear can be merged: serve unmerged"
+                f"{path} is a {kind}; only a plain nn.Linear can be merged, no quantised or wrapped one: serve unmerged"
             )
+        assert isinstance(module, nn.Linear)
         if module.weight.is_meta:
             raise ValueError(f"{path} is offloaded; load its weight on a device before merging")
         linears[path] = module
