@@ -27,7 +27,7 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", help="folder of a run")
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, or of saved increments")
     parser.add_argument("question")
     parser.add_argument("--image", metavar="FILE", help="the picture that is asked about")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
@@ -36,27 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cllava_fast.cli.running import open_run
+    from cllava_fast.cli.running import answer_tokens, check_positive, open_run
     from cllava_fast.data.encode import Collator, Encoder
     from cllava_fast.data.stream import Sample
     from cllava_fast.evaluate.predict import predict
 
-    tokens = arguments.max_new_tokens
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"--max-new-tokens is {tokens}; expected at least 1")
+    check_positive(arguments, "max_new_tokens")
+    tokens = arguments.max_new_tokens or answer_tokens(arguments.run_dir)
     if not arguments.question.strip():
         raise ValueError("the question is blank; expected a text")
     sample = Sample(arguments.question, "", arguments.image)
     sample.open_image()  # refused now, not behind the weights
-    model, processor, config = open_run(arguments.run_dir, arguments.after)
+    model, processor = open_run(arguments.run_dir, arguments.after)
     encoder = Encoder(processor)
     examples = encoder.encode([sample])
     collate = Collator(encoder, None, training=False)
-    tokens = tokens or config.training.max_new_tokens
     (answer,) = predict(model, examples, None, collate, batch_size=1, max_new_tokens=tokens)
     print(answer)
     if not arguments.quiet:
-        _print(explain(model, collate(examples), arguments.question), config.method.method)
+        _print(explain(model, collate(examples), arguments.question), model.increments.config.method)
     return 0
 
 

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from cllava_fast.config import ModelConfig
 from cllava_fast.environment import require
+from cllava_fast.model.paths import BASES
 
 
 def check_base(config: ModelConfig) -> None:
@@ -26,9 +27,14 @@ def check_base(config: ModelConfig) -> None:
     Raises:
         FileNotFoundError: neither a folder nor a model of the hub.
         ValueError: no model that transformers knows.
+        TypeError: a model that ``cllava_fast.patch`` does not take.
         ModuleNotFoundError: the quantisation needs a package that is not installed.
     """
-    _model_config(config)
+    base = _model_config(config)
+    cls = _auto_class(base)._model_mapping.get(type(base))
+    if cls is None or cls.__name__ not in BASES:
+        name = base.model_type if cls is None else cls.__name__
+        raise TypeError(f"model.path is {config.path!r}, a {name}; expected one of {', '.join(BASES)}")
     if config.quantization is not None:
         require("bitsandbytes", f"model.quantization={config.quantization}")
 
@@ -49,15 +55,18 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
-    sees = _model_config(config).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = auto.from_pretrained(config.path, **options)
+    model = _auto_class(_model_config(config)).from_pretrained(config.path, **options)
     return model.eval(), AutoProcessor.from_pretrained(config.path, trust_remote_code=False)
 
 
 def default_device() -> torch.device:
     """The GPU of this process, or the CPU where there is none."""
     return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _auto_class(base: Any) -> Any:
+    sees = base.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _model_config(config: ModelConfig) -> Any:

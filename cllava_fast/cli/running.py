@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.surrogate import check_surrogate
 
 INCREMENTS = "increments"  # of a run's folder: one subfolder for the state after each task
+DEFAULT_TOKENS = 16  # of an answer, where no run says how many
 
 
 def train(config: RunConfig) -> cf.ContinualResult:
@@ -22,12 +23,12 @@ def train(config: RunConfig) -> cf.ContinualResult:
     from cllava_fast.data import load_stream
 
     check_base(config.model)
-    if getattr(config.method, "surrogate", None) is not None:
-        check_surrogate(config.method.surrogate)  # type: ignore[attr-defined]
+    surrogate = getattr(config.method, "surrogate", None)
+    if surrogate is not None:
+        check_surrogate(surrogate)
     stream = load_stream(config.stream, base=config.base)
-    check_output(config)
-    logging.disable_progress_bar()
-    model, processor = load_base(config.model)
+    check_output(Path(config.training.output_dir), config.training.resume)
+    model, processor = open_base(config)
     model = cf.patch(model, config.method, processor=processor)
     trainer = cf.ContinualTrainer(model, processor, stream, config.training)
     if PartialState().is_main_process:
@@ -36,34 +37,59 @@ def train(config: RunConfig) -> cf.ContinualResult:
     return trainer.train()
 
 
-def check_output(config: RunConfig) -> None:
-    """Raises FileExistsError where the trainer would refuse the output folder, whatever it holds."""
+def check_output(folder: Path, resume: bool) -> None:
+    """Raises FileExistsError where the trainer would refuse the folder, whatever the run."""
+    if not folder.exists():
+        return
+    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else [folder.name]
+    if "run.json" in found and not resume:
+        raise FileExistsError(f"{folder} holds a run already; --resume goes on with it, or give another --output")
+    if "run.json" not in found and found not in ([], [CONFIG]):
+        raise FileExistsError(f"{folder} holds other files: {', '.join(found[:3])}; give another --output")
 
 
-def open_run(path: str | os.PathLike[str], after: str | None = None) -> tuple[Any, Any, RunConfig]:
-    """The patched model of a run with what it has learned, its processor and its configuration.
-
-    Args:
-        after: the state after this task; by default after the last one.
-    """
-    folder = Path(path)
-    config = run_config(folder)
-    saved = increments_of(folder, after)
+def open_base(config: RunConfig) -> tuple[Any, Any]:
+    """The frozen base of a run, and its processor."""
     check_base(config.model)
     logging.disable_progress_bar()
-    model, processor = load_base(config.model)
-    return cf.load_pretrained(model, saved, processor=processor), processor, config
+    return load_base(config.model)
+
+
+def open_run(path: str, after: str | None = None) -> tuple[Any, Any]:
+    """The patched model with what it has learned, and its processor.
+
+    Args:
+        path: folder of a run, folder of saved increments, or a hub's repository of them.
+        after: for a run, its state after this task; by default after the last one.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file() and ((folder / "adapter_config.json").is_file() or not folder.exists()):
+        if after is not None:
+            raise ValueError(f"{path} is no folder of a run, so --after has no meaning; leave it out")
+        logging.disable_progress_bar()
+        model = cf.from_pretrained(path)
+        return model.eval(), model.increments.processor
+    config, saved = run_config(folder), increments_of(folder, after)
+    model, processor = open_base(config)
+    return cf.load_pretrained(model, saved, processor=processor), processor
 
 
 def run_config(folder: Path) -> RunConfig:
+    """The configuration that ``cllava-fast train`` left in a run's folder."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; expected the folder of a cllava-fast train run")
     return load_config(folder / CONFIG, {"training.output_dir": str(folder)})
 
 
+def answer_tokens(path: str) -> int:
+    """How long an answer may be, as in the run's training."""
+    folder = Path(path)
+    return run_config(folder).training.max_new_tokens if (folder / CONFIG).is_file() else DEFAULT_TOKENS
+
+
 def increments_of(folder: Path, after: str | None) -> Path:
     """Where a run saved its state after a task."""
-    saved = sorted(entry for entry in (folder / INCREMENTS).glob("[0-9][0-9]-*") if entry.is_dir())
+    saved = sorted(entry for entry in (folder / INCREMENTS).glob("[0-9][0-9]*-*") if entry.is_dir())
     if not saved:
         raise FileNotFoundError(f"{folder} has finished no task yet; cllava-fast train ... --resume goes on")
     if after is None:
@@ -72,3 +98,11 @@ def increments_of(folder: Path, after: str | None) -> Path:
     if after not in names:
         raise ValueError(f"{folder} has no state after task {after!r}; expected one of {', '.join(names)}")
     return saved[names.index(after)]
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for a flag that is given and below 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
