@@ -273,6 +273,7 @@ def test_a_task_at_7b_is_34_megabytes_without_the_base(
     with pytest.raises(ValueError, match="is offloaded"):
         files.base_fingerprint(model)
     monkeypatch.setattr(files, "base_fingerprint", lambda model: "0" * 64)  # there are no weights to read
+    model.get_input_embeddings().to_empty(device="cpu")  # the surrogate goes where it is
     cf.patch(model, processor=processor)
     model.increments.pool.to_empty(device="cpu")
     learn(model, 1, generator)
