@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cllava_fast import ops
     from cllava_fast.data import Sample, Stream, Task
+    from cllava_fast.evaluate.evaluation import evaluate_stream
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
     from cllava_fast.model import load_pretrained, merge, patch, save_pretrained, unmerge, unpatch
     from cllava_fast.pool import Pool
@@ -30,6 +31,7 @@ __all__ = [
     "Sample",
     "Stream",
     "Task",
+    "evaluate_stream",
     "load_pretrained",
     "merge",
     "ops",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOMES = {
     "data": ("Sample", "Stream", "Task"),
+    "evaluate.evaluation": ("evaluate_stream",),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
     "model": ("load_pretrained", "merge", "patch", "save_pretrained", "unmerge", "unpatch"),
     "pool": ("Pool",),
