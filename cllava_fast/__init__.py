@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cllava_fast import ops
     from cllava_fast.data import Sample, Stream, Task
+    from cllava_fast.evaluate.evaluation import evaluate_stream
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
     from cllava_fast.model import (
         export_peft,
@@ -40,6 +41,7 @@ __all__ = [
     "Sample",
     "Stream",
     "Task",
+    "evaluate_stream",
     "export_peft",
     "from_pretrained",
     "load_pretrained",
@@ -54,6 +56,7 @@ __all__ = [
 
 _HOMES = {
     "data": ("Sample", "Stream", "Task"),
+    "evaluate.evaluation": ("evaluate_stream",),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
     "model": (
         "export_peft",

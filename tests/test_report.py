@@ -41,7 +41,7 @@ def results() -> dict[str, Any]:
 
 def test_writes_everything(results: dict, tmp_path: Path) -> None:
     report.write_report(results, tmp_path)
-    names = {"results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md"}
+    names = {"results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md", "report.html"}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert report.load_results(tmp_path / "results.json") == json.loads(json.dumps(results))
     for name in ("accuracy_matrix.png", "forgetting.png"):

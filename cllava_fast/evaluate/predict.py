@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllava_fast.data.encode import Collator, Example
+from cllava_fast.data.encode import Collator, Example, ImageFeatures
+from cllava_fast.model.paths import vision_width
 
 
 @torch.no_grad()
@@ -46,3 +47,24 @@ def predict(
             answers[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         advance("")
     return answers
+
+
+def queries_of(model: Any, examples: Sequence[Example], features: ImageFeatures) -> Tensor | None:
+    """``[n, D]`` on the CPU, by the same reading of instructions as in the model; None where no query selects.
+
+    Args:
+        features: hold the examples' images, for surrogates that look at them.
+
+    Raises:
+        ValueError: the model was patched without a processor.
+    """
+    increments = getattr(model, "increments", None)
+    if increments is None or increments.surrogate is None or increments.pristine:
+        return None
+    if increments.reader is None:
+        raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
+    texts = [increments.reader.canonical(example.instruction) for example in examples]
+    image = None
+    if increments.surrogate.uses_image:
+        image = features.pooled([example.sample for example in examples], vision_width(model))
+    return increments.surrogate.query(texts, image, batch_size=64)
