@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
     from cllava_fast.model import load_pretrained, merge, patch, save_pretrained, unmerge, unpatch
     from cllava_fast.pool import Pool
-    from cllava_fast.train import ContinualArguments, ContinualResult, ContinualTrainer, PreparedStream
+    from cllava_fast.train import (
+        ContinualArguments,
+        ContinualCallback,
+        ContinualResult,
+        ContinualTrainer,
+        PreparedStream,
+    )
 
 __all__ = [
     "ContinualArguments",
+    "ContinualCallback",
     "ContinualResult",
     "ContinualTrainer",
     "IncrementConfig",
@@ -44,7 +51,7 @@ _HOMES = {
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
     "model": ("load_pretrained", "merge", "patch", "save_pretrained", "unmerge", "unpatch"),
     "pool": ("Pool",),
-    "train": ("ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"),
+    "train": ("ContinualArguments", "ContinualCallback", "ContinualResult", "ContinualTrainer", "PreparedStream"),
 }
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
+from cllava_fast import distributed
 from cllava_fast.atomic import write_text
 from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
 from cllava_fast.data.stream import Stream, fingerprint
@@ -20,8 +24,9 @@ from cllava_fast.model import get_increments, load_pretrained, patch, save_pretr
 from cllava_fast.model.paths import vision_width
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.callbacks import TaskEvents
 from cllava_fast.train.progress import stage
-from cllava_fast.train.tune import tune
+from cllava_fast.train.tune import Tuned, tune
 
 RUN = "run.json"
 
@@ -81,23 +86,35 @@ class ContinualResult:
 
 
 class ContinualTrainer:
-    """Learns a stream with a patched LLaVA.
+    """Learns a stream with a patched LLaVA, on one process or all that ``accelerate launch`` or ``torchrun`` started.
 
     Args:
-        model: a LLaVA; patched with ``IncrementConfig()`` if it is not patched yet.
+        model: a LLaVA; patched with ``IncrementConfig()`` if it is not patched yet. It trains on the device it is on;
+            of several processes, each moves it to its own device.
         processor: its processor.
         stream: the tasks in order, or a ``PreparedStream``.
         args: see ``ContinualArguments``.
+        callbacks: ``transformers.TrainerCallback`` objects or classes; a ``ContinualCallback`` is told of tasks, too.
 
     Raises:
         FileExistsError: ``args.output_dir`` holds another run, or this one and ``resume`` is off.
-        ValueError: a split that the run needs is empty.
+        ValueError: a split that the run needs is empty, or the processes were given different things.
     """
 
-    def __init__(self, model: Any, processor: Any, stream: Stream | PreparedStream, args: ContinualArguments) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        stream: Stream | PreparedStream,
+        args: ContinualArguments,
+        *,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    ) -> None:
+        distributed.start()
         if isinstance(stream, Stream):
             stream = PreparedStream(stream, processor, args.image_feature_bytes)
         self.args = args
+        self.callbacks = [c() if isinstance(c, type) else c for c in callbacks]
         self.data = stream
         self.stream = stream.stream
         self.output_dir = Path(args.output_dir)
@@ -124,12 +141,22 @@ class ContinualTrainer:
             )
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
-        identity = {
+        identity: dict[str, Any] = {
             "method": self.increments.config.to_dict(),
             "arguments": self.args.identity(),
             "stream": {task.name: [len(task.train), len(getattr(task, self.args.eval_split))] for task in self.stream},
             "stream_sha256": [fingerprint([*task.train, *getattr(task, self.args.eval_split)]) for task in self.stream],
         }
+        # so that a run may go on with fewer processes and more samples on each
+        per_device, accumulated = (
+            identity["arguments"].pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        )
+        identity["arguments"]["train_batch_size"] = per_device * accumulated * distributed.count()
+        distributed.check_equal(identity, "the method, the arguments or the stream")
+        return distributed.on_main(lambda: self._find(identity))
+
+    def _find(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What ``output_dir`` holds of this run."""
         fresh: dict[str, Any] = {**identity, "matrix": [], "losses": {}, "seconds": 0.0, "parameters": 0}
         if not self.output_dir.exists() or not any(self.output_dir.iterdir()):
             return fresh
@@ -145,24 +172,37 @@ class ContinualTrainer:
         return found
 
     def train(self) -> ContinualResult:
-        """Learns all tasks that are not learned yet. After each, the increments and ``run.json`` are on disk."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        """Learns all tasks that are not learned yet. After each, the increments and ``run.json`` are on disk.
+
+        Every process returns the same result; the main one alone writes. If one raises, all do.
+        """
+        with distributed.failing_together():
+            return self._train()
+
+    def _train(self) -> ContinualResult:
         tasks, progress = self.stream.task_names, self._progress
         phases = [tasks] if self.increments.method.joint else [[name] for name in tasks]
         done = len(progress["matrix"])
+        self._place()
         if done:
             load_pretrained(self.model, self._saved(done - 1, phases))
         for number in range(done, len(phases)):
             start = time.perf_counter()
-            losses, parameters = self._learn(number, phases[number])
+            names = phases[number]
+            events = TaskEvents(self.callbacks, "+".join(names), number)
+            events.begin()
+            tuned, parameters = self._learn(number, names, events)
             seen = tasks if self.increments.method.joint else tasks[: number + 1]
-            row = self._evaluate(seen)
-            save_pretrained(self.model, self._saved(number, phases))
+            with events.stage("evaluate") as measured:
+                row = self._evaluate(seen)
+                measured.update({f"accuracy/{name}": value for name, value in zip(seen, row, strict=True)})
+            tuned.trainer.log(dict(events.metrics))
             progress["matrix"].append(row)
-            progress["losses"][", ".join(phases[number])] = losses
+            progress["losses"][", ".join(names)] = tuned.losses
             progress["seconds"] += time.perf_counter() - start
             progress["parameters"] = max(progress["parameters"], parameters)
-            write_text(self.output_dir / RUN, json.dumps(progress, indent=2) + "\n")
+            progress = distributed.on_main(functools.partial(self._write, progress, self._saved(number, phases)))
+            events.end()
         return ContinualResult(
             task_names=tasks,
             accuracy_matrix=self._matrix(progress["matrix"]),
@@ -172,12 +212,23 @@ class ContinualTrainer:
             losses=progress["losses"],
         )
 
+    def _place(self) -> None:
+        """Several processes each compute on the device that the launcher gave them."""
+        if distributed.count() > 1 and self.increments.pool.row_task.device != distributed.device():
+            self.model.to(distributed.device())
+
+    def _write(self, progress: dict[str, Any], increments: Path) -> dict[str, Any]:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        save_pretrained(self.model, increments)
+        write_text(self.output_dir / RUN, json.dumps(progress, indent=2) + "\n")
+        return progress
+
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
         name = phases[number][0] if len(phases) > 1 else "all"
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
         return self.output_dir / "increments" / f"{number + 1:02d}-{safe}"
 
-    def _learn(self, number: int, names: list[str]) -> tuple[list[float], int]:
+    def _learn(self, number: int, names: list[str], events: TaskEvents) -> tuple[Tuned, int]:
         """Stages and commit of one task (of all tasks, for a joint method)."""
         increments, args = self.increments, self.args
         pool, method, title = increments.pool, increments.method, "+".join(names)
@@ -190,17 +241,24 @@ class ContinualTrainer:
             if method.aligns_keys:
                 assert queries is not None
                 top_m: int = increments.config.top_m  # type: ignore[attr-defined]
-                align_keys(pool, queries, top_m, increments.groups, args, seed, f"{title}: align")
-            losses = tune(
-                self.model, examples, queries, self._train_collate, args,
-                seed=seed, title=f"{title}: tune", steps_factor=len(names),
-            )  # fmt: skip
-            method.close_task(pool, title, queries, increments.groups)
+                with events.stage("align") as measured:
+                    measured["loss"] = align_keys(
+                        pool, queries, top_m, increments.groups, args, seed, f"{title}: align"
+                    )
+            with events.stage("tune") as measured:
+                tuned = tune(
+                    self.model, examples, queries, self._train_collate, args, seed=seed, title=title,
+                    steps_factor=len(names), callbacks=self.callbacks,
+                )  # fmt: skip
+                if tuned.losses:
+                    measured["loss"] = tuned.losses[-1]
+            with events.stage("commit"):
+                method.close_task(pool, title, queries, increments.groups)
         except BaseException:
             # what is committed stays usable, and half a task never is
             pool.drop_block()
             raise
-        return losses, parameters
+        return tuned, parameters
 
     def _queries(self, examples: list[Example]) -> Tensor | None:
         """``[n, D]`` on the CPU, by the same reading of instructions as in the model."""
@@ -212,7 +270,7 @@ class ContinualTrainer:
         image = None
         if surrogate.uses_image:
             image = self.data.features.pooled([e.sample for e in examples], vision_width(self.model))
-        return surrogate.query(texts, image, batch_size=64)
+        return distributed.from_main(surrogate.query(texts, image, batch_size=64))
 
     def _examples(self, names: list[str]) -> list[list[Example]]:
         return [self.data.examples(name, self.args.eval_split, self.model) for name in names]
