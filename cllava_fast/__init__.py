@@ -27,10 +27,17 @@ if TYPE_CHECKING:
         unpatch,
     )
     from cllava_fast.pool import Pool
-    from cllava_fast.train import ContinualArguments, ContinualResult, ContinualTrainer, PreparedStream
+    from cllava_fast.train import (
+        ContinualArguments,
+        ContinualCallback,
+        ContinualResult,
+        ContinualTrainer,
+        PreparedStream,
+    )
 
 __all__ = [
     "ContinualArguments",
+    "ContinualCallback",
     "ContinualResult",
     "ContinualTrainer",
     "IncrementConfig",
@@ -70,7 +77,7 @@ _HOMES = {
         "unpatch",
     ),
     "pool": ("Pool",),
-    "train": ("ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"),
+    "train": ("ContinualArguments", "ContinualCallback", "ContinualResult", "ContinualTrainer", "PreparedStream"),
 }
 
 

@@ -151,10 +151,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     run = trainer(cut, processor, tmp_path / "cut", tasks=3)
     learn = run._learn
 
-    def power_cut(number: int, names: list[str]) -> Any:
+    def power_cut(number: int, *rest: Any) -> Any:
         if number == 2:
             raise KeyboardInterrupt
-        return learn(number, names)
+        return learn(number, *rest)
 
     monkeypatch.setattr(run, "_learn", power_cut)
     with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +15,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from cllava_fast import distributed
 from cllava_fast.config import ModelConfig
 from cllava_fast.environment import require
 from cllava_fast.model.paths import BASES
@@ -61,7 +61,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
 
 def default_device() -> torch.device:
     """The GPU of this process, or the CPU where there is none."""
-    return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+    return distributed.device() if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _auto_class(base: Any) -> Any:

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers.utils import logging
 
 import cllava_fast as cf
+from cllava_fast import distributed
 from cllava_fast.cli.base import check_base, load_base
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.surrogate import check_surrogate
@@ -21,31 +21,24 @@ DEFAULT_TOKENS = 16  # of an answer, where no run says how many
 def train(config: RunConfig) -> cf.ContinualResult:
     """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
     from cllava_fast.data import load_stream
+    from cllava_fast.train.loop import find_run, run_identity
 
     check_base(config.model)
     surrogate = getattr(config.method, "surrogate", None)
     if surrogate is not None:
         check_surrogate(surrogate)
     stream = load_stream(config.stream, base=config.base)
-    check_output(Path(config.training.output_dir), config.training.resume)
+    distributed.start()
+    output = Path(config.training.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
     model, processor = open_base(config)
     model = cf.patch(model, config.method, processor=processor)
     trainer = cf.ContinualTrainer(model, processor, stream, config.training)
-    if PartialState().is_main_process:
+    if distributed.is_main():
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
         config.save(trainer.output_dir)
     return trainer.train()
-
-
-def check_output(folder: Path, resume: bool) -> None:
-    """Raises FileExistsError where the trainer would refuse the folder, whatever the run."""
-    if not folder.exists():
-        return
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else [folder.name]
-    if "run.json" in found and not resume:
-        raise FileExistsError(f"{folder} holds a run already; --resume goes on with it, or give another --output")
-    if "run.json" not in found and found not in ([], [CONFIG]):
-        raise FileExistsError(f"{folder} holds other files: {', '.join(found[:3])}; give another --output")
 
 
 def open_base(config: RunConfig) -> tuple[Any, Any]:

@@ -49,14 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
     }
     config = load_config(arguments.stream, flags)
 
-    from accelerate import PartialState
-
+    from cllava_fast import distributed
     from cllava_fast.cli.running import train
     from cllava_fast.evaluate.report import load_results, print_table
 
     train(config)
     output = config.training.output_dir
-    if PartialState().is_main_process:
+    if distributed.is_main():
         print_table(load_results(f"{output}/results.json"))
         print(f"\nReport: {output}/report.md   Ask it: cllava-fast ask {output} --image FILE QUESTION")
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example, ImageFeatures
 from cllava_fast.model.paths import vision_width
 
@@ -25,28 +26,31 @@ def predict(
 ) -> list[str]:
     """One answer for each example. No task id is given: the query alone decides what acts.
 
+    Several processes share the batches, which hold the same samples on any number of them; each returns all answers.
+
     Args:
         queries: ``[n, D]``, or None for a model without queries (a frozen one, say).
         collate: a collator that is not for training.
-        advance: called after every batch.
+        advance: called after every batch of this process.
     """
     tokenizer = collate.encoder.tokenizer
     device = next(model.parameters()).device
     model.eval()
     # prompts of one length waste nothing on padding
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    answers = [""] * len(examples)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine: dict[int, str] = {}
+    for rows in batches[distributed.rank() :: distributed.count()]:
         batch: dict[str, Any] = {name: t.to(device) for name, t in collate([examples[i] for i in rows]).items()}
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
         generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         for row, ids in zip(rows, generated[:, width:], strict=True):
-            answers[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            mine[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         advance("")
-    return answers
+    answers = {row: answer for share in distributed.gather(mine) for row, answer in share.items()}
+    return [answers[i] for i in range(len(examples))]
 
 
 def queries_of(model: Any, examples: Sequence[Example], features: ImageFeatures) -> Tensor | None:
@@ -67,4 +71,4 @@ def queries_of(model: Any, examples: Sequence[Example], features: ImageFeatures)
     image = None
     if increments.surrogate.uses_image:
         image = features.pooled([example.sample for example in examples], vision_width(model))
-    return increments.surrogate.query(texts, image, batch_size=64)
+    return distributed.from_main(increments.surrogate.query(texts, image, batch_size=64))

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cllava_fast.train.arguments import ContinualArguments
+    from cllava_fast.train.callbacks import ContinualCallback
     from cllava_fast.train.loop import ContinualResult, ContinualTrainer, PreparedStream
 
-__all__ = ["ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"]
+__all__ = ["ContinualArguments", "ContinualCallback", "ContinualResult", "ContinualTrainer", "PreparedStream"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "arguments" if name == "ContinualArguments" else "loop"
+    home = {"ContinualArguments": "arguments", "ContinualCallback": "callbacks"}.get(name, "loop")
     return getattr(importlib.import_module(f"cllava_fast.train.{home}"), name)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
+from cllava_fast import distributed
 from cllava_fast.atomic import write_text
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
@@ -17,12 +21,15 @@ from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.evaluate import evaluation, metrics
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.evaluate.report import RESULTS
+from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
-from cllava_fast.train.tune import tune
+from cllava_fast.train.callbacks import TaskEvents
+from cllava_fast.train.tune import Tuned, tune
 
 RUN = "run.json"
+CONFIG = "config.yaml"  # of the command line, written before the first task is learned
 
 
 @dataclass
@@ -61,23 +68,36 @@ class ContinualResult:
 
 
 class ContinualTrainer:
-    """Learns a stream with a patched LLaVA.
+    """Learns a stream with a patched LLaVA, on one process or all that ``accelerate launch`` or ``torchrun`` started.
 
     Args:
-        model: a LLaVA; patched with ``IncrementConfig()`` if it is not patched yet.
+        model: a LLaVA; patched with ``IncrementConfig()`` if it is not patched yet. It trains on the device it is on;
+            of several processes, each moves it to its own device.
         processor: its processor.
         stream: the tasks in order, or a ``PreparedStream``.
         args: see ``ContinualArguments``.
+        callbacks: ``transformers.TrainerCallback`` objects or classes; a ``ContinualCallback`` is told of tasks, too.
 
     Raises:
         FileExistsError: ``args.output_dir`` holds another run, or this one and ``resume`` is off.
-        ValueError: a split that the run needs is empty, or a task's metric is unknown or cannot read its references.
+        ValueError: a split that the run needs is empty, or a task's metric is unknown or cannot read its references,
+            or the processes were given different things.
     """
 
-    def __init__(self, model: Any, processor: Any, stream: Stream | PreparedStream, args: ContinualArguments) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        stream: Stream | PreparedStream,
+        args: ContinualArguments,
+        *,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    ) -> None:
+        distributed.start()
         if isinstance(stream, Stream):
             stream = PreparedStream(stream, processor, args.image_feature_bytes)
         self.args = args
+        self.callbacks = [c() if isinstance(c, type) else c for c in callbacks]
         self.data = stream
         self.stream = stream.stream
         self.output_dir = Path(args.output_dir)
@@ -101,53 +121,52 @@ class ContinualTrainer:
             )
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
-        identity = {
-            "method": self.increments.config.to_dict(),
-            "arguments": self.args.identity(),
-            "stream": {task.name: [len(task.train), len(getattr(task, self.args.eval_split))] for task in self.stream},
-            "metrics": {task.name: task.metric for task in self.stream},
-            "stream_sha256": [fingerprint([*task.train, *getattr(task, self.args.eval_split)]) for task in self.stream],
-        }
+        identity = run_identity(self.increments.config, self.args, self.stream)
+        distributed.check_equal(identity, "the method, the arguments or the stream")
+        found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
         fresh: dict[str, Any] = {
             **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
             "parameters": 0,
         }  # fmt: skip
-        if not self.output_dir.exists() or not any(self.output_dir.iterdir()):
-            return fresh
-        try:
-            found = json.loads((self.output_dir / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        identity = json.loads(json.dumps(identity))
-        if {key: found.get(key) for key in identity} != identity:
-            raise FileExistsError(f"{self.output_dir} holds another run or other files; give a new output_dir")
-        if not self.args.resume:
-            raise FileExistsError(f"{self.output_dir} holds this run already; set resume to go on, or a new output_dir")
-        return found
+        return fresh if found is None else found
 
     def train(self) -> ContinualResult:
         """Learns all tasks that are not learned yet.
 
-        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk.
+        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk. Every process returns
+        the same result; the main one alone writes. If one raises, all do.
         """
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with distributed.failing_together():
+            return self._train()
+
+    def _train(self) -> ContinualResult:
         tasks, progress = self.stream.task_names, self._progress
         phases = [tasks] if self.increments.method.joint else [[name] for name in tasks]
         done = len(progress["matrix"])
+        self._place()
         if done:
             load_pretrained(self.model, self._saved(done - 1, phases))
-            self._write_results()
+            distributed.on_main(self._write_results)
         for number in range(done, len(phases)):
             start = time.perf_counter()
-            losses, parameters = self._learn(number, phases[number])
-            evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1])
-            progress["matrix"].append([measured.score for measured in evaluations])
+            names = phases[number]
+            events = TaskEvents(self.callbacks, "+".join(names), number)
+            events.begin()
+            tuned, parameters = self._learn(number, names, events)
+            with events.stage("evaluate") as measured:
+                evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1])
+                measured.update({f"accuracy/{task.task}": task.score for task in evaluations})
+            tuned.trainer.log(dict(events.metrics))
+            progress["matrix"].append([task.score for task in evaluations])
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
-            progress["examples"] = {measured.task: measured.examples for measured in evaluations}
-            progress["losses"][", ".join(phases[number])] = losses
+            progress["examples"] = {task.task: task.examples for task in evaluations}
+            progress["losses"][", ".join(names)] = tuned.losses
             progress["seconds"] += time.perf_counter() - start
             progress["parameters"] = max(progress["parameters"], parameters)
-            self._write(self._saved(number, phases), evaluations)
+            self._progress = progress = distributed.on_main(
+                functools.partial(self._write, self._saved(number, phases), evaluations)
+            )
+            events.end()
         return self._result()
 
     def _result(self) -> ContinualResult:
@@ -162,11 +181,18 @@ class ContinualTrainer:
             examples=progress["examples"],
         )
 
-    def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> None:
+    def _place(self) -> None:
+        """Several processes each compute on the device that the launcher gave them."""
+        if distributed.count() > 1 and self.increments.pool.row_task.device != distributed.device():
+            self.model.to(distributed.device())
+
+    def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> dict[str, Any]:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         save_pretrained(self.model, increments)
         evaluation.write_predictions(self.output_dir / evaluation.PREDICTIONS / increments.name, evaluations)
         write_text(self.output_dir / RUN, json.dumps(self._progress, indent=2) + "\n")
         self._write_results()
+        return self._progress
 
     def _write_results(self) -> None:
         """``results.json``, which the report is made of, finished or not."""
@@ -187,7 +213,7 @@ class ContinualTrainer:
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
         return self.output_dir / "increments" / f"{number + 1:02d}-{safe}"
 
-    def _learn(self, number: int, names: list[str]) -> tuple[list[float], int]:
+    def _learn(self, number: int, names: list[str], events: TaskEvents) -> tuple[Tuned, int]:
         """Stages and commit of one task (of all tasks, for a joint method)."""
         increments, args = self.increments, self.args
         pool, method, title = increments.pool, increments.method, "+".join(names)
@@ -200,17 +226,24 @@ class ContinualTrainer:
             if method.aligns_keys:
                 assert queries is not None
                 top_m: int = increments.config.top_m  # type: ignore[attr-defined]
-                align_keys(pool, queries, top_m, increments.groups, args, seed, f"{title}: align")
-            losses = tune(
-                self.model, examples, queries, self._train_collate, args,
-                seed=seed, title=f"{title}: tune", steps_factor=len(names),
-            )  # fmt: skip
-            method.close_task(pool, title, queries, increments.groups)
+                with events.stage("align") as measured:
+                    measured["loss"] = align_keys(
+                        pool, queries, top_m, increments.groups, args, seed, f"{title}: align"
+                    )
+            with events.stage("tune") as measured:
+                tuned = tune(
+                    self.model, examples, queries, self._train_collate, args, seed=seed, title=title,
+                    steps_factor=len(names), callbacks=self.callbacks,
+                )  # fmt: skip
+                if tuned.losses:
+                    measured["loss"] = tuned.losses[-1]
+            with events.stage("commit"):
+                method.close_task(pool, title, queries, increments.groups)
         except BaseException:
             # what is committed stays usable, and half a task never is
             pool.drop_block()
             raise
-        return losses, parameters
+        return tuned, parameters
 
     def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
         return evaluation.evaluate_tasks(
@@ -229,3 +262,39 @@ class ContinualTrainer:
         measured = [[*row, *[None] * (size - len(row))] for row in rows]
         missing: list[list[float | None]] = [[None] * size for _ in range(size - len(rows))]
         return missing + measured if self.increments.method.joint else measured + missing
+
+
+def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream) -> dict[str, Any]:
+    """What makes a run that run, as ``run.json`` holds it; of several processes, once they are connected."""
+    arguments = args.identity()
+    # so that a run may go on with fewer processes and more samples on each
+    per_device, accumulated = (
+        arguments.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    arguments["train_batch_size"] = per_device * accumulated * distributed.count()
+    return {
+        "method": method.to_dict(),
+        "arguments": arguments,
+        "stream": {task.name: [len(task.train), len(getattr(task, args.eval_split))] for task in stream},
+        "metrics": {task.name: task.metric for task in stream},
+        "stream_sha256": [fingerprint([*task.train, *getattr(task, args.eval_split)]) for task in stream],
+    }
+
+
+def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What ``run.json`` says of the run; None where it has not finished a task yet.
+
+    Raises FileExistsError where ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
+    """
+    if not output_dir.exists() or not any(file.name != CONFIG for file in output_dir.iterdir()):
+        return None
+    try:
+        found = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    identity = json.loads(json.dumps(identity))
+    if {key: found.get(key) for key in identity} != identity:
+        raise FileExistsError(f"{output_dir} holds another run or other files; give a new output_dir")
+    if not resume:
+        raise FileExistsError(f"{output_dir} holds this run already; set resume to go on, or a new output_dir")
+    return found
