@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 EXAMPLE = """examples:
   cllava-fast eval runs/mine --output runs/mine-test         # predictions and a report, too
@@ -24,12 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from cllava_fast.cli.running import check_positive, open_base, open_run, run_config
     from cllava_fast.config import load_config
     from cllava_fast.data import load_stream
-    from cllava_fast.evaluate.evaluation import check_evaluation, evaluate_stream
+    from cllava_fast.evaluate.evaluation import check_output, check_tasks, evaluate_stream
     from cllava_fast.evaluate.report import print_table
 
     check_positive(arguments, "batch_size", "max_new_tokens")
@@ -38,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stream is not None:
         asked = load_config(arguments.stream, {"model.path": config.model.path})
     stream = load_stream(asked.stream, base=asked.base)
-    check_evaluation(stream, arguments.split, arguments.output, arguments.overwrite)
+    check_tasks(stream, arguments.split)
+    if arguments.output is not None:
+        check_output(Path(arguments.output), arguments.overwrite)
     model, processor = open_base(config) if arguments.frozen else open_run(arguments.run_dir, arguments.after)
     results = evaluate_stream(
         model,

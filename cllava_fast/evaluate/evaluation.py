@@ -66,6 +66,13 @@ def check_tasks(stream: Stream, split: str) -> None:
             raise ValueError(f"task {task.name!r}: {error}") from None
 
 
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError for a folder that holds something else than an evaluation, or one that is to stay."""
+    check_replaceable(folder, (PREDICTIONS, *REPORT_FILES), "an evaluation")
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds an earlier evaluation; set overwrite, or give another output_dir")
+
+
 def references_of(sample: Sample) -> tuple[str, ...]:
     return sample.references or (sample.answer,)
 
@@ -261,9 +268,7 @@ def evaluate_stream(
     check_tasks(data.stream, split)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        check_replaceable(folder, (PREDICTIONS, *REPORT_FILES), "an evaluation")
-        if not overwrite and folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} holds an earlier evaluation; set overwrite, or give another output_dir")
+        check_output(folder, overwrite)
     start = time.perf_counter()
     names = data.stream.task_names
     evaluations = evaluate_tasks(

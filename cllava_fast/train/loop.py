@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from cllava_fast import distributed
 from cllava_fast.atomic import write_text
+from cllava_fast.config import CONFIG
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream, fingerprint
@@ -29,7 +30,6 @@ from cllava_fast.train.callbacks import TaskEvents
 from cllava_fast.train.tune import Tuned, tune
 
 RUN = "run.json"
-CONFIG = "config.yaml"  # of the command line, written before the first task is learned
 
 
 @dataclass
@@ -133,8 +133,8 @@ class ContinualTrainer:
     def train(self) -> ContinualResult:
         """Learns all tasks that are not learned yet.
 
-        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk. Every process returns
-        the same result; the main one alone writes. If one raises, all do.
+        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk. Every process
+        returns the same result; the main one alone writes. If one raises, all do.
         """
         with distributed.failing_together():
             return self._train()
