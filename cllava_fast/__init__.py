@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cllava_fast import ops
-    from cllava_fast.data import Sample, Stream, Task
+    from cllava_fast.data import Sample, Stream, Task, load_stream, read_samples
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
     from cllava_fast.model import load_pretrained, merge, patch, save_pretrained, unmerge, unpatch
     from cllava_fast.pool import Pool
@@ -31,16 +31,18 @@ __all__ = [
     "Stream",
     "Task",
     "load_pretrained",
+    "load_stream",
     "merge",
     "ops",
     "patch",
+    "read_samples",
     "save_pretrained",
     "unmerge",
     "unpatch",
 ]
 
 _HOMES = {
-    "data": ("Sample", "Stream", "Task"),
+    "data": ("Sample", "Stream", "Task", "load_stream", "read_samples"),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
     "model": ("load_pretrained", "merge", "patch", "save_pretrained", "unmerge", "unpatch"),
     "pool": ("Pool",),

@@ -95,14 +95,6 @@ class Encoder:
             starts.append(len(ids))
             ids += [token.id] * (self._tokens_of(sample.image) if token.id == self._image_token_id else 1)
         starts.append(len(ids))
-            ids += [token.id] * (self._tokens_of(sample.image) if token.id == self._image_token_id else 1)
-        places = sum(token.id == self._image_token_id for token in encoded.prompt)
-        if places != turns.image:
-            raise ValueError(
-                f"the chat template writes {places} image tokens ({self.processor.image_token!r}) for a sample with "
-                f"{int(turns.image)} image; pass conversation='vicuna_v1' or set another processor.chat_template"
-            )
-        starts.append(len(ids))
         earlier = tuple((starts[first], starts[end]) for first, end in encoded.earlier)
         return Example(sample, ids, [*encoded.answer, self.tokenizer.eos_token_id], sample.instruction, earlier)
 
@@ -197,7 +189,7 @@ class ImageFeatures:
         kept = [row for row in rows if row is not None]
         return torch.stack(kept) if kept and len(kept) == len(rows) else None
 
-    def pooled(self, samples: Sequence[Sample], width: int) -> Tensor:
+    def pooled(self, samples: Iterable[Sample], width: int) -> Tensor:
         """``[n, width]``; zeros for samples without an image."""
         rows = [torch.zeros(width) if s.image is None else self._pooled[self.key(s.image)] for s in samples]
         return torch.stack(rows)

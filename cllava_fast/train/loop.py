@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from cllava_fast.atomic import write_text
-from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
+from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures, samples_of
 from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import predict
@@ -32,17 +35,24 @@ class PreparedStream:
     Several runs on equal base models (methods that are compared, seeds) can share one.
     """
 
-    def __init__(self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30, conversation: str = "template"
+    ) -> None:
         self.stream = stream
-        self.encoder = Encoder(processor)
+        self.encoder = Encoder(processor, conversation)
         self.features = ImageFeatures(image_feature_bytes)
-        self._examples: dict[tuple[str, str], list[Example]] = {}
+        self._examples: dict[tuple[str, str], Sequence[Example]] = {}
+        self._seen: set[tuple[str, str, bool]] = set()
 
-    def examples(self, task: str, split: str, model: Any) -> list[Example]:
+    def examples(self, task: str, split: str, model: Any) -> Sequence[Example]:
         key = (task, split)
+        samples = next(getattr(t, split) for t in self.stream if t.name == task)
+        surrogate = model.increments.surrogate if hasattr(model, "increments") else None
+        pooled = surrogate is not None and surrogate.uses_image
+        if (*key, pooled) not in self._seen:
+            self.features.add(samples, self.encoder, model, pooled=pooled)
+            self._seen.add((*key, pooled))
         if key not in self._examples:
-            samples = next(getattr(t, split) for t in self.stream if t.name == task)
-            self.features.add(samples, self.encoder, model)
             self._examples[key] = self.encoder.encode(samples)
         return self._examples[key]
 
@@ -128,7 +138,9 @@ class ContinualTrainer:
             "method": self.increments.config.to_dict(),
             "arguments": self.args.identity(),
             "stream": {task.name: [len(task.train), len(getattr(task, self.args.eval_split))] for task in self.stream},
-            "stream_sha256": [fingerprint([*task.train, *getattr(task, self.args.eval_split)]) for task in self.stream],
+            "stream_sha256": [
+                fingerprint(chain(task.train, getattr(task, self.args.eval_split))) for task in self.stream
+            ],
         }
         fresh: dict[str, Any] = {**identity, "matrix": [], "losses": {}, "seconds": 0.0, "parameters": 0}
         if not self.output_dir.exists() or not any(self.output_dir.iterdir()):
@@ -182,7 +194,8 @@ class ContinualTrainer:
         increments, args = self.increments, self.args
         pool, method, title = increments.pool, increments.method, "+".join(names)
         seed = args.seed * 10_000 + number
-        examples = [e for name in names for e in self.data.examples(name, "train", self.model)]
+        parts = [self.data.examples(name, "train", self.model) for name in names]
+        examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
         queries = self._queries(examples)
         method.open_task(pool, queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
@@ -202,19 +215,19 @@ class ContinualTrainer:
             raise
         return losses, parameters
 
-    def _queries(self, examples: list[Example]) -> Tensor | None:
+    def _queries(self, examples: Sequence[Example]) -> Tensor | None:
         """``[n, D]`` on the CPU, by the same reading of instructions as in the model."""
         surrogate, reader = self.increments.surrogate, self.increments.reader
         if surrogate is None:
             return None
         assert reader is not None
-        texts = [reader.canonical(example.instruction) for example in examples]
+        texts = [reader.canonical(sample.instruction) for sample in samples_of(examples)]
         image = None
         if surrogate.uses_image:
-            image = self.data.features.pooled([e.sample for e in examples], vision_width(self.model))
+            image = self.data.features.pooled(samples_of(examples), vision_width(self.model))
         return surrogate.query(texts, image, batch_size=64)
 
-    def _examples(self, names: list[str]) -> list[list[Example]]:
+    def _examples(self, names: list[str]) -> list[Sequence[Example]]:
         return [self.data.examples(name, self.args.eval_split, self.model) for name in names]
 
     def _evaluate(self, names: list[str]) -> list[float]:
