@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cllava_fast import ops
-    from cllava_fast.data import Sample, Stream, Task
+    from cllava_fast.data import Sample, Stream, Task, load_stream, read_samples
     from cllava_fast.evaluate.evaluation import evaluate_stream
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
     from cllava_fast.model import (
@@ -52,17 +52,19 @@ __all__ = [
     "export_peft",
     "from_pretrained",
     "load_pretrained",
+    "load_stream",
     "merge",
     "ops",
     "patch",
     "push_to_hub",
+    "read_samples",
     "save_pretrained",
     "unmerge",
     "unpatch",
 ]
 
 _HOMES = {
-    "data": ("Sample", "Stream", "Task"),
+    "data": ("Sample", "Stream", "Task", "load_stream", "read_samples"),
     "evaluate.evaluation": ("evaluate_stream",),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
     "model": (

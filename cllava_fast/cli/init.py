@@ -124,6 +124,10 @@ def _comment(words: str | None) -> list[str]:
 
 
 def _ready(name: str) -> str:
-    from cllava_fast.data import ready_stream_text
+    """The YAML of a ready stream."""
+    from cllava_fast.config import nearest
+    from cllava_fast.data.load import READY, ready_streams
 
-    return ready_stream_text(name)
+    if name not in ready_streams():
+        raise ValueError(f"there is no ready stream {name!r}; {nearest(name, ready_streams())}")
+    return (READY / f"{name}.yaml").read_text(encoding="utf-8")

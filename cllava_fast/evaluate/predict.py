@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast import distributed
-from cllava_fast.data.encode import Collator, Example, ImageFeatures
+from cllava_fast.data.encode import Collator, Example, ImageFeatures, samples_of
 from cllava_fast.model.paths import vision_width
 
 
@@ -67,8 +67,8 @@ def queries_of(model: Any, examples: Sequence[Example], features: ImageFeatures)
         return None
     if increments.reader is None:
         raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
-    texts = [increments.reader.canonical(example.instruction) for example in examples]
+    texts = [increments.reader.canonical(sample.instruction) for sample in samples_of(examples)]
     image = None
     if increments.surrogate.uses_image:
-        image = features.pooled([example.sample for example in examples], vision_width(model))
+        image = features.pooled(samples_of(examples), vision_width(model))
     return distributed.from_main(increments.surrogate.query(texts, image, batch_size=64))

@@ -7,10 +7,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
 from cllava_fast import distributed
@@ -218,7 +220,8 @@ class ContinualTrainer:
         increments, args = self.increments, self.args
         pool, method, title = increments.pool, increments.method, "+".join(names)
         seed = args.seed * 10_000 + number
-        examples = [e for name in names for e in self.data.examples(name, "train", self.model)]
+        parts = [self.data.examples(name, "train", self.model) for name in names]
+        examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
         queries = queries_of(self.model, examples, self.data.features)
         method.open_task(pool, queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
@@ -277,7 +280,7 @@ def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream)
         "arguments": arguments,
         "stream": {task.name: [len(task.train), len(getattr(task, args.eval_split))] for task in stream},
         "metrics": {task.name: task.metric for task in stream},
-        "stream_sha256": [fingerprint([*task.train, *getattr(task, args.eval_split)]) for task in stream],
+        "stream_sha256": [fingerprint(chain(task.train, getattr(task, args.eval_split))) for task in stream],
     }
 
 
