@@ -200,10 +200,10 @@ def _convert(value: Any, kind: Any) -> Any:
         return float(value)  # a text too: YAML reads 1e-4, without a point, as one
     elif kind in (int, bool, str) and type(value) is kind:
         return value
-    elif origin is tuple:
+    elif origin in (tuple, list):
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list | tuple):
-            return tuple(_convert(item, choices[0]) for item in items)
+            return origin(_convert(item, choices[0]) for item in items)
     elif (origin or kind) is dict and isinstance(value, dict):
         return dict(value)
     raise ValueError
@@ -212,7 +212,7 @@ def _convert(value: Any, kind: Any) -> Any:
 def from_text(text: str, kind: Any) -> Any:
     """What a flag's text means for a field of type ``kind``: YAML, or itself where a text is wanted."""
     wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if str in wanted:
+    if str in wanted and not (text.startswith("[") and any(get_origin(choice) is list for choice in wanted)):
         return None if types.NoneType in wanted and text in ("null", "none") else text
     try:
         value = yaml.safe_load(text)
@@ -229,7 +229,7 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, choices))
     if origin in (Union, types.UnionType):
         return " or ".join(describe(choice) for choice in choices)
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"a list, each {describe(choices[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
     return "a mapping" if (origin or kind) is dict else words.get(kind, str(kind))

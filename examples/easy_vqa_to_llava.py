@@ -32,17 +32,14 @@ def main() -> None:
         for task in ("color", "shape"):
             chosen = [entry for entry in questions if ("color" in entry[0].split()) == (task == "color")][:size]
             records = []
-            for question, answer, image in chosen:
-                shutil.copyfile(paths[image], arguments.output / "images" / f"{split}_{image}.png")
-                records.append(_record(f"{split}_{image}", question, answer))
+            for number, (question, answer, image) in enumerate(chosen):
+                name = f"{split}_{image}.png"
+                shutil.copyfile(paths[image], arguments.output / "images" / name)
+                human, gpt = {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}
+                records.append({"id": f"{task}-{split}-{number}", "image": name, "conversations": [human, gpt]})
             file = arguments.output / f"{task}_{split}.json"
             file.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
             print(f"{file}: {len(records)} samples, {chosen[0][0]!r} and the like")
-
-
-def _record(name: str, question: str, answer: str) -> dict[str, object]:
-    conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": f"{name}.png", "conversations": conversation}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cllava_fast.cli import init
-from cllava_fast.config import CONFIG, convert, load_config
+from cllava_fast.config import CONFIG, convert, from_text, load_config
 from cllava_fast.methods import IncrementConfig, LoraConfig
 
 STREAM = {"name": "mine", "images": "images", "tasks": [{"name": "a", "train": "a.json", "test": "b.json"}]}
@@ -146,6 +146,8 @@ def test_numbers_as_yaml_and_people_write_them() -> None:
     assert convert(3, float, "x") == 3.0 and isinstance(convert(3, float, "x"), float)
     assert convert(None, int | None, "x") is None
     assert convert("a", tuple[str, ...], "x") == ("a",)
+    assert convert([], str | list[str], "x") == [] and convert("a", str | list[str], "x") == "a"
+    assert from_text("[a, b]", str | list[str]) == ["a", "b"] and from_text("a", str | list[str]) == "a"
 
 
 def test_what_init_writes_shows_every_default_and_loads(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert chosen is not None  # without a command, argparse has complained
         _refuse_unknown(chosen, unknown)
     assert command is not None
+    as_usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         return command.run(arguments)
     except KeyboardInterrupt:
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(_sentence(error), file=sys.stderr)
         return REFUSED
+    finally:
+        warnings.formatwarning = as_usual
 
 
 def _parser(
@@ -107,13 +111,17 @@ def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None
 
 
 def _sentence(error: Exception) -> str:
-    """An error in one line; which process it is from, where several run."""
+    """An error in its own words; which process it is from, where several run."""
     rank = os.environ.get("RANK", "0")
     who = "cllava-fast" if rank == "0" else f"cllava-fast, process {rank}"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error).strip() or type(error).__name__
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError)) or _is_ours(error):
         return f"{who}: {text}"
     return f"{who}: {type(error).__name__}: {text} (--traceback shows where)"
+
+
+def _warning(message: Warning | str, *where: object, **line: object) -> str:
+    return f"cllava-fast: {message}\n"
 
 
 def _is_ours(error: Exception) -> bool:

@@ -31,7 +31,7 @@ def check_base(config: ModelConfig) -> None:
         ModuleNotFoundError: the quantisation needs a package that is not installed.
     """
     base = _model_config(config)
-    cls = _auto_class(base)._model_mapping.get(type(base))
+    cls = _auto_class(base)._model_mapping.get(type(base), None)
     if cls is None or cls.__name__ not in BASES:
         name = base.model_type if cls is None else cls.__name__
         raise TypeError(f"model.path is {config.path!r}, a {name}; expected one of {', '.join(BASES)}")

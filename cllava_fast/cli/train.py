@@ -51,12 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from cllava_fast import distributed
     from cllava_fast.cli.running import train
-    from cllava_fast.evaluate.report import load_results, print_table
+    from cllava_fast.evaluate.report import load_results, print_table, write_report
 
     train(config)
     output = config.training.output_dir
     if distributed.is_main():
-        print_table(load_results(f"{output}/results.json"))
+        results = load_results(f"{output}/results.json")
+        write_report(results, output)
+        print_table(results)
         print(f"\nReport: {output}/report.md   Ask it: cllava-fast ask {output} --image FILE QUESTION")
     return 0
 

@@ -90,7 +90,8 @@ class Encoder:
         places = sum(token.id == self._image_token_id for token in encoded.prompt)
         if places != turns.image:
             raise ValueError(
-                f"the chat template writes {places} image tokens for a sample with {int(turns.image)} image; pass conversation='vicuna_v1' or set another processor.chat_template"
+                f"the chat template writes {places} image tokens for a sample with {int(turns.image)} image; "
+                "pass conversation='vicuna_v1' or set another processor.chat_template"
             )
         ids: list[int] = []
         starts: list[int] = []  # where each token stands once the image has its many tokens
