@@ -131,9 +131,14 @@ class Conversation:
         """Ids of a control token's letters."""
         if control not in self._spelled:
             text = self._control[control]
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            self._spelled[control] = [i for i in ids if i != control]
+            ids = self._plain(text)
+            if control in ids:  # the vocabulary knows it as a word too
+                ids = [i for letter in text for i in self._plain(letter)]
+            self._spelled[control] = ids
         return self._spelled[control]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _literals(self, turns: Turns, answered: bool) -> list[str]:
         """What the template writes before, between and behind the texts; depends on their number alone."""

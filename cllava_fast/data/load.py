@@ -42,11 +42,11 @@ def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None 
     spec, title, home = _open(source)
     tasks = _tasks(spec, title)
     root = Path(base).expanduser() if base is not None else home
-    missing = [line for task in tasks for line in task.missing(root)]
+    missing = list(dict.fromkeys(line for task in tasks for line in task.missing(root)))
     if missing:
         raise FileNotFoundError(
             f"{title}: {len(missing)} files or folders are missing; relative paths start from base={str(root)!r}\n  "
-            + "\n  ".join(dict.fromkeys(missing))
+            + "\n  ".join(missing)
         )
     return Stream([task.read(root) for task in tasks], name=spec.get("name", "stream"))
 

@@ -78,7 +78,7 @@ class RecordReader:
             missing, known = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
             raise ValueError(
                 f"{where} has no {missing}; it has {', '.join(map(repr, record)) or 'nothing'}, expected "
-                f"'conversations' or one of {', '.join(known)} (columns={{{known[0]!r}: its name}} for another name)"
+                f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
         single = self._get(record, "answer")
         answer = str(single) if isinstance(single, (str, int, float)) else Counter(answers).most_common(1)[0][0]
