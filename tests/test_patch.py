@@ -395,7 +395,7 @@ def test_bfloat16_model(llava: Any, processor: Any, generator: torch.Generator) 
 
 class TestRefusals:
     def test_a_model_that_is_no_llava(self, processor: Any) -> None:
-        with pytest.raises(TypeError, match="model is a Linear; expected one of .*LlavaFor.*LlamaFor"):
+        with pytest.raises(TypeError, match="model is a Linear; expected transformers.LlavaFor.*LlamaFor"):
             cf.patch(nn.Linear(2, 2), processor=processor)
         with pytest.raises(TypeError, match="pass the unwrapped model"):
             cf.patch(nn.DataParallel(nn.Linear(2, 2)), processor=processor)

@@ -203,14 +203,16 @@ class Increments(nn.Module):
         """``[B]``: runs of image tokens, or, where images stand side by side, equal shares of the tokens."""
         tokens = (input_ids == self._image_token_id).cpu()  # [B, S]
         before = torch.nn.functional.pad(tokens[:, :-1], (1, 0))
-        runs, each = (tokens & ~before).sum(1), int(tokens.sum()) // images
-        counts = runs if int(runs.sum()) == images else tokens.sum(1) // max(each, 1)
-        if int(counts.sum()) != images:
+        runs = (tokens & ~before).sum(1)
+        if int(runs.sum()) == images:
+            return runs
+        shares = tokens.sum(1) * images / int(tokens.sum())
+        if not torch.equal(shares, shares.round()):
             raise ValueError(
                 f"{images} images came with {int(tokens.sum())} image tokens in input_ids, and which are whose is not "
                 "clear; pass query= [B, D]"
             )
-        return counts
+        return shares.long()
 
     # -- in the layers -------------------------------------------------------------------------------------------
 

@@ -51,7 +51,8 @@ def check_supported(model: object) -> None:
         if hasattr(model, "peft_config"):
             raise TypeError(f"model is a {name} with PEFT adapters; merge_and_unload() them first, then patch the base")
         hint = "; pass the unwrapped model" if isinstance(getattr(model, "module", None), nn.Module) else ""
-        raise TypeError(f"model is a {name}; expected one of transformers' {', '.join(BASES)}{hint}")
+        *names, last = BASES
+        raise TypeError(f"model is a {name}; expected transformers.{', '.join(names)} or {last}{hint}")
 
 
 def base_of(model: object) -> Base:
