@@ -82,20 +82,23 @@ class RunConfig:
         write_text(Path(folder) / CONFIG, "# what this run was started with, in full\n" + self.to_yaml())
 
 
-def load_config(source: str | os.PathLike[str], flags: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(
+    source: str | os.PathLike[str], flags: Mapping[str, Any] | None = None, base: str | None = None
+) -> RunConfig:
     """The configuration that a YAML file (or a ready stream's name) and flags make; flags win.
 
     Relative paths in the file start from the file's folder, those of flags from the working directory.
 
     Args:
         flags: texts or values by dotted name, ``{"training.max_steps": "100"}``.
+        base: folder that the stream's relative paths start from, in place of the file's own.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: unknown names, values of a wrong type or out of range, a missing ``model``, no YAML mapping.
     """
     file = Path(source)
-    if file.suffix in (".yaml", ".yml") or file.exists():
+    if file.suffix in (".yaml", ".yml") or file.is_file():
         values, where, folder = read_yaml(file), f"{file}: ", file.parent.resolve()
     else:
         values, where, folder = {"stream": str(source)}, "", Path.cwd()
@@ -104,7 +107,7 @@ def load_config(source: str | os.PathLike[str], flags: Mapping[str, Any] | None 
         raise ValueError(f"{where}stream and tasks are both given; expected one of them")
     if "stream" not in values and "tasks" not in values:
         raise ValueError(f"{where}tasks is missing; expected a list of tasks (cllava-fast init writes an example)")
-    base = folder / _text(values.get("base", "."), f"{where}base")
+    root = folder / _text(values.get("base", "."), f"{where}base") if base is None else Path(base).resolve()
     sections = {name: _section(name, values.get(name), where) for name in SECTIONS}
     _rebase(sections["model"], "path", folder)
     _rebase(sections["training"], "output_dir", folder, always=True)
@@ -126,7 +129,7 @@ def load_config(source: str | os.PathLike[str], flags: Mapping[str, Any] | None 
         method=make(METHODS[method][0], sections["method"], "method", where, flags),
         training=make(ContinualArguments, sections["training"], "training", where, flags),
         stream=stream,
-        base=base,
+        base=root,
         source=str(source),
     )
 

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from cllava_fast import distributed
 from cllava_fast.config import ModelConfig
+from cllava_fast.data.encode import Encoder
 from cllava_fast.environment import require
 from cllava_fast.model.paths import BASES
 
@@ -40,7 +41,13 @@ def check_base(config: ModelConfig) -> None:
 
 
 def load_base(config: ModelConfig) -> tuple[Any, Any]:
-    """The model in evaluation mode, and its processor (a tokenizer, for a text-only model)."""
+    """The model in evaluation mode, and its processor (a tokenizer, for a text-only model).
+
+    Raises:
+        ValueError: a processor that cannot encode, such as one without a chat template; before weights are loaded.
+    """
+    processor = AutoProcessor.from_pretrained(config.path, trust_remote_code=False)
+    Encoder(processor)
     options: dict[str, Any] = {
         "dtype": config.dtype,
         "trust_remote_code": False,
@@ -56,7 +63,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
     model = _auto_class(_model_config(config)).from_pretrained(config.path, **options)
-    return model.eval(), AutoProcessor.from_pretrained(config.path, trust_remote_code=False)
+    return model.eval(), processor
 
 
 def default_device() -> torch.device:

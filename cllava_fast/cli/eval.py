@@ -15,6 +15,7 @@ EXAMPLE = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="folder of a run")
     parser.add_argument("--stream", metavar="STREAM", help="a YAML or a ready stream's name (default: the run's own)")
+    parser.add_argument("--base", metavar="DIR", help="folder that that stream's relative paths start from")
     parser.add_argument("--split", default="test", choices=("test", "validation"), help="(default: %(default)s)")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
     parser.add_argument("--frozen", action="store_true", help="measure the base model without what was learned")
@@ -25,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cllava_fast.cli.running import check_positive, open_base, open_run, run_config
+    from cllava_fast.cli.running import check_positive, open_base, open_run, open_stream, run_config
     from cllava_fast.config import load_config
-    from cllava_fast.data import load_stream
     from cllava_fast.evaluate.evaluation import check_output, check_tasks, evaluate_stream
     from cllava_fast.evaluate.report import print_table
 
@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = run_config(Path(arguments.run_dir))
     asked = config
     if arguments.stream is not None:
-        asked = load_config(arguments.stream, {"model.path": config.model.path})
-    stream = load_stream(asked.stream, base=asked.base)
+        asked = load_config(arguments.stream, {"model.path": config.model.path}, arguments.base)
+    stream = open_stream(asked)
     check_tasks(stream, arguments.split)
     if arguments.output is not None:
         check_output(Path(arguments.output), arguments.overwrite)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 import cllava_fast as cf
 from cllava_fast import distributed
-from cllava_fast.cli.base import check_base, load_base
-from cllava_fast.config import CONFIG, RunConfig, load_config
+from cllava_fast.cli.base import check_base, default_device, load_base
+from cllava_fast.config import CONFIG, RunConfig, check_names, load_config
+from cllava_fast.data import Stream, load_stream
+from cllava_fast.evaluate.evaluation import check_tasks
 from cllava_fast.surrogate import check_surrogate
+from cllava_fast.train.loop import find_run, run_identity
+from cllava_fast.train.tune import training_options
 
 INCREMENTS = "increments"  # of a run's folder: one subfolder for the state after each task
 DEFAULT_TOKENS = 16  # of an answer, where no run says how many
@@ -20,15 +26,14 @@ DEFAULT_TOKENS = 16  # of an answer, where no run says how many
 
 def train(config: RunConfig) -> cf.ContinualResult:
     """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
-    from cllava_fast.data import load_stream
-    from cllava_fast.train.loop import find_run, run_identity
-
+    distributed.start()
     check_base(config.model)
+    _check_trainer_options(config)
     surrogate = getattr(config.method, "surrogate", None)
     if surrogate is not None:
         check_surrogate(surrogate)
-    stream = load_stream(config.stream, base=config.base)
-    distributed.start()
+    stream = open_stream(config)
+    check_tasks(stream, config.training.eval_split)
     output = Path(config.training.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
@@ -39,6 +44,25 @@ def train(config: RunConfig) -> cf.ContinualResult:
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
         config.save(trainer.output_dir)
     return trainer.train()
+
+
+def _check_trainer_options(config: RunConfig) -> None:
+    """What transformers would refuse when the first task is tuned."""
+    options, known = config.training.trainer_options, [field.name for field in fields(TrainingArguments)]
+    check_names(options, known, f"{config.source}: training.trainer_options.")
+    try:
+        TrainingArguments(**training_options(config.training, default_device(), 0))
+    except (TypeError, ValueError, ImportError) as error:
+        raise type(error)(f"{config.source}: training: {error}") from error
+
+
+def open_stream(config: RunConfig) -> Stream:
+    """The configuration's stream, its errors under the name of the file."""
+    try:
+        return load_stream(config.stream, base=config.base)
+    except (ValueError, FileNotFoundError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{config.source}: {str(error).removeprefix('stream: ')}") from error
 
 
 def open_base(config: RunConfig) -> tuple[Any, Any]:

@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", dest="model.path", metavar="PATH", help="the base model (--model.path)")
     parser.add_argument("--method", dest="method.name", metavar="NAME", help=f"one of {', '.join(config.METHODS)}")
     parser.add_argument("--output", dest="training.output_dir", metavar="DIR", help="(default: runs/NAME-OF-STREAM)")
+    parser.add_argument("--base", metavar="DIR", help="folder that the stream's relative paths start from (default: "
+                        "the YAML's own, or this one for a ready stream)")  # fmt: skip
     parser.add_argument("--resume", dest="training.resume", action="store_const", const="true",
                         help="go on behind the last finished task")  # fmt: skip
     sections = {
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name, value in vars(arguments).items()
         if name.partition(".")[0] in SECTIONS and value is not None
     }
-    config = load_config(arguments.stream, flags)
+    config = load_config(arguments.stream, flags, arguments.base)
 
     from cllava_fast import distributed
     from cllava_fast.cli.running import train
