@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -337,3 +340,27 @@ def test_init_refuses(arguments: list[str], message: str, tmp_path: Path, capsys
 def test_a_module_runs_as_the_command_does() -> None:
     run = subprocess.run([sys.executable, "-m", "cllava_fast.cli", "--version"], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, f"cllava_fast {cllava_fast.__version__}\n")
+
+
+def documented_commands() -> list[str]:
+    """Every command line that a help text or the quickstart shows."""
+    root = Path(cli.__file__).resolve().parents[2]
+    texts = [(root / "docs" / "quickstart.md").read_text(), cli.EXAMPLE]
+    texts += [importlib.import_module(f"cllava_fast.cli.{name}").EXAMPLE for name in cli.COMMANDS]
+    joined = "\n".join(texts).replace("\\\n", " ")
+    shown = re.findall(
+        r"(?m)^\s*(?:\$ |examples?: )?cllava-fast ((?:init|train|eval|ask|report|export|demo|env)\b.*)", joined
+    )
+    return [line for line in shown if "..." not in line]
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = shlex.split(line, comments=True)
+    ran = []
+    monkeypatch.setattr(f"cllava_fast.cli.{arguments[0]}.run", lambda parsed: ran.append(parsed) or 0)
+    assert cli.main(arguments) == 0 and ran
+
+
+def test_the_quickstart_shows_most_commands() -> None:
+    assert {line.split()[0] for line in documented_commands()} == set(cli.COMMANDS)

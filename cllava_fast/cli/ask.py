@@ -20,7 +20,7 @@ class Row:
     """One row of the pool that answered. ``weight`` and ``context`` are shares in 0..1."""
 
     task: str
-    number: int  # within the task's own rows, from 1
+    number: int  # in the pool, as in a run's predictions
     similarity: float
     weight: float
     context: float
@@ -93,7 +93,7 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
         # every selected row brings w[task, l] * z[n] of the rows n of each earlier task l, beside its own 1
         brought = (pool.context[task][pool.row_task] * pool.row_mean)[: tasks.index(task)].abs().sum().item()
         share = 0.0 if getattr(increments.config, "context", "none") == "none" else brought / (1.0 + brought)
-        rows.append(Row(pool.task_names[task], n - tasks.index(task) + 1, s, w, share))
+        rows.append(Row(pool.task_names[task], n, s, w, share))
     return sorted(rows, key=lambda row: -row.weight)
 
 

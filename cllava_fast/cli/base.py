@@ -19,6 +19,7 @@ from cllava_fast import distributed
 from cllava_fast.config import ModelConfig
 from cllava_fast.data.encode import Encoder
 from cllava_fast.environment import require
+from cllava_fast.model.card import is_repo_id
 from cllava_fast.model.paths import BASES
 
 
@@ -46,7 +47,9 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     Raises:
         ValueError: a processor that cannot encode, such as one without a chat template; before weights are loaded.
     """
-    processor = AutoProcessor.from_pretrained(config.path, trust_remote_code=False)
+    # a folder's name in full: what is saved says which base it belongs to
+    path = str(Path(config.path).expanduser().resolve()) if not is_repo_id(config.path) else config.path
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     Encoder(processor)
     options: dict[str, Any] = {
         "dtype": config.dtype,
@@ -62,7 +65,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
-    model = _auto_class(_model_config(config)).from_pretrained(config.path, **options)
+    model = _auto_class(_model_config(config)).from_pretrained(path, **options)
     return model.eval(), processor
 
 
@@ -77,14 +80,13 @@ def _auto_class(base: Any) -> Any:
 
 
 def _model_config(config: ModelConfig) -> Any:
-    path = Path(config.path)
-    if path.is_absolute() or path.exists():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model.path: {path / 'config.json'} does not exist; expected a model's folder")
+    path = Path(config.path).expanduser()
+    if (path.is_dir() or not is_repo_id(config.path)) and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model.path: {path / 'config.json'} does not exist; expected a model's folder")
     try:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
-            f"model.path is {config.path!r}: neither a folder that exists nor a model that the hub gives "
-            f"({str(error).strip().splitlines()[0]})"
+            f"model.path is {config.path!r}, which is no folder here, and the hub does not give it: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from error

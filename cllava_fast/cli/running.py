@@ -27,7 +27,6 @@ DEFAULT_TOKENS = 16  # of an answer, where no run says how many
 def train(config: RunConfig) -> cf.ContinualResult:
     """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
     distributed.start()
-    check_base(config.model)
     _check_trainer_options(config)
     surrogate = getattr(config.method, "surrogate", None)
     if surrogate is not None:
@@ -37,7 +36,7 @@ def train(config: RunConfig) -> cf.ContinualResult:
     output = Path(config.training.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
-    model, processor = open_base(config)
+    model, processor = open_base(config)  # which checks what it loads first
     model = cf.patch(model, config.method, processor=processor)
     trainer = cf.ContinualTrainer(model, processor, stream, config.training)
     if distributed.is_main():
@@ -58,6 +57,8 @@ def _check_trainer_options(config: RunConfig) -> None:
 
 def open_stream(config: RunConfig) -> Stream:
     """The configuration's stream, its errors under the name of the file."""
+    if isinstance(config.stream, str):
+        return load_stream(config.stream, base=config.base)
     try:
         return load_stream(config.stream, base=config.base)
     except (ValueError, FileNotFoundError) as error:

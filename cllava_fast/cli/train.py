@@ -16,7 +16,7 @@ EXAMPLE = """examples:
 
 Every flag with a point is a field of the YAML's section of that name (--training.seed 1 is training: {seed: 1});
 flags win. Lists and mappings are written as in YAML: --method.targets "[self_attn.o_proj, mlp.down_proj]".
-cllava-fast init writes a YAML that explains the stream's own keys."""
+The stream's own keys are explained in what cllava-fast init writes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
