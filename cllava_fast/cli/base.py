@@ -47,13 +47,13 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     Raises:
         ValueError: a processor that cannot encode, such as one without a chat template; before weights are loaded.
     """
-    # a folder's name in full: what is saved says which base it belongs to
-    path = str(Path(config.path).expanduser().resolve()) if not is_repo_id(config.path) else config.path
+    path = _path(config)
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     Encoder(processor)
     options: dict[str, Any] = {
         "dtype": config.dtype,
         "trust_remote_code": False,
+        "use_safetensors": True,
         "device_map": config.device_map or {"": default_device()},
     }
     if config.attn_implementation is not None:
@@ -79,12 +79,18 @@ def _auto_class(base: Any) -> Any:
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-def _model_config(config: ModelConfig) -> Any:
+def _path(config: ModelConfig) -> str:
+    """A hub's name, or a folder's in full: what a run saves says which base it belongs to."""
     path = Path(config.path).expanduser()
-    if (path.is_dir() or not is_repo_id(config.path)) and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"model.path: {path / 'config.json'} does not exist; expected a model's folder")
+    return config.path if is_repo_id(config.path) and not path.is_dir() else str(path.resolve())
+
+
+def _model_config(config: ModelConfig) -> Any:
+    path = _path(config)
+    if Path(path).is_absolute() and not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"model.path: {path}/config.json does not exist; expected a model's folder")
     try:
-        return AutoConfig.from_pretrained(config.path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"model.path is {config.path!r}, which is no folder here, and the hub does not give it: "
