@@ -29,6 +29,8 @@ def task(name: str = "a", **splits: Any) -> Task:
         ([task(test=[])], ValueError, "'a' has no test sample"),
         ([task(train=[SAMPLE, Sample(" ", "x")])], ValueError, r"a/train\[1\]: instruction is ' '"),
         ([task(test=[Sample("what?", "")])], ValueError, r"a/test\[0\]: answer is ''"),
+        ([task(test=[Sample("what?", "x", history=(("a", " "),))])], ValueError, r"a/test\[0\]: history is ' '"),
+        ([task(test=[Sample("what?", "x", references=("",))])], ValueError, r"a/test\[0\]: references is ''"),
         (
             [task(validation=[Sample("what?", "x", "no/such.png")])],
             FileNotFoundError,
