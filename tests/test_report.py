@@ -189,6 +189,18 @@ def test_an_unfinished_run_shows_what_it_has_learned(strange: dict) -> None:
     assert row["forgetting"] == "40.0"
 
 
+def test_a_long_stream_fits_a_narrow_terminal(results: dict) -> None:
+    tasks = [f"task number {i}" for i in range(8)]
+    matrix: list[list[float | None]] = [[0.5] * 8 for _ in tasks]
+    long = {**results, "stream": tasks, "methods": {"continual_llava": method(matrix)}}
+    long["metrics"] = dict.fromkeys(tasks, "relaxed_accuracy")
+    console = Console(record=True, width=80, file=open("/dev/null", "w"))
+    report.print_table(long, console)
+    printed = console.export_text()
+    assert "…" not in printed and all(f"task number {i}" in printed for i in range(8))
+    assert printed.count("relaxed accuracy") == 8 and "Continual LLaVA" in printed
+
+
 def test_losses_have_a_picture_where_there_are_any(results: dict, strange: dict, tmp_path: Path) -> None:
     report.write_report(strange, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == set(report.REPORT_FILES)
