@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,27 @@ def test_tasks_that_the_model_does_not_know(llava: Any, processor: Any, rng: tor
     other = cf.Stream([dataclasses.replace(task, name=f"other{i}") for i, task in enumerate(stream(2).tasks)])
     results = cf.evaluate_stream(llava, processor, other, max_new_tokens=2, progress=False)
     assert results["methods"]["continual_llava"]["selection_accuracy"] is None
+
+
+def test_the_documentation_runs(
+    run: tuple[Path, cf.ContinualResult, Any],
+    processor: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {"model": run[2], "processor": processor, "stream": graded_stream()}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert capsys.readouterr().out.splitlines()[-1] == "0.4"
+    assert (tmp_path / "runs" / "report" / "report.html").is_file()
+    named = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    assert named[1 : 1 + len(scores.SCORES)] == list(scores.SCORES)  # behind the head, `metric`
+    (line,) = re.findall(r"```json\n(.*?)\n```", page)
+    written = records(tmp_path / "runs" / "eval" / "predictions" / "task0.jsonl")[0]
+    assert list(json.loads(line)) == list(written)
 
 
 def test_file_names_are_distinct_and_safe() -> None:

@@ -97,7 +97,7 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
             steps = range(start, start + len(values))
             start = steps.stop
             label = _plain(task) if len(losses) > 1 else "all tasks"
-            axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.4, label=label)
+            axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.4, marker=".", label=label)
         axes.set_title(title_of(method), fontsize=11)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="0.9")
@@ -109,9 +109,10 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    """A stranger's text on one line; between two dollars matplotlib would read mathematics."""
-    text = " ".join(text.split()).replace("$", r"\$")
-    return text if len(text) <= 40 else text[:39] + "…"
+    """A stranger's text on one short line; between two dollars matplotlib would read mathematics."""
+    text = " ".join(text.split())
+    text = text if len(text) <= 20 else text[:19] + "…"
+    return text.replace("$", r"\$")
 
 
 def _with_average(name: str, result: Mapping[str, Any]) -> str:

@@ -79,22 +79,30 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
-    """The brief table on the terminal; it fits into 80 columns for streams of four tasks."""
+    """The brief table on the terminal, a method a row where that fits, otherwise a task a row.
+
+    80 columns hold streams of four tasks.
+    """
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    console = console or Console()
     header, rows = table(results, brief=True)
+    lines = [[name.replace(" ", "\n") for name in header]]
+    lines += [row if row[0] != METRIC_ROW else [cell.replace(" ", "\n") for cell in row] for row in rows]
+    widths = [max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
+    if sum(widths) + len(widths) > console.width:
+        lines = [list(column) for column in zip(header, *rows, strict=True)]
     after = "after the last task" if finished(results) else "so far"
     title = f"{quantity(results)} in % {after}, {len(results['seeds'])} seed(s)"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    for position, name in enumerate(header):
-        shown.add_column(escape(name.replace(" ", "\n")), justify="left" if position == 0 else "right", no_wrap=True)
-    for row in rows:
-        cells = row if row[0] != METRIC_ROW else [cell.replace(" ", "\n") for cell in row]
-        shown.add_row(*map(escape, cells))
-    (console or Console()).print(shown)
+    for position, name in enumerate(lines[0]):
+        shown.add_column(escape(name), justify="left" if position == 0 else "right", no_wrap=True)
+    for line in lines[1:]:
+        shown.add_row(*map(escape, line))
+    console.print(shown)
 
 
 METRIC_ROW = "metric"
