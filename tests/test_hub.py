@@ -191,7 +191,7 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
 
 
 def test_refusals(
-    base: Path, tmp_path: Path, generator: torch.Generator, uploads: Any, new_llava: Callable, processor: Any
+    base: Path, tmp_path: Path, uploads: Any, new_llava: Callable, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for source in (tmp_path / "missing", "./missing", "a/b/c", str(tmp_path / "missing")):
         with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -205,8 +205,10 @@ def test_refusals(
     model = cf.patch(new_llava(), processor=processor)
     with pytest.raises(HFValidationError):
         cf.push_to_hub(model, "me/mine/too")
-    with pytest.raises(ValueError, match="expected the base's name on the hub"):
-        cf.push_to_hub(model, "me/mine", base_model=str(base))
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(base), "base"):
+        with pytest.raises(ValueError, match="expected the base's name on the hub"):
+            cf.push_to_hub(model, "me/mine", base_model=folder)
     assert not uploads.mock_calls
 
 
