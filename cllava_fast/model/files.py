@@ -111,4 +111,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def base_fingerprint(model: Any) -> str:
     """Fingerprint of the whole frozen model, the same whether it is patched or not."""
+    known = getattr(getattr(model, "increments", None), "base_fingerprint", None)
+    if known is not None:
+        return known
     return fingerprint(model, without="increments.")

@@ -21,6 +21,7 @@ from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import predict
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
+from cllava_fast.model.files import base_fingerprint
 from cllava_fast.model.paths import vision_width
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
@@ -186,6 +187,7 @@ class ContinualTrainer:
         self._place()
         if done:
             load_pretrained(self.model, self._saved(done - 1, phases))
+        self._read_ahead(tasks, done if len(phases) > 1 else 0)
         for number in range(done, len(phases)):
             start = time.perf_counter()
             names = phases[number]
@@ -211,6 +213,15 @@ class ContinualTrainer:
             seconds=progress["seconds"],
             losses=progress["losses"],
         )
+
+    def _read_ahead(self, tasks: list[str], done: int) -> None:
+        """Encodes all that will be needed: what cannot be read fails now, and FSDP has not yet sharded the base."""
+        if distributed.count() > 1:
+            self.increments.base_fingerprint = base_fingerprint(self.model)
+        for name in tasks[done:]:
+            self._queries(self.data.examples(name, "train", self.model))
+        for examples in self._examples(tasks):
+            self._queries(examples)
 
     def _place(self) -> None:
         """Several processes each compute on the device that the launcher gave them."""
