@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -90,6 +90,20 @@ def from_main(tensor: Tensor) -> Tensor:
     sent = tensor.to(device()).contiguous()
     dist.broadcast(sent, src=0)
     return sent.to(tensor.device)
+
+
+def average(tensor: Tensor | None) -> None:
+    """Puts the mean over all processes in the place of ``tensor``."""
+    if count() > 1 and tensor is not None:
+        dist.all_reduce(tensor)
+        tensor.div_(count())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only a part of the parameters, so that all must call the model together."""
+    from torch.distributed.tensor import DTensor
+
+    return count() > 1 and any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def check_equal(value: Any, what: str) -> None:

@@ -39,13 +39,19 @@ def predict(
     # prompts of one length waste nothing on padding
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    share = batches[distributed.rank() :: distributed.count()]
+    together = distributed.is_sharded(model)
+    if together and len(share) < len(batches[:: distributed.count()]):
+        share.append(batches[0])  # no process may leave the others alone in a forward pass
     mine: dict[int, str] = {}
-    for rows in batches[distributed.rank() :: distributed.count()]:
+    for rows in share:
         batch: dict[str, Any] = {name: t.to(device) for name, t in collate([examples[i] for i in rows]).items()}
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
-        generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        generated = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=together
+        )
         for row, ids in zip(rows, generated[:, width:], strict=True):
             mine[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         advance("")

@@ -231,6 +231,9 @@ def base_fingerprint(model: Any) -> str:
 
     It reads 64 numbers of each tensor, so it takes milliseconds at any size and needs no cache.
     """
+    known = getattr(getattr(model, "increments", None), "base_fingerprint", None)
+    if known is not None:
+        return known
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]} is offloaded; load the whole base on devices to save or load increments")

@@ -40,6 +40,7 @@ class Increments(nn.Module):
         active: what acts on the batch that is in the layers right now.
         pending: what acts during the ``generate`` that is under way.
         pristine: the frozen weight of each linear that ``merge`` replaced, by path; empty while nothing is merged.
+        base_fingerprint: of the frozen model, kept where a process may lose parts of it (FSDP); otherwise None.
     """
 
     def __init__(self, model: nn.Module, config: MethodConfig, processor: Any | None) -> None:
@@ -62,6 +63,7 @@ class Increments(nn.Module):
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.pristine: dict[str, Tensor] = {}
+        self.base_fingerprint: str | None = None
         self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:

@@ -26,6 +26,7 @@ from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
+from cllava_fast.model.files import base_fingerprint
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
@@ -149,6 +150,7 @@ class ContinualTrainer:
         if done:
             load_pretrained(self.model, self._saved(done - 1, phases))
             distributed.on_main(self._write_results)
+        self._read_ahead(tasks, done if len(phases) > 1 else 0)
         for number in range(done, len(phases)):
             start = time.perf_counter()
             names = phases[number]
@@ -182,6 +184,14 @@ class ContinualTrainer:
             losses=progress["losses"],
             examples=progress["examples"],
         )
+
+    def _read_ahead(self, tasks: list[str], done: int) -> None:
+        """Encodes all that will be needed: what cannot be read fails now, and FSDP has not yet sharded the base."""
+        if distributed.count() > 1:
+            self.increments.base_fingerprint = base_fingerprint(self.model)
+        wanted = [(name, "train") for name in tasks[done:]] + [(name, self.args.eval_split) for name in tasks]
+        for name, split in wanted:
+            queries_of(self.model, self.data.examples(name, split, self.model), self.data.features)
 
     def _place(self) -> None:
         """Several processes each compute on the device that the launcher gave them."""

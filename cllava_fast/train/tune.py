@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments
 from cllava_fast.model.answers import IGNORE, answer_positions
@@ -133,6 +134,31 @@ class TaskTrainer(Trainer):
         assert isinstance(self.train_dataset, _TuneSet)
         return _GlobalOrder(len(self.train_dataset), together, self.args.data_seed or 0)
 
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled:
+            self._shard_base_alone(self.accelerator.state.fsdp_plugin)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def _shard_base_alone(self, plugin: Any) -> None:
+        """FSDP shards the frozen base, once; increments are small, grow by every task, and stay whole everywhere."""
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version is {plugin.fsdp_version}; expected 2: FSDP 1 cannot leave increments out")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError("fsdp_cpu_ram_efficient_loading is on; turn it off: it would empty the increments, too")
+        plugin.ignored_modules = [get_increments(self.model)]
+        # queries are float32, and a lower precision of the model's arguments would select other rows
+        plugin.mixed_precision_policy = None
+        if plugin.transformer_cls_names_to_wrap is None:
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules or ()))
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._average_gradient)
+
+    def _average_gradient(self, parameter: Tensor) -> None:
+        if self.accelerator.sync_gradients:
+            distributed.average(parameter.grad)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({f"{self.task}/{name}": value for name, value in logs.items()}, start_time)
 
@@ -242,12 +268,13 @@ def _checkpointing_options() -> dict[str, Any]:
 
 @contextmanager
 def _keeps_forward(model: Any) -> Iterator[None]:
-    """Takes off what mixed precision wraps around ``forward``: accelerate's own unwrapping would take off ours too."""
-    forward = model.__dict__["forward"]
+    """Takes off what mixed precision and FSDP wrap around our methods: accelerate's own unwrapping would take ours off,
+    too."""
+    ours = {name: model.__dict__[name] for name in ("forward", "generate")}
     try:
         yield
     finally:
-        model.__dict__["forward"] = forward
+        model.__dict__.update(ours)
         model.__dict__.pop("_original_forward", None)
 
 
