@@ -219,7 +219,7 @@ def test_image_features_are_taken_or_refused(name: str, generator: torch.Generat
         assert torch.equal(logits(model, {**rest, "image_features": features}), logits(model, batch))
     else:
         with pytest.raises(ValueError, match=f"{name} takes no image_features"):
-            model(**rest, image_features=torch.zeros(3, 4, 32))
+            model(**rest, image_features=torch.zeros(3, 4, 64))
 
 
 @of_text_bases
@@ -292,7 +292,7 @@ class TestTargets:
     def test_a_merge_of_linears_of_every_shape(self, generator: torch.Generator) -> None:
         model, batch = patched(self.NAME, generator), batch_of(self.NAME, generator)
         shapes = {tuple(linear.weight.shape) for linear in paths.adapted_linears(model, EVERY).values()}
-        assert shapes == {(32, 32), (16, 32), (48, 32), (32, 48)}
+        assert shapes == {(64, 64), (32, 64), (128, 64), (64, 128)}
         report = cf.merge(model, instruction=ASKED[1])
         assert len(report.output_error) == 14
         expected = logits(cf.unmerge(model), batch)[1]

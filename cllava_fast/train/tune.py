@@ -119,7 +119,7 @@ def tune(
         # the reentrant form would cut the gradient to w, which reaches the layers as a keyword argument
         options.update(_checkpointing_options())
     options.update(args.trainer_options)
-    with _quiet("transformers.trainer"), _keeps_forward(model):
+    with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model):
         trainer = Trainer(
             model=model,
             args=TrainingArguments(**options),
@@ -161,6 +161,19 @@ def _keeps_forward(model: Any) -> Iterator[None]:
     finally:
         model.__dict__["forward"] = forward
         model.__dict__.pop("_original_forward", None)
+
+
+@contextmanager
+def _counts_as_adapted(model: Any) -> Iterator[None]:
+    """The Trainer refuses a quantised base without adapters, and would know PEFT's alone."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 @contextmanager
