@@ -1,4 +1,7 @@
-"""Tiny random models of every class in ``paths.BASES``, and their processors."""
+"""Tiny random models of every class in ``paths.BASES``, and their processors.
+
+Widths are multiples of 64, as 4-bit weights on a CPU want them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from cllava_fast.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 SIDE, PATCH = 32, 16  # pixels: 4 tokens a view, and images of other sizes have more views
 VIEWS = [[32, 64], [64, 32], [64, 64]]
-STD = 0.2  # of weights: loud enough that an increment moves the answer
+STD = 0.15  # of weights: loud enough that an increment moves the answer
 TEXT_OF = {"LlavaOnevision": "Qwen2", "LlavaNextVideo": "Mistral"}
 FOR_IMAGES, FOR_TEXT = "ForConditionalGeneration", "ForCausalLM"
 
@@ -63,8 +66,8 @@ def new_model(name: str, processor: Any) -> Any:
     stem = name.removesuffix(FOR_IMAGES).removesuffix(FOR_TEXT)
     language = stem if name.endswith(FOR_TEXT) else TEXT_OF.get(stem, "Llama")
     text = getattr(transformers, f"{language}Config")(
-        vocab_size=len(tokenizer) + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+        vocab_size=len(tokenizer) + 1, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
         initializer_range=STD, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, **special,
     )  # fmt: skip
     config = text if name.endswith(FOR_TEXT) else _with_vision(stem, text, tokenizer, special)
@@ -76,8 +79,8 @@ def new_model(name: str, processor: Any) -> Any:
 def _with_vision(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) -> Any:
     siglip = stem == "LlavaOnevision"
     vision = (SiglipVisionConfig if siglip else CLIPVisionConfig)(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
-        patch_size=PATCH, initializer_range=STD, **({"vision_use_head": False} if siglip else {"projection_dim": 24}),
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=PATCH, initializer_range=STD, **({"vision_use_head": False} if siglip else {"projection_dim": 64}),
     )  # fmt: skip
     options: dict[str, Any] = {"vision_feature_layer": -1}
     if stem in ("Llava", "LlavaNext", "LlavaNextVideo"):

@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -219,7 +221,7 @@ def test_image_features_are_taken_or_refused(name: str, generator: torch.Generat
         assert torch.equal(logits(model, {**rest, "image_features": features}), logits(model, batch))
     else:
         with pytest.raises(ValueError, match=f"{name} takes no image_features"):
-            model(**rest, image_features=torch.zeros(3, 4, 32))
+            model(**rest, image_features=torch.zeros(3, 4, 64))
 
 
 @of_text_bases
@@ -292,7 +294,7 @@ class TestTargets:
     def test_a_merge_of_linears_of_every_shape(self, generator: torch.Generator) -> None:
         model, batch = patched(self.NAME, generator), batch_of(self.NAME, generator)
         shapes = {tuple(linear.weight.shape) for linear in paths.adapted_linears(model, EVERY).values()}
-        assert shapes == {(32, 32), (16, 32), (48, 32), (32, 48)}
+        assert shapes == {(64, 64), (32, 64), (128, 64), (64, 128)}
         report = cf.merge(model, instruction=ASKED[1])
         assert len(report.output_error) == 14
         expected = logits(cf.unmerge(model), batch)[1]
@@ -313,3 +315,77 @@ def test_the_attention_implementation_stays(name: str, attention: str, generator
     got = logits(model, batch)
     model.set_attn_implementation({"sdpa": "eager", "eager": "sdpa"}[attention])
     torch.testing.assert_close(logits(model, batch), got, atol=1e-4, rtol=1e-3)
+
+
+def test_flash_attention_is_called_as_before(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs a GPU; what it would be handed is recorded in its place, and holds nothing of the patch."""
+    name, handed = "LlamaForCausalLM", []
+    interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+
+    def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        handed.append(sorted(kwargs))
+        return interface["sdpa"](module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(interface._global_mapping, "flash_attention_2", flash)
+    model, batch = model_of(name), batch_of(name, generator)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    logits(model, batch)
+    cf.patch(model, CONFIG, processor=processor_of(name))
+    learn(model, 2, generator, b_std=0.1)
+    assert model.config._attn_implementation == "flash_attention_2"
+    logits(model, batch)
+    assert len(handed) == 4 and handed[:2] == handed[2:]
+
+
+class TestOffload:
+    """A model that accelerate spreads: increments are where each layer computes, and nothing of it is moved."""
+
+    NAME = "LlavaForConditionalGeneration"
+    ON_DISK = ("model.language_model.embed_tokens", "model.language_model.layers.1")
+
+    def spread(self, how: str, folder: Path) -> Any:
+        if how == "cpu_offload":
+            return accelerate.cpu_offload(model_of(self.NAME), execution_device=torch.device("cpu"))
+        if how == "disk_offload":
+            return accelerate.disk_offload(model_of(self.NAME), folder, execution_device=torch.device("cpu"))
+        parts = [f"model.language_model.{part}" for part in ("layers.0", "norm", "rotary_emb")]
+        parts += ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+        _model(self.NAME).save_pretrained(folder / "base")
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder / "base", device_map=dict.fromkeys(parts, "cpu") | dict.fromkeys(self.ON_DISK, "disk"),
+            offload_folder=folder / "offload", dtype=torch.float32,
+        )  # fmt: skip
+        return model.eval()
+
+    @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+    def test_as_if_it_were_in_one_place(self, how: str, generator: torch.Generator, tmp_path: Path) -> None:
+        here, batch = patched(self.NAME, generator), batch_of(self.NAME, generator)
+        cf.save_pretrained(here, tmp_path / "out")
+        model = self.spread(how, tmp_path)
+        bare = logits(model, batch)
+        devices = {name: parameter.device for name, parameter in model.named_parameters()}
+        assert {device.type for device in devices.values()} >= {"meta"}
+        cf.load_pretrained(model, tmp_path / "out", processor=processor_of(self.NAME))
+        assert {tensor.device.type for tensor in model.increments.state_dict().values()} == {"cpu"}
+        assert torch.equal(logits(model, batch), logits(here, batch))
+        assert torch.equal(model.generate(**batch, max_new_tokens=3), here.generate(**batch, max_new_tokens=3))
+        assert {name: model.get_parameter(name).device for name in devices} == devices
+        with pytest.raises(ValueError, match=r"layers\.[01]\.self_attn\.q_proj is offloaded"):
+            cf.merge(model, instruction=ASKED[0])
+        increments = learn(model, 1, generator, commit_last=False)
+        increments.pool.train_keys(False)
+        asked, batch = batch, batch_of(self.NAME, generator, side="right")
+        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in increments.pool.parameters() if p is not increments.pool.block_keys)
+        cf.unpatch(model).eval()
+        assert torch.equal(logits(model, asked), bare)
+        assert {name: parameter.device for name, parameter in model.named_parameters()} == devices
+
+    def test_hooks_that_came_after_the_patch_go_first(self, generator: torch.Generator) -> None:
+        model = patched(self.NAME, generator)
+        linear = model.model.language_model.layers[0].self_attn.o_proj
+        accelerate.hooks.add_hook_to_module(linear, accelerate.hooks.ModelHook())
+        with pytest.raises(ValueError, match="forward of Linear was replaced after patch"):
+            cf.unpatch(model)
+        accelerate.hooks.remove_hook_from_module(linear)
+        cf.unpatch(model)

@@ -32,6 +32,7 @@ class _Patch:
 
     requires_grad: dict[str, bool]
     hooks: list[Any]
+    kept_from_repacking: list[Any]
 
 
 @dataclass
@@ -67,9 +68,10 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
 
     Raises:
         TypeError: the model's class is not supported, or the config no method's.
-        ValueError: the model is patched with another config, or holds adapters of another library.
+        ValueError: the model is patched with another config, or holds adapters of another library, or weights that
+            were repacked for inference on a CPU.
     """
-    base = paths.base_of(model)
+    paths.check_supported(model)
     present = getattr(model, "increments", None)
     if isinstance(present, Increments):
         if config is not None and config != present.config:
@@ -82,7 +84,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     config = IncrementConfig() if config is None else config
     increments = Increments(model, config, _find_processor(model) if processor is None else processor)
 
-    record = _Patch({name: p.requires_grad for name, p in model.named_parameters()}, hooks=[])
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    record = _Patch(requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
     model.requires_grad_(False)
     for path, linear in paths.adapted_linears(model, config.targets).items():
         linear.__dict__["_adapter"] = _Adapter(increments, increments.pool.factors(path))
@@ -90,7 +93,9 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     for attention in attentions:
         receive = functools.partial(_receive_selection, increments)
         record.hooks.append(attention.register_forward_pre_hook(receive, with_kwargs=True))
-    if base.takes_features:
+    for linear in record.kept_from_repacking:
+        linear.support_avx512bf16_for_cpu = False
+    if paths.base_of(model).takes_features:
         _shadow(model.model, "get_image_features", _get_image_features)
     _shadow(model, "forward", _forward)
     _shadow(model, "generate", _generate)
@@ -126,6 +131,8 @@ def unpatch(model: Any) -> Any:
     record: _Patch = model.__dict__.pop("_patch")
     for hook in record.hooks:
         hook.remove()
+    for linear in record.kept_from_repacking:
+        linear.support_avx512bf16_for_cpu = True
     del model.increments
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))

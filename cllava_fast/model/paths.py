@@ -44,29 +44,39 @@ BASES = {
 }
 
 
-def check_supported(model: object) -> None:
-    """Raises TypeError for a model whose class is not in ``BASES``, with what to do about it."""
-    if _find(model) is None:
-        name = type(model).__name__
-        if hasattr(model, "peft_config"):
-            raise TypeError(f"model is a {name} with PEFT adapters; merge_and_unload() them first, then patch the base")
-        hint = "; pass the unwrapped model" if isinstance(getattr(model, "module", None), nn.Module) else ""
-        *names, last = BASES
-        raise TypeError(f"model is a {name}; expected transformers.{', '.join(names)} or {last}{hint}")
-
-
 def base_of(model: object) -> Base:
-    """The row of ``BASES`` for a model; raises TypeError as ``check_supported`` does."""
-    check_supported(model)
-    found = _find(model)
-    assert found is not None
-    return found
-
-
-def _find(model: object) -> Base | None:
+    """The row of ``BASES`` for a model. Raises TypeError for one without a row, with what to do about it."""
     # by name, so that no modeling file is imported for the asking
-    names = (c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.models."))
-    return next((BASES[name] for name in names if name in BASES), None)
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("transformers.models.") and kind.__name__ in BASES:
+            return BASES[kind.__name__]
+    name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise TypeError(f"model is a {name} with PEFT adapters; merge_and_unload() them first, then patch the base")
+    hint = "; pass the unwrapped model" if isinstance(getattr(model, "module", None), nn.Module) else ""
+    *names, last = BASES
+    raise TypeError(f"model is a {name}; expected transformers.{', '.join(names)} or {last}{hint}")
+
+
+def check_supported(model: object) -> None:
+    """Raises TypeError as ``base_of`` does, and ValueError for weights that cannot be tuned through any more."""
+    base_of(model)
+    assert isinstance(model, nn.Module)
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes has repacked {path} for inference on this CPU, and no gradient passes it any more; "
+                "load the model again and patch it before it is first used"
+            )
+
+
+def repacked_on_cpu(model: nn.Module) -> list[Any]:
+    """4-bit linears of bitsandbytes that would repack their weight at their first use in evaluation on this CPU.
+
+    A switch of theirs, ``support_avx512bf16_for_cpu``, keeps them from it.
+    """
+    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 
 
 def adapted_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:

@@ -57,7 +57,7 @@ def tune(
     if increments.pool.block_keys is not None:
         increments.pool.block_keys.requires_grad_(False)
     options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
-    with _quiet("transformers.trainer"), _keeps_forward(model):
+    with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model):
         trainer = TaskTrainer(
             title,
             model=model,
@@ -141,6 +141,7 @@ class TaskTrainer(Trainer):
 
     def _shard_base_alone(self, plugin: Any) -> None:
         """FSDP shards the frozen base, once; increments are small, grow by every task, and stay whole everywhere."""
+        model: Any = self.model
         if plugin.fsdp_version != 2:
             raise ValueError(f"fsdp_version is {plugin.fsdp_version}; expected 2: FSDP 1 cannot leave increments out")
         if plugin.cpu_ram_efficient_loading:
@@ -149,9 +150,9 @@ class TaskTrainer(Trainer):
         # queries are float32, and a lower precision of the model's arguments would select other rows
         plugin.mixed_precision_policy = None
         if plugin.transformer_cls_names_to_wrap is None:
-            present = {type(module).__name__ for module in self.model.modules()}
-            plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules or ()))
-        for parameter in self.model.parameters():
+            present = {type(module).__name__ for module in model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._average_gradient)
 
@@ -276,6 +277,19 @@ def _keeps_forward(model: Any) -> Iterator[None]:
     finally:
         model.__dict__.update(ours)
         model.__dict__.pop("_original_forward", None)
+
+
+@contextmanager
+def _counts_as_adapted(model: Any) -> Iterator[None]:
+    """The Trainer refuses a quantised base without adapters, and would know PEFT's alone."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 @contextmanager
