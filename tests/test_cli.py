@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import cllava_fast
@@ -20,6 +21,7 @@ from cllava_fast import cli
 from cllava_fast.demo.base import FOLDER
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.report import write_report
+from tests.helpers import QUESTIONS, inputs, learn
 
 
 @pytest.fixture
@@ -364,3 +366,43 @@ def test_documented_commands_are_understood(line: str, monkeypatch: pytest.Monke
 
 def test_the_quickstart_shows_most_commands() -> None:
     assert {line.split()[0] for line in documented_commands()} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("context", ["product", "none"])
+def test_the_rows_of_an_answer_are_those_that_act(
+    context: str, llava: Any, processor: Any, rng: torch.Generator
+) -> None:
+    """Each row's numbers against the ops: cosine, weight, and what aggregate adds to that row alone."""
+    from cllava_fast import ops
+    from cllava_fast.cli.ask import explain
+
+    cllava_fast.patch(llava, cllava_fast.IncrementConfig(context=context, rank=2, top_m=3), processor=processor)
+    assert explain(llava, inputs(processor, QUESTIONS[:1], rng), QUESTIONS[0]) == []  # nothing is learned yet
+    increments = learn(llava, 3, rng)
+    pool = increments.pool
+    w = pool.context_matrix() if context == "product" else torch.zeros(3, 3)
+    for question in QUESTIONS:
+        rows = explain(llava, inputs(processor, (question,), rng), question)
+        query = increments.surrogate.query([increments.reader.canonical(question)])
+        cosines = torch.nn.functional.cosine_similarity(query, pool.keys)
+        best = cosines.topk(3)
+        assert [row.number for row in rows] == best.indices.tolist()
+        for row in rows:
+            assert row.task == f"task{int(pool.row_task[row.number])}"
+            assert row.similarity == pytest.approx(cosines[row.number].item(), abs=1e-5)
+            assert row.weight == pytest.approx((cosines[row.number] / best.values.sum()).item(), abs=1e-5)
+            alone = torch.tensor([[row.number]]), torch.ones(1, 1)
+            _, coefficient = ops.aggregate(*alone, pool.row_task, pool.row_mean, w)
+            brought = coefficient[0, 1:].abs().sum().item()
+            assert row.context == pytest.approx(brought / (1 + brought), abs=1e-5)
+
+
+def test_a_folder_with_nothing_but_the_configuration_is_a_new_run(tmp_path: Path) -> None:
+    """So a run that was killed in its first task starts again by the same command."""
+    from cllava_fast.train.loop import find_run
+
+    (tmp_path / "config.yaml").write_text("tasks: []\n")
+    assert find_run(tmp_path, {}, resume=False) is None
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        find_run(tmp_path, {"method": 1}, resume=True)
