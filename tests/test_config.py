@@ -71,6 +71,7 @@ def test_a_saved_configuration_reads_back(tmp_path: Path) -> None:
     assert (again.model, again.stream, again.base) == (config.model, config.stream, config.base)
     assert again.training.identity() == config.training.identity()
     assert again.training.trainer_options == {"optim": "sgd"}
+    assert not {"output_dir", "resume"} & set(yaml.safe_load((tmp_path / "run" / CONFIG).read_text())["training"])
 
 
 def test_a_ready_stream_is_named_in_place_of_a_file(tmp_path: Path) -> None:

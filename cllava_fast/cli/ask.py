@@ -92,8 +92,7 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
         task = tasks[n]
         # every selected row brings w[task, l] * z[n] of the rows n of each earlier task l, beside its own 1
         brought = (pool.context[task][pool.row_task] * pool.row_mean)[: tasks.index(task)].abs().sum().item()
-        share = 0.0 if getattr(increments.config, "context", "none") == "none" else brought / (1.0 + brought)
-        rows.append(Row(pool.task_names[task], n, s, w, share))
+        rows.append(Row(pool.task_names[task], n, s, w, brought / (1.0 + brought)))
     return sorted(rows, key=lambda row: -row.weight)
 
 
