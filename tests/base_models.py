@@ -20,6 +20,7 @@ SIDE, PATCH = 32, 16  # pixels: 4 tokens a view, and images of other sizes have 
 VIEWS = [[32, 64], [64, 32], [64, 64]]
 STD = 0.15  # of weights: loud enough that an increment moves the answer
 TEXT_OF = {"LlavaOnevision": "Qwen2", "LlavaNextVideo": "Mistral"}
+VIDEO = "glyph"  # a word that no question of the tests holds
 FOR_IMAGES, FOR_TEXT = "ForConditionalGeneration", "ForCausalLM"
 
 
@@ -66,7 +67,7 @@ def new_model(name: str, processor: Any) -> Any:
     stem = name.removesuffix(FOR_IMAGES).removesuffix(FOR_TEXT)
     language = stem if name.endswith(FOR_TEXT) else TEXT_OF.get(stem, "Llama")
     text = getattr(transformers, f"{language}Config")(
-        vocab_size=len(tokenizer) + 1, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
         initializer_range=STD, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, **special,
     )  # fmt: skip
@@ -88,7 +89,7 @@ def _with_vision(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) 
     if stem not in ("Llava", "VipLlava"):
         options["image_grid_pinpoints"] = VIEWS
     if stem in ("LlavaNextVideo", "LlavaOnevision"):
-        options["video_token_index"] = len(tokenizer)
+        options["video_token_index"] = tokenizer.convert_tokens_to_ids(VIDEO)
     if stem == "VipLlava":
         options["vision_feature_layer"] = [-2, -1]
     return getattr(transformers, f"{stem}Config")(

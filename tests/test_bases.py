@@ -18,7 +18,7 @@ import cllava_fast as cf
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.model import get_increments, paths
 from cllava_fast.model.instructions import message
-from tests.base_models import FOR_IMAGES, FOR_TEXT, new_model, new_processor
+from tests.base_models import FOR_IMAGES, FOR_TEXT, VIDEO, new_model, new_processor
 from tests.helpers import QUESTIONS, learn
 
 EVERY = ("self_attn.*_proj", "mlp.*")
@@ -207,9 +207,8 @@ def test_queries_of_text_and_image(name: str, generator: torch.Generator) -> Non
         logits(model, by_model), logits(model, {**by_trainer, "query": query}), atol=1e-5, rtol=1e-4
     )
     for i in range(3):
-        torch.testing.assert_close(
-            logits(model, alone(by_model, i))[0], logits(model, by_model)[i], atol=1e-4, rtol=1e-3
-        )
+        single = Collator(encoder, None, training=False)(examples[i : i + 1])
+        torch.testing.assert_close(logits(model, single)[0], logits(model, by_model)[i], atol=1e-4, rtol=1e-3)
 
 
 @of_image_bases
@@ -239,6 +238,13 @@ def test_a_model_without_images_refuses_them(name: str, generator: torch.Generat
     trainer = cf.ContinualTrainer(cf.unpatch(model), processor, cf.Stream([task]), arguments)
     with pytest.raises(ValueError, match=f"a sample has the image .*, but a {name} takes no images"):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", ["LlavaNextVideo" + FOR_IMAGES, "LlavaOnevision" + FOR_IMAGES])
+def test_tokens_of_videos_are_no_instruction(name: str) -> None:
+    reader = get_increments(cf.patch(model_of(name), CONFIG, processor=processor_of(name))).reader
+    ids = processor_of(name).tokenizer(f"USER: {VIDEO} {VIDEO} what is here? ASSISTANT:", return_tensors="pt").input_ids
+    assert reader.read(ids) == ["what is here ?"]
 
 
 def test_images_of_one_sample_are_counted(generator: torch.Generator) -> None:
