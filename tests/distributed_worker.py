@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import cllava_fast as cf
 from cllava_fast import distributed
+from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.model import get_increments
 
 GLOBAL_BATCH = 8
@@ -61,7 +62,8 @@ def learn(output: Path, report: Path, **values: Any) -> None:
     run = trainer(output, **values)
     result = run.train()
     increments = get_increments(run.model)
-    queries = run._queries([e for task in run._examples(["task0", "task1"]) for e in task])
+    examples = [e for name in ("task0", "task1") for e in run.data.examples(name, "test", run.model)]
+    queries = queries_of(run.model, examples, run.data.features)
     assert queries is not None
     selection = increments.method.select(increments.pool, queries, increments.groups, training=False)
     assert selection is not None and selection.index is not None

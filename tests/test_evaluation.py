@@ -174,9 +174,9 @@ def test_features_are_computed_where_a_plain_model_came_first(llava: Any, proces
     """A stream is prepared once for several models; a plain one, which takes pixels, computes no features."""
     data = PreparedStream(stream(1), processor)
     data.examples("task0", "test", None)
-    assert not data.features._pooled
+    assert not data.features._projected
     data.examples("task0", "test", llava)
-    assert len(data.features._pooled) == 3
+    assert len(data.features._projected) == 3
 
 
 def test_tasks_that_the_model_does_not_know(llava: Any, processor: Any, rng: torch.Generator) -> None:

@@ -234,7 +234,8 @@ def base_fingerprint(model: Any) -> str:
     known = getattr(getattr(model, "increments", None), "base_fingerprint", None)
     if known is not None:
         return known
-    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if offloaded:
-        raise ValueError(f"{offloaded[0]} is offloaded; load the whole base on devices to save or load increments")
+    for name, module in model.named_modules():
+        # what accelerate has offloaded it brings back
+        if any(p.is_meta for p in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):
+            raise ValueError(f"{name} is on the meta device and holds no data; load the base's weights")
     return fingerprint(model, without="increments.")
