@@ -91,7 +91,9 @@ def _with_vision(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) 
     if stem in ("LlavaNextVideo", "LlavaOnevision"):
         options["video_token_index"] = tokenizer.convert_tokens_to_ids(VIDEO)
     if stem == "VipLlava":
-        options["vision_feature_layer"] = [-2, -1]
+        old = "vision_feature_layers"  # its name in older releases of transformers
+        name = old if old in transformers.VipLlavaConfig.__annotations__ else "vision_feature_layer"
+        options = {name: [-2, -1]}
     return getattr(transformers, f"{stem}Config")(
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=False, initializer_range=STD, **options, **special,

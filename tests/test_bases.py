@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,15 @@ def test_images_of_one_sample_are_counted(generator: torch.Generator) -> None:
         count(torch.tensor([one, uneven]), 3)
 
 
+def test_a_tokenizer_beside_the_weights_is_found(tmp_path: Path) -> None:
+    name = "Qwen2ForCausalLM"
+    model_of(name).save_pretrained(tmp_path)
+    processor_of(name).save_pretrained(tmp_path)
+    model = cf.patch(transformers.Qwen2ForCausalLM.from_pretrained(tmp_path), CONFIG)
+    assert model.increments.processor.chat_template == processor_of(name).chat_template
+    assert model.increments.reader.user == "USER:"
+
+
 class TestTargets:
     NAME = "LlamaForCausalLM"
     IMAGES = "LlavaForConditionalGeneration"
@@ -395,3 +405,28 @@ class TestOffload:
             cf.unpatch(model)
         accelerate.hooks.remove_hook_from_module(linear)
         cf.unpatch(model)
+
+
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def run_docs(example: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the example of that base's name, on a tiny model in a folder of that name."""
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if example in code]
+    model_of(name).save_pretrained(folder / example)
+    processor_of(name).save_pretrained(folder / example)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+def test_the_docs_list_every_base() -> None:
+    assert {name for name in re.findall(r"`(\w+)`", DOCS) if name.endswith((FOR_IMAGES, FOR_TEXT))} == set(paths.BASES)
+
+
+def test_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    model = run_docs("llava-hf/llava-v1.6-mistral-7b-hf", "LlavaNext" + FOR_IMAGES, tmp_path, monkeypatch)["model"]
+    assert len(model.increments.pool.layers) == 14
+    run_docs("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2" + FOR_TEXT, tmp_path, monkeypatch)
+    assert 0.0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1.0

@@ -178,3 +178,11 @@ def test_weights_that_were_repacked_are_refused(folder: Path, processor: Any, ge
         model(**inputs(processor, BATCH, generator))
     with pytest.raises(ValueError, match="repacked .* load the model again and patch it before"):
         cf.patch(model, CONFIG, processor=processor)
+
+
+def test_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KINDS["bitsandbytes-nf4"]()
+    from tests.test_bases import run_docs
+
+    model = run_docs("llava-hf/llava-1.5-7b-hf", NAME, tmp_path, monkeypatch)["model"]
+    assert model.is_quantized and len(model.increments.pool.layers) == 2

@@ -60,8 +60,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
         model: a transformers model of a class in ``paths.BASES``: LLaVA, its successors, or a plain language model.
             It may be quantised, spread over devices or offloaded; it is never moved.
         config: the method's configuration; ``IncrementConfig()`` by default.
-        processor: the model's processor; by default the one saved beside the model's weights. Without any,
-            only ``surrogate="backbone"`` works.
+        processor: the processor, or a plain language model's tokenizer; by default the one saved beside the weights.
+            Without any, only ``surrogate="backbone"`` works.
 
     Returns:
         The same object.
@@ -159,15 +159,15 @@ def _check_not_adapted(model: Any) -> None:
 
 
 def _find_processor(model: Any) -> Any | None:
-    """The processor saved beside the weights. Nothing is downloaded."""
-    folder = Path(model.name_or_path or "")
-    if not model.name_or_path or not any(
-        (folder / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")
-    ):
+    """The processor, or a plain language model's tokenizer, saved beside the weights. Nothing is downloaded."""
+    folder, with_images = Path(model.name_or_path or ""), paths.vision_tower(model) is not None
+    files = ("processor_config.json", "preprocessor_config.json") if with_images else ("tokenizer_config.json",)
+    if not model.name_or_path or not any((folder / file).is_file() for file in files):
         return None
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, AutoTokenizer
 
-    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    kind = AutoProcessor if with_images else AutoTokenizer
+    return kind.from_pretrained(folder, local_files_only=True)
 
 
 def _shadow(module: nn.Module, name: str, function: Any) -> None:
