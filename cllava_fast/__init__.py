@@ -12,14 +12,32 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cllava_fast import ops
-    from cllava_fast.data import Sample, Stream, Task
+    from cllava_fast.data import Sample, Stream, Task, load_stream, read_samples
+    from cllava_fast.evaluate.evaluation import evaluate_stream
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
-    from cllava_fast.model import load_pretrained, merge, patch, save_pretrained, unmerge, unpatch
+    from cllava_fast.model import (
+        export_peft,
+        from_pretrained,
+        load_pretrained,
+        merge,
+        patch,
+        push_to_hub,
+        save_pretrained,
+        unmerge,
+        unpatch,
+    )
     from cllava_fast.pool import Pool
-    from cllava_fast.train import ContinualArguments, ContinualResult, ContinualTrainer, PreparedStream
+    from cllava_fast.train import (
+        ContinualArguments,
+        ContinualCallback,
+        ContinualResult,
+        ContinualTrainer,
+        PreparedStream,
+    )
 
 __all__ = [
     "ContinualArguments",
+    "ContinualCallback",
     "ContinualResult",
     "ContinualTrainer",
     "IncrementConfig",
@@ -30,21 +48,38 @@ __all__ = [
     "Sample",
     "Stream",
     "Task",
+    "evaluate_stream",
+    "export_peft",
+    "from_pretrained",
     "load_pretrained",
+    "load_stream",
     "merge",
     "ops",
     "patch",
+    "push_to_hub",
+    "read_samples",
     "save_pretrained",
     "unmerge",
     "unpatch",
 ]
 
 _HOMES = {
-    "data": ("Sample", "Stream", "Task"),
+    "data": ("Sample", "Stream", "Task", "load_stream", "read_samples"),
+    "evaluate.evaluation": ("evaluate_stream",),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
-    "model": ("load_pretrained", "merge", "patch", "save_pretrained", "unmerge", "unpatch"),
+    "model": (
+        "export_peft",
+        "from_pretrained",
+        "load_pretrained",
+        "merge",
+        "patch",
+        "push_to_hub",
+        "save_pretrained",
+        "unmerge",
+        "unpatch",
+    ),
     "pool": ("Pool",),
-    "train": ("ContinualArguments", "ContinualResult", "ContinualTrainer", "PreparedStream"),
+    "train": ("ContinualArguments", "ContinualCallback", "ContinualResult", "ContinualTrainer", "PreparedStream"),
 }
 
 

@@ -22,7 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cllava_fast.environment import require
 
@@ -107,7 +109,7 @@ class SentenceSurrogate(Surrogate):
 
 
 class BackboneSurrogate(Surrogate):
-    """Mean of the frozen LLaVA's token embeddings over the instruction's tokens.
+    """Mean of the frozen model's token embeddings over the instruction's tokens.
 
     Args:
         embedding: the language model's input embedding.
@@ -137,8 +139,9 @@ class BackboneSurrogate(Surrogate):
     def _mean(self, ids: Tensor) -> Tensor:
         if not len(ids):
             raise ValueError("the instruction has no token; pass instructions=[...] with one text for each sample")
-        rows = self._embedding.weight.detach()[ids.to(self._embedding.weight.device)]
-        return rows.double().mean(0).cpu()
+        with align_module_device(self._embedding):
+            rows = self._embedding.weight.detach()[ids.to(self._embedding.weight.device)]
+            return rows.double().mean(0).cpu()
 
 
 class TextImageSurrogate(Surrogate):
@@ -176,7 +179,7 @@ def make_surrogate(
     *,
     embedding: nn.Embedding,
     tokenize: Callable[[str], list[int]] | None,
-    vision_tower: nn.Module,
+    vision_tower: nn.Module | None,
     image_dim: int,
     device: torch.device | str = "cpu",
 ) -> Surrogate:
@@ -184,6 +187,7 @@ def make_surrogate(
     if name == "backbone":
         return BackboneSurrogate(embedding, tokenize)
     if name == "text+image":
+        assert vision_tower is not None
         text = sentence_surrogate("sentence", str(device))
         return TextImageSurrogate(text, image_dim, fingerprint(vision_tower))
     return sentence_surrogate(name, str(device))
@@ -243,14 +247,29 @@ def find_sentence_model(name: str) -> Path:
 def fingerprint(module: nn.Module, without: str | None = None) -> str:
     """SHA-256 over a few numbers of every tensor of a module: cheap, and different for different weights.
 
-    Tensors whose name starts with ``without`` are left out.
+    Tensors whose name starts with ``without`` are left out. Offloaded weights are brought in, one module at a time.
     """
     digest = hashlib.sha256()
-    for key, tensor in module.state_dict().items():
-        if without is not None and key.startswith(without):
+    for path, part in module.named_modules(prefix="", remove_duplicate=False):
+        prefix = path and f"{path}."
+        if without is not None and prefix.startswith(without):
             continue
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu()
-        digest.update(f"{key}{list(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sample.double().numpy().tobytes())
+        with align_module_device(part):
+            own: dict[str, Tensor] = {}
+            part._save_to_state_dict(own, prefix, keep_vars=False)
+            for key, tensor in own.items():
+                for name, plain in _plain_tensors(key, tensor):
+                    flat = plain.flatten()
+                    sample = flat[:: max(1, flat.numel() // 64)][:64].cpu()
+                    digest.update(f"{name}{list(plain.shape)}{plain.dtype}".encode())
+                    digest.update(sample.double().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A quantised tensor of a class of its own is made of several plain ones."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor.detach()
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
+import cllava_fast
 from cllava_fast import cli
+from cllava_fast.demo.base import FOLDER
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.report import write_report
+from tests.helpers import QUESTIONS, inputs, learn
 
 
 @pytest.fixture
@@ -116,14 +126,283 @@ def test_help_and_version_need_no_torch() -> None:
     code = """
 import sys
 from cllava_fast import cli
-for argument in ("--help", "--version"):
+for arguments in (["--help"], ["--version"], ["init", "--help"], ["ask", "--help"], ["eval", "--help"]):
     try:
-        cli.main([argument])
+        cli.main(arguments)
     except SystemExit as exit:
         assert exit.code == 0
-assert "torch" not in sys.modules
+assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for command in ("demo", "report", "env"):
+    for command in cli.COMMANDS:
         assert command in run.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_tells_its_flags_and_ends_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"cllava-fast {command}" in shown.split("example")[-1]
+    assert "--traceback" in shown
+
+
+def test_help_of_train_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    from cllava_fast.config import ContinualArguments, ModelConfig, typed_fields
+    from cllava_fast.methods import IncrementConfig
+
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for section, cls in (("model", ModelConfig), ("method", IncrementConfig), ("training", ContinualArguments)):
+        for name, (entry, _) in typed_fields(cls).items():
+            assert f"--{section}.{name} " in shown
+            assert entry.metadata["help"], f"{section}.{name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "s.yaml", "--training.max_step", "3"], "max_step is unknown; did you mean --training.max_steps?"),
+        (["train", "s.yaml", "--max_steps", "3"], "--max_steps is unknown; did you mean --training.max_steps?"),
+        (["train", "s.yaml", "--training.max_step=3"], "did you mean --training.max_steps?"),
+        (["ask", "run", "what?", "--imagee", "a.png"], "--imagee is unknown; did you mean --image?"),
+        (["ask", "run", "what?", "now?"], "unexpected argument 'now?'"),
+        (["ask", "run"], "required: question"),
+        (["export", "run"], "required: --output"),
+        (["export", "run", "--output", "a", "--task", "a", "--instruction", "b"], "not allowed with"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "required: COMMAND"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_command_line_is_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def stream_file(folder: Path, **values: Any) -> Path:
+    """A stream of two tasks of two samples, and its YAML."""
+    for name in ("a_train", "a_test", "b_train", "b_test"):
+        records = [{"question": f"what is {name} {i}?", "answer": "red", "id": f"{name}{i}"} for i in range(2)]
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    tasks = [{"name": name, "train": f"{name}_train.json", "test": f"{name}_test.json"} for name in "ab"]
+    file = folder / "stream.yaml"
+    file.write_text(yaml.safe_dump({"tasks": tasks, "model": str(FOLDER), **values}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "message"),
+    [
+        ({"tasks": [{"name": "a", "train": "no.json", "test": "a_test.json"}]}, [], "no.json"),
+        ({"tasks": [{"name": "a", "train": "a_train.json", "tset": "a_test.json"}]}, [], "'tset'"),
+        ({"model": "{tmp}/nothing"}, [], "nothing"),
+        ({"model": "{tmp}"}, [], "config.json does not exist; expected a model's folder"),
+        ({"training": {"max_step": 3}}, [], "did you mean max_steps?"),
+        ({"training": {"eval_split": "validation"}}, [], "task 'a' has no validation sample"),
+        ({"training": {"trainer_options": {"optimm": "sgd"}}}, [], "training.trainer_options.optimm is unknown"),
+        ({"training": {"lr_scheduler_type": "cosin"}}, [], "cosin"),
+        ({"method": {"surrogate": "magic"}}, [], "surrogate 'magic' was not found"),
+        ({}, ["--method.top_m", "9"], "top_m is 9; expected 1 to 8"),
+        ({}, ["--model.quantization", "4bit"], "needs bitsandbytes"),
+        ({}, ["--output", "{tmp}"], "holds another run or other files"),
+        ({}, ["--output", "{tmp}/stream.yaml"], "stream.yaml"),
+        ({"model": "{tmp}/text"}, [], "a GPT2LMHeadModel; expected one of Llava"),
+        ({}, [], "AssertionError: weights were loaded"),  # nothing is wrong
+    ],
+)
+def test_train_refuses_before_it_loads_or_writes(
+    values: dict[str, Any],
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    if "quantization" in " ".join(flags) and importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "gpt2"}')
+    values = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in values.items()}
+    file = stream_file(tmp_path, **values)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["train", str(file), *[flag.format(tmp=tmp_path) for flag in flags]]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cllava-fast: ") and message in error and "Traceback" not in error, error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_errors_show_where_they_came_from_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError):
+        cli.main(["report", str(tmp_path / "nothing"), "--traceback"])
+    monkeypatch.setenv("CLLAVA_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["report", str(tmp_path / "nothing")])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "cllava-fast: interrupted\n"),
+        (KeyError("x"), 1, "cllava-fast: KeyError: 'x' (--traceback shows where)\n"),
+        (ValueError("a is 1\nexpected 2"), 1, "cllava-fast: a is 1\nexpected 2\n"),
+    ],
+)
+def test_what_ends_a_command(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("cllava_fast.cli.env.run", fail)
+    assert cli.main(["env"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_an_error_says_which_process_it_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(["report", str(tmp_path / "nothing")]) == 1
+    assert capsys.readouterr().err.startswith("cllava-fast, process 3: ")
+
+
+def test_init_writes_a_file_that_train_understands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cllava_fast.config import load_config
+
+    file = tmp_path / "mine.yaml"
+    assert cli.main(["init", str(file)]) == 0
+    config = load_config(file)
+    assert config.stream["name"] == "mine" and [task["name"] for task in config.stream["tasks"]] == ["charts", "forms"]
+    assert config.training.output_dir == str(tmp_path / "runs/mine")
+    before = file.read_text()
+    assert cli.main(["init", str(file)]) == 1
+    assert "exists" in capsys.readouterr().err and file.read_text() == before
+
+
+def test_init_finds_the_tasks_of_a_folder(tmp_path: Path) -> None:
+    from cllava_fast.config import load_config
+
+    stream_file(tmp_path).unlink()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "b_validation.jsonl").write_text("")
+    (tmp_path / "here").mkdir()
+    file = tmp_path / "here" / "s.yaml"
+    assert cli.main(["init", str(file), "--data", str(tmp_path)]) == 0
+    stream = load_config(file).stream
+    assert stream["images"] == "../images"
+    assert stream["tasks"] == [
+        {"name": "a", "train": "../a_train.json", "test": "../a_test.json"},
+        {"name": "b", "train": "../b_train.json", "test": "../b_test.json", "validation": "../b_validation.jsonl"},
+    ]
+
+
+def test_init_copies_a_ready_stream(tmp_path: Path) -> None:
+    from cllava_fast.config import load_config
+    from cllava_fast.data import ready_streams
+    from cllava_fast.data.load import READY
+
+    for name in ready_streams():
+        file = tmp_path / f"{name}.yaml"
+        assert cli.main(["init", str(file), "--from", name]) == 0
+        assert load_config(file).stream == yaml.safe_load((READY / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/s.yaml", "--from", "con"], "there is no ready stream 'con'; did you mean coin?"),
+        (["{tmp}/s.yaml", "--data", "{tmp}/empty"], "holds no NAME_train.json"),
+        (["{tmp}/s.yaml", "--data", "{tmp}/half"], "a_test.json does not exist"),
+        (["{tmp}/no/s.yaml"], "does not exist"),
+    ],
+)
+def test_init_refuses(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "a_train.json").write_text("[]")
+    assert cli.main(["init", *[argument.format(tmp=tmp_path) for argument in arguments]]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s.yaml").exists()
+
+
+def test_a_module_runs_as_the_command_does() -> None:
+    run = subprocess.run([sys.executable, "-m", "cllava_fast.cli", "--version"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, f"cllava_fast {cllava_fast.__version__}\n")
+
+
+def documented_commands() -> list[str]:
+    """Every command line that a help text or the quickstart shows."""
+    root = Path(cli.__file__).resolve().parents[2]
+    texts = [(root / "docs" / "quickstart.md").read_text(), cli.EXAMPLE]
+    texts += [importlib.import_module(f"cllava_fast.cli.{name}").EXAMPLE for name in cli.COMMANDS]
+    joined = "\n".join(texts).replace("\\\n", " ")
+    shown = re.findall(
+        r"(?m)^\s*(?:\$ |examples?: )?cllava-fast ((?:init|train|eval|ask|report|export|demo|env)\b.*)", joined
+    )
+    return [line for line in shown if "..." not in line]
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = shlex.split(line, comments=True)
+    ran = []
+    monkeypatch.setattr(f"cllava_fast.cli.{arguments[0]}.run", lambda parsed: ran.append(parsed) or 0)
+    assert cli.main(arguments) == 0 and ran
+
+
+def test_the_quickstart_shows_most_commands() -> None:
+    assert {line.split()[0] for line in documented_commands()} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("context", ["product", "none"])
+def test_the_rows_of_an_answer_are_those_that_act(
+    context: str, llava: Any, processor: Any, rng: torch.Generator
+) -> None:
+    """Each row's numbers against the ops: cosine, weight, and what aggregate adds to that row alone."""
+    from cllava_fast import ops
+    from cllava_fast.cli.ask import explain
+
+    cllava_fast.patch(llava, cllava_fast.IncrementConfig(context=context, rank=2, top_m=3), processor=processor)
+    assert explain(llava, inputs(processor, QUESTIONS[:1], rng), QUESTIONS[0]) == []  # nothing is learned yet
+    increments = learn(llava, 3, rng)
+    pool = increments.pool
+    w = pool.context_matrix() if context == "product" else torch.zeros(3, 3)
+    for question in QUESTIONS:
+        rows = explain(llava, inputs(processor, (question,), rng), question)
+        query = increments.surrogate.query([increments.reader.canonical(question)])
+        cosines = torch.nn.functional.cosine_similarity(query, pool.keys)
+        best = cosines.topk(3)
+        assert [row.number for row in rows] == best.indices.tolist()
+        for row in rows:
+            assert row.task == f"task{int(pool.row_task[row.number])}"
+            assert row.similarity == pytest.approx(cosines[row.number].item(), abs=1e-5)
+            assert row.weight == pytest.approx((cosines[row.number] / best.values.sum()).item(), abs=1e-5)
+            alone = torch.tensor([[row.number]]), torch.ones(1, 1)
+            _, coefficient = ops.aggregate(*alone, pool.row_task, pool.row_mean, w)
+            brought = coefficient[0, 1:].abs().sum().item()
+            assert row.context == pytest.approx(brought / (1 + brought), abs=1e-5)
+
+
+def test_a_folder_with_nothing_but_the_configuration_is_a_new_run(tmp_path: Path) -> None:
+    """So a run that was killed in its first task starts again by the same command."""
+    from cllava_fast.train.loop import find_run
+
+    (tmp_path / "config.yaml").write_text("tasks: []\n")
+    assert find_run(tmp_path, {}, resume=False) is None
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        find_run(tmp_path, {"method": 1}, resume=True)

@@ -29,6 +29,8 @@ def task(name: str = "a", **splits: Any) -> Task:
         ([task(test=[])], ValueError, "'a' has no test sample"),
         ([task(train=[SAMPLE, Sample(" ", "x")])], ValueError, r"a/train\[1\]: instruction is ' '"),
         ([task(test=[Sample("what?", "")])], ValueError, r"a/test\[0\]: answer is ''"),
+        ([task(test=[Sample("what?", "x", history=(("a", " "),))])], ValueError, r"a/test\[0\]: history is ' '"),
+        ([task(test=[Sample("what?", "x", references=("",))])], ValueError, r"a/test\[0\]: references is ''"),
         (
             [task(validation=[Sample("what?", "x", "no/such.png")])],
             FileNotFoundError,
@@ -89,7 +91,7 @@ def test_images_go_through_the_vision_tower_once(llava: Any, processor: Any, gen
     handle.remove()
     assert len(calls) == 2
     batch = Collator(encoder, features, training=True)(encoder.encode(samples))
-    direct = llava.get_image_features(encoder.pixels(pictures)).pooler_output
+    direct = llava.get_image_features(encoder.images(pictures)["pixel_values"]).pooler_output
     assert batch["image_features"].shape[0] == 7
     torch.testing.assert_close(batch["image_features"][4], direct[1], atol=1e-5, rtol=1e-5)
     pooled = features.pooled(samples, 128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import cllava_fast as cf
 from cllava_fast import atomic
@@ -28,7 +33,7 @@ def test_bit_equal_after_a_round_trip(
     learned: Any, new_llava: Callable, processor: Any, tmp_path: Path, generator: Any
 ) -> None:
     cf.save_pretrained(learned, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [files.CONFIG, files.WEIGHTS]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(files.FILES)
     model = cf.load_pretrained(new_llava(), tmp_path / "out", processor=processor)
     batch = inputs(processor, QUESTIONS, generator)
     with torch.no_grad():
@@ -112,10 +117,25 @@ def test_a_failing_write_leaves_the_last_good_state(
         ("another projector", ValueError, "another base model"),
         ("another vision tower", ValueError, "another base model"),
         ("another surrogate", ValueError, "another surrogate"),
+        ("another dtype", ValueError, "its weights were bfloat16, these are float32; load the base with dtype"),
         ("missing", ValueError, "1 tensors are missing"),
+        ("unexpected", ValueError, "1 are unexpected"),
+        ("base inside", ValueError, r"1 unexpected tensors \['lm_head.weight'\]"),
         ("field", ValueError, "unknown fields"),
+        ("no field", ValueError, "'tasks' is missing"),
+        ("tasks", ValueError, "expected a list of names"),
+        ("tasks twice", ValueError, "expected each name once"),
         ("no json", ValueError, "cannot be read"),
-        ("format", ValueError, "format is not 1"),
+        ("deep json", ValueError, "cannot be read"),
+        ("big json", ValueError, "it has 1048577 bytes"),
+        ("newer", ValueError, "format is 2, newer than 1; upgrade"),
+        ("format", ValueError, "format is None, not 1"),
+        ("peft", ValueError, "peft.PeftModel"),
+        ("huge header", ValueError, "its header would have 4611686018427387904 bytes"),
+        ("long header", ValueError, "is damaged"),
+        ("huge tensor", ValueError, "is damaged"),
+        ("cut", ValueError, "is damaged"),
+        ("empty", ValueError, "is damaged"),
     ],
 )
 def test_wrong_files_are_refused_and_the_model_stays(
@@ -139,19 +159,148 @@ def test_wrong_files_are_refused_and_the_model_stays(
         model.model.vision_tower.embeddings.patch_embedding.weight.data += 0.01
     elif damage == "another surrogate":
         values["surrogate_fingerprint"] = "0" * 64
-    elif damage == "missing":
+    elif damage == "another dtype":
+        model.lm_head.weight.data += 0.01
+        values["base_dtype"] = "bfloat16"
+    elif damage in ("missing", "unexpected", "base inside"):
         tensors = load_file(weights)
-        del tensors["pool.keys"]
+        if damage == "missing":
+            del tensors["pool.keys"]
+        else:
+            tensors["pool.more" if damage == "unexpected" else "lm_head.weight"] = torch.zeros(1)
         save_file(tensors, weights)
-        values["weights_sha256"] = files.hashlib.sha256(weights.read_bytes()).hexdigest()
     elif damage == "field":
         values["config"]["colour"] = "red"
-    elif damage == "format":
+    elif damage == "no field":
+        del values["tasks"]
+    elif damage == "tasks":
+        values["tasks"] = "01"
+    elif damage == "tasks twice":
+        values["tasks"] = ["task0", "task0"]
+    elif damage == "newer":
         values["format"] = 2
-    config.write_text("{" if damage == "no json" else json.dumps(values))
+    elif damage == "format":
+        del values["format"]
+    elif damage == "peft":
+        values = {"peft_type": "LORA"}
+    elif damage == "huge header":
+        weights.write_bytes((1 << 62).to_bytes(8, "little") + weights.read_bytes()[8:])
+    elif damage == "long header":
+        weights.write_bytes((files.MAX_HEADER_BYTES).to_bytes(8, "little") + weights.read_bytes()[8:])
+    elif damage == "huge tensor":
+        header = b'{"pool.keys":{"dtype":"F32","shape":[1099511627776,384],"data_offsets":[0,1688849860263936]}}'
+        weights.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-4])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    if weights.exists() and damage != "changed" and "weights_sha256" in values:
+        # whoever damages a file on purpose also mends its checksum
+        values["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    texts = {"no json": "{", "deep json": "[" * 100_000, "big json": " " * (files.MAX_CONFIG_BYTES + 1)}
+    config.write_text(texts.get(damage) or json.dumps(values))
     with pytest.raises(error, match=message):
         cf.load_pretrained(model, folder, processor=processor)
     assert not hasattr(model, "increments") and "forward" not in model.__dict__
+
+
+def test_a_patched_model_keeps_what_it_knows_when_a_file_is_refused(
+    learned: Any, new_llava: Callable, processor: Any, tmp_path: Path, generator: torch.Generator
+) -> None:
+    folder = cf.save_pretrained(learned, tmp_path / "out")
+    model = cf.patch(new_llava(), learned.increments.config, processor=processor)
+    before = {name: tensor.clone() for name, tensor in learn(model, 1, generator).pool.state().items()}
+    tensors = load_file(folder / files.WEIGHTS)
+    tensors["pool.row_mean"][3] = float("nan")
+    save_file(tensors, folder / files.WEIGHTS)
+    values = json.loads((folder / files.CONFIG).read_text())
+    values["weights_sha256"] = hashlib.sha256((folder / files.WEIGHTS).read_bytes()).hexdigest()
+    (folder / files.CONFIG).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="row_mean holds NaN"):
+        cf.load_pretrained(model, folder)
+    after = model.increments.pool.state()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert model.increments.pool.task_names == ["task0"]
+
+
+def test_files_from_before_the_base_was_named_load(
+    learned: Any, new_llava: Callable, processor: Any, tmp_path: Path
+) -> None:
+    folder = cf.save_pretrained(learned, tmp_path / "out")
+    values = json.loads((folder / files.CONFIG).read_text())
+    del values["base_model_name_or_path"], values["base_dtype"]
+    (folder / files.CONFIG).write_text(json.dumps(values))
+    (folder / files.CARD).unlink()
+    model = cf.load_pretrained(new_llava(), folder, processor=processor)
+    assert model.increments.pool.task_names == ["task0", "task1"]
+
+
+def test_the_model_card_says_what_is_there(learned: Any, tmp_path: Path, generator: torch.Generator) -> None:
+    learned.increments.pool.task_names[1] = "bars | `pies`\n# and more"
+    learned.name_or_path = "llava-hf/llava-1.5-7b-hf"
+    folder = cf.save_pretrained(learned, tmp_path / "out")
+    card = ModelCard.load(folder / files.CARD)
+    assert card.data.base_model == "llava-hf/llava-1.5-7b-hf" and card.data.base_model_relation == "adapter"
+    assert card.data.library_name == "cllava-fast" and "continual_llava" in card.data.tags
+    digest = hashlib.sha256((folder / files.WEIGHTS).read_bytes()).hexdigest()
+    for fact in ("`continual_llava`", "16 of rank 8", "`sentence`", digest, "`llava-hf/llava-1.5-7b-hf`, float32"):
+        assert fact in card.text
+    assert "| tasks | `task0`, `bars \\| 'pies' # and more` |" in card.text.splitlines()
+    # a folder of this machine is in the text, and never in metadata, which a hub would refuse
+    learned.name_or_path = str(tmp_path)
+    card = ModelCard.load(cf.save_pretrained(learned, tmp_path / "out") / files.CARD)
+    assert card.data.base_model is None and f"`{tmp_path}`" in card.text
+    assert json.loads((folder / files.CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path)
+
+
+def test_a_readme_alone_is_somebody_elses(learned: Any, tmp_path: Path) -> None:
+    (tmp_path / files.CARD).write_text("my notes")
+    with pytest.raises(FileExistsError, match="something else than saved increments: README.md"):
+        cf.save_pretrained(learned, tmp_path)
+    assert (tmp_path / files.CARD).read_text() == "my notes" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_task_at_7b_is_34_megabytes_without_the_base(
+    processor: Any, tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(num_hidden_layers=1),
+            text_config=LlamaConfig(),  # as LLaVA-1.5-7B: 32 layers of width 4096
+            image_token_id=3,
+        )
+        model = LlavaForConditionalGeneration(config).bfloat16()
+    with pytest.raises(ValueError, match="holds no data"):
+        files.base_fingerprint(model)
+    monkeypatch.setattr(files, "base_fingerprint", lambda model: "0" * 64)  # there are no weights to read
+    model.get_input_embeddings().to_empty(device="cpu")  # the surrogate goes where it is
+    cf.patch(model, processor=processor)
+    model.increments.pool.to_empty(device="cpu")
+    learn(model, 1, generator)
+    folder = cf.save_pretrained(model, tmp_path / "out")
+    rows = 32 * 8 * 8 * (4096 + 4096)  # layers x rows x rank x (A and B)
+    size = (folder / files.WEIGHTS).stat().st_size
+    assert 2 * rows < size < 2 * rows + 100_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 100e6
+    with safe_open(folder / files.WEIGHTS, "pt") as file:
+        assert {name.split(".")[1] for name in file.keys()} == {"keys", "row_task", "row_mean", "context", "layers"}
+        assert file.get_tensor("pool.layers.model/language_model/layers/0/self_attn/o_proj.A").dtype == torch.bfloat16
+
+
+def test_a_fingerprint_of_the_base_reads_a_few_numbers_of_each_tensor(llava: Any) -> None:
+    copied: list[int] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.data_ptr() != args[0].data_ptr():
+                copied.append(result.numel())
+            return result
+
+    with Copies():
+        files.base_fingerprint(llava)
+    tensors = llava.state_dict()
+    assert copied and sum(copied) <= 64 * len(tensors) < sum(t.numel() for t in tensors.values()) / 50
 
 
 def test_a_model_with_another_config_is_refused(

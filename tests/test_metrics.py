@@ -29,13 +29,15 @@ def test_a_single_task_forgets_nothing() -> None:
     assert metrics.average_forgetting([[0.3]]) == 0.0 and metrics.backward_transfer([[0.3]]) == 0.0
 
 
-def test_answers_are_compared_without_case_space_and_final_punctuation() -> None:
-    assert metrics.exact_match(["Red.", " dark  blue", "no"], ["red", "Dark blue", "yes"]) == pytest.approx(2 / 3)
-    assert metrics.exact_match(["red green"], ["red"]) == 0.0
-    with pytest.raises(ValueError, match="1 predictions came with 2 answers"):
-        metrics.exact_match(["a"], ["a", "b"])
-    with pytest.raises(ValueError):
-        metrics.exact_match([], [])
+def test_an_unfinished_run_is_summarized_over_what_it_has_learned() -> None:
+    unfinished = [[0.8, None, None], [0.5, 0.6, None], [None, None, None]]
+    assert metrics.learned_tasks(unfinished) == 2 and metrics.learned_tasks(MATRIX) == 3
+    summary = metrics.summarize(unfinished)
+    assert summary["average_accuracy"] == pytest.approx(0.55)
+    assert summary["average_forgetting"] == pytest.approx(0.3)
+    nothing = [[None, None], [None, None]]
+    assert metrics.learned_tasks(nothing) == 0 and set(metrics.summarize(nothing).values()) == {None}
+    assert metrics.summarize(JOINT)["average_accuracy"] == pytest.approx(0.6)
 
 
 def test_means_over_seeds() -> None:

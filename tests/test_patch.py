@@ -395,7 +395,7 @@ def test_bfloat16_model(llava: Any, processor: Any, generator: torch.Generator) 
 
 class TestRefusals:
     def test_a_model_that_is_no_llava(self, processor: Any) -> None:
-        with pytest.raises(TypeError, match="model is a Linear; expected transformers.LlavaForConditionalGeneration"):
+        with pytest.raises(TypeError, match="model is a Linear; expected transformers.LlavaFor.*LlamaFor"):
             cf.patch(nn.Linear(2, 2), processor=processor)
         with pytest.raises(TypeError, match="pass the unwrapped model"):
             cf.patch(nn.DataParallel(nn.Linear(2, 2)), processor=processor)
@@ -416,8 +416,8 @@ class TestRefusals:
         cf.patch(llava, BACKBONE)
 
     def test_an_unknown_target_or_surrogate(self, llava: Any, processor: Any) -> None:
-        with pytest.raises(ValueError, match="'o_proj' is not in .* expected one of .*self_attn.o_proj"):
-            cf.patch(llava, cf.IncrementConfig(targets=("o_proj",)), processor=processor)
+        with pytest.raises(ValueError, match="'out_proj' is not in .* expected one of .*self_attn.o_proj"):
+            cf.patch(llava, cf.IncrementConfig(targets=("out_proj",)), processor=processor)
         with pytest.raises(FileNotFoundError, match="surrogate 'nobody' was not found"):
             cf.patch(llava, cf.IncrementConfig(surrogate="nobody"), processor=processor)
         assert not hasattr(llava, "increments")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +42,71 @@ def results() -> dict[str, Any]:
     }
 
 
+EVIL = '<script>alert("x")</script> [/red] $a$ | `b` *c*'
+
+
+@pytest.fixture
+def strange(results: dict[str, Any]) -> dict[str, Any]:
+    """The same with what strangers may write, other metrics, losses, examples, and a task that is not learned yet."""
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 0, 0)).save(picture, "JPEG")
+    examples = [
+        {"question": EVIL, "answers": ["yes", EVIL], "prediction": "", "score": 0.0, "image": None},
+        {"question": "who?", "answers": ["me"], "prediction": "mee", "score": 0.75,
+         "image": base64.b64encode(picture.getvalue()).decode()},
+        {"question": "what?", "answers": ["it"], "prediction": "it", "score": 1.0, "image": '"><img src=x>'},
+    ]  # fmt: skip
+    matrix = [[0.9, None, None], [0.5, 0.8, None], [None, None, None]]
+    return {
+        **results,
+        "stream": [EVIL, "icon", "last"],
+        "metrics": {EVIL: "anls", "icon": "vqa_accuracy", "last": "exact_match"},
+        "seeds": [0],
+        "methods": {
+            "continual_llava": {
+                **method(matrix)["per_seed"][0], "per_seed": [], "losses": {EVIL: [2.0, 1.0], "icon": [1.5]},
+                "examples": {EVIL: examples},
+            },
+            "lora": {**method(matrix)["per_seed"][0], "per_seed": []},
+        },
+        "config": {"split": "validation", "note": "</pre>```"},
+    }  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects what a page holds, and checks that its tags match."""
+
+    VOID = ("meta", "img", "!doctype")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.images: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "img":
+            self.images.append(dict(attrs)["src"] or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
 def test_writes_everything(results: dict, tmp_path: Path) -> None:
     report.write_report(results, tmp_path)
-    names = {"results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md"}
+    names = {"results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md", "report.html"}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert report.load_results(tmp_path / "results.json") == json.loads(json.dumps(results))
     for name in ("accuracy_matrix.png", "forgetting.png"):
@@ -68,6 +133,82 @@ def test_the_table_holds_the_numbers(results: dict, tmp_path: Path) -> None:
     assert "80.0 ± 7.1" in console.export_text()
 
 
+def test_the_page_stands_alone(strange: dict, tmp_path: Path) -> None:
+    report.write_report(strange, tmp_path)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert "script" not in page.tags and "link" not in page.tags and "http://" not in source
+    for name, value in page.attributes:
+        assert name not in ("href", "srcset", "onerror", "onload") and "url(" not in (value or "")
+    assert EVIL in page.text and "(nothing)" in page.text and "✗ wrong" in page.text and "✓ right, 0.75" in page.text
+    assert "by ANLS" in page.text and "learned 2 of 3 tasks" in page.text and "validation split" in page.text
+    assert "prefers-color-scheme: dark" in source and 'name="viewport"' in source
+    # three pictures, and of the three small ones the one that is one
+    assert len(page.images) == 4
+    for address in page.images:
+        kind, _, data = address.partition(";base64,")
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+            picture.load()
+            assert kind == f"data:image/{picture.format.lower()}"  # type: ignore[union-attr]
+    embedded = [base64.b64decode(address.partition(",")[2]) for address in page.images]
+    assert embedded[:3] == [(tmp_path / name).read_bytes() for name in report.PICTURES]
+
+
+def test_strange_names_break_no_table(strange: dict, tmp_path: Path) -> None:
+    report.write_report(strange, tmp_path)
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| method |"))
+    cells = [line.replace("\\|", "").count("|") for line in lines[start : start + 5]]
+    assert len(set(cells)) == 1, lines[start : start + 5]
+    assert not any("<script" in line.replace("\\<", "") for line in lines if not line.startswith(" "))
+    assert lines.count("````json") == lines.count("````") == 1  # the settings cannot end their block
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))
+    report.print_table(strange, console)
+    printed = console.export_text()
+    assert "[/red]" in printed and "score in % so far" in printed
+
+
+def test_the_wording_follows_the_metrics(results: dict, strange: dict, tmp_path: Path) -> None:
+    report.write_report(results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Accuracies in %" in text and "exact match" in text and "| metric |" not in text
+    header, rows = report.table(strange)
+    first = header.index("icon") - 1
+    assert rows[0][first : first + 3] == ["ANLS", "VQA accuracy", "exact match"] and rows[0][0] == "metric"
+    brief, brief_rows = report.table(strange, brief=True)
+    assert brief_rows[0][brief.index("icon")] == "VQA accuracy" and len(brief_rows[0]) == len(brief)
+    report.write_report(strange, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Scores in %" in text and "each task's metric" in text and "Accuracies" not in text
+
+
+def test_an_unfinished_run_shows_what_it_has_learned(strange: dict) -> None:
+    header, rows = report.table(strange)
+    row = dict(zip(header, rows[1], strict=True))
+    assert [row["average"], row[EVIL], row["icon"], row["last"]] == ["65.0", "50.0", "80.0", "–"]
+    assert row["forgetting"] == "40.0"
+
+
+def test_a_long_stream_fits_a_narrow_terminal(results: dict) -> None:
+    tasks = [f"task number {i}" for i in range(8)]
+    matrix: list[list[float | None]] = [[0.5] * 8 for _ in tasks]
+    long = {**results, "stream": tasks, "methods": {"continual_llava": method(matrix)}}
+    long["metrics"] = dict.fromkeys(tasks, "relaxed_accuracy")
+    console = Console(record=True, width=80, file=open("/dev/null", "w"))
+    report.print_table(long, console)
+    printed = console.export_text()
+    assert "…" not in printed and all(f"task number {i}" in printed for i in range(8))
+    assert printed.count("relaxed accuracy") == 8 and "Continual LLaVA" in printed
+
+
+def test_losses_have_a_picture_where_there_are_any(results: dict, strange: dict, tmp_path: Path) -> None:
+    report.write_report(strange, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == set(report.REPORT_FILES)
+    report.write_report(results, tmp_path)
+    assert not (tmp_path / "losses.png").exists()
+    assert "losses.png" not in (tmp_path / "report.md").read_text()
+
+
 def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.write_report(results, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -84,7 +225,14 @@ def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("json", "is no JSON"), ("key", "has no 'seeds'"), ("metric", "lacks"), ("shape", "is not 2 x 2")],
+    [
+        ("json", "is no JSON"),
+        ("key", "has no 'seeds'"),
+        ("metric", "lacks"),
+        ("shape", "is not 2 x 2"),
+        ("example", r"an example of 'joint_lora' on 'chart' lacks \['score'\]"),
+        ("metrics", "expected one for each task"),
+    ],
 )
 def test_a_wrong_results_file_is_refused(damage: str, message: str, results: dict, tmp_path: Path) -> None:
     if damage == "key":
@@ -93,6 +241,11 @@ def test_a_wrong_results_file_is_refused(damage: str, message: str, results: dic
         del results["methods"]["joint_lora"]["seconds"]
     elif damage == "shape":
         results["methods"]["joint_lora"]["accuracy_matrix"] = [[0.5]]
+    elif damage == "example":
+        example = {"question": "q", "answers": ["a"], "prediction": "p"}
+        results["methods"]["joint_lora"]["examples"] = {"chart": [example]}
+    elif damage == "metrics":
+        results["metrics"] = {"chart": "anls"}
     file = tmp_path / "results.json"
     file.write_text("{" if damage == "json" else json.dumps(results))
     with pytest.raises(ValueError, match=message):

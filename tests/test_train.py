@@ -151,10 +151,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     run = trainer(cut, processor, tmp_path / "cut", tasks=3)
     learn = run._learn
 
-    def power_cut(number: int, names: list[str]) -> Any:
+    def power_cut(number: int, *rest: Any) -> Any:
         if number == 2:
             raise KeyboardInterrupt
-        return learn(number, names)
+        return learn(number, *rest)
 
     monkeypatch.setattr(run, "_learn", power_cut)
     with pytest.raises(KeyboardInterrupt):
@@ -208,7 +208,7 @@ def test_an_unpatched_model_is_patched(llava: Any, processor: Any, tmp_path: Pat
 
 def test_validation_split_is_what_is_measured_when_asked(llava: Any, processor: Any, tmp_path: Path) -> None:
     run = trainer(llava, processor, tmp_path / "run", eval_split="validation")
-    assert [len(e) for e in run._examples(["task0", "task1"])] == [3, 3]
+    assert [len(measured.records) for measured in run._evaluate(["task0", "task1"])] == [3, 3]
 
 
 class TestRefusals:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from cllava_fast.data.conversation import Conversation, Turns
+from cllava_fast.data.images import StoredImage
 from cllava_fast.data.stream import ImageSource, Sample
+from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
+from cllava_fast.model.patching import pooled_image, to_vision_tower
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,63 +26,107 @@ class Example:
     prompt_ids: list[int]
     answer_ids: list[int]  # with the end-of-sequence token
     instruction: str
+    earlier_answers: tuple[tuple[int, int], ...] = ()  # ranges of prompt_ids that are learned too
+
+
+class LazyExamples(Sequence[Example]):
+    """Examples of samples that are not in memory, encoded each time they are asked for."""
+
+    def __init__(self, encoder: Encoder, samples: Sequence[Sample]) -> None:
+        self.encoder, self.samples = encoder, samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.encoder.encode_one(self.samples[index])
 
 
 class Encoder:
     """Encodes samples for one processor.
 
     The prompt is the chat template with the generation prompt, exactly what generation sees; the answer's ids follow
-    it. So what is learned is what is asked later, token by token.
+    it. So what is learned is what is asked later, token by token. Earlier turns stand in the prompt, as they will.
+
+    Args:
+        conversation: the chat template: ``"template"`` for the processor's own, ``"vicuna_v1"`` for the text that
+            LLaVA-1.5 was trained on.
+
+    Raises:
+        ValueError: see ``Conversation``; a tokenizer without an eos_token.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, conversation: str = "template") -> None:
         self.processor = processor
-        self.tokenizer = processor.tokenizer
-        self._image_token_id: int = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self._conversation = Conversation(processor, conversation)
+        image_token = getattr(processor, "image_token", None)
+        # a tokenizer alone, of a model without images, has none; -1 is no token's id
+        self._image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
         self._image_tokens: dict[tuple[int, int], int] = {}
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
 
-    def encode(self, samples: Iterable[Sample]) -> list[Example]:
-        return [self._encode(sample) for sample in samples]
+    def encode(self, samples: Iterable[Sample]) -> Sequence[Example]:
+        """Examples at once of what is in memory, on demand of any other sequence."""
+        if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple)):
+            return LazyExamples(self, samples)
+        return [self.encode_one(sample) for sample in samples]
 
-    def _encode(self, sample: Sample) -> Example:
-        content: list[dict[str, str]] = [{"type": "text", "text": sample.instruction}]
-        if sample.image is not None:
-            content.insert(0, {"type": "image"})
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    def encode_one(self, sample: Sample) -> Example:
+        turns = Turns(
+            users=(*(user for user, _ in sample.history), sample.instruction),
+            answers=(*(answer for _, answer in sample.history), sample.answer),
+            system=sample.system,
+            image=sample.image is not None,
         )
+        encoded = self._conversation.encode(turns)
+        places = sum(token.id == self._image_token_id for token in encoded.prompt)
+        if places != turns.image:
+            raise ValueError(
+                f"the chat template writes {places} image tokens for a sample with {int(turns.image)} image; "
+                "pass conversation='vicuna_v1' or set another processor.chat_template"
+            )
         ids: list[int] = []
-        # a template that writes its own beginning-of-sequence token must not get a second one
-        bos = self.tokenizer.bos_token
-        encoded = self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
-        for token in encoded:
-            ids += [token] * (self._tokens_of(sample) if token == self._image_token_id else 1)
-        answer = self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
-        return Example(sample, ids, [*answer, self.tokenizer.eos_token_id], sample.instruction)
+        starts: list[int] = []  # where each token stands once the image has its many tokens
+        for token in encoded.prompt:
+            starts.append(len(ids))
+            ids += [token.id] * (self._tokens_of(sample.image) if token.id == self._image_token_id else 1)
+        starts.append(len(ids))
+        earlier = tuple((starts[first], starts[end]) for first, end in encoded.earlier)
+        return Example(sample, ids, [*encoded.answer, self.tokenizer.eos_token_id], sample.instruction, earlier)
 
-    def _tokens_of(self, sample: Sample) -> int:
+    def _tokens_of(self, image: ImageSource | None) -> int:
         """Image tokens that the processor makes of an image; they depend on its size alone."""
-        size = image_size(sample.image)
+        assert image is not None
+        size = image_size(image)
         if size not in self._image_tokens:
             encoded = self.processor(text=self.processor.image_token, images=Image.new("RGB", size))
             ids = torch.as_tensor(encoded["input_ids"])
             self._image_tokens[size] = int((ids == self._image_token_id).sum())
         return self._image_tokens[size]
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """``[n, 3, H, W]``."""
-        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """All that the image processor says: ``pixel_values [n, 3, H, W]``, or in patches, beside ``image_sizes``."""
+        return dict(self.processor.image_processor(list(images), return_tensors="pt"))
 
 
-def image_size(image: ImageSource | None) -> tuple[int, int]:
-    if image is None:
-        raise ValueError("the chat template writes an image token for a sample without an image")
+def image_size(image: ImageSource) -> tuple[int, int]:
     if isinstance(image, Image.Image):
         return image.size
-    with Image.open(image) as opened:
+    with image.open() if isinstance(image, StoredImage) else Image.open(image) as opened:
         return opened.size
+
+
+def samples_of(examples: Sequence[Example]) -> Iterable[Sample]:
+    """The samples, without encoding them again where examples are made on demand."""
+    return examples.samples if isinstance(examples, LazyExamples) else [example.sample for example in examples]
 
 
 @dataclass
@@ -87,7 +135,7 @@ class ImageFeatures:
 
     Args:
         limit: bytes of projected features to keep; beyond that, images are opened again for every batch. Pooled
-            features ``[d]``, for surrogates that look at images, are always kept.
+            features ``[d]``, for surrogates that look at images, are kept for every image where they are wanted.
     """
 
     limit: int = 2 << 30
@@ -95,30 +143,57 @@ class ImageFeatures:
     _pooled: dict[Any, Tensor] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)  # a PIL image is known by its id, which must not be used again
     _bytes: int = 0
+    _full: bool = False
 
     @staticmethod
     def key(image: Any) -> Any:
         return id(image) if isinstance(image, Image.Image) else str(image)
 
+    def add(
+        self, samples: Iterable[Sample], encoder: Encoder, model: Any, batch_size: int = 64, pooled: bool = True
+    ) -> None:
+        """Computes what is missing for the samples' images; without ``pooled``, no more than there is room for."""
+        known = self._pooled if pooled else self._projected
+        batch: dict[Any, Sample] = {}
+        for sample in samples:
+            if self._full and not pooled:
+                return
+            key = self.key(sample.image)
+            if sample.image is not None and key not in known and key not in batch:
+                batch[key] = sample
+            if len(batch) == batch_size:
+                self._compute(batch, encoder, model, pooled)
+                batch = {}
+        if batch:
+            self._compute(batch, encoder, model, pooled)
+
     @torch.no_grad()
-    def add(self, samples: Iterable[Sample], encoder: Encoder, model: Any, batch_size: int = 64) -> None:
-        """Computes what is missing for the samples' images."""
-        new = {self.key(s.image): s for s in samples if s.image is not None}
-        new = {key: sample for key, sample in new.items() if key not in self._pooled}
-        keys = list(new)
-        parameter = next(model.model.vision_tower.parameters())
-        for start in range(0, len(keys), batch_size):
-            part = keys[start : start + batch_size]
-            images = [new[key].open_image() for key in part]
-            pixels = encoder.pixels([image for image in images if image is not None])
-            output = model.get_image_features(pixels.to(parameter.device, parameter.dtype), return_dict=True)
-            pooled = output.last_hidden_state.mean(1).float().cpu()
-            for key, projected, mean in zip(part, output.pooler_output, pooled, strict=True):
+    def _compute(self, batch: dict[Any, Sample], encoder: Encoder, model: Any, pooled: bool) -> None:
+        if paths.vision_tower(model) is None:
+            raise ValueError(
+                f"a sample has the image {next(iter(batch))}, but a {type(model).__name__} takes no images"
+            )
+        images = [sample.open_image() for sample in batch.values()]
+        given = encoder.images([image for image in images if image is not None])
+        pixels, features = given["pixel_values"], list[Tensor | None]([None] * len(batch))
+        if paths.base_of(model).takes_features and len(given) == 1:
+            output = model.get_image_features(to_vision_tower(model, pixels), return_dict=True)
+            means, features = output.last_hidden_state.mean(1), output.pooler_output
+        else:
+            self._full = True  # there is nothing to keep
+            means = pooled_image(model, pixels)
+        for (key, sample), projected, mean in zip(batch.items(), features, means.float().cpu(), strict=True):
+            if isinstance(sample.image, Image.Image):
+                self._alive.append(sample.image)
+            if pooled:
                 self._pooled[key] = mean.clone()
-                self._alive.append(new[key].image)
-                if self._bytes + projected.nbytes <= self.limit:
-                    self._projected[key] = projected.cpu().clone()
-                    self._bytes += projected.nbytes
+            if projected is None or key in self._projected:
+                continue
+            if self._bytes + projected.nbytes <= self.limit:
+                self._projected[key] = projected.cpu().clone()
+                self._bytes += projected.nbytes
+            else:
+                self._full = True
 
     def projected(self, images: Sequence[Any]) -> Tensor | None:
         """``[n, tokens, d]``, or None if one of the images was not kept."""
@@ -126,7 +201,7 @@ class ImageFeatures:
         kept = [row for row in rows if row is not None]
         return torch.stack(kept) if kept and len(kept) == len(rows) else None
 
-    def pooled(self, samples: Sequence[Sample], width: int) -> Tensor:
+    def pooled(self, samples: Iterable[Sample], width: int) -> Tensor:
         """``[n, width]``; zeros for samples without an image."""
         rows = [torch.zeros(width) if s.image is None else self._pooled[self.key(s.image)] for s in samples]
         return torch.stack(rows)
@@ -152,7 +227,8 @@ class Collator:
             where = slice(0, len(row)) if self.training else slice(width - len(row), width)
             input_ids[i, where] = torch.tensor(row)
             attention_mask[i, where] = 1
-            labels[i, len(example.prompt_ids) : len(row)] = input_ids[i, len(example.prompt_ids) : len(row)]
+            for start, end in (*example.earlier_answers, (len(example.prompt_ids), len(row))):
+                labels[i, start:end] = input_ids[i, start:end]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.training:
             batch["labels"] = labels
@@ -166,4 +242,4 @@ class Collator:
         if projected is not None:
             return {"image_features": projected}
         opened = [sample.open_image() for sample in samples]
-        return {"pixel_values": self.encoder.pixels([image for image in opened if image is not None])}
+        return self.encoder.images([image for image in opened if image is not None])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-ImageSource = str | Path | Image.Image
+from cllava_fast.data.images import StoredImage
+
+ImageSource = str | Path | Image.Image | StoredImage
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,11 @@ class Sample:
     """One instruction about at most one image, and the answer that is wanted.
 
     Args:
-        image: a path, a PIL image, or None for a text-only sample. Samples that share one image should share the same
-            object (or path): features of the frozen vision tower are computed once per image.
+        image: a path, a PIL image, a row of a data set, or None for a text-only sample. Samples that share one image
+            should share the same object (or path): features of the frozen vision tower are computed once per image.
         history: earlier turns of the conversation, (user, assistant) texts; the instruction is its last user turn.
         references: all answers that evaluation accepts, one for each annotator, say; ``(answer,)`` where empty.
+        system: a system turn before the conversation, for chat templates that have one.
     """
 
     instruction: str
@@ -30,6 +33,7 @@ class Sample:
     id: str = ""
     history: tuple[tuple[str, str], ...] = ()
     references: tuple[str, ...] = ()
+    system: str = ""
 
     def open_image(self) -> Image.Image | None:
         """The image in RGB, or None.
@@ -40,7 +44,7 @@ class Sample:
             return None
         if isinstance(self.image, Image.Image):
             return self.image.convert("RGB")
-        with Image.open(self.image) as image:
+        with self.image.open() if isinstance(self.image, StoredImage) else Image.open(self.image) as image:
             return image.convert("RGB")
 
 
@@ -63,6 +67,8 @@ class Task:
 
 class Stream:
     """Tasks in the order in which they are learned, checked at once so that no run fails halfway.
+
+    The check visits every sample once and keeps none; what ``read_samples`` reads from a large file was checked there.
 
     Raises:
         ValueError: no task, two tasks of one name, a task without training or test samples, a sample without an
@@ -97,28 +103,37 @@ class Stream:
                 if len(getattr(task, split)) == 0:
                     raise ValueError(f"task {task.name!r} has no {split} sample; every task needs at least one")
             for split in ("train", "validation", "test"):
-                for position, sample in enumerate(getattr(task, split)):
-                    _check_sample(sample, f"{task.name}/{split}[{position}]")
+                samples = getattr(task, split)
+                if getattr(samples, "checked", False):
+                    continue
+                for position, sample in enumerate(samples):
+                    check_sample(sample, f"{task.name}/{split}[{position}]")
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
+def fingerprint(samples: Iterable[Sample]) -> str:
     """SHA-256 over the samples in order: texts, and paths or pixels of images."""
     digest = hashlib.sha256()
     for sample in samples:
         image: object = sample.image
         if isinstance(image, Image.Image):
             image = [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
-        texts = [sample.instruction, sample.answer, *sample.history, *sample.references]
+        texts = [sample.system, sample.instruction, sample.answer, *sample.history, *sample.references]
         digest.update(json.dumps([texts, str(image)]).encode())
     return digest.hexdigest()
 
 
-def _check_sample(sample: Sample, where: str) -> None:
-    for field in ("instruction", "answer"):
-        value = getattr(sample, field)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: {field} is {value!r}; expected a text that is not blank")
+def check_sample(sample: Sample, where: str) -> None:
+    """Raises ValueError for texts that are blank or none, FileNotFoundError for a path without an image."""
+    check_texts(sample, where)
     if isinstance(sample.image, (str, Path)) and not Path(sample.image).is_file():
         raise FileNotFoundError(
             f"{where}: image {str(sample.image)!r} does not exist; check the path or the image folder"
         )
+
+
+def check_texts(sample: Sample, where: str) -> None:
+    turns = [text for turn in sample.history for text in turn]
+    named = [("instruction", sample.instruction), ("answer", sample.answer), *(("history", text) for text in turns)]
+    for field, value in [*named, *(("references", text) for text in sample.references)]:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: {field} is {value!r}; expected a text that is not blank")

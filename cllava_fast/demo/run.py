@@ -11,14 +11,13 @@ from rich.console import Console
 
 import cllava_fast as cf
 from cllava_fast.atomic import check_replaceable, new_folder
-from cllava_fast.data.encode import Collator
 from cllava_fast.demo.base import load_base
 from cllava_fast.demo.stream import build_stream
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
-from cllava_fast.evaluate.plots import title_of
-from cllava_fast.evaluate.predict import predict
+from cllava_fast.evaluate.evaluation import evaluate_tasks
 from cllava_fast.evaluate.report import REPORT_FILES, write_report
+from cllava_fast.evaluate.wording import title_of
 from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig, MethodConfig
 from cllava_fast.surrogate import check_surrogate
 
@@ -131,10 +130,12 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
     console = Console(stderr=True)
     start = time.perf_counter()
     per_seed: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
+    details: dict[str, dict[str, Any]] = {}  # of the last seed
     names: list[str] = []
+    scored_by: dict[str, str] = {}
     for seed in range(config.seeds):
         stream = build_stream(seed, train=config.train, test=config.test, ambiguous=config.ambiguous)
-        names = stream.task_names
+        names, scored_by = stream.task_names, {task.name: task.metric for task in stream}
         data: cf.PreparedStream | None = None
         for name in config.methods:
             if config.progress:
@@ -147,12 +148,19 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
             else:
                 cf.patch(model, config.method_config(name), processor=processor)
                 folder = output / "methods" / name / f"seed{seed}"
-                result = cf.ContinualTrainer(model, processor, data, config.arguments(folder, seed)).train().to_dict()
-            per_seed[name].append(result)
+                result = cf.ContinualTrainer(model, processor, data, config.arguments(folder, seed)).train()
+            per_seed[name].append(result.to_dict())
+            details[name] = {"losses": result.losses, "examples": result.examples}
+    methods = {
+        name: {**metrics.mean_over_seeds(values), "per_seed": values, **details[name]}
+        for name, values in per_seed.items()
+    }
     return {
         "stream": names,
+        "metrics": scored_by,
+        "note": "Hyperparameters were chosen on the validation split, never on the test split.",
         "seeds": list(range(config.seeds)),
-        "methods": {name: {**metrics.mean_over_seeds(values), "per_seed": values} for name, values in per_seed.items()},
+        "methods": methods,
         "environment": environment(),
         "config": {**config.identity(), "seconds_in_all": time.perf_counter() - start, **_method_settings(config)},
     }
@@ -165,24 +173,22 @@ def _method_settings(config: DemoConfig) -> dict[str, Any]:
     }}  # fmt: skip
 
 
-def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> dict[str, Any]:
+def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> cf.ContinualResult:
     """The base as it is: it learns nothing, so its accuracy is the same after every task."""
     start = time.perf_counter()
-    collate = Collator(data.encoder, None, training=False)
-    row: list[float] = []
-    for task in data.stream:
-        examples = data.examples(task.name, config.split, model)
-        answers = predict(model, examples, None, collate, batch_size=100, max_new_tokens=8)
-        row.append(metrics.exact_match(answers, [example.sample.answer for example in examples]))
+    evaluations = evaluate_tasks(
+        model, data, data.stream.task_names, config.split, batch_size=100, max_new_tokens=8, progress=config.progress
+    )
+    row = [evaluation.score for evaluation in evaluations]
     size = len(row)
-    matrix: list[list[float | None]] = [[*row[: i + 1], *[None] * (size - i - 1)] for i in range(size)]
-    return {
-        "accuracy_matrix": matrix,
-        **metrics.summarize(matrix),
-        "selection_accuracy": None,
-        "trainable_parameters": 0,
-        "seconds": time.perf_counter() - start,
-    }
+    return cf.ContinualResult(
+        task_names=data.stream.task_names,
+        accuracy_matrix=[[*row[: i + 1], *[None] * (size - i - 1)] for i in range(size)],
+        selection_accuracy=None,
+        trainable_parameters=0,
+        seconds=time.perf_counter() - start,
+        examples={evaluation.task: evaluation.examples for evaluation in evaluations},
+    )
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -1,14 +1,27 @@
-"""Metrics of continual learning, from an accuracy matrix, and of single answers.
+"""Metrics of continual learning, from an accuracy matrix.
 
 ``matrix[i][j]`` is the accuracy on task j after task i was learned, a fraction in 0..1; None was not measured (tasks
-that were not seen yet; all rows but the last of a model that was trained on all tasks at once).
+that were not seen yet; all rows but the last of a model that was trained on all tasks at once). "Accuracy" is whatever
+the task's metric measures, see ``scores``.
 """
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from cllava_fast.evaluate.scores import SCORES
+
+__all__ = [
+    "SCORES",
+    "average_accuracy",
+    "average_forgetting",
+    "backward_transfer",
+    "learned_tasks",
+    "mean_average_accuracy",
+    "mean_over_seeds",
+    "summarize",
+]
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -44,29 +57,17 @@ def mean_average_accuracy(matrix: Matrix) -> float | None:
     return _mean([row for row in rows if row is not None])
 
 
+def learned_tasks(matrix: Matrix) -> int:
+    """Number of tasks learned so far: the rows up to the last one that holds a measurement."""
+    return max((step for step, row in enumerate(matrix, 1) if any(value is not None for value in row)), default=0)
+
+
 def summarize(matrix: Matrix) -> dict[str, float | None]:
-    """All metrics of a matrix by name."""
+    """All metrics of a matrix by name; those of an unfinished run are over the tasks that it has learned so far."""
     functions = (average_accuracy, average_forgetting, backward_transfer, mean_average_accuracy)
-    return {function.__name__: function(matrix) for function in functions}
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, single spaces, no punctuation at the ends."""
-    return " ".join(text.lower().split()).strip(string.punctuation + " ")
-
-
-def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Share of predictions that equal their answer after ``normalize_answer``."""
-    if len(predictions) != len(answers) or not answers:
-        raise ValueError(f"{len(predictions)} predictions came with {len(answers)} answers; expected one for each")
-    pairs = zip(predictions, answers, strict=True)
-    return sum(normalize_answer(p) == normalize_answer(a) for p, a in pairs) / len(answers)
-
-
-# of a task, by the name that Task.metric gives: predictions and, for each, the answers that are accepted
-SCORES: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {
-    "exact_match": lambda predictions, references: exact_match(predictions, [answers[0] for answers in references]),
-}
+    size = learned_tasks(matrix)
+    learned = [row[:size] for row in matrix[:size]]
+    return {function.__name__: function(learned) if learned else None for function in functions}
 
 
 def mean_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

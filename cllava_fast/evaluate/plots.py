@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from cllava_fast.environment import require
+from cllava_fast.evaluate.wording import quantity, title_of
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
 
 
-def title_of(method: str) -> str:
-    known = {"continual_llava": "Continual LLaVA", "frozen": "Frozen"}
-    return known.get(method) or " ".join(word.capitalize() for word in method.split("_")).replace("Lora", "LoRA")
-
-
 def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     """One heat map a method: accuracy on each task (columns) after each task (rows), all on one scale."""
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
-    tasks, methods = results["stream"], results["methods"]
+    tasks, methods = [_plain(task) for task in results["stream"]], results["methods"]
     size = len(tasks)
     columns = math.ceil(math.sqrt(len(methods)))
     rows = math.ceil(len(methods) / columns)
@@ -47,7 +43,7 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
         axes.tick_params(length=0)
     for axes in grid[:, 0]:
         axes.set_ylabel("after learning")
-    figure.supxlabel("accuracy on (%)", fontsize=10)
+    figure.supxlabel(f"{quantity(results)} on (%)", fontsize=10)
     _save(figure, path)
 
 
@@ -55,10 +51,15 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
     """One panel a task: its accuracy as the stream goes on, one line a method, a band over the seeds."""
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
-    tasks, methods = results["stream"], results["methods"]
-    figure = Figure(figsize=(2.6 * len(tasks) + 1.2, 3.7), layout="constrained")
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for task, (name, axes) in enumerate(zip(tasks, panels, strict=True)):
+    tasks, methods = [_plain(task) for task in results["stream"]], results["methods"]
+    columns = min(4, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(2.6 * columns + 1.2, 2.9 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for axes in panels[len(tasks) :]:
+        axes.set_visible(False)
+    for task, (name, axes) in enumerate(zip(tasks, panels, strict=False)):
         for number, (method, result) in enumerate(methods.items()):
             color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
             steps = [i for i in range(task, len(tasks)) if result["accuracy_matrix"][i][task] is not None]
@@ -75,11 +76,43 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy (%)")
+    for axes in grid[:, 0]:
+        axes.set_ylabel(f"{quantity(results)} (%)")
     figure.supxlabel("after learning", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False)
     _save(figure, path)
+
+
+def plot_losses(results: Mapping[str, Any], path: Path) -> None:
+    """One panel a method: the losses that were logged, task after task; a method without any has no panel."""
+    Figure = require("matplotlib.figure", "pictures of a report").Figure
+
+    methods = {name: result["losses"] for name, result in results["methods"].items() if result.get("losses")}
+    figure = Figure(figsize=(3.4 * len(methods) + 0.6, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    for (method, losses), axes in zip(methods.items(), panels, strict=True):
+        start = 1
+        for number, (task, values) in enumerate(losses.items()):
+            steps = range(start, start + len(values))
+            start = steps.stop
+            label = _plain(task) if len(losses) > 1 else "all tasks"
+            axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.4, marker=".", label=label)
+        axes.set_title(title_of(method), fontsize=11)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("loss")
+    figure.supxlabel("entries of the log, task after task", fontsize=10)
+    _save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """A stranger's text on one short line; between two dollars matplotlib would read mathematics."""
+    text = " ".join(text.split())
+    text = text if len(text) <= 20 else text[:19] + "…"
+    return text.replace("$", r"\$")
 
 
 def _with_average(name: str, result: Mapping[str, Any]) -> str:

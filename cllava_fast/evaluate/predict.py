@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllava_fast.data.encode import Collator, Example
+from cllava_fast import distributed
+from cllava_fast.data.encode import Collator, Example, ImageFeatures, samples_of
+from cllava_fast.model.paths import vision_width
 
 
 @torch.no_grad()
@@ -24,25 +26,55 @@ def predict(
 ) -> list[str]:
     """One answer for each example. No task id is given: the query alone decides what acts.
 
+    Several processes share the batches, which hold the same samples on any number of them; each returns all answers.
+
     Args:
         queries: ``[n, D]``, or None for a model without queries (a frozen one, say).
         collate: a collator that is not for training.
-        advance: called after every batch.
+        advance: called after every batch of this process.
     """
     tokenizer = collate.encoder.tokenizer
     device = next(model.parameters()).device
     model.eval()
     # prompts of one length waste nothing on padding
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    answers = [""] * len(examples)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    share = batches[distributed.rank() :: distributed.count()]
+    together = distributed.is_sharded(model)
+    if together and len(share) < len(batches[:: distributed.count()]):
+        share.append(batches[0])  # no process may leave the others alone in a forward pass
+    mine: dict[int, str] = {}
+    for rows in share:
         batch: dict[str, Any] = {name: t.to(device) for name, t in collate([examples[i] for i in rows]).items()}
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
-        generated = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        generated = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=together
+        )
         for row, ids in zip(rows, generated[:, width:], strict=True):
-            answers[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            mine[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         advance("")
-    return answers
+    answers = {row: answer for share in distributed.gather(mine) for row, answer in share.items()}
+    return [answers[i] for i in range(len(examples))]
+
+
+def queries_of(model: Any, examples: Sequence[Example], features: ImageFeatures) -> Tensor | None:
+    """``[n, D]`` on the CPU, by the same reading of instructions as in the model; None where no query selects.
+
+    Args:
+        features: hold the examples' images, for surrogates that look at them.
+
+    Raises:
+        ValueError: the model was patched without a processor.
+    """
+    increments = getattr(model, "increments", None)
+    if increments is None or increments.surrogate is None or increments.pristine:
+        return None
+    if increments.reader is None:
+        raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
+    texts = [increments.reader.canonical(sample.instruction) for sample in samples_of(examples)]
+    image = None
+    if increments.surrogate.uses_image:
+        image = features.pooled(samples_of(examples), vision_width(model))
+    return distributed.from_main(increments.surrogate.query(texts, image, batch_size=64))

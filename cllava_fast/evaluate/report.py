@@ -1,4 +1,4 @@
-"""The report of a run: results.json, matrix.csv, pictures, report.md, and a table for the terminal."""
+"""The report of a run: results.json, matrix.csv, pictures, report.md, report.html, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -7,35 +7,53 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cllava_fast.atomic import write_file, write_text
-from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, title_of
+from cllava_fast.evaluate.metrics import learned_tasks
+from cllava_fast.evaluate.page import html_page
+from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses
+from cllava_fast.evaluate.wording import explanations, finished, metric_title, only_exact, quantity, title_of
 
 METRICS = ("accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
            "selection_accuracy", "trainable_parameters", "seconds")  # fmt: skip
 
-REPORT_FILES = ("results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md")
+RESULTS = "results.json"
+PICTURES = {  # and what they show
+    "accuracy_matrix.png": "{quantity} on each task after each task",
+    "forgetting.png": "{quantity} on each task as the stream goes on",
+    "losses.png": "Loss while each task is learned",
+}
+REPORT_FILES = (RESULTS, "matrix.csv", *PICTURES, "report.md", "report.html")
 
 
 def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
-    """Writes results.json, matrix.csv, accuracy_matrix.png, forgetting.png and report.md, each whole or not at all."""
+    """Writes ``REPORT_FILES``, each whole or not at all; losses.png only where losses were logged."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(folder / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_text(folder / "matrix.csv", _csv(results))
     write_file(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
     write_file(folder / "forgetting.png", lambda path: plot_forgetting(results, path))
-    write_text(folder / "report.md", _markdown(results))
+    if any(result.get("losses") for result in results["methods"].values()):
+        write_file(folder / "losses.png", lambda path: plot_losses(results, path))
+    else:
+        (folder / "losses.png").unlink(missing_ok=True)
+    what = quantity(results).capitalize()
+    pictures = {name: text.format(quantity=what) for name, text in PICTURES.items() if (folder / name).is_file()}
+    write_text(folder / "report.md", _markdown(results, pictures))
+    images = {text: (folder / name).read_bytes() for name, text in pictures.items()}
+    write_text(folder / "report.html", html_page(results, table(results), explanations(results), images))
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads ``results.json``. Raises ValueError where it is no results file, FileNotFoundError where there is none."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give the folder of a finished run")
+        raise FileNotFoundError(f"{file} does not exist; give the folder of a run")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -50,33 +68,58 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{file}: method {name!r} lacks {missing}")
         if [len(row) for row in result["accuracy_matrix"]] != [size] * size:
             raise ValueError(f"{file}: accuracy_matrix of {name!r} is not {size} x {size}")
+        for task, examples in result.get("examples", {}).items():
+            for example in examples:
+                lacks = [key for key in ("question", "answers", "prediction", "score") if key not in example]
+                if lacks:
+                    raise ValueError(f"{file}: an example of {name!r} on {task!r} lacks {lacks}")
+    if "metrics" in results and sorted(results["metrics"]) != sorted(results["stream"]):
+        raise ValueError(f"{file}: metrics are given for {sorted(results['metrics'])}; expected one for each task")
     return results
 
 
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
-    """The brief table on the terminal; it fits into 80 columns for streams of four tasks."""
+    """The brief table on the terminal, a method a row where that fits, otherwise a task a row.
+
+    80 columns hold streams of four tasks.
+    """
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    console = console or Console()
     header, rows = table(results, brief=True)
-    title = f"accuracy in % after the last task, {len(results['seeds'])} seed(s)"
+    lines = [[name.replace(" ", "\n") for name in header]]
+    lines += [row if row[0] != METRIC_ROW else [cell.replace(" ", "\n") for cell in row] for row in rows]
+    widths = [max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
+    if sum(widths) + len(widths) > console.width:
+        lines = [list(column) for column in zip(header, *rows, strict=True)]
+    after = "after the last task" if finished(results) else "so far"
+    title = f"{quantity(results)} in % {after}, {len(results['seeds'])} seed(s)"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    for position, name in enumerate(header):
-        shown.add_column(name.replace(" ", "\n"), justify="left" if position == 0 else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    (console or Console()).print(shown)
+    for position, name in enumerate(lines[0]):
+        shown.add_column(escape(name), justify="left" if position == 0 else "right", no_wrap=True)
+    for line in lines[1:]:
+        shown.add_row(*map(escape, line))
+    console.print(shown)
+
+
+METRIC_ROW = "metric"
 
 
 def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as texts; ``brief`` leaves out what few look for."""
+    """Header and rows as texts; ``brief`` leaves out what few look for.
+
+    The first row names each task's metric, unless all are exact match.
+    """
+    tasks = results["stream"]
     columns: list[tuple[str, bool, Callable[[Mapping[str, Any]], str]]] = [
         ("average", True, lambda result: _percent(result["average_accuracy"], _spread(result))),
         ("forgetting", True, lambda result: _percent(result["average_forgetting"])),
         ("BWT", False, lambda result: _percent(result["backward_transfer"])),
         ("MAA", False, lambda result: _percent(result["mean_average_accuracy"])),
-        *[(task, True, _last_accuracy(position)) for position, task in enumerate(results["stream"])],
+        *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
         ("right block", True, lambda result: _percent(result["selection_accuracy"])),
         ("trainable", False, lambda result: f"{result['trainable_parameters']:,.0f}"),
         ("seconds", True, lambda result: f"{result['seconds']:.0f}"),
@@ -84,11 +127,19 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
     shown = [(name, value) for name, always, value in columns if always or not brief]
     header = ["method", *[name for name, _ in shown]]
     rows = [[title_of(name), *[value(result) for _, value in shown]] for name, result in results["methods"].items()]
+    if not only_exact(results):
+        first = 3 if brief else 5  # behind the method and the averages
+        titles = [metric_title(results["metrics"][task]) for task in tasks]
+        rows.insert(0, [METRIC_ROW, *[""] * (first - 1), *titles, *[""] * (len(header) - first - len(tasks))])
     return header, rows
 
 
 def _last_accuracy(position: int) -> Callable[[Mapping[str, Any]], str]:
-    return lambda result: _percent(result["accuracy_matrix"][-1][position])
+    def last(result: Mapping[str, Any]) -> str:
+        rows = result["accuracy_matrix"][: learned_tasks(result["accuracy_matrix"])]
+        return _percent(rows[-1][position] if rows else None)
+
+    return last
 
 
 def _spread(result: Mapping[str, Any]) -> float | None:
@@ -124,36 +175,38 @@ def _csv(results: Mapping[str, Any]) -> str:
 
 def markdown_table(results: Mapping[str, Any], brief: bool = False) -> str:
     header, rows = table(results, brief)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    lines = [[_md(cell) for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _markdown(results: Mapping[str, Any]) -> str:
-    config = dict(results.get("config", {}))
-    split = config.get("split", "test")
-    settings = json.dumps(config, indent=2)
-    versions = "\n".join(f"| {key} | {value} |" for key, value in results["environment"].items() if value is not None)
-    return f"""# Continual tuning: {" → ".join(results["stream"])}
+def _md(text: str) -> str:
+    """A stranger's text as plain text within a line or a table cell."""
+    return re.sub(r"([\\`*_{}\[\]<>|$~])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    settings = json.dumps(results.get("config", {}), indent=2)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
+    versions = "\n".join(
+        f"| {_md(str(key))} | {_md(str(value))} |" for key, value in results["environment"].items() if value is not None
+    )
+    meaning = "\n".join(f"- *{name}*: {text}" if name else f"- {_md(text)}" for name, text in explanations(results))
+    images = "\n\n".join(f"![{text}]({name})" for name, text in pictures.items())
+    examples = "".join(_markdown_examples(title_of(name), result) for name, result in results["methods"].items())
+    return f"""# Continual tuning: {" → ".join(map(_md, results["stream"]))}
 
 {markdown_table(results)}
 
-Accuracies in %, measured on the {split} split over {len(results["seeds"])} seed(s), by greedy generation and exact
-match, without telling the model which task a question belongs to. *average*: over all tasks after the last one.
-*forgetting*: best accuracy ever had on a task minus the last, mean over the earlier tasks. *BWT*: last accuracy minus
-the one just after learning. *MAA*: mean over the steps of the average on the tasks seen so far. *right block*: share of
-the selection weight that falls into the rows of the question's own task. *trainable*: parameters with a gradient at a
-time. – was not measured, or has no meaning for the method. Hyperparameters were chosen on the validation split, never
-on the test split.
+{meaning}
 
-![Accuracy on each task after each task](accuracy_matrix.png)
-
-![Accuracy on each task as the stream goes on](forgetting.png)
-
+{images}
+{examples}
 ## Settings
 
-```json
+{fence}json
 {settings}
-```
+{fence}
 
 ## Environment
 
@@ -161,3 +214,16 @@ on the test split.
 | --- | --- |
 {versions}
 """
+
+
+def _markdown_examples(method: str, result: Mapping[str, Any]) -> str:
+    rows = [
+        [task, example["question"], " / ".join(example["answers"]), example["prediction"], f"{example['score']:.2f}"]
+        for task, examples in result.get("examples", {}).items()
+        for example in examples
+    ]
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(map(_md, row)) + " |" for row in rows]
+    head = "| task | question | expected | predicted | score |\n| --- | --- | --- | --- | ---: |"
+    return "\n".join(["", f"## Answers of {method} at the end", "", head, *lines, ""])

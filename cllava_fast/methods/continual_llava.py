@@ -10,7 +10,7 @@ and each selected row brings the context that it was trained with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -26,35 +26,37 @@ KeyInit = Literal["instructions", "orthogonal"]
 
 @dataclass(frozen=True)
 class IncrementConfig(MethodConfig):
-    """Configuration of Continual LLaVA.
-
-    Args:
-        rows_per_task: rows that a task adds to the pool.
-        top_m: rows selected for each sample.
-        rank: R, rank of one row's increment.
-        scale: factor on every increment.
-        a_std: standard deviation of ``A`` at birth (``B`` is born zero).
-        targets: linears of each language layer that get increments.
-        context: ``"product"`` adds ``sum c B^T A`` of earlier rows; ``"factor"`` sums ``A`` and ``B`` separately and
-            multiplies afterwards, as the method's public ancestors do; ``"none"`` leaves the context out.
-        context_init: ``w`` at birth.
-        surrogate: what turns an instruction into a query; see ``cllava_fast.surrogate``.
-        key_init: ``"instructions"`` bears keys as embeddings of the task's instructions, ``"orthogonal"`` as random
-            orthonormal vectors.
-    """
+    """Configuration of Continual LLaVA; each field's help says what it is."""
 
     method: ClassVar[str] = "continual_llava"
 
-    rows_per_task: int = 8
-    top_m: int = 4
-    rank: int = 8
-    scale: float = 1.0
-    a_std: float = 1.0
-    targets: tuple[str, ...] = ("self_attn.o_proj",)
-    context: Context = "product"
-    context_init: float = 0.25
-    surrogate: str = "sentence"
-    key_init: KeyInit = "instructions"
+    rows_per_task: int = field(default=8, metadata={"help": "rows that a task adds to the pool"})
+    top_m: int = field(default=4, metadata={"help": "rows selected for each sample"})
+    rank: int = field(default=8, metadata={"help": "rank of one row's increment"})
+    scale: float = field(default=1.0, metadata={"help": "factor on every increment"})
+    a_std: float = field(default=1.0, metadata={"help": "standard deviation of A at birth (B is born zero)"})
+    targets: tuple[str, ...] = field(
+        default=("self_attn.o_proj",), metadata={"help": "linears of each language layer that get increments"}
+    )
+    context: Context = field(
+        default="product",
+        metadata={
+            "help": "what earlier tasks add: product is the sum of c B^T A over their rows; factor sums A and B "
+            "separately and multiplies afterwards, as the method's public ancestors do; none leaves it out"
+        },
+    )
+    context_init: float = field(default=0.25, metadata={"help": "weight of an earlier task's context at birth"})
+    surrogate: str = field(
+        default="sentence",
+        metadata={
+            "help": "what turns an instruction into a query: sentence, backbone (needs no second model), text+image "
+            "(also looks at the picture), or the folder of a sentence-transformers model"
+        },
+    )
+    key_init: KeyInit = field(
+        default="instructions",
+        metadata={"help": "keys at birth: embeddings of the task's instructions, or orthogonal random vectors"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,9 +65,9 @@ class IncrementConfig(MethodConfig):
                 f"top_m is {self.top_m}; expected 1 to {self.rows_per_task}, since a task's block has "
                 f"{self.rows_per_task} rows (rows_per_task)"
             )
-        for field, choices in (("context", get_args(Context)), ("key_init", get_args(KeyInit))):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; expected one of {list(choices)}")
+        for name, choices in (("context", get_args(Context)), ("key_init", get_args(KeyInit))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {list(choices)}")
 
 
 class ContinualLlava(Method):

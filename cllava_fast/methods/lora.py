@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,21 +14,18 @@ from cllava_fast.pool import Pool
 
 @dataclass(frozen=True)
 class LoraConfig(MethodConfig):
-    """One LoRA, tuned on task after task.
-
-    Args:
-        rank: R; 32 equals the active rank of Continual LLaVA's defaults (4 rows of rank 8).
-        scale: factor on the increment (LoRA's ``alpha / r``).
-        a_std: standard deviation of ``A`` at birth.
-        targets: linears of each language layer that get increments.
-    """
+    """One LoRA, tuned on task after task; each field's help says what it is."""
 
     method: ClassVar[str] = "sequential_lora"
 
-    rank: int = 32
-    scale: float = 1.0
-    a_std: float = 1.0
-    targets: tuple[str, ...] = ("self_attn.o_proj",)
+    rank: int = field(
+        default=32, metadata={"help": "32 equals the active rank of Continual LLaVA's defaults (4 rows of rank 8)"}
+    )
+    scale: float = field(default=1.0, metadata={"help": "factor on the increment (LoRA's alpha / r)"})
+    a_std: float = field(default=1.0, metadata={"help": "standard deviation of A at birth (B is born zero)"})
+    targets: tuple[str, ...] = field(
+        default=("self_attn.o_proj",), metadata={"help": "linears of each language layer that get increments"}
+    )
 
 
 @dataclass(frozen=True)

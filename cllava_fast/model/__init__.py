@@ -1,15 +1,21 @@
-"""The only place that knows transformers models: paths, patch, merge, files."""
+"""The only place that knows transformers models: paths, patch, merge, files, export."""
 
+from cllava_fast.model.export import ExportReport, export_peft
 from cllava_fast.model.files import load_pretrained, save_pretrained
+from cllava_fast.model.hub import from_pretrained, push_to_hub
 from cllava_fast.model.merging import MergeReport, merge, unmerge
 from cllava_fast.model.patching import get_increments, patch, unpatch
 
 __all__ = [
+    "ExportReport",
     "MergeReport",
+    "export_peft",
+    "from_pretrained",
     "get_increments",
     "load_pretrained",
     "merge",
     "patch",
+    "push_to_hub",
     "save_pretrained",
     "unmerge",
     "unpatch",

@@ -5,93 +5,126 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from cllava_fast.atomic import check_replaceable, new_folder
-from cllava_fast.methods import config_from_dict
+from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
+from cllava_fast.model.card import increments_card, is_repo_id
 from cllava_fast.model.patching import check_not_merged, get_increments, patch, unpatch
 from cllava_fast.surrogate import fingerprint
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+FILES = (CONFIG, WEIGHTS, CARD)
 FORMAT = 1
+# far above what any pool needs, far below what would hurt
+MAX_CONFIG_BYTES, MAX_HEADER_BYTES = 1 << 20, 1 << 22
 
 
-def save_pretrained(model: Any, path: str | os.PathLike[str]) -> Path:
-    """Writes what a patched model has learned: ``adapter_config.json`` and ``adapter_model.safetensors``.
+@dataclass(frozen=True)
+class Saved:
+    """What ``adapter_config.json`` says. Files from before ``base_model`` and ``base_dtype`` have None there."""
 
-    The folder appears whole or not at all; one that this function wrote before is replaced.
+    config: MethodConfig
+    tasks: list[str]
+    base_model: str | None
+    base_dtype: str | None
+    base_fingerprint: str
+    surrogate_fingerprint: str | None
+    weights_sha256: str
+
+
+def save_pretrained(
+    model: Any, path: str | os.PathLike[str], *, base_model: str | None = None, repo_id: str | None = None
+) -> Path:
+    """Writes what a patched model has learned: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card,
+    ``README.md``. Never the base.
+
+    The folder appears whole or not at all; one that this function wrote before is replaced, its model card too.
+
+    Args:
+        model: a patched model.
+        path: the folder.
+        base_model: name or folder of the base, from which ``from_pretrained`` loads it; by default where the model
+            itself was loaded from.
+        repo_id: the repository that the folder is meant for: the model card loads it by that name, and a base that is
+            a folder of this machine is not named.
 
     Raises:
-        ValueError: the model is not patched, or a selection is merged.
+        ValueError: the model is not patched, a selection is merged, or the base is offloaded.
         FileExistsError: ``path`` holds something else.
         ValueError: ``path`` holds an adapter that this library did not save.
     """
     increments = get_increments(model)
     check_not_merged(increments)
     pool, target = increments.pool, Path(path)
-    check_replaceable(target, (CONFIG, WEIGHTS), "saved increments")
-    if (target / CONFIG).exists():
-        _read_config(target / CONFIG)  # another library's adapter has the same file names
+    # a folder with nothing but a README.md is somebody else's
+    saved_before = (target / CONFIG).exists()
+    check_replaceable(target, FILES if saved_before else (), "saved increments")
+    if saved_before:
+        read_config(target)  # another library's adapter has the same file names
+    if base_model is None:
+        base_model = base_name(model)
+        if repo_id is not None and not is_repo_id(base_model):
+            base_model = None
     weights = save({f"pool.{name}": tensor for name, tensor in pool.state().items()}, metadata={"format": "pt"})
     config = {
         "format": FORMAT,
         "config": increments.config.to_dict(),
         "tasks": pool.task_names,
-        "surrogate_fingerprint": increments.surrogate.fingerprint if increments.surrogate else None,
+        "base_model_name_or_path": base_model,
+        "base_dtype": str(model.dtype).removeprefix("torch."),
         "base_fingerprint": base_fingerprint(model),
+        "surrogate_fingerprint": increments.surrogate.fingerprint if increments.surrogate else None,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     with new_folder(target) as folder:
         (folder / WEIGHTS).write_bytes(weights)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        card = increments_card(config, rows=pool.num_rows + pool.block_rows, location=repo_id)
+        (folder / CARD).write_text(card, encoding="utf-8")
     return target
 
 
 def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any | None = None) -> Any:
     """Reads what ``save_pretrained`` wrote into a LLaVA, which is patched if it is not yet. Outputs are bit-equal.
 
+    Args:
+        model: the base that the increments were learned on, in the same dtype.
+        path: the folder.
+        processor: as in ``patch``.
+
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another base model or surrogate, a changed or damaged file, missing or unexpected tensors, or a
-            model patched with another config. Nothing is changed then.
+        ValueError: another base model or surrogate, a changed or damaged file, one of a newer format, missing or
+            unexpected tensors, or a model patched with another config. Nothing is changed then.
     """
     folder = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist; expected a folder written by save_pretrained()")
-    saved = _read_config(folder / CONFIG)
-    try:
-        config, tasks, digest = config_from_dict(saved["config"]), list(saved["tasks"]), saved["weights_sha256"]
-        surrogate_fingerprint, base = saved["surrogate_fingerprint"], saved["base_fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
-    weights = (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != digest:
-        raise ValueError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
-    try:
-        state = {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    paths.check_is_llava(model)
+    saved = read_config(folder)
+    _check_header(folder / WEIGHTS)
+    paths.check_supported(model)
     was_patched = hasattr(model, "increments")
     if was_patched:
         check_not_merged(get_increments(model))
-    if base_fingerprint(model) != base:
-        raise ValueError(f"{folder} was learned on another base model; load the base that it was trained with")
-    patch(model, config, processor=processor)
+    _check_base(model, saved, folder)
+    weights = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != saved.weights_sha256:
+        raise ValueError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
+    state = {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
+    patch(model, saved.config, processor=processor)
     increments = get_increments(model)
     try:
         present = increments.surrogate.fingerprint if increments.surrogate else None
-        if present != surrogate_fingerprint:
+        if present != saved.surrogate_fingerprint:
             raise ValueError(
-                f"{folder} was learned with another surrogate than {config.to_dict().get('surrogate')!r} here"
+                f"{folder} was learned with another surrogate than {saved.config.to_dict().get('surrogate')!r} here"
             )
-        increments.pool.load_state(state, tasks)
+        increments.pool.load_state(state, saved.tasks)
     except BaseException:
         if not was_patched:
             unpatch(model)
@@ -99,16 +132,110 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     return model
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Saved:
+    """What a folder that ``save_pretrained`` wrote says about itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of a newer format, or no file of this library.
+    """
+    path = folder / CONFIG
+    values = _read_json(path)
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(f"format is not {FORMAT}")
-    except ValueError as error:
+        if values.get("peft_type") is not None:
+            raise ValueError("it is a PEFT adapter, which peft.PeftModel.from_pretrained loads")
+        number = values.get("format")
+        if isinstance(number, int) and number > FORMAT:
+            raise ValueError(f"format is {number}, newer than {FORMAT}; upgrade cllava_fast")
+        if number != FORMAT:
+            raise ValueError(f"format is {number!r}, not {FORMAT}")
+        saved = Saved(
+            config=config_from_dict(values["config"]),
+            tasks=values["tasks"],
+            base_model=values.get("base_model_name_or_path"),
+            base_dtype=values.get("base_dtype"),
+            base_fingerprint=values["base_fingerprint"],
+            surrogate_fingerprint=values["surrogate_fingerprint"],
+            weights_sha256=values["weights_sha256"],
+        )
+        names = saved.tasks
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"tasks is {names!r}; expected a list of names")
+        if len(set(names)) != len(names):
+            raise ValueError(f"tasks is {names!r}; expected each name once")
+        for field in ("base_model", "base_dtype"):
+            if not isinstance(getattr(saved, field), str | None):
+                raise ValueError(f"{field} is {getattr(saved, field)!r}; expected a text")
+    except KeyError as error:
+        raise ValueError(f"{path} cannot be read: {error} is missing; was it changed since it was saved?") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
     return saved
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    _check_is_there(path)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
+    return values
+
+
+def _check_header(path: Path) -> None:
+    """Refuses a safetensors file whose header does not fit the file, before any tensor is read."""
+    _check_is_there(path)
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    try:
+        if header > MAX_HEADER_BYTES:
+            raise ValueError(f"its header would have {header} bytes")
+        with safe_open(path, "pt") as file:  # checks that shapes, offsets and the file's size agree
+            strangers = [name for name in file.keys() if not name.startswith("pool.")]
+        if strangers:
+            raise ValueError(f"{len(strangers)} unexpected tensors {strangers[:3]}")
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}; expected a file written by save_pretrained()") from error
+
+
+def _check_is_there(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained()")
+
+
+def _check_base(model: Any, saved: Saved, folder: Path) -> None:
+    if base_fingerprint(model) == saved.base_fingerprint:
+        return
+    dtype = str(model.dtype).removeprefix("torch.")
+    if saved.base_dtype not in (None, dtype):
+        raise ValueError(
+            f"{folder} was learned on another base model: its weights were {saved.base_dtype}, these are {dtype}; "
+            f"load the base with dtype={saved.base_dtype!r}"
+        )
+    name = "" if saved.base_model is None else f" ({saved.base_model})"
+    raise ValueError(f"{folder} was learned on another base model; load the base that it was trained with{name}")
+
+
+def base_name(model: Any) -> str | None:
+    """Where the base was loaded from: a folder's full path, a hub's repository, or None for a model made in place."""
+    name: str = model.name_or_path or ""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+
+
 def base_fingerprint(model: Any) -> str:
-    """Fingerprint of the whole frozen model, the same whether it is patched or not."""
+    """Fingerprint of the frozen model, the same whether it is patched or not.
+
+    It reads 64 numbers of each tensor, so it takes milliseconds at any size and needs no cache.
+    """
+    known = getattr(getattr(model, "increments", None), "base_fingerprint", None)
+    if known is not None:
+        return known
+    for name, module in model.named_modules():
+        # what accelerate has offloaded it brings back
+        if any(p.is_meta for p in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):
+            raise ValueError(f"{name} is on the meta device and holds no data; load the base's weights")
     return fingerprint(model, without="increments.")

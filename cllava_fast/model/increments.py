@@ -41,6 +41,7 @@ class Increments(nn.Module):
         active: what acts on the batch that is in the layers right now.
         pending: what acts during the ``generate`` that is under way.
         pristine: the frozen weight of each linear that ``merge`` replaced, by path; empty while nothing is merged.
+        base_fingerprint: of the frozen model, kept where a process may lose parts of it (FSDP); otherwise None.
     """
 
     def __init__(self, model: nn.Module, config: MethodConfig, processor: Any | None) -> None:
@@ -48,10 +49,10 @@ class Increments(nn.Module):
         self.config = config
         self.method: Method = make_method(config)
         self.processor = processor
-        image_token_id: int = model.config.image_token_id  # type: ignore[union-attr,assignment]
-        self._image_token_id = image_token_id
-        self._special_ids = _special_ids(model) | {image_token_id}
-        self.reader = None if processor is None else InstructionReader(processor, image_token_id)
+        # of images and videos; a model without any has no such id, and -1 is no token's
+        self._image_token_id, video = (_token_id(model, name) for name in ("image_token_id", "video_token_id"))
+        self._special_ids = _special_ids(model) | {self._image_token_id, video}
+        self.reader = None if processor is None else InstructionReader(processor, self._image_token_id, video)
         self.surrogate = self._make_surrogate(model)
         self.pool = Pool(
             rank=config.rank,
@@ -63,6 +64,7 @@ class Increments(nn.Module):
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.pristine: dict[str, Tensor] = {}
+        self.base_fingerprint: str | None = None
         self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
@@ -74,14 +76,19 @@ class Increments(nn.Module):
                 f"surrogate {name!r} reads instructions and needs a processor; none was given and none is saved beside "
                 'the model\'s weights: patch(model, config, processor=...), or use surrogate="backbone"'
             )
-        embedding = paths.input_embedding(model)
+        embedding, tower = paths.input_embedding(model), paths.vision_tower(model)
+        if name == "text+image" and tower is None:
+            raise ValueError(
+                f'surrogate "text+image" looks at images, and a {type(model).__name__} has no vision tower; '
+                'use "sentence" or "backbone"'
+            )
         return make_surrogate(
             name,
             embedding=embedding,
             tokenize=self.reader.tokenize if self.reader else None,
-            vision_tower=paths.vision_tower(model),
+            vision_tower=tower,
             image_dim=paths.vision_width(model),
-            device=embedding.weight.device,
+            device=paths.execution_device(embedding),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,13 +196,26 @@ class Increments(nn.Module):
         if request.pixel_values is None:
             raise ValueError('surrogate "text+image" needs pixel_values beside the image tokens, or query= [B, D]')
         pooled = pooled_image(request.pixel_values)
-        counts = tokens // max(int(tokens.sum()) // len(pooled), 1)  # images of each sample
-        if int(counts.sum()) != len(pooled):
-            raise ValueError(f"{len(pooled)} images came with {int(tokens.sum())} image tokens in input_ids")
+        counts = self._images_per_sample(request.input_ids, len(pooled))
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
         total = torch.zeros(len(counts), pooled.shape[1], dtype=torch.float64)
         total.index_add_(0, owner, pooled.detach().double().cpu())
         return (total / counts.clamp(min=1)[:, None]).float()
+
+    def _images_per_sample(self, input_ids: Tensor, images: int) -> Tensor:
+        """``[B]``: runs of image tokens, or, where images stand side by side, equal shares of the tokens."""
+        tokens = (input_ids == self._image_token_id).cpu()  # [B, S]
+        before = torch.nn.functional.pad(tokens[:, :-1], (1, 0))
+        runs = (tokens & ~before).sum(1)
+        if int(runs.sum()) == images:
+            return runs
+        shares = tokens.sum(1) * images / int(tokens.sum())
+        if not torch.equal(shares, shares.round()):
+            raise ValueError(
+                f"{images} images came with {int(tokens.sum())} image tokens in input_ids, and which are whose is not "
+                "clear; pass query= [B, D]"
+            )
+        return shares.long()
 
     # -- in the layers -------------------------------------------------------------------------------------------
 
@@ -213,6 +233,8 @@ class Increments(nn.Module):
         if x.dim() != 3 or x.shape[0] != selection.batch_size:
             raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{selection.batch_size}, S, d_in]")
         y = base
+        if base is not None:
+            x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         for A, B, pairs, past in self._pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:
@@ -271,9 +293,14 @@ def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, P
 
 def _shape(linear: nn.Module, model: nn.Module) -> LinearShape:
     weight: Tensor = linear.weight  # type: ignore[assignment]
-    # quantised weights are stored as integers
+    # quantised weights are stored as integers, and what they compute has the dtype of what they are handed
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else model.dtype
-    return LinearShape(linear.in_features, linear.out_features, dtype, weight.device)  # type: ignore[arg-type]
+    return LinearShape(linear.in_features, linear.out_features, dtype, paths.execution_device(linear))  # type: ignore[arg-type]
+
+
+def _token_id(model: nn.Module, name: str) -> int:
+    found: int | None = getattr(model.config, name, None)
+    return -1 if found is None else found
 
 
 def _special_ids(model: nn.Module) -> set[int]:

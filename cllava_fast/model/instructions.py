@@ -17,11 +17,15 @@ class InstructionReader:
 
     Texts are canonical: what the tokenizer makes of them, with white space folded, so that an instruction read back
     from ids and the same instruction given as text are one and the same query.
+
+    Args:
+        processor: of a model with images, or the tokenizer of one without.
+        left_out: ids of tokens that stand for images and the like.
     """
 
-    def __init__(self, processor: Any, image_token_id: int) -> None:
+    def __init__(self, processor: Any, *left_out: int) -> None:
         self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._image_token_id = image_token_id
+        self._left_out = frozenset(left_out)
         self._canonical: dict[str, str] = {}
         markers = template_markers(processor) or DEFAULT_MARKERS
         self.user, self.end = (self._decode(self.tokenize(marker)) for marker in markers)
@@ -37,7 +41,7 @@ class InstructionReader:
         """``text`` as it would be read back from ids. Raises ValueError for a blank text."""
         known = self._canonical.get(text)
         if known is None:
-            ids = [i for i in self.tokenize(text) if i != self._image_token_id]
+            ids = [i for i in self.tokenize(text) if i not in self._left_out]
             known = self._canonical[text] = self._decode(ids)
             if not known:
                 raise ValueError(f"the instruction {text!r} is blank; expected a text")
@@ -49,12 +53,12 @@ class InstructionReader:
         Raises:
             ValueError: a sample without a user turn, or with an empty one.
         """
-        keep = input_ids != self._image_token_id
+        rows = list(input_ids.cpu())
         if attention_mask is not None and attention_mask.shape == input_ids.shape:
-            keep = keep & attention_mask.bool()
+            rows = [ids[mask] for ids, mask in zip(rows, attention_mask.bool().cpu(), strict=True)]
         return [
-            self._read_one(ids[mask].tolist(), sample)
-            for sample, (ids, mask) in enumerate(zip(input_ids.cpu(), keep.cpu(), strict=True))
+            self._read_one([i for i in ids.tolist() if i not in self._left_out], sample)
+            for sample, ids in enumerate(rows)
         ]
 
     def has_turn(self, input_ids: Tensor) -> bool:
@@ -77,16 +81,20 @@ class InstructionReader:
         return turn
 
 
+def message(processor: Any, role: str, text: str, images: int = 0) -> dict[str, Any]:
+    """One turn as the chat template of ``processor`` takes it; a tokenizer's knows text alone."""
+    if not hasattr(processor, "tokenizer"):
+        return {"role": role, "content": text}
+    return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+
+
 def template_markers(processor: Any) -> tuple[str, str] | None:
     """What stands before a user's words and what ends them in the chat template, or None without a template."""
     if getattr(processor, "chat_template", None) is None or not hasattr(processor, "apply_chat_template"):
         return None
     first, answer, second = "qzfirstzq", "qzanswerzq", "qzsecondzq"
-
-    def turn(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}]}
-
-    messages = [turn("user", first), turn("assistant", answer), turn("user", second)]
+    turns = (("user", first), ("assistant", answer), ("user", second))
+    messages = [message(processor, role, text) for role, text in turns]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     if not all(word in text for word in (first, answer, second)):
         return None

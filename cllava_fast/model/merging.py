@@ -13,6 +13,7 @@ from cllava_fast.methods import Selection
 from cllava_fast.model import paths
 from cllava_fast.model.increments import Increments, Request, terms
 from cllava_fast.model.patching import get_increments, pooled_image
+from cllava_fast.pool import Factors
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,8 @@ def merge(
         TypeError: an adapted linear is not a plain ``nn.Linear`` (quantised or wrapped weights cannot take a sum).
     """
     increments = get_increments(model)
-    if increments.method.uses_query and increments.pool.block_rows:
-        raise ValueError("a task is being learned; finish it before merging")
     linears = _plain_linears(model, increments)
-    selection = _selection(model, increments, instruction, task, query)
-    if selection is None:
-        raise ValueError("nothing has been learned yet; there is nothing to merge")
+    selection = choose_one(model, instruction=instruction, task=task, query=query)
     unmerge(model)
     report = MergeReport({}, {})
     try:
@@ -102,17 +99,33 @@ def unmerge(model: Any) -> Any:
 def _plain_linears(model: Any, increments: Increments) -> dict[str, nn.Linear]:
     linears = {}
     for path, module in paths.adapted_linears(model, increments.config.targets).items():
-        if type(module) is not nn.Linear:
+        if not paths.is_plain(module):
+            kind = type(module if type(module) is not nn.Linear else module.weight).__name__
             raise TypeError(
-                f"{path} is a {type(module).__name__}; only a plain nn.Linear can be merged: serve unmerged"
+                f"{path} is a {kind}; only a plain nn.Linear can be merged, no quantised or wrapped one: serve unmerged"
             )
+        assert isinstance(module, nn.Linear)
         if module.weight.is_meta:
             raise ValueError(f"{path} is offloaded; load its weight on a device before merging")
         linears[path] = module
     return linears
 
 
-def _selection(
+def choose_one(
+    model: Any, *, instruction: str | None = None, task: str | None = None, query: Tensor | None = None
+) -> Selection:
+    """The selection that ``merge`` and ``export_peft`` are asked for, of one sample. Raises as ``merge`` does."""
+    increments = get_increments(model)
+    method, pool = increments.method, increments.pool
+    if method.uses_query and pool.block_rows:
+        raise ValueError("a task is being learned; finish it first")
+    selection = _select(model, increments, instruction, task, query)
+    if selection is None:
+        raise ValueError("nothing has been learned yet")
+    return selection
+
+
+def _select(
     model: Any, increments: Increments, instruction: str | None, task: str | None, query: Tensor | None
 ) -> Selection | None:
     given = [
@@ -142,11 +155,22 @@ def _selection(
         return increments.choose(request, lambda pixels: pooled_image(model, pixels))
 
 
+def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """What one sample's selection adds to a linear: ``A [P, R, d_in]``, ``B [P, R, d_out]`` and ``coefficient [P]``.
+
+    A row that is selected and is context too stands there once; rows that do not act are left out.
+    """
+    totals: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for A, B, pairs in terms(selection, factors):
+        _, _, total = totals.setdefault(id(A), (A, B, torch.zeros(len(A), device=A.device)))
+        total.index_add_(0, pairs.index[0].to(A.device), pairs.coefficient[0].to(A.device))
+    acting = [(A[total != 0], B[total != 0], total[total != 0]) for A, B, total in totals.values()]
+    A, B, coefficient = (torch.cat(tensors) for tensors in zip(*acting, strict=True))
+    return A, B, coefficient
+
+
 def _merged(weight: Tensor, selection: Selection, increments: Increments, path: str) -> Tensor:
-    parts, start = [], 0
     with torch.no_grad():
-        for A, B, pairs in terms(selection, increments.pool.factors(path)):
-            parts.append((A, B, pairs.index[0].to(A.device) + start, pairs.coefficient[0].to(A.device)))
-            start += len(A)
-        A, B, index, coefficient = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return ops.merge(weight, A, B, index, coefficient, increments.config.scale, check_values=False)
+        A, B, coefficient = acting_rows(selection, increments.pool.factors(path))
+        every = torch.arange(len(A), device=A.device)
+        return ops.merge(weight, A, B, every, coefficient, increments.config.scale, check_values=False)

@@ -1,4 +1,4 @@
-"""``patch`` and ``unpatch``: one transformers LLaVA learns to carry increments, in place, and back again.
+"""``patch`` and ``unpatch``: one transformers model learns to carry increments, in place, and back again.
 
 Nothing is copied or subclassed: ``forward`` of the adapted linears, ``forward`` and ``generate`` of the model are
 shadowed on this instance, and the selection travels to the layers as a keyword argument, so that a layer recomputed by
@@ -32,6 +32,7 @@ class _Patch:
 
     requires_grad: dict[str, bool]
     hooks: list[Any]
+    kept_from_repacking: list[Any]
 
 
 @dataclass
@@ -43,31 +44,34 @@ class _Adapter:
 
 
 def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | None = None) -> Any:
-    """Gives a LLaVA a pool of increments and freezes everything else. In place; this instance only; idempotent.
+    """Gives a model a pool of increments and freezes everything else. In place; this instance only; idempotent.
 
     Until a task is learned, outputs stay equal to the bit. ``forward`` and ``generate`` additionally take
     ``instructions`` (one text a sample; by default the last user turn is read back from ``input_ids``), ``query``
     (``[B, D]``, embeddings of the surrogate) and ``image_features`` (``[images, tokens, d]`` in place of
-    ``pixel_values``: the projected features of the frozen vision tower, computed once).
+    ``pixel_values``: the projected features of the frozen vision tower, computed once; for LLaVA-1.5 and its like,
+    which make one number of tokens of every image).
 
     In training, a ``forward`` with ``labels`` returns the ``logits`` of answer positions alone, ``[B, K, vocab]``; of
     all positions in evaluation mode, or if ``logits_to_keep=0`` is passed. ``answer_positions`` (``[B, K]``, see
     ``answers.answer_positions``) says which they are, where a collator knows; otherwise labels are read.
 
     Args:
-        model: a ``transformers.LlavaForConditionalGeneration``.
+        model: a transformers model of a class in ``paths.BASES``: LLaVA, its successors, or a plain language model.
+            It may be quantised, spread over devices or offloaded; it is never moved.
         config: the method's configuration; ``IncrementConfig()`` by default.
-        processor: the model's processor; by default the one saved beside the model's weights. Without any,
-            only ``surrogate="backbone"`` works.
+        processor: the processor, or a plain language model's tokenizer; by default the one saved beside the weights.
+            Without any, only ``surrogate="backbone"`` works.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: the model is no LLaVA, or the config no method's.
-        ValueError: the model is patched with another config, or holds adapters of another library.
+        TypeError: the model's class is not supported, or the config no method's.
+        ValueError: the model is patched with another config, or holds adapters of another library, or weights that
+            were repacked for inference on a CPU.
     """
-    paths.check_is_llava(model)
+    paths.check_supported(model)
     present = getattr(model, "increments", None)
     if isinstance(present, Increments):
         if config is not None and config != present.config:
@@ -76,18 +80,23 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
             raise ValueError("the model is patched without a processor; unpatch(model) before a patch with one")
         return model
     _check_not_adapted(model)
+    attentions = paths.attentions(model)
     config = IncrementConfig() if config is None else config
     increments = Increments(model, config, _find_processor(model) if processor is None else processor)
 
-    record = _Patch({name: p.requires_grad for name, p in model.named_parameters()}, hooks=[])
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    record = _Patch(requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
     model.requires_grad_(False)
     for path, linear in paths.adapted_linears(model, config.targets).items():
         linear.__dict__["_adapter"] = _Adapter(increments, increments.pool.factors(path))
         _shadow(linear, "forward", _linear_forward)
-    for attention in paths.attentions(model):
+    for attention in attentions:
         receive = functools.partial(_receive_selection, increments)
         record.hooks.append(attention.register_forward_pre_hook(receive, with_kwargs=True))
-    _shadow(model.model, "get_image_features", _get_image_features)
+    for linear in record.kept_from_repacking:
+        linear.support_avx512bf16_for_cpu = False
+    if paths.base_of(model).takes_features:
+        _shadow(model.model, "get_image_features", _get_image_features)
     _shadow(model, "forward", _forward)
     _shadow(model, "generate", _generate)
     _shadow(model, "save_pretrained", _save_pretrained)
@@ -107,10 +116,11 @@ def unpatch(model: Any) -> Any:
     linears = paths.adapted_linears(model, increments.config.targets)
     check_not_merged(increments)
     shadowed = [(model, "forward"), (model, "generate"), (model, "save_pretrained")]
-    shadowed += [(model.model, "get_image_features")]
+    shadowed += [(model.model, "get_image_features")] if paths.base_of(model).takes_features else []
     shadowed += [(linear, "forward") for linear in linears.values()]
     for module, name in shadowed:
-        if not hasattr(module.__dict__.get(name), "_original"):
+        # what is wrapped around a method may carry its attributes
+        if not isinstance(module.__dict__.get(name), MethodType) or not hasattr(module.__dict__[name], "_original"):
             raise ValueError(f"{name} of {type(module).__name__} was replaced after patch(); undo that first")
     for module, name in shadowed:
         original = module.__dict__.pop(name)._original
@@ -121,6 +131,8 @@ def unpatch(model: Any) -> Any:
     record: _Patch = model.__dict__.pop("_patch")
     for hook in record.hooks:
         hook.remove()
+    for linear in record.kept_from_repacking:
+        linear.support_avx512bf16_for_cpu = True
     del model.increments
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
@@ -147,15 +159,15 @@ def _check_not_adapted(model: Any) -> None:
 
 
 def _find_processor(model: Any) -> Any | None:
-    """The processor saved beside the weights. Nothing is downloaded."""
-    folder = Path(model.name_or_path or "")
-    if not model.name_or_path or not any(
-        (folder / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")
-    ):
+    """The processor, or a plain language model's tokenizer, saved beside the weights. Nothing is downloaded."""
+    folder, with_images = Path(model.name_or_path or ""), paths.vision_tower(model) is not None
+    files = ("processor_config.json", "preprocessor_config.json") if with_images else ("tokenizer_config.json",)
+    if not model.name_or_path or not any((folder / file).is_file() for file in files):
         return None
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, AutoTokenizer
 
-    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    kind = AutoProcessor if with_images else AutoTokenizer
+    return kind.from_pretrained(folder, local_files_only=True)
 
 
 def _shadow(module: nn.Module, name: str, function: Any) -> None:
@@ -179,7 +191,7 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
     if increments.active is None:
         return original(x)
     # what other libraries put on this instance (offloading, say) must keep its part
-    if type(linear) is nn.Linear and getattr(linear.__dict__["forward"], "_original", 0) is None:
+    if paths.is_plain(linear) and getattr(linear.__dict__["forward"], "_original", 0) is None:
         return increments.inject(x, linear, None, adapter.factors)
     return increments.inject(x, None, original(x), adapter.factors)
 
@@ -210,9 +222,10 @@ def _forward(
 ) -> Any:
     kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
     increments: Increments = model.increments
+    _check_images(model, kwargs, image_features)
     selection = _select(model, kwargs, instructions, query, kwargs.get("past_key_values"))
     if image_features is not None:
-        kwargs["pixel_values"] = _check_features(image_features, kwargs)
+        kwargs["pixel_values"] = image_features
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
@@ -236,10 +249,11 @@ def _generate(
     if inputs is not None:
         kwargs["input_ids"] = inputs
     increments: Increments = model.increments
+    _check_images(model, kwargs, image_features)
     # with a cache, too, input_ids hold the whole conversation, and its last turn is what is asked now
     pending = _select(model, kwargs, instructions, query, None)
     if image_features is not None:
-        kwargs["pixel_values"] = _check_features(image_features, kwargs)
+        kwargs["pixel_values"] = image_features
     increments.pending = pending
     try:
         output = original(None, *args, **kwargs)
@@ -282,18 +296,39 @@ def _select(
 
 
 def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
-    """Mean of the frozen vision tower's last hidden state: ``[images, d]``."""
+    """Mean of the frozen vision tower's last hidden state, ``[images, d]``, of ``[images, 3, H, W]``.
+
+    Of an image in patches, ``[images, patches, 3, H, W]``, the first is looked at: the whole image, made small.
+    """
+    if pixel_values.dim() == 5:
+        pixel_values = pixel_values[:, 0]
+    hidden = paths.vision_tower(model)(to_vision_tower(model, pixel_values)).last_hidden_state
+    if len(hidden) != len(pixel_values):
+        raise ValueError(f"the vision tower returned {list(hidden.shape)}; expected one row for each of the images")
+    return hidden.mean(1)
+
+
+def to_vision_tower(model: Any, pixel_values: Tensor) -> Tensor:
+    """Pixels in the tower's dtype, and where it computes; an offloaded one fetches them itself."""
     tower = paths.vision_tower(model)
-    parameter = next(tower.parameters())
-    return tower(pixel_values.to(parameter.device, parameter.dtype)).last_hidden_state.mean(1)
+    pixels = pixel_values.to(tower.dtype)
+    return pixels if tower.device.type == "meta" else pixels.to(tower.device)
 
 
-def _check_features(features: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    if kwargs.get("pixel_values") is not None:
+def _check_images(model: Any, kwargs: dict[str, Any], features: Tensor | None) -> None:
+    base = paths.base_of(model)
+    pixels = [name for name, value in kwargs.items() if name.startswith("pixel_values") and value is not None]
+    if base.vision_tower is None and (pixels or features is not None):
+        given = pixels[0] if pixels else "image_features"
+        raise ValueError(f"{given} was given, but a {type(model).__name__} takes no images: it has no vision tower")
+    if features is None:
+        return
+    if not base.takes_features:
+        raise ValueError(f"a {type(model).__name__} takes no image_features; give pixel_values")
+    if "pixel_values" in pixels:
         raise ValueError("pixel_values and image_features were both given; give one of them")
     if features.dim() != 3:
         raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, d]")
-    return features
 
 
 @functools.cache

@@ -1,67 +1,157 @@
-"""Where the parts of a transformers LLaVA are. Nothing else in the tree knows module paths."""
+"""Which transformers models can be patched, and where their parts are. Nothing else in the tree knows module paths.
+
+A new base is one row of ``BASES``, if every language layer hands the forward's keyword arguments to its ``self_attn``;
+the tests in ``tests/test_bases.py`` check the rest for every row.
+"""
 
 from __future__ import annotations
 
-import transformers
+import fnmatch
+from typing import Any, NamedTuple
+
+import torch
 from torch import nn
 
-LAYERS = "model.language_model.layers"
+
+class Base(NamedTuple):
+    """Where a class of transformers keeps its parts.
+
+    Attributes:
+        layers: path of the language layers.
+        vision_tower: path of the vision tower; None for a model that takes no images.
+        takes_features: projected image features, all of one shape, may pass in place of pixels.
+    """
+
+    layers: str
+    vision_tower: str | None = None
+    takes_features: bool = False
 
 
-def check_is_llava(model: object) -> None:
-    """Raises TypeError for anything but a ``LlavaForConditionalGeneration``, with what to do about it."""
-    if isinstance(model, transformers.LlavaForConditionalGeneration):
-        return
+_LLAVA_LAYERS, _LLAVA_TOWER = "model.language_model.layers", "model.vision_tower"
+
+BASES = {
+    "LlavaForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER, takes_features=True),
+    # these make another number of tokens of each image
+    "LlavaNextForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
+    "LlavaNextVideoForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
+    "LlavaOnevisionForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
+    # and this one wants its features as a tensor
+    "VipLlavaForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
+    "LlamaForCausalLM": Base("model.layers"),
+    "MistralForCausalLM": Base("model.layers"),
+    "Qwen2ForCausalLM": Base("model.layers"),
+    "Qwen3ForCausalLM": Base("model.layers"),
+}
+
+
+def base_of(model: object) -> Base:
+    """The row of ``BASES`` for a model. Raises TypeError for one without a row, with what to do about it."""
+    # by name, so that no modeling file is imported for the asking
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("transformers.models.") and kind.__name__ in BASES:
+            return BASES[kind.__name__]
     name = type(model).__name__
     if hasattr(model, "peft_config"):
         raise TypeError(f"model is a {name} with PEFT adapters; merge_and_unload() them first, then patch the base")
     hint = "; pass the unwrapped model" if isinstance(getattr(model, "module", None), nn.Module) else ""
-    raise TypeError(f"model is a {name}; expected transformers.LlavaForConditionalGeneration{hint}")
+    *names, last = BASES
+    raise TypeError(f"model is a {name}; expected transformers.{', '.join(names)} or {last}{hint}")
+
+
+def check_supported(model: object) -> None:
+    """Raises TypeError as ``base_of`` does, and ValueError for weights that cannot be tuned through any more."""
+    base_of(model)
+    assert isinstance(model, nn.Module)
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes has repacked {path} for inference on this CPU, and no gradient passes it any more; "
+                "load the model again and patch it before it is first used"
+            )
+
+
+def repacked_on_cpu(model: nn.Module) -> list[Any]:
+    """4-bit linears of bitsandbytes that would repack their weight at their first use in evaluation on this CPU.
+
+    A switch of theirs, ``support_avx512bf16_for_cpu``, keeps them from it.
+    """
+    return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 
 
 def adapted_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
     """The linears that ``targets`` name in every language layer, by path.
 
-    A target is the path behind the layer's number, such as ``"self_attn.o_proj"``: the vision tower, which has
-    ``q_proj`` and the like too, can never match.
+    A target is the path behind the layer's number (``"self_attn.o_proj"``), a shell-style pattern of such paths
+    (``"self_attn.*_proj"``, ``"mlp.*"``), or a linear's own name (``"q_proj"``). Only language layers are searched: the
+    vision tower, which has ``q_proj`` and the like too, can never match.
 
     Raises:
         ValueError: a target that some layer lacks, or that is no linear.
     """
     found: dict[str, nn.Module] = {}
-    for number, layer in enumerate(model.get_submodule(LAYERS).children()):
-        names = dict(layer.named_modules())
+    layers = base_of(model).layers
+    for number, layer in enumerate(model.get_submodule(layers).children()):
+        modules = dict(layer.named_modules())
+        linears = [path for path, module in modules.items() if _is_linear(module)]
         for target in targets:
-            if target not in names or not target:
-                linears = [name for name, module in names.items() if hasattr(module, "in_features")]
-                raise ValueError(f"target {target!r} is not in {LAYERS}.{number}; expected one of {linears}")
-            module = names[target]
-            if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
-                raise ValueError(f"target {target!r} is a {type(module).__name__}; expected a linear layer")
-            found[f"{LAYERS}.{number}.{target}"] = module
+            paths = [path for path in linears if target in (path, path.rpartition(".")[2])]
+            paths = paths or fnmatch.filter(linears, target)
+            if not paths and target and target in modules:
+                raise ValueError(f"target {target!r} is a {type(modules[target]).__name__}; expected a linear layer")
+            if not paths:
+                raise ValueError(f"target {target!r} is not in {layers}.{number}; expected one of {linears}")
+            found.update((f"{layers}.{number}.{path}", modules[path]) for path in paths)
     return found
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear is ``nn.Linear`` with an ordinary weight: not wrapped, and not quantised.
+
+    Quantised weights come as a class of linear (bitsandbytes) or as a class of tensor (torchao).
+    """
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weight is, or, if that is offloaded, where accelerate brings it."""
+    weight: Any = module.weight
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) if weight.is_meta else None
+    if device is None:
+        return weight.device
+    return torch.device(device)
+
+
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The self-attention of every language layer: the first module of a layer that is handed the forward's kwargs."""
-    return [layer.get_submodule("self_attn") for layer in model.get_submodule(LAYERS).children()]
+    """The self-attention of every language layer: the first module of a layer that is handed the forward's kwargs.
 
-
-def language_model(model: nn.Module) -> nn.Module:
-    return model.get_submodule("model.language_model")
+    Raises TypeError for a language model without any.
+    """
+    layers = model.get_submodule(base_of(model).layers)
+    missing = [type(layer).__name__ for layer in layers.children() if not hasattr(layer, "self_attn")]
+    if missing:
+        raise TypeError(f"language layers are {missing[0]}s without a self_attn; expected Llama-like layers")
+    return [layer.get_submodule("self_attn") for layer in layers.children()]
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    return model.get_submodule("lm_head")
+    return model.get_output_embeddings()  # type: ignore[operator]
 
 
-def vision_tower(model: nn.Module) -> nn.Module:
-    return model.get_submodule("model.vision_tower")
+def vision_tower(model: nn.Module) -> Any:
+    """None for a model that takes no images."""
+    path = base_of(model).vision_tower
+    return None if path is None else model.get_submodule(path)
 
 
 def vision_width(model: nn.Module) -> int:
-    """Width of the vision tower's last hidden state."""
-    return vision_tower(model).config.hidden_size  # type: ignore[union-attr,return-value]
+    """Width of the vision tower's last hidden state; 0 without a tower."""
+    tower = vision_tower(model)
+    return 0 if tower is None else tower.config.hidden_size
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding:

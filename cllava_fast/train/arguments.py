@@ -7,54 +7,61 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
+def _option(default: Any, text: str) -> Any:
+    if isinstance(default, (list, dict)):
+        return field(default_factory=type(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class ContinualArguments:
-    """Arguments of ``ContinualTrainer``; defaults are those of the method's paper and its public ancestor at 7B.
+    """Arguments of ``ContinualTrainer``; each field says what it is (``transformers.HfArgumentParser`` shows it).
 
-    Args:
-        output_dir: receives ``run.json`` and the increments after every task; must be new or empty, unless ``resume``.
-        resume: go on behind the last finished task of the same run.
-        seed: of everything random; the random state of each task derives from it and the task's number alone.
-        align_epochs, align_steps: length of alignment; ``align_steps`` wins if it is set.
-        align_learning_rate: divided by 10 after each epoch (each third of ``align_steps``).
-        align_weight_decay, align_max_grad_norm, align_batch_size: of alignment.
-        num_train_epochs, max_steps: length of tuning for each task; ``max_steps`` wins if it is positive.
-        learning_rate, lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm: of tuning; ``warmup_steps`` below 1
-            is a share of all steps.
-        per_device_train_batch_size, gradient_accumulation_steps, bf16, activation_checkpointing: of tuning.
-        trainer_options: further fields of ``transformers.TrainingArguments``.
-        eval_split: ``"validation"`` while hyperparameters are being chosen.
-        eval_batch_size, max_new_tokens: of evaluation, by greedy generation.
-        image_feature_bytes: memory for projected image features, computed once; 0 opens images for every batch.
-        progress: show progress bars.
+    Defaults are those of the method's paper and its public ancestor at 7B.
+
+    Raises:
+        ValueError: a value that no run could work with.
     """
 
-    output_dir: str
-    resume: bool = False
-    seed: int = 0
-    align_epochs: float = 3.0
-    align_steps: int | None = None
-    align_learning_rate: float = 1e-3
-    align_weight_decay: float = 0.01
-    align_max_grad_norm: float = 0.1
-    align_batch_size: int = 32
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
-    learning_rate: float = 2e-5
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    per_device_train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    bf16: bool = False
-    activation_checkpointing: bool = False
-    trainer_options: dict[str, Any] = field(default_factory=dict)
-    eval_split: Literal["test", "validation"] = "test"
-    eval_batch_size: int = 32
-    max_new_tokens: int = 16
-    image_feature_bytes: int = 2 << 30
-    progress: bool = True
+    output_dir: str = field(
+        metadata={"help": "Receives run.json and the increments after every task; new or empty, unless resume is set."}
+    )
+    resume: bool = _option(False, "Go on behind the last finished task of the same run.")
+    seed: int = _option(0, "Of everything random; a task's random state derives from it and the task's number alone.")
+
+    align_epochs: float = _option(3.0, "Epochs of alignment for each task.")
+    align_steps: int | None = _option(None, "Steps of alignment for each task; wins over align_epochs.")
+    align_learning_rate: float = _option(1e-3, "Divided by 10 after each epoch (after each third of align_steps).")
+    align_weight_decay: float = _option(0.01, "Weight decay of alignment.")
+    align_max_grad_norm: float = _option(0.1, "Gradients of alignment are clipped to this norm.")
+    align_batch_size: int = _option(32, "Instructions in a batch of alignment, on any number of processes.")
+
+    num_train_epochs: float = _option(1.0, "Epochs of tuning for each task.")
+    max_steps: int = _option(-1, "Steps of tuning for each task; wins over num_train_epochs if positive.")
+    learning_rate: float = _option(2e-5, "Highest learning rate of tuning.")
+    lr_scheduler_type: str = _option("cosine", "Schedule of tuning's learning rate, by transformers' name.")
+    warmup_steps: float = _option(0.03, "Steps of warm-up; below 1, a share of all steps.")
+    weight_decay: float = _option(0.0, "Weight decay of tuning.")
+    max_grad_norm: float = _option(1.0, "Gradients of tuning are clipped to this norm.")
+    per_device_train_batch_size: int = _option(16, "Samples in a batch of tuning, on each process.")
+    gradient_accumulation_steps: int = _option(1, "Batches of tuning that make one step.")
+    bf16: bool = _option(False, "Tune in bfloat16 by autocast; increments stay float32.")
+    fp16: bool = _option(False, "Tune in float16 by autocast and a gradient scaler, on a GPU.")
+    activation_checkpointing: bool = _option(False, "Recompute activations in the backward pass, to save memory.")
+    dataloader_num_workers: int = _option(0, "Processes that make batches beside each training process.")
+    logging_steps: int = _option(10, "Steps of tuning between two logged losses.")
+    report_to: list[str] = _option([], "Where transformers sends logs, such as wandb or tensorboard; none by default.")
+    trainer_options: dict[str, Any] = _option({}, "Further fields of transformers.TrainingArguments.")
+
+    eval_split: Literal["test", "validation"] = _option(
+        "test", "What is measured after each task; validation while hyperparameters are being chosen."
+    )
+    eval_batch_size: int = _option(32, "Samples in a batch of evaluation, which generates greedily.")
+    max_new_tokens: int = _option(16, "Longest answer of evaluation, in tokens.")
+    image_feature_bytes: int = _option(
+        2 << 30, "Memory for projected image features, computed once; 0 opens images for every batch."
+    )
+    progress: bool = _option(True, "Show progress bars, on the main process.")
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -63,7 +70,7 @@ class ContinualArguments:
             raise ValueError(f"eval_split is {self.eval_split!r}; expected 'test' or 'validation'")
         for name in (
             "align_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size",
-            "max_new_tokens",
+            "max_new_tokens", "logging_steps",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -71,10 +78,17 @@ class ContinualArguments:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; expected a positive number")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both set; choose one of them")
+        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        object.__setattr__(self, "report_to", [name for name in names if name != "none"])
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run that run: all but where it is written and how it is shown."""
+        """What makes a run that run: all but where it is written, how it is shown and how fast it is."""
         values = asdict(self)
-        for name in ("output_dir", "resume", "progress", "image_feature_bytes"):
+        for name in (
+            "output_dir", "resume", "progress", "image_feature_bytes", "dataloader_num_workers", "logging_steps",
+            "report_to",
+        ):  # fmt: skip
             del values[name]
         return values

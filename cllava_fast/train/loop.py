@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils.data import ConcatDataset
+from transformers import TrainerCallback
 
+from cllava_fast import distributed
 from cllava_fast.atomic import write_text
-from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
+from cllava_fast.config import CONFIG
+from cllava_fast.data.encode import Collator
+from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream, fingerprint
-from cllava_fast.evaluate import metrics
-from cllava_fast.evaluate.predict import predict
+from cllava_fast.evaluate import evaluation, metrics
+from cllava_fast.evaluate.predict import queries_of
+from cllava_fast.evaluate.report import RESULTS
+from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
-from cllava_fast.model.paths import vision_width
+from cllava_fast.model.files import base_fingerprint
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
-from cllava_fast.train.progress import stage
-from cllava_fast.train.tune import tune
+from cllava_fast.train.callbacks import TaskEvents
+from cllava_fast.train.tune import Tuned, tune
 
 RUN = "run.json"
-
-
-class PreparedStream:
-    """A stream encoded for one base model: ids, and what the frozen vision tower makes of each image.
-
-    Several runs on equal base models (methods that are compared, seeds) can share one.
-    """
-
-    def __init__(self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30) -> None:
-        self.stream = stream
-        self.encoder = Encoder(processor)
-        self.features = ImageFeatures(image_feature_bytes)
-        self._examples: dict[tuple[str, str], list[Example]] = {}
-
-    def examples(self, task: str, split: str, model: Any) -> list[Example]:
-        key = (task, split)
-        if key not in self._examples:
-            samples = next(getattr(t, split) for t in self.stream if t.name == task)
-            self.features.add(samples, self.encoder, model)
-            self._examples[key] = self.encoder.encode(samples)
-        return self._examples[key]
 
 
 @dataclass
@@ -52,7 +40,8 @@ class ContinualResult:
     """What a run measured; fractions in 0..1, ``matrix[i][j]`` = accuracy on task j after task i (None: not measured).
 
     ``selection_accuracy`` is the share of selection weight that falls into the right task's block at the end, over
-    the evaluation samples; None for methods that do not select. See ``cllava_fast.evaluate.metrics`` for the others.
+    the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
+    right and wrong ones. See ``cllava_fast.evaluate.metrics`` for the others.
     """
 
     task_names: list[str]
@@ -61,6 +50,7 @@ class ContinualResult:
     trainable_parameters: int
     seconds: float
     losses: dict[str, list[float]] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -81,29 +71,40 @@ class ContinualResult:
 
 
 class ContinualTrainer:
-    """Learns a stream with a patched LLaVA.
+    """Learns a stream with a patched LLaVA, on one process or all that ``accelerate launch`` or ``torchrun`` started.
 
     Args:
-        model: a LLaVA; patched with ``IncrementConfig()`` if it is not patched yet.
+        model: a LLaVA; patched with ``IncrementConfig()`` if it is not patched yet. It trains on the device it is on;
+            of several processes, each moves it to its own device.
         processor: its processor.
         stream: the tasks in order, or a ``PreparedStream``.
         args: see ``ContinualArguments``.
+        callbacks: ``transformers.TrainerCallback`` objects or classes; a ``ContinualCallback`` is told of tasks, too.
 
     Raises:
         FileExistsError: ``args.output_dir`` holds another run, or this one and ``resume`` is off.
-        ValueError: a split that the run needs is empty.
+        ValueError: a split that the run needs is empty, or a task's metric is unknown or cannot read its references,
+            or the processes were given different things.
     """
 
-    def __init__(self, model: Any, processor: Any, stream: Stream | PreparedStream, args: ContinualArguments) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        stream: Stream | PreparedStream,
+        args: ContinualArguments,
+        *,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    ) -> None:
+        distributed.start()
         if isinstance(stream, Stream):
             stream = PreparedStream(stream, processor, args.image_feature_bytes)
         self.args = args
+        self.callbacks = [c() if isinstance(c, type) else c for c in callbacks]
         self.data = stream
         self.stream = stream.stream
         self.output_dir = Path(args.output_dir)
-        for task in self.stream:
-            if not len(getattr(task, args.eval_split)):
-                raise ValueError(f"task {task.name!r} has no {args.eval_split} sample; eval_split needs at least one")
+        evaluation.check_tasks(self.stream, args.eval_split)
         was_patched = hasattr(model, "increments")
         self.model = patch(model, processor=processor)
         self.increments = get_increments(model)
@@ -114,7 +115,6 @@ class ContinualTrainer:
                 unpatch(model)
             raise
         self._train_collate = Collator(stream.encoder, stream.features, training=True)
-        self._eval_collate = Collator(stream.encoder, stream.features, training=False)
 
     def _check(self) -> dict[str, Any]:
         if self.increments.pool.num_tasks or self.increments.pool.block_rows:
@@ -124,139 +124,190 @@ class ContinualTrainer:
             )
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
-        identity = {
-            "method": self.increments.config.to_dict(),
-            "arguments": self.args.identity(),
-            "stream": {task.name: [len(task.train), len(getattr(task, self.args.eval_split))] for task in self.stream},
-            "stream_sha256": [fingerprint([*task.train, *getattr(task, self.args.eval_split)]) for task in self.stream],
-        }
-        fresh: dict[str, Any] = {**identity, "matrix": [], "losses": {}, "seconds": 0.0, "parameters": 0}
-        if not self.output_dir.exists() or not any(self.output_dir.iterdir()):
-            return fresh
-        try:
-            found = json.loads((self.output_dir / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        identity = json.loads(json.dumps(identity))
-        if {key: found.get(key) for key in identity} != identity:
-            raise FileExistsError(f"{self.output_dir} holds another run or other files; give a new output_dir")
-        if not self.args.resume:
-            raise FileExistsError(f"{self.output_dir} holds this run already; set resume to go on, or a new output_dir")
-        return found
+        identity = run_identity(self.increments.config, self.args, self.stream)
+        distributed.check_equal(identity, "the method, the arguments or the stream")
+        found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
+        fresh: dict[str, Any] = {
+            **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
+            "parameters": 0,
+        }  # fmt: skip
+        return fresh if found is None else found
 
     def train(self) -> ContinualResult:
-        """Learns all tasks that are not learned yet. After each, the increments and ``run.json`` are on disk."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        """Learns all tasks that are not learned yet.
+
+        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk. Every process
+        returns the same result; the main one alone writes. If one raises, all do.
+        """
+        with distributed.failing_together():
+            return self._train()
+
+    def _train(self) -> ContinualResult:
         tasks, progress = self.stream.task_names, self._progress
         phases = [tasks] if self.increments.method.joint else [[name] for name in tasks]
         done = len(progress["matrix"])
+        self._place()
         if done:
             load_pretrained(self.model, self._saved(done - 1, phases))
+            distributed.on_main(self._write_results)
+        self._read_ahead(tasks, done if len(phases) > 1 else 0)
         for number in range(done, len(phases)):
             start = time.perf_counter()
-            losses, parameters = self._learn(number, phases[number])
-            seen = tasks if self.increments.method.joint else tasks[: number + 1]
-            row = self._evaluate(seen)
-            save_pretrained(self.model, self._saved(number, phases))
-            progress["matrix"].append(row)
-            progress["losses"][", ".join(phases[number])] = losses
+            names = phases[number]
+            events = TaskEvents(self.callbacks, "+".join(names), number)
+            events.begin()
+            tuned, parameters = self._learn(number, names, events)
+            with events.stage("evaluate") as measured:
+                evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1])
+                measured.update({f"accuracy/{task.task}": task.score for task in evaluations})
+            tuned.trainer.log(dict(events.metrics))
+            progress["matrix"].append([task.score for task in evaluations])
+            progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
+            progress["examples"] = {task.task: task.examples for task in evaluations}
+            progress["losses"][", ".join(names)] = tuned.losses
             progress["seconds"] += time.perf_counter() - start
             progress["parameters"] = max(progress["parameters"], parameters)
-            write_text(self.output_dir / RUN, json.dumps(progress, indent=2) + "\n")
+            self._progress = progress = distributed.on_main(
+                functools.partial(self._write, self._saved(number, phases), evaluations)
+            )
+            events.end()
+        return self._result()
+
+    def _result(self) -> ContinualResult:
+        progress = self._progress
         return ContinualResult(
-            task_names=tasks,
+            task_names=self.stream.task_names,
             accuracy_matrix=self._matrix(progress["matrix"]),
-            selection_accuracy=self._selection_accuracy(),
+            selection_accuracy=progress["selection_accuracy"],
             trainable_parameters=progress["parameters"],
             seconds=progress["seconds"],
             losses=progress["losses"],
+            examples=progress["examples"],
         )
+
+    def _read_ahead(self, tasks: list[str], done: int) -> None:
+        """Encodes all that will be needed: what cannot be read fails now, and FSDP has not yet sharded the base."""
+        if distributed.count() > 1:
+            self.increments.base_fingerprint = base_fingerprint(self.model)
+        wanted = [(name, "train") for name in tasks[done:]] + [(name, self.args.eval_split) for name in tasks]
+        for name, split in wanted:
+            queries_of(self.model, self.data.examples(name, split, self.model), self.data.features)
+
+    def _place(self) -> None:
+        """Several processes each compute on the device that the launcher gave them."""
+        if distributed.count() > 1 and self.increments.pool.row_task.device != distributed.device():
+            self.model.to(distributed.device())
+
+    def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> dict[str, Any]:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        save_pretrained(self.model, increments)
+        evaluation.write_predictions(self.output_dir / evaluation.PREDICTIONS / increments.name, evaluations)
+        write_text(self.output_dir / RUN, json.dumps(self._progress, indent=2) + "\n")
+        self._write_results()
+        return self._progress
+
+    def _write_results(self) -> None:
+        """``results.json``, which the report is made of, finished or not."""
+        result, method = self._result(), self.increments.config.to_dict()
+        config = {
+            "model": self.model.name_or_path or None,
+            "split": self.args.eval_split,
+            "arguments": self.args.identity(),
+            "method_configs": {method["method"]: method},
+        }
+        results = evaluation.results_of_run(
+            self.stream, method["method"], self.args.seed, result.to_dict(), config, result.losses, result.examples
+        )
+        write_text(self.output_dir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
         name = phases[number][0] if len(phases) > 1 else "all"
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
         return self.output_dir / "increments" / f"{number + 1:02d}-{safe}"
 
-    def _learn(self, number: int, names: list[str]) -> tuple[list[float], int]:
+    def _learn(self, number: int, names: list[str], events: TaskEvents) -> tuple[Tuned, int]:
         """Stages and commit of one task (of all tasks, for a joint method)."""
         increments, args = self.increments, self.args
         pool, method, title = increments.pool, increments.method, "+".join(names)
         seed = args.seed * 10_000 + number
-        examples = [e for name in names for e in self.data.examples(name, "train", self.model)]
-        queries = self._queries(examples)
+        parts = [self.data.examples(name, "train", self.model) for name in names]
+        examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
+        queries = queries_of(self.model, examples, self.data.features)
         method.open_task(pool, queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
         try:
             if method.aligns_keys:
                 assert queries is not None
                 top_m: int = increments.config.top_m  # type: ignore[attr-defined]
-                align_keys(pool, queries, top_m, increments.groups, args, seed, f"{title}: align")
-            losses = tune(
-                self.model, examples, queries, self._train_collate, args,
-                seed=seed, title=f"{title}: tune", steps_factor=len(names),
-            )  # fmt: skip
-            method.close_task(pool, title, queries, increments.groups)
+                with events.stage("align") as measured:
+                    measured["loss"] = align_keys(
+                        pool, queries, top_m, increments.groups, args, seed, f"{title}: align"
+                    )
+            with events.stage("tune") as measured:
+                tuned = tune(
+                    self.model, examples, queries, self._train_collate, args, seed=seed, title=title,
+                    steps_factor=len(names), callbacks=self.callbacks,
+                )  # fmt: skip
+                if tuned.losses:
+                    measured["loss"] = tuned.losses[-1]
+            with events.stage("commit"):
+                method.close_task(pool, title, queries, increments.groups)
         except BaseException:
             # what is committed stays usable, and half a task never is
             pool.drop_block()
             raise
-        return losses, parameters
+        return tuned, parameters
 
-    def _queries(self, examples: list[Example]) -> Tensor | None:
-        """``[n, D]`` on the CPU, by the same reading of instructions as in the model."""
-        surrogate, reader = self.increments.surrogate, self.increments.reader
-        if surrogate is None:
-            return None
-        assert reader is not None
-        texts = [reader.canonical(example.instruction) for example in examples]
-        image = None
-        if surrogate.uses_image:
-            image = self.data.features.pooled([e.sample for e in examples], vision_width(self.model))
-        return surrogate.query(texts, image, batch_size=64)
-
-    def _examples(self, names: list[str]) -> list[list[Example]]:
-        return [self.data.examples(name, self.args.eval_split, self.model) for name in names]
-
-    def _evaluate(self, names: list[str]) -> list[float]:
-        """Accuracy on each task; the samples of all tasks share batches."""
-        by_task = self._examples(names)
-        examples = [example for task in by_task for example in task]
-        batches = -(-len(examples) // self.args.eval_batch_size)
-        with stage(f"evaluate {len(names)} task(s)", batches, self.args.progress) as advance:
-            answers = iter(
-                predict(
-                    self.model,
-                    examples,
-                    self._queries(examples),
-                    self._eval_collate,
-                    batch_size=self.args.eval_batch_size,
-                    max_new_tokens=self.args.max_new_tokens,
-                    advance=advance,
-                )  # fmt: skip
-            )
-        return [
-            metrics.exact_match([next(answers) for _ in task], [example.sample.answer for example in task])
-            for task in by_task
-        ]
+    def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
+        return evaluation.evaluate_tasks(
+            self.model,
+            self.data,
+            names,
+            self.args.eval_split,
+            batch_size=self.args.eval_batch_size,
+            max_new_tokens=self.args.max_new_tokens,
+            progress=self.args.progress,
+        )
 
     def _matrix(self, rows: list[list[float]]) -> list[list[float | None]]:
-        """T x T; rows above the diagonal, and a joint method's earlier rows, were not measured."""
+        """T x T; None was not measured: tasks that were not seen yet, steps to come, a joint method's earlier rows."""
         size = len(self.stream)
+        measured = [[*row, *[None] * (size - len(row))] for row in rows]
         missing: list[list[float | None]] = [[None] * size for _ in range(size - len(rows))]
-        return missing + [[*row, *[None] * (size - len(row))] for row in rows]
+        return missing + measured if self.increments.method.joint else measured + missing
 
-    def _selection_accuracy(self) -> float | None:
-        increments = self.increments
-        if increments.surrogate is None or not increments.pool.num_rows:
-            return None
-        shares: list[Tensor] = []
-        for task, examples in enumerate(self._examples(self.stream.task_names)):
-            queries = self._queries(examples)
-            assert queries is not None
-            selection = increments.method.select(
-                increments.pool, queries.to(increments.pool.keys.device), increments.groups, training=False
-            )
-            assert selection is not None and selection.index is not None and selection.weight is not None
-            right = increments.pool.row_task[selection.index] == task
-            shares.append((selection.weight * right).sum(1).cpu())
-        return torch.cat(shares).mean().item()
+
+def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream) -> dict[str, Any]:
+    """What makes a run that run, as ``run.json`` holds it; of several processes, once they are connected."""
+    arguments = args.identity()
+    # so that a run may go on with fewer processes and more samples on each
+    per_device, accumulated = (
+        arguments.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    arguments["train_batch_size"] = per_device * accumulated * distributed.count()
+    return {
+        "method": method.to_dict(),
+        "arguments": arguments,
+        "stream": {task.name: [len(task.train), len(getattr(task, args.eval_split))] for task in stream},
+        "metrics": {task.name: task.metric for task in stream},
+        "stream_sha256": [fingerprint(chain(task.train, getattr(task, args.eval_split))) for task in stream],
+    }
+
+
+def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What ``run.json`` says of the run; None where it has not finished a task yet.
+
+    Raises FileExistsError where ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
+    """
+    if not output_dir.exists() or not any(file.name != CONFIG for file in output_dir.iterdir()):
+        return None
+    try:
+        found = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    identity = json.loads(json.dumps(identity))
+    if {key: found.get(key) for key in identity} != identity:
+        raise FileExistsError(f"{output_dir} holds another run or other files; give a new output_dir")
+    if not resume:
+        raise FileExistsError(f"{output_dir} holds this run already; set resume to go on, or a new output_dir")
+    return found

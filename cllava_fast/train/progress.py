@@ -8,17 +8,20 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cllava_fast import distributed
+
 Advance = Callable[[str], None]
 
 
 @contextmanager
 def stage(title: str, total: int, show: bool = True, console: Console | None = None) -> Iterator[Advance]:
-    """Shows one stage; the yielded function advances it by one step and takes a word such as the loss.
+    """Shows one stage, on the main process; the yielded function advances it by one step and takes a word such as the
+    loss.
 
     Without a terminal a stage prints a single line when it ends.
     """
     console = console or Console(stderr=True)
-    if not show:
+    if not (show and distributed.is_main()):
         yield lambda note: None
         return
     last = ""

@@ -4,61 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments
-from cllava_fast.model.answers import answer_positions
+from cllava_fast.model.answers import IGNORE, answer_positions
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.progress import Advance, stage
 
 
-class ContinualCallback(TrainerCallback):
-    """Shows the steps of a stage, and stops a run whose loss is no number."""
+class Tuned(NamedTuple):
+    """What tuning leaves: the logged losses, and the way to the loggers of ``report_to``."""
 
-    def __init__(self, title: str, advance: Advance) -> None:
-        self.title, self.advance, self.note, self.losses = title, advance, "", list[float]()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(self.note)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"{self.title}: the loss is {loss} at step {state.global_step}")
-            self.losses.append(loss)
-            self.note = f"loss {loss:.4f}"
-
-
-class _TuneSet(Dataset[tuple[Example, "Tensor | None"]]):
-    def __init__(self, examples: Sequence[Example], queries: Tensor | None) -> None:
-        self.examples, self.queries = examples, queries
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> tuple[Example, Tensor | None]:
-        return self.examples[i], None if self.queries is None else self.queries[i]
-
-
-class _TuneCollator:
-    def __init__(self, collate: Collator) -> None:
-        self.collate = collate
-
-    def __call__(self, items: Sequence[tuple[Example, Tensor | None]]) -> dict[str, Tensor]:
-        batch = self.collate([example for example, _ in items])
-        # found here, where reading the labels waits for no device
-        batch["answer_positions"] = answer_positions(batch["labels"])
-        queries = [query for _, query in items if query is not None]
-        return {**batch, "query": torch.stack(queries)} if queries else batch
+    losses: list[float]
+    trainer: TaskTrainer
 
 
 def tune(
@@ -71,15 +39,15 @@ def tune(
     seed: int,
     title: str,
     steps_factor: int = 1,
-) -> list[float]:
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Tuned:
     """Tunes the open block of a patched model; next-token cross entropy on the answers.
 
     Args:
         queries: ``[n, D]``, one for each example, or None for methods without queries.
+        title: the task's name; what is logged begins with it.
         steps_factor: multiplies ``args.max_steps`` (joint training takes the steps of all tasks).
-
-    Returns:
-        The logged losses.
+        callbacks: of the caller, for transformers' ``Trainer``.
 
     Raises:
         FloatingPointError: the loss is NaN or Inf.
@@ -88,7 +56,32 @@ def tune(
     increments.pool.train_keys(False)
     if increments.pool.block_keys is not None:
         increments.pool.block_keys.requires_grad_(False)
-    device = increments.pool.row_task.device
+    options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
+    with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model):
+        trainer = TaskTrainer(
+            title,
+            model=model,
+            args=_on_one_device(TrainingArguments(**options)),
+            train_dataset=_TuneSet(examples, queries),
+            data_collator=_TuneCollator(collate),
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
+        with stage(f"{title}: tune", _steps(trainer, len(examples)), args.progress) as advance:
+            callback = _Losses(title, advance)
+            trainer.add_callback(callback)
+            model.train()
+            trainer.train()
+    trainer.release()
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    return Tuned(callback.losses, trainer)
+
+
+def training_options(
+    args: ContinualArguments, device: torch.device, seed: int, steps_factor: int = 1
+) -> dict[str, Any]:
+    """Fields of ``transformers.TrainingArguments``; ``args.trainer_options`` have the last word."""
     options: dict[str, Any] = dict(
         output_dir=args.output_dir,
         seed=seed,
@@ -103,14 +96,19 @@ def tune(
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         bf16=args.bf16,
+        fp16=args.fp16,
         use_cpu=device.type == "cpu",
+        dataloader_num_workers=args.dataloader_num_workers,
         dataloader_pin_memory=device.type != "cpu",
         # a blocking copy would wait for the whole step before it
         accelerator_config={"non_blocking": device.type != "cpu"},
+        # every step uses all that trains, and what is frozen never changes: nothing to search, nothing to send
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         save_strategy="no",
-        logging_steps=10,
+        logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        report_to="none",
+        report_to=args.report_to or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -118,24 +116,141 @@ def tune(
     if args.activation_checkpointing:
         # the reentrant form would cut the gradient to w, which reaches the layers as a keyword argument
         options.update(_checkpointing_options())
-    options.update(args.trainer_options)
-    with _quiet("transformers.trainer"), _keeps_forward(model):
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(**options),
-            train_dataset=_TuneSet(examples, queries),
-            data_collator=_TuneCollator(collate),
-        )
-        trainer.remove_callback(PrinterCallback)
-        with stage(title, _steps(trainer, len(examples)), args.progress) as advance:
-            callback = ContinualCallback(title, advance)
-            trainer.add_callback(callback)
-            model.train()
-            trainer.train()
-    trainer.accelerator.free_memory()
-    model.eval()
-    model.zero_grad(set_to_none=True)
-    return callback.losses
+    return {**options, **args.trainer_options}
+
+
+class TaskTrainer(Trainer):
+    """Transformers' ``Trainer`` for one task: the same samples in each step on any number of processes, and logs that
+    name the task."""
+
+    def __init__(self, task: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.task = task
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if getattr(self.args, "train_sampling_strategy", "random") != "random":
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.train_batch_size * self.args.world_size if self.args.world_size > 1 else 1
+        assert isinstance(self.train_dataset, _TuneSet)
+        return _GlobalOrder(len(self.train_dataset), together, self.args.data_seed or 0)
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled:
+            self._shard_base_alone(self.accelerator.state.fsdp_plugin)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def _shard_base_alone(self, plugin: Any) -> None:
+        """FSDP shards the frozen base, once; increments are small, grow by every task, and stay whole everywhere."""
+        model: Any = self.model
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version is {plugin.fsdp_version}; expected 2: FSDP 1 cannot leave increments out")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError("fsdp_cpu_ram_efficient_loading is on; turn it off: it would empty the increments, too")
+        plugin.ignored_modules = [get_increments(self.model)]
+        # queries are float32, and a lower precision of the model's arguments would select other rows
+        plugin.mixed_precision_policy = None
+        if plugin.transformer_cls_names_to_wrap is None:
+            present = {type(module).__name__ for module in model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._average_gradient)
+
+    def _average_gradient(self, parameter: Tensor) -> None:
+        if self.accelerator.sync_gradients:
+            distributed.average(parameter.grad)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({f"{self.task}/{name}": value for name, value in logs.items()}, start_time)
+
+    def release(self) -> None:
+        """Lets go of what tuning needed; ``log`` still works."""
+        self.accelerator.free_memory()
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model  # type: ignore[assignment]
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.callback_handler.train_dataloader = None
+
+
+class _Losses(TrainerCallback):
+    """Shows the steps, keeps the losses, and stops a run whose loss is no number."""
+
+    def __init__(self, task: str, advance: Advance) -> None:
+        self.task, self.advance, self.note, self.losses = task, advance, "", list[float]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(self.note)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get(f"{self.task}/loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{self.task}: tune: the loss is {loss} at step {state.global_step}")
+        self.losses.append(loss)
+        self.note = f"loss {loss:.4f}"
+
+
+class _GlobalOrder(Sampler[int]):
+    """A random order of ``samples``, the same for any number of processes; accelerate deals it out batch by batch.
+
+    It is filled up to a multiple of ``together`` by the index ``samples``, which stands for an item without a label.
+    Accelerate would fill up with samples, which then count twice.
+    """
+
+    def __init__(self, samples: int, together: int, seed: int) -> None:
+        self.samples, self.seed, self.epoch = samples, seed, 0
+        self.length = -(-samples // together) * together
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        yield from order.tolist()
+        yield from [self.samples] * (self.length - self.samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class _Item(NamedTuple):
+    example: Example
+    query: Tensor | None
+    counts: bool  # False: fills a batch, and has no part in the loss
+
+
+class _TuneSet(Dataset[_Item]):
+    def __init__(self, examples: Sequence[Example], queries: Tensor | None) -> None:
+        self.examples, self.queries = examples, queries
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> _Item:
+        counts = i < len(self)
+        i = i if counts else 0
+        return _Item(self.examples[i], None if self.queries is None else self.queries[i], counts)
+
+
+class _TuneCollator:
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[_Item]) -> dict[str, Tensor]:
+        batch = self.collate([item.example for item in items])
+        batch["labels"][torch.tensor([not item.counts for item in items])] = IGNORE
+        # found here, where reading the labels waits for no device
+        batch["answer_positions"] = answer_positions(batch["labels"])
+        queries = [item.query for item in items if item.query is not None]
+        return {**batch, "query": torch.stack(queries)} if queries else batch
+
+
+def _on_one_device(args: TrainingArguments) -> TrainingArguments:
+    # one process with several GPUs in sight would copy the model onto each for every batch (DataParallel)
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
 
 
 def _steps(trainer: Trainer, examples: int) -> int:
@@ -154,13 +269,27 @@ def _checkpointing_options() -> dict[str, Any]:
 
 @contextmanager
 def _keeps_forward(model: Any) -> Iterator[None]:
-    """Takes off what mixed precision wraps around ``forward``: accelerate's own unwrapping would take off ours too."""
-    forward = model.__dict__["forward"]
+    """Takes off what mixed precision and FSDP wrap around our methods: accelerate's own unwrapping would take ours off,
+    too."""
+    ours = {name: model.__dict__[name] for name in ("forward", "generate")}
     try:
         yield
     finally:
-        model.__dict__["forward"] = forward
+        model.__dict__.update(ours)
         model.__dict__.pop("_original_forward", None)
+
+
+@contextmanager
+def _counts_as_adapted(model: Any) -> Iterator[None]:
+    """The Trainer refuses a quantised base without adapters, and would know PEFT's alone."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 @contextmanager
@@ -170,6 +299,9 @@ def _quiet(name: str) -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch 2.13 has a new name for it, accelerate knows the old one
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            yield
     finally:
         logger.setLevel(level)

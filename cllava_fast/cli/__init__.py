@@ -1,0 +1,128 @@
+"""``cllava-fast COMMAND``: one module a command, imported when its command is called, so that ``--help`` is quick.
+
+A command's module has ``EXAMPLE`` (the end of its help), ``add_arguments(parser)`` and ``run(arguments) -> int``, and
+``USAGE`` where argparse's own would be too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+import cllava_fast
+
+COMMANDS = {
+    "init": "write a commented YAML to start from",
+    "train": "learn a stream of tasks; writes increments, results and a report",
+    "eval": "measure what a run has learned, on its own stream or another",
+    "ask": "answer one question, and show which rows of the pool answered",
+    "report": "draw the report of a finished run again and print its table",
+    "export": "write one task's or one question's increments as a PEFT adapter",
+    "demo": "a tiny LLaVA learns four tasks one after another; writes a report",
+    "env": "versions, device, and which backend runs each op and why",
+}
+REFUSED, INTERRUPTED = 1, 130
+EXAMPLE = """the usual way:
+  cllava-fast init stream.yaml
+  cllava-fast train stream.yaml --model path/of/llava --output runs/mine
+  cllava-fast ask runs/mine --image photo.png "what is shown?"
+
+cllava-fast COMMAND --help tells all of a command. Exit codes: 0 done, 1 refused, 2 misspelt, 130 interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for a refused input, 130 for an interrupt.
+
+    Raises SystemExit(2) for a command line that cannot be understood, SystemExit(0) behind ``--help``.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = next((word for word in argv if word in COMMANDS), None)
+    command = None if name is None else _module(name)
+    top, chosen = _parser(name, command)
+    arguments, unknown = top.parse_known_args(argv)
+    if unknown:
+        assert chosen is not None  # without a command, argparse has complained
+        _refuse_unknown(chosen, unknown)
+    assert command is not None
+    as_usual, warnings.formatwarning = warnings.formatwarning, _warning
+    try:
+        return command.run(arguments)
+    except KeyboardInterrupt:
+        print("cllava-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.traceback or os.environ.get("CLLAVA_TRACEBACK") == "1":
+            raise
+        print(_sentence(error), file=sys.stderr)
+        return REFUSED
+    finally:
+        warnings.formatwarning = as_usual
+
+
+def _parser(
+    name: str | None, command: ModuleType | None
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
+    """The parser, in which only the command at hand has its arguments, and that command's own."""
+    top = _new(
+        argparse.ArgumentParser,
+        prog="cllava-fast",
+        description=(cllava_fast.__doc__ or "").partition("\n")[0],
+        epilog=EXAMPLE,
+    )
+    top.add_argument("--version", action="version", version=f"cllava_fast {cllava_fast.__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    chosen = None
+    for each, line in COMMANDS.items():
+        if each != name:
+            commands.add_parser(each, help=line)
+            continue
+        assert command is not None
+        words = {"help": line, "description": f"{line}.", "epilog": command.EXAMPLE}
+        chosen = _new(commands.add_parser, name=each, usage=getattr(command, "USAGE", None), **words)
+        command.add_arguments(chosen)
+        chosen.add_argument("--traceback", action="store_true", help="on an error show where it came from")
+    return top, chosen
+
+
+def _new(make: object, **options: object) -> argparse.ArgumentParser:
+    # a prefix of a flag would change its meaning as soon as another flag comes
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
+    return make(**options)  # type: ignore[operator]
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"cllava_fast.cli.{name}")
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    flag = unknown[0].partition("=")[0]
+    if not flag.startswith("--"):
+        parser.error(f"unexpected argument {flag!r}")
+    from cllava_fast.config import nearest  # here, since it needs torch
+
+    flags = [option for option in parser._option_string_actions if option.startswith("--")]
+    same = [known for known in flags if known.rpartition(".")[2] == flag.strip("-")]
+    parser.error(f"{flag} is unknown; " + (f"did you mean {same[0]}?" if same else nearest(flag, flags)))
+
+
+def _sentence(error: Exception) -> str:
+    """An error in its own words; which process it is from, where several run."""
+    rank = os.environ.get("RANK", "0")
+    who = "cllava-fast" if rank == "0" else f"cllava-fast, process {rank}"
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError)) or _is_ours(error):
+        return f"{who}: {text}"
+    return f"{who}: {type(error).__name__}: {text} (--traceback shows where)"
+
+
+def _warning(message: Warning | str, *where: object, **line: object) -> str:
+    return f"cllava-fast: {message}\n"
+
+
+def _is_ours(error: Exception) -> bool:
+    return type(error).__module__.startswith("cllava_fast.")

@@ -1,0 +1,113 @@
+"""``cllava-fast ask RUN QUESTION``: an answer, and which rows of the pool it came from."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+EXAMPLE = """examples:
+  cllava-fast ask runs/mine --image chart.png "which bar is the tallest?"
+  cllava-fast ask runs/mine --after charts --quiet "what is two plus two?"
+
+similarity: of the question to the row's key. weight: how strongly the row answers, in all 100 %. context: the share of
+what the row brings that comes from the rows of earlier tasks."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the pool that answered. ``weight`` and ``context`` are shares in 0..1."""
+
+    task: str
+    number: int  # in the pool, as in a run's predictions
+    similarity: float
+    weight: float
+    context: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, or of saved increments")
+    parser.add_argument("question")
+    parser.add_argument("--image", metavar="FILE", help="the picture that is asked about")
+    parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer (default: as in training)")
+    parser.add_argument("--quiet", action="store_true", help="print the answer alone")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cllava_fast.cli.running import answer_tokens, check_positive, open_run
+    from cllava_fast.data.encode import Collator, Encoder
+    from cllava_fast.data.stream import Sample
+    from cllava_fast.evaluate.predict import predict
+
+    check_positive(arguments, "max_new_tokens")
+    tokens = arguments.max_new_tokens or answer_tokens(arguments.run_dir)
+    if not arguments.question.strip():
+        raise ValueError("the question is blank; expected a text")
+    sample = Sample(arguments.question, "", arguments.image)
+    sample.open_image()  # refused now, not behind the weights
+    model, processor = open_run(arguments.run_dir, arguments.after)
+    encoder = Encoder(processor)
+    examples = encoder.encode([sample])
+    collate = Collator(encoder, None, training=False)
+    (answer,) = predict(model, examples, None, collate, batch_size=1, max_new_tokens=tokens)
+    print(answer)
+    if not arguments.quiet:
+        _print(explain(model, collate(examples), arguments.question), model.increments.config.method)
+    return 0
+
+
+def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
+    """The rows that a patched model selects for the one sample of ``batch``, the strongest first.
+
+    Empty for a method that does not select, or before anything is learned.
+    """
+    import torch
+
+    from cllava_fast import ops
+    from cllava_fast.model import get_increments
+    from cllava_fast.model.increments import Request
+    from cllava_fast.model.patching import pooled_image
+
+    increments = get_increments(model)
+    pool = increments.pool
+    if increments.surrogate is None or not pool.num_rows:
+        return []
+    request = Request(
+        batch=1,
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=None,
+        pixel_values=batch.get("pixel_values"),
+        instructions=[question],
+        query=None,
+    )
+    with torch.no_grad():
+        query = increments.query(request, partial(pooled_image, model)).to(pool.keys.device)
+        top_m: int = increments.config.top_m  # type: ignore[attr-defined]
+        index, weight, similarity = ops.select(query, pool.keys, top_m, groups=increments.groups)  # [1, M] each
+    tasks, rows = pool.row_task.tolist(), []
+    for n, w, s in zip(index[0].tolist(), weight[0].tolist(), similarity[0].tolist(), strict=True):
+        task = tasks[n]
+        # every selected row brings w[task, l] * z[n] of the rows n of each earlier task l, beside its own 1
+        brought = (pool.context[task][pool.row_task] * pool.row_mean)[: tasks.index(task)].abs().sum().item()
+        rows.append(Row(pool.task_names[task], n, s, w, brought / (1.0 + brought)))
+    return sorted(rows, key=lambda row: -row.weight)
+
+
+def _print(rows: list[Row], method: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        print(f"({method} selects nothing: the same increments answer every question)")
+        return
+    shown = Table("task", "row", "similarity", "weight", "context", box=box.SIMPLE_HEAD, show_edge=False)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        numbers = f"{row.similarity:.3f}", f"{row.weight:.1%}", f"{row.context:.1%}"
+        shown.add_row(row.task, str(row.number), *numbers)
+    Console().print("", shown)

@@ -1,0 +1,98 @@
+"""The base model and its processor, by transformers' own Auto classes. Code that comes with weights is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from cllava_fast import distributed
+from cllava_fast.config import ModelConfig
+from cllava_fast.data.encode import Encoder
+from cllava_fast.environment import require
+from cllava_fast.model.card import is_repo_id
+from cllava_fast.model.paths import BASES
+
+
+def check_base(config: ModelConfig) -> None:
+    """Refuses what ``load_base`` could not load, by the model's configuration alone.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a model of the hub.
+        ValueError: no model that transformers knows.
+        TypeError: a model that ``cllava_fast.patch`` does not take.
+        ModuleNotFoundError: the quantisation needs a package that is not installed.
+    """
+    base = _model_config(config)
+    cls = _auto_class(base)._model_mapping.get(type(base), None)
+    if cls is None or cls.__name__ not in BASES:
+        name = base.model_type if cls is None else cls.__name__
+        raise TypeError(f"model.path is {config.path!r}, a {name}; expected one of {', '.join(BASES)}")
+    if config.quantization is not None:
+        require("bitsandbytes", f"model.quantization={config.quantization}")
+
+
+def load_base(config: ModelConfig) -> tuple[Any, Any]:
+    """The model in evaluation mode, and its processor (a tokenizer, for a text-only model).
+
+    Raises:
+        ValueError: a processor that cannot encode, such as one without a chat template; before weights are loaded.
+    """
+    path = _path(config)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    Encoder(processor)
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "device_map": config.device_map or {"": default_device()},
+    }
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif config.quantization == "4bit":
+        compute = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    model = _auto_class(_model_config(config)).from_pretrained(path, **options)
+    return model.eval(), processor
+
+
+def default_device() -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    return distributed.device() if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _auto_class(base: Any) -> Any:
+    sees = base.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def _path(config: ModelConfig) -> str:
+    """A hub's name, or a folder's in full: what a run saves says which base it belongs to."""
+    path = Path(config.path).expanduser()
+    return config.path if is_repo_id(config.path) and not path.is_dir() else str(path.resolve())
+
+
+def _model_config(config: ModelConfig) -> Any:
+    path = _path(config)
+    if Path(path).is_absolute() and not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"model.path: {path}/config.json does not exist; expected a model's folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model.path is {config.path!r}, which is no folder here, and the hub does not give it: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error

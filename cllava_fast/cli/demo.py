@@ -1,0 +1,56 @@
+"""``cllava-fast demo``."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLE = "example: cllava-fast demo --seeds 3 --output runs/demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="runs/demo", help="folder for the report (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds to average over (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods (default: all)")
+    parser.add_argument(
+        "--ambiguous", type=float, default=0.0, metavar="SHARE",
+        help="share of two tasks' questions that are word for word the same (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--surrogate", default="sentence",
+        help='what selects rows: "sentence", "backbone" or "text+image" (default: %(default)s)',
+    )  # fmt: skip
+    parser.add_argument("--context", default="product", help="product, factor or none (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="tuning steps for each task (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=1200, help="training samples of each task (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=200, help="test samples of each task (default: %(default)s)")
+    parser.add_argument(
+        "--split", default="test", choices=("test", "validation"),
+        help="what is measured; choose hyperparameters on validation (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from cllava_fast.demo.run import METHODS, DemoConfig, run_demo
+    from cllava_fast.evaluate.report import print_table
+
+    config = DemoConfig(
+        output=arguments.output,
+        seeds=arguments.seeds,
+        methods=tuple(arguments.methods or METHODS),
+        ambiguous=arguments.ambiguous,
+        surrogate=arguments.surrogate,
+        context=arguments.context,
+        steps=arguments.steps,
+        split=arguments.split,
+        train=arguments.train,
+        test=arguments.test,
+        overwrite=arguments.overwrite,
+    )
+    logging.disable_progress_bar()  # ours tell more
+    results = run_demo(config)
+    print_table(results)
+    print(f"\nReport: {config.output}/report.md   Pictures: accuracy_matrix.png, forgetting.png in the same folder")
+    return 0

@@ -1,0 +1,59 @@
+"""``cllava-fast eval RUN``: accuracy of what was learned, on the run's own stream or another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """examples:
+  cllava-fast eval runs/mine --output runs/mine-test         # predictions and a report, too
+  cllava-fast eval runs/mine --split validation --after charts
+  cllava-fast eval runs/mine --stream other.yaml
+  cllava-fast eval runs/mine --frozen                        # the base model as it came, for comparison"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run")
+    parser.add_argument("--stream", metavar="STREAM", help="a YAML or a ready stream's name (default: the run's own)")
+    parser.add_argument("--base", metavar="DIR", help="folder that that stream's relative paths start from")
+    parser.add_argument("--split", default="test", choices=("test", "validation"), help="(default: %(default)s)")
+    parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
+    parser.add_argument("--frozen", action="store_true", help="measure the base model without what was learned")
+    parser.add_argument("--output", metavar="DIR", help="folder for predictions and a report (default: print only)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in that folder")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="(default: as in training)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: as in training)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cllava_fast.cli.running import check_positive, open_base, open_run, open_stream, run_config
+    from cllava_fast.config import load_config
+    from cllava_fast.evaluate.evaluation import check_output, check_tasks, evaluate_stream
+    from cllava_fast.evaluate.report import print_table
+
+    check_positive(arguments, "batch_size", "max_new_tokens")
+    config = run_config(Path(arguments.run_dir))
+    asked = config
+    if arguments.stream is not None:
+        asked = load_config(arguments.stream, {"model.path": config.model.path}, arguments.base)
+    stream = open_stream(asked)
+    check_tasks(stream, arguments.split)
+    if arguments.output is not None:
+        check_output(Path(arguments.output), arguments.overwrite)
+    model, processor = open_base(config) if arguments.frozen else open_run(arguments.run_dir, arguments.after)
+    results = evaluate_stream(
+        model,
+        processor,
+        stream,
+        arguments.output,
+        split=arguments.split,
+        batch_size=arguments.batch_size or config.training.eval_batch_size,
+        max_new_tokens=arguments.max_new_tokens or config.training.max_new_tokens,
+        image_feature_bytes=config.training.image_feature_bytes,
+        overwrite=arguments.overwrite,
+        progress=config.training.progress,
+    )
+    print_table(results)
+    if arguments.output is not None:
+        print(f"\nReport and predictions: {arguments.output}")
+    return 0

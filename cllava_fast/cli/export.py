@@ -1,0 +1,41 @@
+"""``cllava-fast export RUN``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """examples:
+  cllava-fast export runs/mine --task charts --output charts-lora
+  cllava-fast export runs/mine --instruction "which bar is the tallest?" --output tallest-lora
+
+PEFT loads it: PeftModel.from_pretrained(base, "charts-lora"). One adapter acts on every question, so it holds one
+selection: what acted on a task on average, or what one question selects."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a run, or of saved increments")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the adapter")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--task", help="the mean of what acted on this task's training samples")
+    what.add_argument(
+        "--instruction", metavar="TEXT", help="what this question selects; neither for a method that does not select"
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="at most this rank; the answer says what it costs")
+    parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import cllava_fast as cf
+    from cllava_fast.cli.running import check_positive, open_run
+
+    check_positive(arguments, "rank")
+    if Path(arguments.output).exists() and (Path(arguments.output).is_file() or any(Path(arguments.output).iterdir())):
+        raise FileExistsError(f"{arguments.output} holds something already; give an empty or a new folder")
+    model, _ = open_run(arguments.run_dir, arguments.after)
+    report = cf.export_peft(
+        model, arguments.output, task=arguments.task, instruction=arguments.instruction, rank=arguments.rank
+    )
+    print(report)
+    print(f'Load it: peft.PeftModel.from_pretrained(base, "{arguments.output}")')
+    return 0

@@ -1,0 +1,126 @@
+"""What commands share: a run from its configuration, and a finished run opened again from its folder."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+import cllava_fast as cf
+from cllava_fast import distributed
+from cllava_fast.cli.base import check_base, default_device, load_base
+from cllava_fast.config import CONFIG, RunConfig, check_names, load_config
+from cllava_fast.data import Stream, load_stream
+from cllava_fast.evaluate.evaluation import check_tasks
+from cllava_fast.surrogate import check_surrogate
+from cllava_fast.train.loop import find_run, run_identity
+from cllava_fast.train.tune import training_options
+
+INCREMENTS = "increments"  # of a run's folder: one subfolder for the state after each task
+DEFAULT_TOKENS = 16  # of an answer, where no run says how many
+
+
+def train(config: RunConfig) -> cf.ContinualResult:
+    """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
+    distributed.start()
+    _check_trainer_options(config)
+    surrogate = getattr(config.method, "surrogate", None)
+    if surrogate is not None:
+        check_surrogate(surrogate)
+    stream = open_stream(config)
+    check_tasks(stream, config.training.eval_split)
+    output = Path(config.training.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
+    model, processor = open_base(config)  # which checks what it loads first
+    model = cf.patch(model, config.method, processor=processor)
+    trainer = cf.ContinualTrainer(model, processor, stream, config.training)
+    if distributed.is_main():
+        trainer.output_dir.mkdir(parents=True, exist_ok=True)
+        config.save(trainer.output_dir)
+    return trainer.train()
+
+
+def _check_trainer_options(config: RunConfig) -> None:
+    """What transformers would refuse when the first task is tuned."""
+    options, known = config.training.trainer_options, [field.name for field in fields(TrainingArguments)]
+    check_names(options, known, f"{config.source}: training.trainer_options.")
+    try:
+        TrainingArguments(**training_options(config.training, default_device(), 0))
+    except (TypeError, ValueError, ImportError) as error:
+        raise type(error)(f"{config.source}: training: {error}") from error
+
+
+def open_stream(config: RunConfig) -> Stream:
+    """The configuration's stream, its errors under the name of the file."""
+    if isinstance(config.stream, str):
+        return load_stream(config.stream, base=config.base)
+    try:
+        return load_stream(config.stream, base=config.base)
+    except (ValueError, FileNotFoundError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{config.source}: {str(error).removeprefix('stream: ')}") from error
+
+
+def open_base(config: RunConfig) -> tuple[Any, Any]:
+    """The frozen base of a run, and its processor."""
+    check_base(config.model)
+    logging.disable_progress_bar()
+    return load_base(config.model)
+
+
+def open_run(path: str, after: str | None = None) -> tuple[Any, Any]:
+    """The patched model with what it has learned, and its processor.
+
+    Args:
+        path: folder of a run, folder of saved increments, or a hub's repository of them.
+        after: for a run, its state after this task; by default after the last one.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file() and ((folder / "adapter_config.json").is_file() or not folder.exists()):
+        if after is not None:
+            raise ValueError(f"{path} is no folder of a run, so --after has no meaning; leave it out")
+        logging.disable_progress_bar()
+        model = cf.from_pretrained(path)
+        return model.eval(), model.increments.processor
+    config, saved = run_config(folder), increments_of(folder, after)
+    model, processor = open_base(config)
+    return cf.load_pretrained(model, saved, processor=processor), processor
+
+
+def run_config(folder: Path) -> RunConfig:
+    """The configuration that ``cllava-fast train`` left in a run's folder."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} does not exist; expected the folder of a cllava-fast train run")
+    return load_config(folder / CONFIG, {"training.output_dir": str(folder)})
+
+
+def answer_tokens(path: str) -> int:
+    """How long an answer may be, as in the run's training."""
+    folder = Path(path)
+    return run_config(folder).training.max_new_tokens if (folder / CONFIG).is_file() else DEFAULT_TOKENS
+
+
+def increments_of(folder: Path, after: str | None) -> Path:
+    """Where a run saved its state after a task."""
+    saved = sorted(entry for entry in (folder / INCREMENTS).glob("[0-9][0-9]*-*") if entry.is_dir())
+    if not saved:
+        raise FileNotFoundError(f"{folder} has finished no task yet; cllava-fast train ... --resume goes on")
+    if after is None:
+        return saved[-1]
+    names = [entry.name.partition("-")[2] for entry in saved]
+    if after not in names:
+        raise ValueError(f"{folder} has no state after task {after!r}; expected one of {', '.join(names)}")
+    return saved[names.index(after)]
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for a flag that is given and below 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least 1")

@@ -1,0 +1,86 @@
+"""``cllava-fast train STREAM``. All that can be refused is refused before a weight is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+USAGE = "cllava-fast train STREAM --model PATH [--output DIR] [--resume] [--SECTION.FIELD VALUE ...]"
+EXAMPLE = """examples:
+  cllava-fast train stream.yaml --model llava-hf/llava-1.5-7b-hf --output runs/mine
+  cllava-fast train stream.yaml --model path/of/llava --method.rank 16 --training.bf16
+  cllava-fast train stream.yaml --output runs/mine --resume      # goes on behind the last finished task
+  accelerate launch -m cllava_fast.cli train stream.yaml --model path/of/llava
+
+Every flag with a point is a field of the YAML's section of that name (--training.seed 1 is training: {seed: 1});
+flags win. Lists and mappings are written as in YAML: --method.targets "[self_attn.o_proj, mlp.down_proj]".
+The stream's own keys are explained in what cllava-fast init writes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from cllava_fast import config
+
+    parser.add_argument("stream", metavar="STREAM", help="a stream's YAML, or the name of a ready stream")
+    parser.add_argument("--model", dest="model.path", metavar="PATH", help="the base model (--model.path)")
+    parser.add_argument("--method", dest="method.name", metavar="NAME", help=f"one of {', '.join(config.METHODS)}")
+    parser.add_argument("--output", dest="training.output_dir", metavar="DIR", help="(default: runs/NAME-OF-STREAM)")
+    parser.add_argument("--base", metavar="DIR", help="folder that the stream's relative paths start from (default: "
+                        "the YAML's own, or this one for a ready stream)")  # fmt: skip
+    parser.add_argument("--resume", dest="training.resume", action="store_const", const="true",
+                        help="go on behind the last finished task")  # fmt: skip
+    sections = {
+        "model": config.typed_fields(config.ModelConfig),
+        "method": config.typed_fields(config.IncrementConfig, *(method for method, _ in config.METHODS.values())),
+        "training": config.typed_fields(config.ContinualArguments),
+    }
+    for section, entries in sections.items():
+        group = parser.add_argument_group(section)
+        for name, (entry, kind) in entries.items():
+            _add_flag(group, f"{section}.{name}", entry, kind)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cllava_fast.config import SECTIONS, load_config
+
+    flags = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name.partition(".")[0] in SECTIONS and value is not None
+    }
+    config = load_config(arguments.stream, flags, arguments.base)
+
+    from cllava_fast import distributed
+    from cllava_fast.cli.running import train
+    from cllava_fast.evaluate.report import load_results, print_table, write_report
+
+    train(config)
+    output = config.training.output_dir
+    if distributed.is_main():
+        results = load_results(f"{output}/results.json")
+        write_report(results, output)
+        print_table(results)
+        print(f"\nReport: {output}/report.md   Ask it: cllava-fast ask {output} --image FILE QUESTION")
+    return 0
+
+
+def _add_flag(group: Any, name: str, entry: Any, kind: Any) -> None:
+    from cllava_fast.config import default_of
+
+    default, words = default_of(entry), entry.metadata.get("help", "")
+    if default not in (None, MISSING, {}):
+        text = ", ".join(default) if isinstance(default, tuple) else str(default)
+        words = f"{words} (default: {text.lower() if isinstance(default, bool) else text})".strip()
+    options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+    group.add_argument(f"--{name}", dest=name, metavar=_metavar(kind), help=words.replace("%", "%%"), **options)
+
+
+def _metavar(kind: Any) -> str:
+    """A field's type, as help shows it."""
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) in (Union, UnionType):
+        return _metavar(get_args(kind)[0])
+    words = {int: "INT", float: "NUMBER", bool: "BOOL", str: "TEXT"}
+    return words.get(kind, "MAPPING" if (get_origin(kind) or kind) is dict else "LIST")

@@ -1,0 +1,280 @@
+"""One YAML for a whole run: ``model``, ``method`` and ``training`` beside the stream's own keys.
+
+Sections are dataclasses, so a field is declared once: the file's keys, the command line's flags (``--training.seed 1``)
+and their help all come from it. Values of both are checked here, alike, and refused with the name that was meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cllava_fast.atomic import write_text
+from cllava_fast.methods import METHODS, IncrementConfig, MethodConfig
+from cllava_fast.train.arguments import ContinualArguments
+
+CONFIG = "config.yaml"  # of a run's folder
+STREAM_KEYS = ("name", "images", "tasks")
+SECTIONS = ("model", "method", "training")
+KEYS = (*SECTIONS, *STREAM_KEYS, "stream", "base")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model and how it is loaded; a plain text in the YAML is its ``path``."""
+
+    path: str = field(metadata={"help": "folder or hub name of the base model"})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "of the frozen weights; auto is that of the files"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses by default"}
+    )
+    device_map: str | None = field(
+        default=None, metadata={"help": 'cpu, cuda:1, auto, ...; by default the first GPU, or "cpu" without one'}
+    )
+    quantization: Literal["4bit", "8bit"] | None = field(
+        default=None, metadata={"help": "of the frozen weights, by bitsandbytes (4bit is nf4)"}
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run decides.
+
+    Attributes:
+        stream: what ``cllava_fast.data.load_stream`` takes: the stream's keys, or a name.
+        base: folder that the stream's relative paths start from.
+        source: what to call the configuration in messages.
+    """
+
+    model: ModelConfig
+    method: MethodConfig
+    training: ContinualArguments
+    stream: dict[str, Any] | str
+    base: Path
+    source: str
+
+    def to_yaml(self) -> str:
+        """The whole configuration, free of the folder it is started from and of the one that the run writes."""
+        model, method, training = asdict(self.model), self.method.to_dict(), asdict(self.training)
+        if os.path.exists(self.model.path):
+            model["path"] = os.path.abspath(self.model.path)
+        del training["output_dir"], training["resume"]
+        values = {
+            **({"stream": self.stream} if isinstance(self.stream, str) else self.stream),
+            "base": str(self.base),
+            "model": model,
+            "method": {"name": method.pop("method"), **method},
+            "training": training,
+        }
+        # tuples as lists, or YAML would need Python's own tags
+        return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        write_text(Path(folder) / CONFIG, "# what this run was started with, in full\n" + self.to_yaml())
+
+
+def load_config(
+    source: str | os.PathLike[str], flags: Mapping[str, Any] | None = None, base: str | None = None
+) -> RunConfig:
+    """The configuration that a YAML file (or a ready stream's name) and flags make; flags win.
+
+    Relative paths in the file start from the file's folder, those of flags from the working directory.
+
+    Args:
+        flags: texts or values by dotted name, ``{"training.max_steps": "100"}``.
+        base: folder that the stream's relative paths start from, in place of the file's own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unknown names, values of a wrong type or out of range, a missing ``model``, no YAML mapping.
+    """
+    file = Path(source)
+    if file.suffix in (".yaml", ".yml") or file.is_file():
+        values, where, folder = read_yaml(file), f"{file}: ", file.parent.resolve()
+    else:
+        values, where, folder = {"stream": str(source)}, "", Path.cwd()
+    check_names(values, KEYS, where)
+    if "stream" in values and "tasks" in values:
+        raise ValueError(f"{where}stream and tasks are both given; expected one of them")
+    if "stream" not in values and "tasks" not in values:
+        raise ValueError(f"{where}tasks is missing; expected a list of tasks (cllava-fast init writes an example)")
+    root = folder / _text(values.get("base", "."), f"{where}base") if base is None else Path(base).resolve()
+    sections = {name: _section(name, values.get(name), where) for name in SECTIONS}
+    _rebase(sections["model"], "path", folder)
+    _rebase(sections["training"], "output_dir", folder, always=True)
+    for name, value in (flags or {}).items():
+        section, _, key = name.partition(".")
+        sections[section][key] = value
+    method = sections["method"].pop("name", IncrementConfig.method)
+    if method not in METHODS:
+        given = "--method.name" if "method.name" in (flags or {}) else f"{where}method.name"
+        raise ValueError(f"{given} is {method!r}; {nearest(str(method), METHODS)}")
+    if "path" not in sections["model"]:
+        raise ValueError(f"{where}model is missing; give --model PATH, or model: PATH in the file")
+    stream: dict[str, Any] | str = {key: values[key] for key in STREAM_KEYS if key in values}
+    stream = values.get("stream", stream)
+    name = stream if isinstance(stream, str) else stream.get("name") or file.stem
+    sections["training"].setdefault("output_dir", str(Path("runs") / str(name)))
+    return RunConfig(
+        model=make(ModelConfig, sections["model"], "model", where, flags),
+        method=make(METHODS[method][0], sections["method"], "method", where, flags),
+        training=make(ContinualArguments, sections["training"], "training", where, flags),
+        stream=stream,
+        base=root,
+        source=str(source),
+    )
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; cllava-fast init {file} writes an example")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__}; expected a mapping with tasks, model, ...")
+    return values
+
+
+def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, flags: Mapping[str, Any] | None) -> Any:
+    """The dataclass that ``values`` describe, each converted to its field's type."""
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]
+    check_names(values, names, f"{where}{section}.")
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        given = f"--{section}.{key}" if f"{section}.{key}" in (flags or {}) else f"{where}{section}.{key}"
+        if given.startswith("--") and isinstance(value, str):
+            value = from_text(value, hints[key])
+        result[key] = convert(value, hints[key], given)
+    try:
+        return cls(**result)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}{section}: {error}") from error
+
+
+def check_names(values: Mapping[Any, Any], known: Collection[str], where: str) -> None:
+    """Raises ValueError for the first name that is not known, with the nearest one that is."""
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{where}{name} is unknown; {nearest(str(name), known)}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Words for the error: the name that was meant, or all there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
+
+
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """``value``, as YAML reads it, in the type ``kind`` of a field. Raises ValueError where it has another."""
+    try:
+        return _convert(value, kind)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; expected {describe(kind)}") from None
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    origin, choices = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in choices):
+        return value
+    if origin in (Union, types.UnionType):
+        for choice in choices:
+            try:
+                return _convert(value, choice)
+            except ValueError:
+                continue
+    elif kind is types.NoneType and value is None:
+        return None
+    elif kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        return float(value)  # a text too: YAML reads 1e-4, without a point, as one
+    elif kind in (int, bool, str) and type(value) is kind:
+        return value
+    elif origin in (tuple, list):
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple):
+            return origin(_convert(item, choices[0]) for item in items)
+    elif (origin or kind) is dict and isinstance(value, dict):
+        return dict(value)
+    raise ValueError
+
+
+def from_text(text: str, kind: Any) -> Any:
+    """What a flag's text means for a field of type ``kind``: YAML, or itself where a text is wanted."""
+    wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if str in wanted and not (text.startswith("[") and any(get_origin(choice) is list for choice in wanted)):
+        return None if types.NoneType in wanted and text in ("null", "none") else text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    literal = [choice for choice in wanted if get_origin(choice) is Literal]
+    return text if literal and value is not None and not isinstance(value, str) else value
+
+
+def describe(kind: Any) -> str:
+    """A field's type in words."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, choices))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(choice) for choice in choices)
+    if origin in (tuple, list):
+        return f"a list, each {describe(choices[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+    return "a mapping" if (origin or kind) is dict else words.get(kind, str(kind))
+
+
+def default_of(entry: Field[Any]) -> Any:
+    """A field's default; MISSING where a value must be given."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+def typed_fields(*classes: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
+    """Fields of dataclasses by name, with their types; the first class's where several have one of that name."""
+    found: dict[str, tuple[Field[Any], Any]] = {}
+    for cls in classes:
+        hints = get_type_hints(cls)
+        for entry in fields(cls):
+            found.setdefault(entry.name, (entry, hints[entry.name]))
+    return found
+
+
+def _section(name: str, value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str) and name != "training":
+        return {"path" if name == "model" else "name": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}{name} is {value!r}; expected a mapping of its fields")
+    return dict(value)
+
+
+def _rebase(values: dict[str, Any], key: str, folder: Path, always: bool = False) -> None:
+    """Relative paths start from ``folder``; what is not there may be the name of a model on a hub."""
+    value = values.get(key)
+    if isinstance(value, str) and value and (always or (folder / value).exists()):
+        values[key] = str(folder / value)
+
+
+def _text(value: Any, name: str) -> str:
+    return convert(value, str, name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,187 @@
+"""From turns to token ids: the chat template writes, and only what it writes can be a control token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cllava_fast.model.instructions import message
+
+FOLDER = Path(__file__).resolve().parent / "conversations"
+
+
+def conversations() -> list[str]:
+    """Names that ``chat_template`` knows."""
+    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+
+def chat_template(name: str) -> str:
+    """A conversation format as a Jinja chat template, for ``processor.chat_template = chat_template("vicuna_v1")``.
+
+    Set on the processor, training, evaluation and serving all speak it. ``vicuna_v1`` is the text that LLaVA-1.5 was
+    trained on; see ``docs/data.md`` for how a processor's own template may differ.
+    """
+    if name not in conversations():
+        raise ValueError(f"conversation is {name!r}; expected 'template' or one of {', '.join(conversations())}")
+    return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+class Token(NamedTuple):
+    id: int
+    start: int  # characters of the text that it stands for; start == end for what the tokenizer adds by itself
+    end: int
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What is said: ``users`` has as many texts as ``answers``, whose last one is being asked for."""
+
+    users: tuple[str, ...]
+    answers: tuple[str, ...]
+    system: str = ""
+    image: bool = False
+
+    def texts(self) -> list[str]:
+        """In the order in which a template writes them."""
+        pairs = [text for pair in zip(self.users, self.answers, strict=True) for text in pair]
+        return [self.system, *pairs] if self.system else pairs
+
+
+class Encoded(NamedTuple):
+    prompt: list[Token]
+    answer: list[int]  # without an end-of-sequence token
+    earlier: list[tuple[int, int]]  # ranges of the prompt's tokens: earlier answers, with the end the template gives
+
+
+class Conversation:
+    """Encodes turns by the processor's chat template, or by a named one.
+
+    What a user or a data set wrote stays text: ``<image>``, ``</s>`` and other control tokens in it are spelled out.
+
+    Args:
+        processor: with ``apply_chat_template`` and a fast tokenizer.
+        name: ``"template"`` for the processor's own, or one of ``conversations()``.
+
+    Raises:
+        ValueError: an unknown name, a processor without a chat template, a tokenizer that cannot tell where in the text
+            a token stands.
+    """
+
+    def __init__(self, processor: Any, name: str = "template") -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)  # of a model without images, it is one
+        self._template = None if name == "template" else chat_template(name)
+        if self._template is None and getattr(processor, "chat_template", None) is None:
+            raise ValueError(
+                "the processor has no chat template; pass conversation='vicuna_v1' for a LLaVA-1.5, or set "
+                "processor.chat_template to the format that the model was trained with"
+            )
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{type(self.tokenizer).__name__} is a slow tokenizer; load the processor's fast one")
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._control = {i: token.content for i, token in added if token.special}
+        self._spelled: dict[int, list[int]] = {}
+        self._parts: dict[tuple[int, bool, bool, bool], list[str]] = {}
+
+    def encode(self, turns: Turns) -> Encoded:
+        """Raises ValueError for a template that hides or repeats what is said."""
+        asked, closed = self._literals(turns, answered=False), self._literals(turns, answered=True)
+        texts = [text.strip() for text in turns.texts()]
+        prompt, spans = _join(asked, texts[:-1])
+        # what the template puts between the generation prompt and the answer, one space in most
+        gap = closed[-2][len(asked[-1]) :] if closed[-2].startswith(asked[-1]) else ""
+        start = len(prompt) + len(gap)
+        whole, spans = f"{prompt}{gap}{texts[-1]}", [*spans, (start, start + len(texts[-1]))]
+        bos = self.tokenizer.bos_token
+        # a template that writes its own beginning-of-sequence token must not get a second one
+        begin = not (bos and asked[0].startswith(bos))
+        before, after = self._tokens(prompt, spans, begin), self._tokens(whole, spans, begin)
+        size = len(before)
+        if [token.id for token in after[:size]] == [token.id for token in before]:
+            answer = [token.id for token in after[size:]]
+        else:  # a token would reach across the border; generation starts behind the prompt's last one
+            answer = [token.id for token in self._tokens(whole[len(prompt) :], [(0, len(whole))], begin=False)]
+        first = 1 if turns.system else 0
+        earlier = [self._range(before, span) for span in spans[first + 1 : -1 : 2]]
+        return Encoded(before, answer, earlier)
+
+    def _range(self, tokens: list[Token], span: tuple[int, int]) -> tuple[int, int]:
+        inside = [i for i, token in enumerate(tokens) if token.start < span[1] and span[0] < token.end]
+        end = inside[-1] + 1
+        if end < len(tokens) and tokens[end].id == self.tokenizer.eos_token_id:
+            end += 1
+        return inside[0], end
+
+    def _tokens(self, text: str, spans: list[tuple[int, int]], begin: bool) -> list[Token]:
+        encoded = self.tokenizer(text, add_special_tokens=begin, return_offsets_mapping=True)
+        tokens = [Token(i, *where) for i, where in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+        if not any(content in text[start:end] for start, end in spans for content in self._control.values()):
+            return tokens
+        result: list[Token] = []
+        for token in tokens:
+            said = any(token.start < end and start < token.end for start, end in spans)
+            if said and token.id in self._control and self._control[token.id] in text[token.start : token.end]:
+                result += [Token(i, token.start, token.end) for i in self._spell(token.id)]
+            else:
+                result.append(token)
+        return result
+
+    def _spell(self, control: int) -> list[int]:
+        """Ids of a control token's letters."""
+        if control not in self._spelled:
+            text = self._control[control]
+            ids = self._plain(text)
+            if control in ids:  # the vocabulary knows it as a word too
+                ids = [i for letter in text for i in self._plain(letter)]
+            self._spelled[control] = ids
+        return self._spelled[control]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _literals(self, turns: Turns, answered: bool) -> list[str]:
+        """What the template writes before, between and behind the texts; depends on their number alone."""
+        key = (len(turns.users), turns.image, bool(turns.system), answered)
+        if key not in self._parts:
+            self._parts[key] = self._render(turns, answered)
+        return self._parts[key]
+
+    def _render(self, turns: Turns, answered: bool) -> list[str]:
+        messages: list[dict[str, Any]] = []
+        marks: list[str] = []
+
+        def say(role: str, image: bool = False) -> None:
+            marks.append(f"qz{len(marks)}zq")
+            messages.append(message(self.processor, role, marks[-1], images=int(image)))
+
+        if turns.system:
+            say("system")
+        for number in range(len(turns.users)):
+            say("user", image=turns.image and number == 0)
+            say("assistant")
+        if not answered:
+            messages.pop()
+            marks.pop()
+        text = self.processor.apply_chat_template(
+            messages, chat_template=self._template, add_generation_prompt=not answered, tokenize=False
+        )
+        literals = []
+        for mark in marks:
+            literal, found, text = text.partition(mark)
+            if not found:
+                raise ValueError(
+                    "the chat template does not write every turn as it is, once and in order; pass "
+                    f"conversation={conversations()[0]!r} or set another processor.chat_template"
+                )
+            literals.append(literal)
+        return [*literals, text]
+
+
+def _join(literals: list[str], texts: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """``literals`` around ``texts``, and where in the whole the texts stand."""
+    whole, spans = literals[0], []
+    for text, literal in zip(texts, literals[1:], strict=True):
+        spans.append((len(whole), len(whole) + len(text)))
+        whole += text + literal
+    return whole, spans

@@ -1,0 +1,166 @@
+"""Streams from YAML: the user's own file, a mapping, or one that ships with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cllava_fast.data.readers import is_image_folder, read_samples
+from cllava_fast.data.records import COLUMNS, check_keys, nearest
+from cllava_fast.data.stream import Sample, Stream, Task
+from cllava_fast.evaluate.metrics import SCORES
+
+READY = Path(__file__).resolve().parent / "ready"
+STREAM_KEYS = ("name", "images", "tasks")
+RUN_KEYS = ("model", "method", "training")  # of a file that describes a whole run; not the stream's business
+TASK_KEYS = ("name", "train", "test", "validation", "images", "metric", "prompt")
+SOURCE_KEYS = ("path", "split", "columns")
+SPLITS = ("train", "test", "validation")
+
+
+def ready_streams() -> list[str]:
+    """Names of the streams that ship with the package."""
+    return sorted(path.stem for path in READY.glob("*.yaml"))
+
+
+def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None = None) -> Stream:
+    """A stream from YAML, checked whole before anything is read; see ``docs/data.md``.
+
+    Args:
+        source: the path of a stream's YAML, the mapping that such a file holds, or one of ``ready_streams()``.
+        base: the folder that relative paths start from; by default the YAML's own, the current one for the others.
+
+    Raises:
+        ValueError: unknown keys (the nearest known one is named), values of a wrong kind, two tasks of one name, an
+            unknown metric; and see ``read_samples``.
+        FileNotFoundError: no such stream, or files and folders that are missing: all are named, with ``base``.
+    """
+    spec, title, home = _open(source)
+    tasks = _tasks(spec, title)
+    root = Path(base).expanduser() if base is not None else home
+    missing = list(dict.fromkeys(line for task in tasks for line in task.missing(root)))
+    if missing:
+        raise FileNotFoundError(
+            f"{title}: {len(missing)} files or folders are missing; relative paths start from base={str(root)!r}\n  "
+            + "\n  ".join(missing)
+        )
+    return Stream([task.read(root) for task in tasks], name=spec.get("name", "stream"))
+
+
+@dataclass
+class _Source:
+    path: str
+    split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _TaskSpec:
+    """A task of a YAML before anything is read."""
+
+    name: str
+    splits: dict[str, _Source]
+    images: str | None
+    metric: str
+    prompt: str | None
+
+    def missing(self, root: Path) -> list[str]:
+        wanted = {f"{self.name}, {split}": source.path for split, source in self.splits.items()}
+        lines = [f"{what}: {path}" for what, path in wanted.items() if not _under(root, path).exists()]
+        if self.images is not None and not _under(root, self.images).is_dir():
+            lines.append(f"image folder: {self.images}")
+        return lines
+
+    def read(self, root: Path) -> Task:
+        read = {split: self._samples(source, root) for split, source in self.splits.items()}
+        return Task(self.name, metric=self.metric, **read)
+
+    def _samples(self, source: _Source, root: Path) -> Sequence[Sample]:
+        path = _under(root, source.path)
+        # a folder of images is its own image folder
+        images = None if self.images is None or is_image_folder(path) else _under(root, self.images)
+        return read_samples(path, images, self.prompt, split=source.split, columns=source.columns)
+
+
+def _under(root: Path, path: str) -> Path:
+    return root / Path(path).expanduser()
+
+
+def _open(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str, Path]:
+    """What the source says, how errors call it, and where its relative paths start."""
+    if isinstance(source, Mapping):
+        return source, "stream", Path.cwd()
+    if str(source) in ready_streams():
+        path, home = READY / f"{source}.yaml", Path.cwd()
+    else:
+        path = Path(source).expanduser()
+        home = path.parent
+        if not path.is_file():
+            near = nearest(str(source), ready_streams())
+            raise FileNotFoundError(
+                f"stream {str(source)!r} is no file{f', did you mean {near!r}?' if near else ''}; expected the path of "
+                f"a YAML or one of {', '.join(ready_streams())}"
+            )
+    try:
+        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML in UTF-8: {error}") from None
+    return spec, str(path if path.parent != READY else source), home
+
+
+def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
+    check_keys(spec, (*STREAM_KEYS, *RUN_KEYS), title)
+    for key in ("name", "images"):
+        _text(spec, key, title)
+    listed = spec.get("tasks")
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{title}: tasks is {listed!r}; expected a list of tasks, each with name, train and test")
+    tasks: list[_TaskSpec] = []
+    for number, entry in enumerate(listed):
+        where = f"{title}: tasks[{number}]"
+        check_keys(entry, TASK_KEYS, where)
+        for key in ("name", "train", "test"):
+            if entry.get(key) is None:
+                raise ValueError(f"{where} has no {key}; every task needs name, train and test")
+        for key in ("name", "images", "metric", "prompt"):
+            _text(entry, key, where)
+        if entry["name"] in (task.name for task in tasks):
+            raise ValueError(f"{where}: the name {entry['name']!r} is taken; give every task its own")
+        metric = entry.get("metric") or "exact_match"
+        if metric not in SCORES:
+            near = nearest(metric, SCORES)
+            raise ValueError(
+                f"{where}: metric is {metric!r}{f', did you mean {near!r}?' if near else ''}; "
+                f"expected one of {', '.join(SCORES)}"
+            )
+        splits = {key: _source(entry[key], f"{where}: {key}") for key in SPLITS if entry.get(key) is not None}
+        images = entry.get("images") or spec.get("images")
+        tasks.append(_TaskSpec(entry["name"], splits, images, metric, entry.get("prompt")))
+    return tasks
+
+
+def _source(value: Any, where: str) -> _Source:
+    if isinstance(value, Mapping):
+        check_keys(value, SOURCE_KEYS, where)
+        for key in ("path", "split"):
+            _text(value, key, where)
+        if value.get("path") is None:
+            raise ValueError(f"{where} has no path; expected path, and split or columns where they are needed")
+        columns = value.get("columns") or {}
+        check_keys(columns, COLUMNS, f"{where}: columns")
+        for key in columns:
+            _text(columns, key, f"{where}: columns")
+        return _Source(value["path"], value.get("split"), dict(columns))
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{where} is {value!r}; expected a path, or a mapping with {', '.join(SOURCE_KEYS)}")
+    return _Source(value)
+
+
+def _text(mapping: Mapping[str, Any], key: str, where: str) -> None:
+    value = mapping.get(key)
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise ValueError(f"{where}: {key} is {value!r}; expected a text")

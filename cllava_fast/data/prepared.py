@@ -1,0 +1,38 @@
+"""A stream made ready for one base model: token ids, and what the frozen vision tower makes of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cllava_fast.data.encode import Encoder, Example, ImageFeatures
+from cllava_fast.data.stream import Stream
+
+
+class PreparedStream:
+    """A stream encoded for one base model: ids, and what the frozen vision tower makes of each image.
+
+    Several runs on equal base models (methods that are compared, seeds) can share one.
+    """
+
+    def __init__(
+        self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30, conversation: str = "template"
+    ) -> None:
+        self.stream = stream
+        self.encoder = Encoder(processor, conversation)
+        self.features = ImageFeatures(image_feature_bytes)
+        self._examples: dict[tuple[str, str], Sequence[Example]] = {}
+        self._seen: set[tuple[str, str, bool]] = set()
+
+    def examples(self, task: str, split: str, model: Any | None) -> Sequence[Example]:
+        """The encoded samples; ``model`` computes features of images that are new, None leaves them out."""
+        samples = next(getattr(t, split) for t in self.stream if t.name == task)
+        key = (task, split)
+        surrogate = getattr(getattr(model, "increments", None), "surrogate", None)
+        pooled = surrogate is not None and surrogate.uses_image
+        if model is not None and (*key, pooled) not in self._seen:
+            self.features.add(samples, self.encoder, model, pooled=pooled)
+            self._seen.add((*key, pooled))
+        if key not in self._examples:
+            self._examples[key] = self.encoder.encode(samples)
+        return self._examples[key]

@@ -1,0 +1,297 @@
+"""Reads samples from where they are: LLaVA's JSON and JSON Lines, question files, data sets, folders of images."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from cllava_fast.data.images import ImageFolder, StoredImage
+from cllava_fast.data.records import RecordReader
+from cllava_fast.data.stream import Sample, check_texts
+from cllava_fast.environment import require
+
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SHOWN = 5  # of many faults of one kind
+
+
+def read_samples(
+    source: Any,
+    images: str | Path | None = None,
+    prompt: str | None = None,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Sequence[Sample]:
+    """Samples of one file, folder, data set or list; every record is checked before anything is returned.
+
+    Args:
+        source: a path of ``.json`` or ``.jsonl`` (LLaVA conversations, or objects with a question and an answer), of
+            ``.parquet``, of a folder that ``datasets`` wrote or that holds parquet files, or of a folder with one
+            folder of images for each answer; or a ``datasets.Dataset``; or a list of records and ``Sample``.
+        images: the folder that image paths start from and may not leave; by default the file's own.
+        prompt: what is asked, with ``{question}`` where the record's own question stands. Of a folder of images it is
+            the question itself.
+        split: which one, where a folder holds several.
+        columns: our names to the source's own, ``{"question": "query"}``.
+
+    Returns:
+        A list, or for JSON Lines and data sets a sequence that reads a record when it is asked for.
+
+    Raises:
+        ValueError: a record that is in none of the known forms, or an image path that leaves its folder; the message
+            names file and record.
+        FileNotFoundError, NotADirectoryError: the source, its image folder, or images are missing.
+        ModuleNotFoundError: ``datasets`` is needed and not installed.
+    """
+    columns = {} if columns is None else columns
+    if not isinstance(source, (str, Path)):
+        return _from_memory(source, images, prompt, columns)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a file or folder of samples")
+    if is_image_folder(path):
+        for name, value in (("images", images), ("columns", columns or None), ("split", split)):
+            if value is not None:
+                raise ValueError(f"{path} is a folder of images, which takes no {name}; expected a prompt alone")
+        return _from_image_folder(path, prompt)
+    if path.is_dir() or path.suffix == ".parquet":
+        return _Rows(_open_dataset(path, split), _reader(str(path), images, prompt, columns))
+    if split is not None:
+        raise ValueError(f"{path} has no splits; split is {split!r}, expected None")
+    reader = _reader(str(path), path.parent if images is None else images, prompt, columns)
+    if path.suffix == ".jsonl":
+        return JsonLines(path, reader)
+    if path.suffix == ".json":
+        return _from_json(path, reader)
+    raise ValueError(f"{path}: expected .json, .jsonl, .parquet or a folder; got {path.suffix or 'no suffix'}")
+
+
+def _reader(name: str, images: str | Path | None, prompt: str | None, columns: Mapping[str, str]) -> RecordReader:
+    return RecordReader(name, None if images is None else ImageFolder(images), prompt, columns)
+
+
+class _LazySamples(Sequence[Sample]):
+    """Reads a sample each time it is asked for. All were checked when it was made."""
+
+    checked = True
+
+    @abstractmethod
+    def _sample(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._sample(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self._sample(index % len(self))
+
+
+class JsonLines(_LazySamples):
+    """Records of a JSON Lines file, found by where their lines start: eight bytes of memory a record."""
+
+    def __init__(self, path: Path, reader: RecordReader) -> None:
+        self.path, self.reader = path, reader
+        self._starts = array("q")
+        _exhaust(_checked(self._index(), reader))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _index(self) -> Iterator[tuple[Sample, str]]:
+        start = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip(b" \t\r\n\xef\xbb\xbf"):
+                    self._starts.append(start)
+                    place = f"line {number}"
+                    yield self.reader.sample(_parse(line, f"{self.reader.source}: {place}"), place), place
+                start += len(line)
+
+    def _sample(self, index: int) -> Sample:
+        # opened anew: a process that was forked shares the position of an open file
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            place = f"record {index}"
+            return self.reader.sample(_parse(file.readline(), f"{self.reader.source}: {place}"), place)
+
+
+def _parse(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON in UTF-8: {error}") from None
+
+
+def _from_json(path: Path, reader: RecordReader) -> list[Sample]:
+    records = _parse(path.read_bytes(), reader.source)
+    if not isinstance(records, list):
+        raise ValueError(f"{reader.source} holds {type(records).__name__}; expected a list of records")
+    pairs = ((reader.sample(record, f"record {i}"), f"record {i}") for i, record in enumerate(records))
+    return list(_checked(pairs, reader))
+
+
+def _from_memory(source: Any, images: Any, prompt: str | None, columns: Mapping[str, str]) -> Sequence[Sample]:
+    if type(source).__module__.partition(".")[0] == "datasets":
+        return _Rows(source, _reader("dataset", images, prompt, columns))
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise TypeError(f"the source is a {type(source).__name__}; expected a path, a Dataset or a list of records")
+    reader = _reader("samples", images, prompt, columns)
+
+    def sample(entry: Any, place: str) -> Sample:
+        if not isinstance(entry, Sample):
+            return reader.sample(entry, place)
+        check_texts(entry, f"samples: {place}")
+        return entry
+
+    return list(_checked(((sample(entry, f"record {i}"), f"record {i}") for i, entry in enumerate(source)), reader))
+
+
+def _from_image_folder(folder: Path, prompt: str | None) -> list[Sample]:
+    """One folder of images for each answer."""
+    if prompt is None or "{question}" in prompt:
+        raise ValueError(
+            f"{folder}: prompt is {prompt!r}; a folder of images needs the question itself, such as "
+            "'What is the object in the image?' (its answers are the names of its folders)"
+        )
+    reader = RecordReader(str(folder), ImageFolder(folder))
+    assert reader.images is not None
+    pairs: list[tuple[Sample, str]] = []
+    for answer in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        names = sorted(f.name for f in answer.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+        if not names:
+            raise ValueError(f"{answer} has no image; expected files that end in {', '.join(PICTURES)}")
+        for name in names:
+            place = f"{answer.name}/{name}"
+            image = reader.images.path(place, f"{folder}: {place}")
+            pairs.append((Sample(prompt, answer.name, image, id=place), place))
+    if not pairs:
+        raise ValueError(f"{folder} holds no parquet file, no saved Dataset, and no folder of images for each answer")
+    return list(_checked(pairs, reader))
+
+
+class _Rows(_LazySamples):
+    """Rows of a ``datasets.Dataset``, which lies on the disk; images are decoded when they are opened."""
+
+    def __init__(self, dataset: Any, reader: RecordReader) -> None:
+        datasets = require("datasets", f"{reader.source}: reading a data set of Hugging Face")
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(
+                f"{reader.source} is a {type(dataset).__name__}; expected a datasets.Dataset, one split that is not "
+                "streamed"
+            )
+        features = dataset.features
+        self.reader = reader
+        self._labels = {name: f for name, f in features.items() if isinstance(f, datasets.ClassLabel)}
+        self._pictures = [name for name, f in features.items() if isinstance(f, datasets.Image)]
+        for name in self._pictures:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        # columns with an image in every row need no look at the row
+        self._whole = [name for name in self._pictures if _has_all_bytes(dataset, name)]
+        self._images, self._rest = dataset, dataset.remove_columns(self._whole)
+        _exhaust(_checked(((self._sample(i), f"record {i}") for i in range(len(self))), reader))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def _sample(self, index: int) -> Sample:
+        record = dict(self._rest[index]) if self._rest.column_names else {}
+        for name in self._pictures:
+            if name in self._whole:
+                record[name] = StoredImage(self._images, index, name)
+            elif record[name] is not None:
+                inside = record[name]["bytes"] is not None
+                record[name] = StoredImage(self._images, index, name) if inside else record[name]["path"]
+        for name, label in self._labels.items():
+            if record[name] is not None:
+                record[name] = label.int2str(record[name])
+        return self.reader.sample(record, f"record {index}")
+
+
+def _has_all_bytes(dataset: Any, column: str) -> bool:
+    chunks = dataset.data.column(column).chunks
+    return all(chunk.null_count == 0 and chunk.field("bytes").null_count == 0 for chunk in chunks)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+
+
+def is_image_folder(path: Path) -> bool:
+    """Whether it is a folder, and none that ``datasets`` wrote."""
+    saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    return path.is_dir() and not saved and not _parquet_files(path)
+
+
+def _open_dataset(path: Path, split: str | None) -> Any:
+    datasets = require("datasets", f"{path}: reading a data set of Hugging Face")
+    if (path / "dataset_dict.json").is_file():
+        known = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if split is None or split not in known:
+            raise ValueError(f"{path}: split is {split!r}; expected one of {', '.join(known)}")
+        return datasets.load_from_disk(str(path / split))
+    if path.is_file() or (path / "dataset_info.json").is_file():
+        if split is not None:
+            raise ValueError(f"{path} has no splits; split is {split!r}, expected None")
+        return datasets.Dataset.from_parquet(str(path)) if path.is_file() else datasets.load_from_disk(str(path))
+    by_split: dict[str, list[str]] = {}
+    for file in _parquet_files(path):  # named as the hub does: train-00000-of-00002.parquet
+        by_split.setdefault(file.stem.partition("-")[0], []).append(str(file))
+    if split is None and len(by_split) == 1:
+        (split,) = by_split
+    if split not in by_split:
+        raise ValueError(f"{path}: split is {split!r}; expected one of {', '.join(by_split)}")
+    return datasets.Dataset.from_parquet(by_split[split])
+
+
+def _checked(pairs: Iterable[tuple[Sample, str]], reader: RecordReader) -> Iterator[Sample]:
+    """The samples of ``(sample, place)``; what is missing or repeated is counted, and said when all have passed."""
+    missing, repeated, seen = _Faults(), _Faults(), set[int]()
+    total = 0
+    for sample, place in pairs:
+        total += 1
+        if isinstance(sample.image, (str, Path)) and not Path(sample.image).is_file():
+            missing.add(f"{place}: {str(sample.image)!r}")
+        if sample.id:
+            size, code = len(seen), hash(sample.id)
+            seen.add(code)
+            if len(seen) == size:
+                repeated.add(repr(sample.id))
+        yield sample
+    if missing.count:
+        folder = f" in {reader.images.root}" if reader.images else ""
+        raise FileNotFoundError(
+            f"{reader.source}: {missing.count} of {total} samples name an image that is not there{folder} ({missing}); "
+            "check the image folder"
+        )
+    if repeated.count:
+        # not refused: LLaVA's own files name all conversations about one image by the image
+        warnings.warn(f"{reader.source}: {repeated.count} ids come more than once ({repeated})", stacklevel=4)
+
+
+def _exhaust(samples: Iterable[Sample]) -> None:
+    for _ in samples:
+        pass
+
+
+@dataclass
+class _Faults:
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(text)
+
+    def __str__(self) -> str:
+        return ", ".join(self.first) + (", ..." if self.count > SHOWN else "")

@@ -1,0 +1,206 @@
+"""From one record of a file, whatever its form, to a Sample."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cllava_fast.data.images import ImageFolder, StoredImage
+from cllava_fast.data.stream import ImageSource, Sample, check_texts
+
+IMAGE = "<image>"  # how LLaVA's files mark where the image stands
+USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
+QUESTIONS = ("instruction", "question", "text")
+ANSWERS = ("answer", "answers", "references", "answer_bbox")  # the last one in CoIN's grounding
+IDS = ("id", "question_id")
+COLUMNS = ("conversations", *QUESTIONS, *ANSWERS, "image", *IDS, "history", "system")
+
+
+@dataclass
+class RecordReader:
+    """What the records of one source have in common.
+
+    Args:
+        source: what errors call it.
+        images: the folder of the images; None where records bring none as paths.
+        prompt: what is asked, with ``{question}`` where the record's own question stands.
+        columns: our names to the source's.
+    """
+
+    source: str
+    images: ImageFolder | None = None
+    prompt: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_keys(self.columns, COLUMNS, f"{self.source}: columns")
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError(
+                f"{self.source}: prompt is {self.prompt!r}; expected a text with {{question}} in it, such as "
+                "'{question}\\nAnswer the question using a single word or phrase.'"
+            )
+
+    def where(self, record: Any, place: str) -> str:
+        name = self._first(record, IDS) if isinstance(record, Mapping) else None
+        return f"{self.source}: {place}" + ("" if name is None else f" (id {name!r})")
+
+    def sample(self, record: Any, place: str) -> Sample:
+        """The sample of a record; ``place`` is its number, for errors and where it has no id.
+
+        Raises:
+            ValueError: it is in none of the forms that are known, and what was expected.
+        """
+        where = self.where(record, place)
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where} is {_brief(record)}; expected an object with a question and an answer")
+        image = self._image(record, where)
+        turns = self._get(record, "conversations")
+        if turns is not None:
+            said = _conversation(turns, where, image is not None)
+        else:
+            said = self._question_and_answer(record, where, image is not None)
+        name = self._first(record, IDS)
+        if self.prompt is not None:
+            said["instruction"] = self.prompt.replace("{question}", said["instruction"])
+        sample = Sample(image=image, id=f"{Path(self.source).stem}: {place}" if name is None else str(name), **said)
+        check_texts(sample, where)
+        return sample
+
+    def _question_and_answer(self, record: Mapping[str, Any], where: str, image: bool) -> dict[str, Any]:
+        question, answers = self._first(record, QUESTIONS), self._answers(record, where)
+        if question is None or not answers:
+            missing, known = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
+            raise ValueError(
+                f"{where} has no {missing}; it has {', '.join(map(repr, record)) or 'nothing'}, expected "
+                f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
+            )
+        single = self._get(record, "answer")
+        answer = str(single) if isinstance(single, (str, int, float)) else Counter(answers).most_common(1)[0][0]
+        history = self._get(record, "history") or ()
+        if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
+            raise ValueError(f"{where}: history is {_brief(history)}; expected pairs of texts, (user, assistant)")
+        system = self._get(record, "system") or ""
+        if not isinstance(system, str):
+            raise ValueError(f"{where}: system is {_brief(system)}; expected a text")
+        return {
+            "instruction": _without_mark(question, where, image, first=not history),
+            "answer": answer,
+            "history": tuple(
+                (_without_mark(user, where, image, first=number == 0), reply)
+                for number, (user, reply) in enumerate(history)
+            ),
+            "references": tuple(answers) if len(answers) > 1 else (),
+            "system": system,
+        }
+
+    def _answers(self, record: Mapping[str, Any], where: str) -> list[str]:
+        """All accepted answers; those of VQA's annotators are objects with an ``answer``."""
+        for name in ("references", "answers", "answer", "answer_bbox"):
+            value = self._get(record, name)
+            if value is None:
+                continue
+            values = value if isinstance(value, (list, tuple)) else [value]
+            values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
+            if any(isinstance(entry, bool) or not isinstance(entry, (str, int, float)) for entry in values):
+                raise ValueError(f"{where}: {name} is {_brief(value)}; expected a text or a list of texts")
+            return [str(entry) for entry in values]
+        return []
+
+    def _image(self, record: Mapping[str, Any], where: str) -> ImageSource | None:
+        image = self._get(record, "image")
+        if isinstance(image, (list, tuple)):
+            if len(image) > 1:
+                raise ValueError(f"{where} names {len(image)} images; expected at most one for each sample")
+            image = image[0] if image else None
+        if image is None or image == "":
+            return None
+        if isinstance(image, (Image.Image, StoredImage)):
+            return image
+        if self.images is None:
+            raise ValueError(f"{where}: image is {_brief(image)}, and no image folder is known; give images")
+        return self.images.path(image, where)
+
+    def _get(self, record: Mapping[str, Any], name: str) -> Any:
+        return record.get(self.columns.get(name, name))
+
+    def _first(self, record: Mapping[str, Any], names: Iterable[str]) -> Any:
+        return next((value for name in names if (value := self._get(record, name)) is not None), None)
+
+
+def _conversation(turns: Any, where: str, image: bool) -> dict[str, Any]:
+    """LLaVA's form: ``[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]``."""
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise ValueError(f"{where}: conversations is {_brief(turns)}; expected a list of turns")
+    said: list[tuple[str, str]] = []
+    for number, turn in enumerate(turns):
+        role = turn.get("from") if isinstance(turn, Mapping) else None
+        text = turn.get("value") if isinstance(turn, Mapping) else None
+        if role not in (*USERS, *ASSISTANTS, "system") or not isinstance(text, str):
+            raise ValueError(
+                f"{where}: turn {number} is {_brief(turn)}; expected an object with 'from' (human, gpt or system) and "
+                "'value', a text"
+            )
+        said.append(("user" if role in USERS else "assistant" if role in ASSISTANTS else "system", text))
+    system = said.pop(0)[1].strip() if said[0][0] == "system" else ""
+    if said and said[0][0] == "assistant":
+        said.pop(0)  # as LLaVA does: what nobody asked for is not learned
+    roles = [role for role, _ in said]
+    if not said or roles != ["user", "assistant"] * (len(said) // 2):
+        raise ValueError(
+            f"{where}: the turns are {', '.join(roles) or 'none'}; expected human and gpt in turn, gpt at the end"
+        )
+    pairs = [
+        (_without_mark(said[i][1], where, image, first=i == 0), said[i + 1][1].strip()) for i in range(0, len(said), 2)
+    ]
+    instruction, answer = pairs.pop()
+    return {"instruction": instruction, "answer": answer, "history": tuple(pairs), "system": system}
+
+
+def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
+    """A user's text without the mark at its beginning or end that stands for the image.
+
+    Elsewhere in the text, the same letters are the user's own words.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: a question is {_brief(text)}; expected a text")
+    text, marks = text.strip(), 0
+    while text.startswith(IMAGE) or text.endswith(IMAGE):
+        text = (text.removeprefix(IMAGE) if text.startswith(IMAGE) else text.removesuffix(IMAGE)).strip()
+        marks += 1
+    if marks and not image:
+        raise ValueError(f"{where}: the text has an {IMAGE} mark, but the record names no image")
+    if marks > first:
+        raise ValueError(f"{where}: {marks} {IMAGE} marks in one turn; expected one at most, in the first user turn")
+    return text
+
+
+def check_keys(given: Any, known: Iterable[str], what: str) -> None:
+    """Raises ValueError for what is no mapping, or has a key that is not known; the nearest known one is named."""
+    known = list(known)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} is {_brief(given)}; expected a mapping with {', '.join(known)}")
+    for key in given:
+        if key not in known:
+            near = nearest(str(key), known)
+            raise ValueError(
+                f"{what}: unknown key {key!r}{f', did you mean {near!r}?' if near else ''}; known: {', '.join(known)}"
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

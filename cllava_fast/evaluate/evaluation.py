@@ -1,0 +1,297 @@
+"""Evaluation of a model on tasks: answers, their scores, what was selected for each, and the files that hold it all.
+
+The training loop calls ``evaluate_tasks`` after every task; ``evaluate_stream`` does it for a model as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cllava_fast.atomic import check_replaceable, new_folder
+from cllava_fast.data.encode import Collator, Example
+from cllava_fast.data.prepared import PreparedStream
+from cllava_fast.data.stream import Sample, Stream
+from cllava_fast.environment import environment
+from cllava_fast.evaluate import metrics
+from cllava_fast.evaluate.predict import predict, queries_of
+from cllava_fast.evaluate.report import METRICS, REPORT_FILES, write_report
+from cllava_fast.evaluate.scores import find_metric
+
+PREDICTIONS = "predictions"  # folder of a run that holds a JSONL file for each task
+EXAMPLES = 2  # right ones and wrong ones of each task in the report
+THUMBNAIL = 96  # pixels
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """What a model answered to the samples of one task.
+
+    Attributes:
+        records: one for each sample: id, question, answers, prediction, score, and where rows were selected, rows and
+            weights.
+        right_block: for each sample the share of the selection weight in the task's own rows; None where nothing was
+            selected or the model has no rows of a task of this name.
+        examples: a few of the records, right and wrong ones, with a small picture.
+    """
+
+    task: str
+    records: list[dict[str, Any]]
+    right_block: list[float] | None
+    examples: list[dict[str, Any]]
+
+    @property
+    def score(self) -> float:
+        return sum(record["score"] for record in self.records) / len(self.records)
+
+
+def check_tasks(stream: Stream, split: str) -> None:
+    """Raises ValueError for a task without samples of the split, an unknown metric, or references it cannot read."""
+    for task in stream:
+        samples = getattr(task, split)
+        if not len(samples):
+            raise ValueError(f"task {task.name!r} has no {split} sample; evaluation needs at least one")
+        try:
+            find_metric(task.metric)([sample.answer for sample in samples], [references_of(s) for s in samples])
+        except ValueError as error:
+            raise ValueError(f"task {task.name!r}: {error}") from None
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError for a folder that holds something else than an evaluation, or one that is to stay."""
+    check_replaceable(folder, (PREDICTIONS, *REPORT_FILES), "an evaluation")
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds an earlier evaluation; set overwrite, or give another output_dir")
+
+
+def references_of(sample: Sample) -> tuple[str, ...]:
+    return sample.references or (sample.answer,)
+
+
+def evaluate_tasks(
+    model: Any,
+    data: PreparedStream,
+    names: Sequence[str],
+    split: str,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool,
+) -> list[TaskEvaluation]:
+    """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given."""
+    from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
+
+    increments = getattr(model, "increments", None)
+    features = data.features if increments is not None else None  # a plain model takes pixels alone
+    tasks = {name: data.examples(name, split, model if features else None) for name in names}
+    examples = [example for task in tasks.values() for example in task]
+    queries = queries_of(model, examples, data.features)
+    batches = -(-len(examples) // batch_size)
+    with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
+        answers = predict(
+            model, examples, queries, Collator(data.encoder, features, training=False),
+            batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance,
+        )  # fmt: skip
+    metric_of = {task.name: find_metric(task.metric) for task in data.stream}
+    evaluations, start = [], 0
+    for name, task in tasks.items():
+        part = slice(start, start + len(task))
+        start = part.stop
+        selected = None if queries is None else _selected(increments, queries[part], name)
+        evaluations.append(_evaluation(name, task, answers[part], metric_of[name], selected))
+    return evaluations
+
+
+def _selected(increments: Any, queries: Tensor, task: str) -> tuple[list[Any], list[Any], list[float] | None] | None:
+    """Rows and weights of each sample, and the share of the weights in the task's own rows."""
+    pool = increments.pool
+    if not pool.num_rows:
+        return None
+    selection = increments.method.select(pool, queries.to(pool.keys.device), increments.groups, training=False)
+    if selection is None or selection.index is None or selection.weight is None:
+        return None
+    index, weight = selection.index, selection.weight  # [n, M]
+    right = None
+    if task in pool.task_names:
+        own = pool.row_task[index] == pool.task_names.index(task)
+        right = (weight * own).sum(1).tolist()
+    return index.tolist(), weight.tolist(), right
+
+
+def _evaluation(
+    name: str, examples: Sequence[Example], answers: Sequence[str], metric: Any, selected: Any
+) -> TaskEvaluation:
+    samples = [example.sample for example in examples]
+    scores = metric.each(answers, [references_of(sample) for sample in samples])
+    records: list[dict[str, Any]] = []
+    for position, (sample, answer, score) in enumerate(zip(samples, answers, scores, strict=True)):
+        record = {
+            "id": sample.id or str(position),
+            "question": sample.instruction,
+            "answers": list(references_of(sample)),
+            "prediction": answer,
+            "score": score,
+        }
+        if selected:
+            record["rows"] = selected[0][position]
+            record["weights"] = [round(weight, 6) for weight in selected[1][position]]
+        records.append(record)
+    right = [i for i, score in enumerate(scores) if score >= 0.5][:EXAMPLES]
+    wrong = [i for i, score in enumerate(scores) if score < 0.5][:EXAMPLES]
+    shown = [_example(records[i], samples[i]) for i in right + wrong]
+    return TaskEvaluation(name, records, selected[2] if selected else None, shown)
+
+
+def _example(record: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+    return {
+        "question": _short(record["question"]),
+        "answers": [_short(answer) for answer in dict.fromkeys(record["answers"])][:5],
+        "prediction": _short(record["prediction"]),
+        "score": record["score"],
+        "image": _thumbnail(sample),
+    }
+
+
+def _short(text: str, limit: int = 500) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _thumbnail(sample: Sample) -> str | None:
+    """A small JPEG in base64."""
+    try:
+        image = sample.open_image()
+    except OSError:
+        return None  # gone since its features were computed: no reason to lose a run
+    if image is None:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def selection_accuracy(evaluations: Sequence[TaskEvaluation]) -> float | None:
+    """Mean over the samples of the share of selection weight in the rows of their own task; None without any."""
+    shares = [share for evaluation in evaluations for share in evaluation.right_block or ()]
+    return sum(shares) / len(shares) if shares else None
+
+
+def write_predictions(folder: Path, evaluations: Sequence[TaskEvaluation]) -> None:
+    """Writes ``<task>.jsonl`` for each task, one record a line; the folder appears whole and replaces an old one."""
+    with new_folder(folder) as new:
+        for evaluation, name in zip(evaluations, file_names([e.task for e in evaluations]), strict=True):
+            lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in evaluation.records]
+            # "replace": half a surrogate pair, which JSON can hold and UTF-8 cannot
+            (new / f"{name}.jsonl").write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "replace"))
+
+
+def file_names(tasks: Sequence[str]) -> list[str]:
+    """A file name for each task, without an ending, distinct even where case does not count."""
+    names: list[str] = []
+    for task in tasks:
+        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in task)[:60]
+        taken = {name.lower() for name in names}
+        number, name = 1, safe
+        while name.lower() in taken:
+            number += 1
+            name = f"{safe}-{number}"
+        names.append(name)
+    return names
+
+
+def results_of_run(
+    stream: Stream,
+    method: str,
+    seed: int,
+    measured: Mapping[str, Any],
+    config: Mapping[str, Any],
+    losses: Mapping[str, Sequence[float]],
+    examples: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """What ``results.json`` holds for one method and one seed; ``measured`` are the ``report.METRICS`` values."""
+    numbers = {name: measured[name] for name in METRICS}
+    return {
+        "stream": stream.task_names,
+        "metrics": {task.name: task.metric for task in stream},
+        "seeds": [seed],
+        "methods": {method: {**numbers, "per_seed": [numbers], "losses": losses, "examples": examples}},
+        "environment": environment(),
+        "config": dict(config),
+    }
+
+
+def evaluate_stream(
+    model: Any,
+    processor: Any,
+    stream: Stream | PreparedStream,
+    output_dir: str | os.PathLike[str] | None = None,
+    *,
+    split: str = "test",
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    image_feature_bytes: int = 2 << 30,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluates a model as it is on all tasks of a stream, by greedy generation and without a task id.
+
+    Args:
+        model: a LLaVA, patched (with what it has learned) or plain.
+        output_dir: receives ``predictions/<task>.jsonl`` and the report; None writes nothing.
+        split: ``"test"`` or ``"validation"``.
+        overwrite: replace an earlier evaluation in ``output_dir``.
+
+    Returns:
+        The results as ``results.json`` holds them, with one method, ``"frozen"`` for a plain model. The scores are the
+        last row of its ``accuracy_matrix``, the only one that is measured.
+
+    Raises:
+        ValueError: an empty split, an unknown metric or references that it cannot read, or a model that needs a
+            processor and was patched without one.
+        FileExistsError: ``output_dir`` holds something else than an evaluation, or one and ``overwrite`` is off.
+    """
+    if split not in ("test", "validation"):
+        raise ValueError(f"split is {split!r}; expected 'test' or 'validation'")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    data = stream if isinstance(stream, PreparedStream) else PreparedStream(stream, processor, image_feature_bytes)
+    check_tasks(data.stream, split)
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        check_output(folder, overwrite)
+    start = time.perf_counter()
+    names = data.stream.task_names
+    evaluations = evaluate_tasks(
+        model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+    )
+    matrix: list[list[float | None]] = [[None] * len(names) for _ in names[1:]]
+    matrix.append([evaluation.score for evaluation in evaluations])
+    method_config = model.increments.config.to_dict() if hasattr(model, "increments") else {"method": "frozen"}
+    method = method_config["method"]
+    measured = {
+        "accuracy_matrix": matrix,
+        **metrics.summarize(matrix),
+        "selection_accuracy": selection_accuracy(evaluations),
+        "trainable_parameters": 0,
+        "seconds": time.perf_counter() - start,
+    }
+    config = {
+        "model": model.name_or_path or None, "split": split, "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
+    }  # fmt: skip
+    examples = {evaluation.task: evaluation.examples for evaluation in evaluations}
+    results = results_of_run(data.stream, method, 0, measured, config, {}, examples)
+    if folder is not None:
+        write_predictions(folder / PREDICTIONS, evaluations)
+        write_report(results, folder)
+    return results

@@ -1,0 +1,60 @@
+"""Words that a report's table, pictures and pages share: names of methods and metrics, and what the numbers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cllava_fast.evaluate.metrics import learned_tasks
+from cllava_fast.evaluate.scores import SCORES
+
+
+def title_of(method: str) -> str:
+    known = {"continual_llava": "Continual LLaVA", "frozen": "Frozen"}
+    return known.get(method) or " ".join(word.capitalize() for word in method.split("_")).replace("Lora", "LoRA")
+
+
+def only_exact(results: Mapping[str, Any]) -> bool:
+    """Whether every task is measured by exact match, as all are in files that name no metrics."""
+    return set(results.get("metrics", {}).values()) <= {"exact_match"}
+
+
+def quantity(results: Mapping[str, Any]) -> str:
+    """What the numbers are: "accuracy", or "score" where metrics differ or are graded."""
+    return "accuracy" if only_exact(results) else "score"
+
+
+def metric_title(name: str) -> str:
+    return SCORES[name].title if name in SCORES else name
+
+
+def finished(results: Mapping[str, Any]) -> bool:
+    return learned(results) == len(results["stream"])
+
+
+def learned(results: Mapping[str, Any]) -> int:
+    return min(learned_tasks(result["accuracy_matrix"]) for result in results["methods"].values())
+
+
+def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the table's numbers mean: a text, or a column's name and what it says."""
+    split = results.get("config", {}).get("split", "test")
+    what, steps, size = quantity(results), learned(results), len(results["stream"])
+    plural = "Accuracies" if what == "accuracy" else "Scores"
+    judged = "exact match" if only_exact(results) else "each task's metric"
+    texts = [
+        ("", f"{plural} in %, measured on the {split} split over {len(results['seeds'])} seed(s), by greedy generation "
+             f"and {judged}, without telling the model which task a question belongs to."),
+        ("average", "over all tasks after the last one."),
+        ("forgetting", f"best {what} ever had on a task minus the last, mean over the earlier tasks."),
+        ("BWT", f"last {what} minus the one just after learning."),
+        ("MAA", "mean over the steps of the average on the tasks seen so far."),
+        ("right block", "share of the selection weight that falls into the rows of the question's own task."),
+        ("trainable", "parameters with a gradient at a time."),
+        ("–", "was not measured, or has no meaning for the method."),
+    ]  # fmt: skip
+    if steps < size:
+        texts.insert(1, ("", f"The run has learned {steps} of {size} tasks; all numbers are over these."))
+    if results.get("note"):
+        texts.append(("", results["note"]))
+    return texts

@@ -1,0 +1,101 @@
+"""Model cards: what a folder of ours holds and how it is loaded. Facts alone; how good it is, its author says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+LIBRARY = "cllava-fast"
+
+
+def increments_card(config: dict[str, Any], rows: int, location: str | None = None) -> str:
+    """The card of a folder that ``save_pretrained`` wrote.
+
+    Args:
+        config: what ``adapter_config.json`` holds.
+        rows: rows in the pool.
+        location: name that the folder is loaded by, where one is known.
+    """
+    method = config["config"]
+    facts = {
+        "base model": f"{_base(config)}, {config['base_dtype']}",
+        "method": as_code(method["method"]),
+        "tasks": ", ".join(as_code(name) for name in config["tasks"]) or "not recorded by this method",
+        "rows": f"{rows} of rank {method['rank']}",
+        "adapted linears": ", ".join(as_code(target) for target in method["targets"]),
+        "surrogate": as_code(method["surrogate"]) if "surrogate" in method else "none",
+        "SHA-256 of the weights": as_code(config["weights_sha256"]),
+    }
+    base = ", model=base" if config["base_model_name_or_path"] is None else ""
+    load = f'model = cf.from_pretrained("{location or "path/of/this/folder"}"{base})'
+    text = (
+        "# Increments for a frozen LLaVA\n\n"
+        "What a LLaVA learned, task after task, as low-rank increments. The frozen base model is not in here.\n\n"
+        f"{_table(facts)}\n\n## Load\n\n"
+        f"```python\nimport cllava_fast as cf\n\n{load}\n```\n"
+    )
+    return _card(config["base_model_name_or_path"], LIBRARY, [LIBRARY, "continual-learning", method["method"]], text)
+
+
+def peft_card(config: dict[str, Any], selection: str, error: float, targets: tuple[str, ...]) -> str:
+    """The card of a folder that ``export_peft`` wrote.
+
+    Args:
+        config: what ``adapter_config.json`` holds.
+        selection: in words, what was exported.
+        error: largest relative error of the compression; 0 for none.
+        targets: the adapted linears.
+    """
+    exact = "none; all rows that act" if error == 0 else f"relative error {error:.1e} at most"
+    facts = {
+        "base model": _base(config),
+        "selection": selection,
+        "rank": str(config["r"]),
+        "compression": exact,
+        "adapted linears": ", ".join(as_code(target) for target in targets),
+    }
+    text = (
+        "# LoRA exported from a pool of increments\n\n"
+        "One selection of rows, which acts on every input alike; the pool that it comes from selects anew for each "
+        f"instruction.\n\n{_table(facts)}\n\n## Load\n\n"
+        "```python\nfrom peft import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base, "path/of/this/folder")\n```\n'
+    )
+    return _card(config["base_model_name_or_path"], "peft", [LIBRARY, "lora"], text)
+
+
+def _card(base_model: str | None, library: str, tags: list[str], text: str) -> str:
+    # a hub refuses metadata that names a folder
+    base: dict[str, Any] = (
+        {"base_model": base_model, "base_model_relation": "adapter"} if is_repo_id(base_model) else {}
+    )
+    data = ModelCardData(library_name=library, pipeline_tag="image-text-to-text", tags=tags, **base)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def is_repo_id(name: str | None) -> bool:
+    """Whether a name is a hub's repository rather than a folder."""
+    if name is None or Path(name).is_dir():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _base(config: dict[str, Any]) -> str:
+    name = config["base_model_name_or_path"]
+    return "not recorded" if name is None else as_code(name)
+
+
+def _table(facts: dict[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())])
+
+
+def as_code(text: str) -> str:
+    """Text of others (task names, paths) as code in a table's cell: whatever is in it stays text."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"

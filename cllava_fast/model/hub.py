@@ -1,0 +1,161 @@
+"""``from_pretrained`` and ``push_to_hub``: a saved folder with its base, from this machine or from a hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from cllava_fast.model.card import is_repo_id
+from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained
+
+
+def from_pretrained(
+    path_or_repo: str | os.PathLike[str],
+    model: Any | None = None,
+    processor: Any | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
+    local_files_only: bool | None = None,
+    **base_options: Any,
+) -> Any:
+    """Loads a base LLaVA and what it has learned; the patched model, in evaluation mode.
+
+    Three files are read: a JSON file, a safetensors file and the model card. No code is, neither ours nor the base's.
+
+    Args:
+        path_or_repo: a folder that ``save_pretrained`` wrote, or a hub's repository that ``push_to_hub`` did.
+        model: the base; by default the one that the folder names, from its folder or by its name on the hub.
+        processor: as in ``patch``; by default the one saved beside the base.
+        revision: branch, tag or commit of the repository.
+        token, cache_dir, force_download: as everywhere in huggingface_hub, for the repository and for the base.
+        local_files_only: True never downloads. By default so for a folder, but not for a repository;
+            ``HF_HUB_OFFLINE=1`` always wins.
+        base_options: for the base's own ``from_pretrained``: ``device_map``, ``attn_implementation``,
+            ``quantization_config`` and so on. ``dtype`` is that of the saved run by default.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository that can be reached.
+        ValueError: as ``load_pretrained``, or options for the base beside ``model``.
+    """
+    if base_options.pop("trust_remote_code", False):
+        raise ValueError("trust_remote_code=True was given; code of others is never run here: load the base yourself")
+    if model is not None and base_options:
+        raise ValueError(f"{sorted(base_options)} say how to load the base, but model= was given; give one of them")
+    if local_files_only is None:
+        local_files_only = Path(path_or_repo).is_dir()
+    options = {
+        "token": token, "cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only,
+    }  # fmt: skip
+    folder = _find(path_or_repo, revision, options)
+    saved = read_config(folder)
+    if model is None:
+        model = _load_base(saved, folder, {**options, **base_options})
+        processor = _find_processor(saved, options) if processor is None else processor
+    return load_pretrained(model, folder, processor=processor)
+
+
+def _find(path_or_repo: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
+    """The folder, or the repository's copy in the hub's cache."""
+    name = os.fspath(path_or_repo)
+    if Path(name).is_dir():
+        return Path(name)
+    if isinstance(path_or_repo, Path) or not is_repo_id(name):
+        raise FileNotFoundError(f"there is no folder {name}; expected one that save_pretrained() wrote")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), **options))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and as a repository it cannot be had from the hub or its cache: {error}"
+        ) from error
+
+
+def _load_base(saved: Saved, folder: Path, options: dict[str, Any]) -> Any:
+    if saved.base_model is None:
+        raise ValueError(f"{folder} does not say where its base model is; from_pretrained(..., model=base)")
+    from transformers import AutoModelForImageTextToText
+
+    if saved.base_dtype is not None:
+        options.setdefault("dtype", saved.base_dtype)
+    options.setdefault("use_safetensors", True)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(saved.base_model, trust_remote_code=False, **options)
+    except OSError as error:
+        fetch = ", or let it be downloaded by local_files_only=False" if is_repo_id(saved.base_model) else ""
+        raise FileNotFoundError(
+            f"the base model {saved.base_model!r} that {folder} names cannot be loaded; "
+            f"give it as from_pretrained(..., model=base){fetch}: {error}"
+        ) from error
+
+
+def _find_processor(saved: Saved, options: dict[str, Any]) -> Any | None:
+    from transformers import AutoProcessor
+
+    if not hasattr(saved.config, "surrogate"):
+        return None
+    try:
+        return AutoProcessor.from_pretrained(saved.base_model, trust_remote_code=False, **options)
+    except OSError:
+        return None  # patch() says so where one is needed
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    commit_message: str = "Push increments using cllava_fast.",
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
+    allow_patterns: list[str] | str | None = None,
+    ignore_patterns: list[str] | str | None = None,
+    delete_patterns: list[str] | str | None = None,
+) -> str:
+    """Uploads what ``save_pretrained`` writes, in one commit; the repository is made if need be. Never the base.
+
+    The keywords are those of ``huggingface_hub.ModelHubMixin.push_to_hub``. ``ignore_patterns="README.md"`` keeps a
+    model card that was edited on the hub.
+
+    Args:
+        model: a patched model.
+        repo_id: ``"user/name"``.
+        base_model: the base's name on the hub; needed where the base was loaded from a folder, if others shall load
+            it by name.
+        private: whether a new repository is private; by default as the organisation has it.
+        token: by default that of ``hf auth login``.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        ValueError: as ``save_pretrained``, or a ``repo_id`` that cannot be one; nothing is uploaded then.
+    """
+    validate_repo_id(repo_id)
+    if base_model is not None and not is_repo_id(base_model):
+        raise ValueError(f"base_model is {base_model!r}; expected the base's name on the hub")
+    with TemporaryDirectory() as work:
+        folder = save_pretrained(model, Path(work) / "saved", base_model=base_model, repo_id=repo_id)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type="model",
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            delete_patterns=delete_patterns,
+        )
+    return str(commit)

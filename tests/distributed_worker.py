@@ -1,0 +1,116 @@
+"""One process of tests/test_distributed.py: learns the stream, then fails in every way that the others must notice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import cllava_fast as cf
+from cllava_fast import distributed
+from cllava_fast.evaluate.predict import queries_of
+from cllava_fast.model import get_increments
+
+GLOBAL_BATCH = 8
+COLORS = {"red": (255, 0, 0), "it is green": (0, 255, 0), "blue": (0, 0, 255)}
+QUESTIONS = (
+    ("what color is the shape?", "which color does the shape have?", "name the color of the shape"),
+    ("which color has the bar?", "what is the color of the bar?", "in which color is the bar drawn?"),
+)
+
+
+def stream() -> cf.Stream:
+    """Two tasks of 22 samples: the last batch of an epoch is not full, and answers differ in length."""
+    images = {answer: Image.new("RGB", (64, 64), rgb) for answer, rgb in COLORS.items()}
+
+    def samples(task: int, count: int) -> list[cf.Sample]:
+        answers = [list(COLORS)[i % 3] for i in range(count)]
+        return [cf.Sample(QUESTIONS[task][i * i % 3], answer, images[answer]) for i, answer in enumerate(answers)]
+
+    return cf.Stream([cf.Task(f"task{task}", samples(task, 22), samples(task, 7)) for task in range(2)])
+
+
+def new_model() -> tuple[Any, Any]:
+    from cllava_fast.demo.base import new_base
+    from cllava_fast.demo.tokenizer import build_processor
+
+    processor = build_processor()
+    model = new_base(processor, seed=0).eval()
+    config = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
+    return cf.patch(model, config, processor=processor), processor
+
+
+def trainer(output: Path, **values: Any) -> cf.ContinualTrainer:
+    model, processor = new_model()
+    options: dict[str, Any] = dict(
+        num_train_epochs=2, align_steps=6, learning_rate=2e-2, lr_scheduler_type="linear", warmup_steps=1,
+        per_device_train_batch_size=GLOBAL_BATCH // distributed.count(), logging_steps=1, eval_batch_size=4,
+        max_new_tokens=5, progress=False, trainer_options={"adam_epsilon": 1e-4},
+    )  # fmt: skip
+    arguments = cf.ContinualArguments(output_dir=str(output), **{**options, **values})
+    return cf.ContinualTrainer(model, processor, stream(), arguments)
+
+
+def learn(output: Path, report: Path, **values: Any) -> None:
+    """Runs the stream; leaves what this process ended with as ``report`` (JSON) and its state beside it."""
+    run = trainer(output, **values)
+    result = run.train()
+    increments = get_increments(run.model)
+    examples = [e for name in ("task0", "task1") for e in run.data.examples(name, "test", run.model)]
+    queries = queries_of(run.model, examples, run.data.features)
+    assert queries is not None
+    selection = increments.method.select(increments.pool, queries, increments.groups, training=False)
+    assert selection is not None and selection.index is not None
+    save_file(increments.pool.state(), report.with_suffix(".safetensors"))
+    found = {**result.to_dict(), "losses": result.losses, "selected": selection.index.tolist()}
+    report.write_text(json.dumps({**found, "files": sorted(str(p.relative_to(output)) for p in output.rglob("*"))}))
+
+
+def message(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def failures(folder: Path) -> dict[str, str]:
+    """What each failure looks like on this process."""
+    main = distributed.is_main()
+    found = {}
+
+    def disk_full() -> None:
+        raise OSError("no space left on device")
+
+    found["on_main"] = message(lambda: distributed.on_main(disk_full))
+    found["check_equal"] = message(lambda: distributed.check_equal({"seed": distributed.rank()}, "the seed"))
+    found["arguments"] = message(lambda: trainer(folder / "other", seed=distributed.rank()))
+    found["run.json"] = message(lambda: trainer(folder / "run"))  # only there is it found by the main process alone
+    broken = trainer(folder / "broken")
+    collate, calls = broken._train_collate, iter(range(100))
+
+    def break_on_one(examples: Any) -> Any:
+        if not main and next(calls) == 2:
+            raise ValueError("the image is damaged")
+        return collate(examples)
+
+    broken._train_collate = break_on_one  # type: ignore[assignment]
+    found["tune"] = message(broken.train)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    distributed.start()
+    rank = distributed.rank()
+    learn(folder / "run", folder / f"rank{rank}.json")
+    learn(folder / "accumulated", folder / f"accumulated{rank}.json", per_device_train_batch_size=2,
+          gradient_accumulation_steps=2)  # fmt: skip
+    (folder / f"failures{rank}.json").write_text(json.dumps(failures(folder)))

@@ -1,0 +1,432 @@
+"""Every class in ``paths.BASES``: what the patch presumes of it, on tiny random models; targets, devices, offload."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+import cllava_fast as cf
+from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
+from cllava_fast.model import get_increments, paths
+from cllava_fast.model.instructions import message
+from tests.base_models import FOR_IMAGES, FOR_TEXT, VIDEO, new_model, new_processor
+from tests.helpers import QUESTIONS, learn
+
+EVERY = ("self_attn.*_proj", "mlp.*")
+CONFIG = cf.IncrementConfig(a_std=0.1, rank=2, surrogate="backbone", targets=EVERY)
+SIZES = ((40, 40), (64, 30), (30, 80))  # of images, in pixels
+ASKED = QUESTIONS[:3]
+
+of_every_base = pytest.mark.parametrize("name", paths.BASES)
+of_image_bases = pytest.mark.parametrize("name", [name for name in paths.BASES if not name.endswith(FOR_TEXT)])
+of_text_bases = pytest.mark.parametrize("name", [name for name in paths.BASES if name.endswith(FOR_TEXT)])
+
+
+@cache
+def processor_of(name: str) -> Any:
+    return new_processor(name)
+
+
+@cache
+def _model(name: str) -> Any:
+    return new_model(name, processor_of(name))
+
+
+def model_of(name: str) -> Any:
+    return copy.deepcopy(_model(name))
+
+
+def pictures(generator: torch.Generator) -> list[Image.Image]:
+    pixels = [torch.randint(0, 256, (h, w, 3), generator=generator, dtype=torch.uint8) for w, h in SIZES]
+    return [Image.fromarray(p.numpy()) for p in pixels]
+
+
+def batch_of(name: str, generator: torch.Generator, side: str = "left") -> dict[str, Any]:
+    """One question a sample and, where the base takes them, one image of another size each."""
+    processor, with_images = processor_of(name), not name.endswith(FOR_TEXT)
+    texts = [
+        processor.apply_chat_template(
+            [message(processor, "user", question, images=int(with_images))], add_generation_prompt=True, tokenize=False
+        )
+        for question in ASKED
+    ]
+    images = {"images": pictures(generator)} if with_images else {}
+    return dict(processor(text=texts, **images, return_tensors="pt", padding=True, padding_side=side))
+
+
+def alone(batch: dict[str, Any], i: int) -> dict[str, Any]:
+    """Sample i without its padding."""
+    mask = batch["attention_mask"][i].bool()
+    rows = {key: value[i : i + 1] for key, value in batch.items()}
+    return {**rows, **{key: rows[key][:, mask] for key in ("input_ids", "attention_mask")}}
+
+
+def logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits[:, -1]
+
+
+def patched(name: str, generator: torch.Generator, config: cf.IncrementConfig = CONFIG, tasks: int = 3) -> Any:
+    model = cf.patch(model_of(name), config, processor=processor_of(name))
+    learn(model, tasks, generator, b_std=0.1)
+    return model
+
+
+def with_dense_offsets(model: Any, i: int) -> Any:
+    """The plain model with the increments of question i added to its weights by hand."""
+    increments = get_increments(model)
+    pool, config = increments.pool, increments.config
+    query = increments.surrogate.query([increments.reader.canonical(ASKED[i])])
+    selection = increments.method.select(pool, query, 1, training=False)
+    alpha = torch.zeros(pool.num_rows).index_add_(0, selection.past.index[0], selection.past.coefficient[0])
+    alpha[: selection.context.shape[1]] += selection.context[0]
+    plain = cf.unpatch(copy.deepcopy(model))
+    for key, factors in pool.layers.items():
+        offset = torch.einsum("n,nro,nri->oi", alpha, factors.B, factors.A)
+        plain.get_submodule(key.replace("/", ".")).weight.data += config.scale * offset
+    return plain
+
+
+@of_every_base
+def test_bit_equal_until_a_task_is_learned_and_after_unpatch(name: str, generator: torch.Generator) -> None:
+    model, batch = model_of(name), batch_of(name, generator)
+    before, generated = logits(model, batch), model.generate(**batch, max_new_tokens=3)
+    attributes = {path: set(module.__dict__) for path, module in model.named_modules()}
+    cf.patch(model, CONFIG, processor=processor_of(name))
+    assert torch.equal(logits(model, batch), before)
+    assert torch.equal(model.generate(**batch, max_new_tokens=3), generated)
+    learn(model, 1, generator, b_std=0.1)
+    assert (logits(model, batch) - before).abs().max() > 1e-2
+    cf.unpatch(model)
+    assert torch.equal(logits(model, batch), before)
+    assert {path: set(module.__dict__) for path, module in model.named_modules()} == attributes
+
+
+@of_every_base
+def test_increments_are_dense_offsets(name: str, generator: torch.Generator) -> None:
+    model, batch = patched(name, generator), batch_of(name, generator)
+    got = logits(model, batch)
+    expected = [logits(with_dense_offsets(model, i), alone(batch, i))[0] for i in range(len(ASKED))]
+    torch.testing.assert_close(got, torch.stack(expected), atol=2e-4, rtol=1e-3)
+
+
+@of_every_base
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_with_cache_and_beams(name: str, beams: int, generator: torch.Generator) -> None:
+    model, batch = patched(name, generator), batch_of(name, generator)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": beams}
+    together = model.generate(**batch, **options)[:, -4:]
+    for i in range(len(ASKED)):
+        dense = with_dense_offsets(model, i)
+        assert torch.equal(dense.generate(**alone(batch, i), **options)[0, -4:], together[i])
+
+
+@of_every_base
+def test_activation_checkpointing_leaves_gradients_as_they_are(name: str, generator: torch.Generator) -> None:
+    model = patched(name, generator, tasks=1)
+    increments = learn(model, 1, generator, commit_last=False)
+    increments.pool.train_keys(False)
+    batch = batch_of(name, generator, side="right")
+    model.train()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    assert len(plain) == 2 * 14 + 1  # A and B of seven linears in two layers, and w
+    assert all(gradient.abs().sum() > 0 for gradient in plain.values())
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for key, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[key], atol=1e-6, rtol=1e-4)
+
+
+@of_every_base
+def test_a_round_trip_through_files(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    model, batch = patched(name, generator), batch_of(name, generator)
+    cf.save_pretrained(model, tmp_path / "out")
+    loaded = cf.load_pretrained(model_of(name), tmp_path / "out", processor=processor_of(name))
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    other = model_of(name)
+    paths.input_embedding(other).weight.data += 1
+    with pytest.raises(ValueError, match="another base model"):
+        cf.load_pretrained(other, tmp_path / "out", processor=processor_of(name))
+
+
+@pytest.mark.parametrize("name", ["LlavaNext" + FOR_IMAGES, "LlavaOnevision" + FOR_IMAGES, "Qwen2" + FOR_TEXT])
+def test_a_stream_is_learned(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    images = pictures(generator) if not name.endswith(FOR_TEXT) else [None] * 3
+    tasks = [
+        cf.Task(f"task{k}", *([cf.Sample(ASKED[k], "red", images[i % 3]) for i in range(n)] for n in (4, 2)))
+        for k in range(2)
+    ]
+    config = cf.IncrementConfig(rows_per_task=2, top_m=1, rank=2, a_std=0.1, scale=8.0, surrogate="backbone")
+    model = cf.patch(model_of(name), config, processor=processor_of(name))
+    arguments = cf.ContinualArguments(
+        output_dir=str(tmp_path / "run"), max_steps=16, align_steps=2, learning_rate=1e-2, warmup_steps=0,
+        per_device_train_batch_size=2, max_new_tokens=1, progress=False, trainer_options={"logging_steps": 4},
+    )  # fmt: skip
+    result = cf.ContinualTrainer(model, processor_of(name), cf.Stream(tasks), arguments).train()
+    assert all(losses[-1] < 0.7 * losses[0] for losses in result.losses.values()), result.losses
+    assert result.accuracy_matrix[1][0] == result.accuracy_matrix[0][0], "the first task must not be forgotten"
+
+
+@of_image_bases
+def test_queries_of_text_and_image(name: str, generator: torch.Generator) -> None:
+    """The trainer's pooled images and those of a call to the model are the same."""
+    processor = processor_of(name)
+    config = cf.IncrementConfig(a_std=0.1, surrogate="text+image")
+    model = patched(name, generator, config)
+    samples = [
+        cf.Sample(question, "red", picture) for question, picture in zip(ASKED, pictures(generator), strict=True)
+    ]
+    encoder, features = Encoder(processor), ImageFeatures()
+    features.add(samples, encoder, model)
+    increments = get_increments(model)
+    query = increments.surrogate.query(
+        [increments.reader.canonical(question) for question in ASKED],
+        features.pooled(samples, paths.vision_width(model)),
+    )
+    assert len({tuple(row.tolist()) for row in query}) == 3
+    examples = encoder.encode(samples)
+    by_model = Collator(encoder, None, training=False)(examples)
+    by_trainer = Collator(encoder, features, training=False)(examples)
+    assert ("image_features" in by_trainer) == paths.BASES[name].takes_features
+    torch.testing.assert_close(
+        logits(model, by_model), logits(model, {**by_trainer, "query": query}), atol=1e-5, rtol=1e-4
+    )
+    for i in range(3):
+        single = Collator(encoder, None, training=False)(examples[i : i + 1])
+        torch.testing.assert_close(logits(model, single)[0], logits(model, by_model)[i], atol=1e-4, rtol=1e-3)
+
+
+@of_image_bases
+def test_image_features_are_taken_or_refused(name: str, generator: torch.Generator) -> None:
+    model, batch = patched(name, generator), batch_of(name, generator)
+    rest = {key: value for key, value in batch.items() if key != "pixel_values"}
+    if paths.BASES[name].takes_features:
+        features = torch.stack(model.get_image_features(batch["pixel_values"]).pooler_output)
+        assert torch.equal(logits(model, {**rest, "image_features": features}), logits(model, batch))
+    else:
+        with pytest.raises(ValueError, match=f"{name} takes no image_features"):
+            model(**rest, image_features=torch.zeros(3, 4, 64))
+
+
+@of_text_bases
+def test_a_model_without_images_refuses_them(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    processor = processor_of(name)
+    with pytest.raises(ValueError, match=f'"text.image" looks at images, and a {name} has no vision tower'):
+        cf.patch(model_of(name), cf.IncrementConfig(surrogate="text+image"), processor=processor)
+    model, batch = patched(name, generator), batch_of(name, generator)
+    for call in (model, model.generate):
+        for given in ("pixel_values", "image_features"):
+            with pytest.raises(ValueError, match=f"{given} was given, but a {name} takes no images"):
+                call(**batch, **{given: torch.zeros(3, 3, 32)})
+    task = cf.Task("a", *[[cf.Sample("what?", "red", pictures(generator)[0])]] * 2)
+    arguments = cf.ContinualArguments(output_dir=str(tmp_path / "run"), progress=False)
+    trainer = cf.ContinualTrainer(cf.unpatch(model), processor, cf.Stream([task]), arguments)
+    with pytest.raises(ValueError, match=f"a sample has the image .*, but a {name} takes no images"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["LlavaNextVideo" + FOR_IMAGES, "LlavaOnevision" + FOR_IMAGES])
+def test_tokens_of_videos_are_no_instruction(name: str) -> None:
+    reader = get_increments(cf.patch(model_of(name), CONFIG, processor=processor_of(name))).reader
+    ids = processor_of(name).tokenizer(f"USER: {VIDEO} {VIDEO} what is here? ASSISTANT:", return_tensors="pt").input_ids
+    assert reader.read(ids) == ["what is here ?"]
+
+
+def test_images_of_one_sample_are_counted(generator: torch.Generator) -> None:
+    """One, two apart, two side by side: each sample is selected for by the mean of its own images."""
+    name = "LlavaForConditionalGeneration"
+    model = patched(name, generator, cf.IncrementConfig(a_std=0.1, surrogate="text+image"))
+    increments, image = get_increments(model), model.config.image_token_id
+    count = increments._images_per_sample
+    one, two = [9] + [image] * 4 + [9] * 6, [9] + [image] * 4 + [9] + [image] * 4 + [9]
+    beside = [9] + [image] * 8 + [9] * 2
+    assert count(torch.tensor([one, two]), 3).tolist() == [1, 2]
+    assert count(torch.tensor([one, beside]), 3).tolist() == [1, 2]
+    uneven = [9] + [image] * 7 + [9] * 3
+    assert count(torch.tensor([one, uneven]), 2).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="3 images came with 11 image tokens"):
+        count(torch.tensor([one, uneven]), 3)
+
+
+def test_a_tokenizer_beside_the_weights_is_found(tmp_path: Path) -> None:
+    name = "Qwen2ForCausalLM"
+    model_of(name).save_pretrained(tmp_path)
+    processor_of(name).save_pretrained(tmp_path)
+    model = cf.patch(transformers.Qwen2ForCausalLM.from_pretrained(tmp_path), CONFIG)
+    assert model.increments.processor.chat_template == processor_of(name).chat_template
+    assert model.increments.reader.user == "USER:"
+
+
+class TestTargets:
+    NAME = "LlamaForCausalLM"
+    IMAGES = "LlavaForConditionalGeneration"
+
+    def found(self, *targets: str, name: str = NAME) -> list[str]:
+        """What is adapted in the first layer, behind its number."""
+        linears = paths.adapted_linears(_model(name), targets)
+        prefix = f"{paths.BASES[name].layers}."
+        assert all(path.startswith(prefix) for path in linears)
+        layers = [[p.removeprefix(f"{prefix}{n}.") for p in linears if p.startswith(f"{prefix}{n}.")] for n in range(2)]
+        assert layers[0] == layers[1]
+        return sorted(layers[0])
+
+    def test_patterns(self) -> None:
+        attention = [f"self_attn.{x}_proj" for x in "koqv"]
+        mlp = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"]
+        assert self.found("self_attn.o_proj") == ["self_attn.o_proj"]
+        assert self.found("self_attn.*_proj") == attention
+        assert self.found("mlp.*") == mlp
+        assert self.found("*") == mlp + attention
+        assert self.found("self_attn.[qv]_proj", "q_proj") == ["self_attn.q_proj", "self_attn.v_proj"]
+        assert self.found("q_proj", "down_proj") == ["mlp.down_proj", "self_attn.q_proj"]
+        # the vision tower has a q_proj too
+        assert self.found("q_proj", name=self.IMAGES) == ["self_attn.q_proj"]
+
+    @pytest.mark.parametrize("target", ["w_proj", "vision_tower.*", "self_attn.x*", "layers.0.self_attn.o_proj", ""])
+    def test_a_target_that_is_not_there(self, target: str) -> None:
+        with pytest.raises(ValueError, match=r"is not in model\.layers\.0; expected one of .*'self_attn\.q_proj'"):
+            self.found(target)
+
+    def test_a_target_that_is_no_linear(self) -> None:
+        with pytest.raises(ValueError, match="'mlp' is a LlamaMLP; expected a linear"):
+            self.found("mlp")
+
+    def test_a_merge_of_linears_of_every_shape(self, generator: torch.Generator) -> None:
+        model, batch = patched(self.NAME, generator), batch_of(self.NAME, generator)
+        shapes = {tuple(linear.weight.shape) for linear in paths.adapted_linears(model, EVERY).values()}
+        assert shapes == {(64, 64), (32, 64), (128, 64), (64, 128)}
+        report = cf.merge(model, instruction=ASKED[1])
+        assert len(report.output_error) == 14
+        expected = logits(cf.unmerge(model), batch)[1]
+        cf.merge(model, instruction=ASKED[1])
+        torch.testing.assert_close(logits(model, batch)[1], expected, atol=1e-4, rtol=1e-3)
+
+
+@of_every_base
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_implementation_stays(name: str, attention: str, generator: torch.Generator) -> None:
+    model, batch = model_of(name), batch_of(name, generator)
+    model.set_attn_implementation(attention)
+    kinds = [type(module) for module in model.modules()]
+    cf.patch(model, CONFIG, processor=processor_of(name))
+    assert model.config._attn_implementation == attention
+    assert [type(module) for module in model.modules() if module not in set(model.increments.modules())] == kinds
+    learn(model, 2, generator, b_std=0.1)
+    got = logits(model, batch)
+    model.set_attn_implementation({"sdpa": "eager", "eager": "sdpa"}[attention])
+    torch.testing.assert_close(logits(model, batch), got, atol=1e-4, rtol=1e-3)
+
+
+def test_flash_attention_is_called_as_before(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs a GPU; what it would be handed is recorded in its place, and holds nothing of the patch."""
+    name, handed = "LlamaForCausalLM", []
+    interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+
+    def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        handed.append(sorted(kwargs))
+        return interface["sdpa"](module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setitem(interface._global_mapping, "flash_attention_2", flash)
+    model, batch = model_of(name), batch_of(name, generator)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    logits(model, batch)
+    cf.patch(model, CONFIG, processor=processor_of(name))
+    learn(model, 2, generator, b_std=0.1)
+    assert model.config._attn_implementation == "flash_attention_2"
+    logits(model, batch)
+    assert len(handed) == 4 and handed[:2] == handed[2:]
+
+
+class TestOffload:
+    """A model that accelerate spreads: increments are where each layer computes, and nothing of it is moved."""
+
+    NAME = "LlavaForConditionalGeneration"
+    ON_DISK = ("model.language_model.embed_tokens", "model.language_model.layers.1")
+
+    def spread(self, how: str, folder: Path) -> Any:
+        if how == "cpu_offload":
+            return accelerate.cpu_offload(model_of(self.NAME), execution_device=torch.device("cpu"))
+        if how == "disk_offload":
+            return accelerate.disk_offload(model_of(self.NAME), folder, execution_device=torch.device("cpu"))
+        parts = [f"model.language_model.{part}" for part in ("layers.0", "norm", "rotary_emb")]
+        parts += ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+        _model(self.NAME).save_pretrained(folder / "base")
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder / "base", device_map=dict.fromkeys(parts, "cpu") | dict.fromkeys(self.ON_DISK, "disk"),
+            offload_folder=folder / "offload", dtype=torch.float32,
+        )  # fmt: skip
+        return model.eval()
+
+    @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+    def test_as_if_it_were_in_one_place(self, how: str, generator: torch.Generator, tmp_path: Path) -> None:
+        here, batch = patched(self.NAME, generator), batch_of(self.NAME, generator)
+        cf.save_pretrained(here, tmp_path / "out")
+        model = self.spread(how, tmp_path)
+        bare = logits(model, batch)
+        devices = {name: parameter.device for name, parameter in model.named_parameters()}
+        assert {device.type for device in devices.values()} >= {"meta"}
+        cf.load_pretrained(model, tmp_path / "out", processor=processor_of(self.NAME))
+        assert {tensor.device.type for tensor in model.increments.state_dict().values()} == {"cpu"}
+        assert torch.equal(logits(model, batch), logits(here, batch))
+        assert torch.equal(model.generate(**batch, max_new_tokens=3), here.generate(**batch, max_new_tokens=3))
+        assert {name: model.get_parameter(name).device for name in devices} == devices
+        with pytest.raises(ValueError, match=r"layers\.[01]\.self_attn\.q_proj is offloaded"):
+            cf.merge(model, instruction=ASKED[0])
+        increments = learn(model, 1, generator, commit_last=False)
+        increments.pool.train_keys(False)
+        asked, batch = batch, batch_of(self.NAME, generator, side="right")
+        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in increments.pool.parameters() if p is not increments.pool.block_keys)
+        cf.unpatch(model).eval()
+        assert torch.equal(logits(model, asked), bare)
+        assert {name: parameter.device for name, parameter in model.named_parameters()} == devices
+
+    def test_hooks_that_came_after_the_patch_go_first(self, generator: torch.Generator) -> None:
+        model = patched(self.NAME, generator)
+        linear = model.model.language_model.layers[0].self_attn.o_proj
+        accelerate.hooks.add_hook_to_module(linear, accelerate.hooks.ModelHook())
+        with pytest.raises(ValueError, match="forward of Linear was replaced after patch"):
+            cf.unpatch(model)
+        accelerate.hooks.remove_hook_from_module(linear)
+        cf.unpatch(model)
+
+
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def run_docs(example: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the example of that base's name, on a tiny model in a folder of that name."""
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if example in code]
+    model_of(name).save_pretrained(folder / example)
+    processor_of(name).save_pretrained(folder / example)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+def test_the_docs_list_every_base() -> None:
+    assert {name for name in re.findall(r"`(\w+)`", DOCS) if name.endswith((FOR_IMAGES, FOR_TEXT))} == set(paths.BASES)
+
+
+def test_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    model = run_docs("llava-hf/llava-v1.6-mistral-7b-hf", "LlavaNext" + FOR_IMAGES, tmp_path, monkeypatch)["model"]
+    assert len(model.increments.pool.layers) == 14
+    run_docs("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2" + FOR_TEXT, tmp_path, monkeypatch)
+    assert 0.0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1.0

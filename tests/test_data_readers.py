@@ -1,0 +1,454 @@
+"""Every form that samples come in, and what is refused about each."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import cllava_fast as cf
+from cllava_fast.data import Sample, Stream, Task, read_samples
+from cllava_fast.data.encode import Collator, Encoder, ImageFeatures, LazyExamples
+from cllava_fast.data.stream import fingerprint
+from tests.test_train import CONFIG, arguments
+
+SHORT = "{question}\nAnswer the question using a single word or phrase."
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with images/a.png, images/coco/b.png."""
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    for name, rgb in (("a.png", (255, 0, 0)), ("coco/b.png", (0, 0, 255))):
+        Image.new("RGB", (64, 64), rgb).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def write(path: Path, records: Any) -> Path:
+    """JSON, or JSON Lines, by the suffix."""
+    lines = "\n".join(json.dumps(record) for record in records) if path.suffix == ".jsonl" else json.dumps(records)
+    path.write_text(lines, encoding="utf-8")
+    return path
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
+
+
+LLAVA = [
+    {"id": "one", "image": "a.png", "conversations": turns("<image>\nWhat is it?", "A square.")},
+    {"id": "two", "image": "coco/b.png", "conversations": turns("What is it?\n<image>", "Blue.", "Sure?", "Yes.")},
+    {"id": "three", "conversations": turns("Say hi.", "Hi!")},
+    {"conversations": [{"from": "system", "value": "Be brief."}, *turns("What means <image> in LLaVA?", "A mark.")]},
+]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_llava_conversations(folder: Path, suffix: str) -> None:
+    samples = read_samples(write(folder / f"train{suffix}", LLAVA), folder / "images")
+    images = folder / "images"
+    assert list(samples[:3]) == [
+        Sample("What is it?", "A square.", images / "a.png", "one"),
+        Sample("Sure?", "Yes.", images / "coco" / "b.png", "two", history=(("What is it?", "Blue."),)),
+        Sample("Say hi.", "Hi!", None, "three"),
+    ]
+    last = samples[-1]
+    assert (last.system, last.instruction, last.answer) == ("Be brief.", "What means <image> in LLaVA?", "A mark.")
+    assert last.id == "train: record 3"
+    assert len(samples) == 4 and samples[0].open_image().getpixel((0, 0)) == (255, 0, 0)
+    Stream([Task("a", samples, samples)])
+
+
+def test_a_leading_answer_is_left_out_as_llava_does(tmp_path: Path) -> None:
+    record = {"conversations": [{"from": "gpt", "value": "Hello"}, *turns("Say hi.", "Hi!")]}
+    assert read_samples([record])[0].history == () and read_samples([record])[0].instruction == "Say hi."
+
+
+def test_question_files(folder: Path) -> None:
+    records = [
+        {"question_id": 7, "image": "./a.png", "text": "What is it?", "answer": "square"},
+        {"question_id": "8", "image": "a.png", "text": "<image>\nWhere?", "answer_bbox": "[0.1, 0.2, 0.3, 0.4]"},
+        {"question_id": 9, "question": "How many?", "answer": 3},
+        {"id": "x", "question": "Who?", "answers": ["Ann", "Bob", "Bob"]},
+        {"id": "y", "question": "Who?", "answer": "Ann", "answers": [{"answer": "Bob", "id": 1}, {"answer": "Bob"}]},
+        {"id": "z", "instruction": "And?", "answer": "no", "history": [["Who?", "Ann"]], "system": "S"},
+    ]
+    for suffix in (".json", ".jsonl"):
+        a, b, c, d, e, f = read_samples(write(folder / f"test{suffix}", records), folder / "images", SHORT)
+        assert a == Sample(SHORT.replace("{question}", "What is it?"), "square", folder / "images" / "a.png", "7")
+        assert b.instruction == SHORT.replace("{question}", "Where?") and b.answer == "[0.1, 0.2, 0.3, 0.4]"
+        assert (c.answer, c.references, c.image) == ("3", (), None)
+        assert (d.answer, d.references) == ("Bob", ("Ann", "Bob", "Bob"))
+        assert (e.answer, e.references) == ("Ann", ("Bob", "Bob"))
+        assert (f.history, f.system) == ((("Who?", "Ann"),), "S")
+
+
+def test_a_prompt_is_no_format_string() -> None:
+    sample = read_samples([{"question": "{answer} {0.__class__}?", "answer": "x"}], prompt="{question} {1} {answer}")[0]
+    assert sample.instruction == "{answer} {0.__class__}? {1} {answer}"
+
+
+def test_columns_by_other_names() -> None:
+    names = {"question": "query", "answer": "label"}
+    (sample,) = read_samples([{"query": "What?", "label": "It.", "answer": 5}], columns=names)
+    assert (sample.instruction, sample.answer) == ("What?", "It.")
+
+
+def test_lists_of_records_and_samples(folder: Path) -> None:
+    own = Sample("What?", "It.", Image.new("RGB", (4, 4)))
+    picture = Image.new("L", (4, 4))
+    a, b, c = read_samples(
+        [own, {"question": "Q?", "answer": "A", "image": picture}, {"question": "Q?", "answer": "A", "image": "a.png"}],
+        folder / "images",
+    )
+    assert a is own and b.image is picture and c.image == folder / "images" / "a.png" and c.id == "samples: record 2"
+
+
+def test_a_folder_of_classes(folder: Path) -> None:
+    images = folder / "images"
+    for name in ("Persian cat/2.jpg", "Persian cat/1.PNG", "beagle/1.png"):
+        (images / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(images / name)
+    (images / "beagle" / "notes.txt").write_text("no image")
+    samples = read_samples(images, prompt="What is the object in the image?")
+    expected = ["Persian cat/1.PNG", "Persian cat/2.jpg", "beagle/1.png", "coco/b.png"]
+    assert [s.id for s in samples] == expected and {s.instruction for s in samples} == {
+        "What is the object in the image?"
+    }
+    assert [s.answer for s in samples] == [name.split("/")[0] for name in expected]
+    with pytest.raises(ValueError, match="needs the question itself"):
+        read_samples(images)
+    with pytest.raises(ValueError, match="takes no images"):
+        read_samples(images, images, "What?")
+    (images / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty has no image; expected files that end in \.bmp"):
+        read_samples(images, prompt="What?")
+
+
+GOOD = {"question": "Q?", "answer": "A"}
+BAD: list[tuple[Any, str]] = [
+    ("text", r"record 1 is 'text'; expected an object with a question and an answer"),
+    ({"id": "k", "question": "Q?"}, r"record 1 \(id 'k'\) has no answer; it has 'id', 'question', expected"),
+    ({"answer": "A"}, r"record 1 has no question; .*columns=\{'question': its name\}"),
+    ({"question": " ", "answer": "A"}, r"record 1: instruction is ''"),
+    ({"question": "Q?", "answer": ""}, r"record 1: answer is ''"),
+    ({"question": "Q?", "answer": ["A", None]}, r"record 1: answer is \['A', None\]; expected a text or a list"),
+    ({"question": "Q?", "answer": True}, r"record 1: answer is True"),
+    ({"question": "Q?", "answers": []}, "record 1 has no answer"),
+    ({"question": ["Q?"], "answer": "A"}, r"a question is \['Q\?'\]; expected a text"),
+    ({**GOOD, "history": [["a"]]}, r"history is \[\['a'\]\]; expected pairs"),
+    ({**GOOD, "history": [["a", " "]]}, r"record 1: history is ' '"),
+    ({**GOOD, "system": 1}, "system is 1; expected a text"),
+    ({**GOOD, "image": ["a.png", "b.png"]}, "names 2 images; expected at most one"),
+    ({**GOOD, "image": 5}, "image is 5; expected a path inside the image folder"),
+    ({"question": "<image>\nQ?", "answer": "A"}, "has an <image> mark, but the record names no image"),
+    ({"question": "<image>\n<image>Q?", "answer": "A", "image": "a.png"}, "2 <image> marks in one turn"),
+    ({"conversations": []}, r"conversations is \[\]; expected a list of turns"),
+    ({"conversations": turns("Q?")}, "the turns are user; expected human and gpt in turn, gpt at the end"),
+    ({"conversations": turns("Q?", "A", "Q?")}, "the turns are user, assistant, user; expected"),
+    ({"conversations": [*turns("Q?"), *turns("Q?", "A")]}, "the turns are user, user, assistant; expected"),
+    ({"conversations": [{"from": "bot", "value": "Q?"}]}, r"turn 0 is \{'from': 'bot'.*expected an object with 'from'"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is .*'value', a text"),
+    ({"conversations": turns("Q?", "A", "<image>\nQ?", "A"), "image": "a.png"}, "in the first user turn"),
+    ({"conversations": [{"from": "system", "value": "S"}]}, "the turns are none"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_a_bad_record_is_named(folder: Path, record: Any, message: str) -> None:
+    path = write(folder / "train.json", [GOOD, record])
+    with pytest.raises(ValueError, match=message) as raised:
+        read_samples(path, folder / "images")
+    assert str(path) in str(raised.value)
+    lines = write(folder / "train.jsonl", [GOOD, record])
+    with pytest.raises(ValueError, match=message.replace("record 1", "line 2")) as raised:
+        read_samples(lines, folder / "images")
+    assert str(lines) in str(raised.value)
+
+
+def test_files_that_hold_no_records(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"a": [1}')
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "Q?", "answer": "A"}\n\n{"question": "Q\xff"}\n')
+    write(tmp_path / "b.json", {"data": [GOOD]})
+    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "nothing").mkdir()
+    for name, message in [
+        ("a.json", "a.json is no JSON in UTF-8"),
+        ("a.jsonl", "a.jsonl: line 3 is no JSON in UTF-8"),
+        ("b.json", "b.json holds dict; expected a list of records"),
+        ("a.csv", r"a.csv: expected .json, .jsonl, .parquet or a folder; got .csv"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_samples(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="none.json does not exist"):
+        read_samples(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="no folder of images for each answer"):
+        read_samples(tmp_path / "nothing", prompt="What?")
+    with pytest.raises(NotADirectoryError, match="image folder '.*none' does not exist"):
+        read_samples(write(tmp_path / "c.json", [GOOD]), tmp_path / "none")
+    with pytest.raises(ValueError, match="has no splits"):
+        read_samples(tmp_path / "c.json", split="train")
+    with pytest.raises(TypeError, match="the source is a dict"):
+        read_samples({"question": "Q?", "answer": "A"})
+    with pytest.raises(ValueError, match=r"unknown key 'quesion', did you mean 'question'\?"):
+        read_samples([GOOD], columns={"quesion": "q"})
+    with pytest.raises(ValueError, match=r"expected a text with \{question\} in it"):
+        read_samples([GOOD], prompt="Answer briefly.")
+
+
+class TestImagePaths:
+    @pytest.mark.parametrize(
+        "name", ["/etc/hostname", "../secret.png", "coco/../../secret.png", "C:\\a.png", "..\\a.png"]
+    )
+    def test_a_path_out_of_the_folder(self, folder: Path, name: str) -> None:
+        Image.new("RGB", (4, 4)).save(folder / "secret.png")
+        path = write(folder / "train.jsonl", [{**GOOD, "id": "k", "image": name}])
+        with pytest.raises(ValueError, match=r"line 1 \(id 'k'\): image is .*expected a path inside the image folder"):
+            read_samples(path, folder / "images")
+
+    def test_symbolic_links(self, folder: Path) -> None:
+        images = folder / "images"
+        (folder / "outside").mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "outside" / "secret.png")
+        (images / "link.png").symlink_to(folder / "outside" / "secret.png")
+        (images / "linked").symlink_to(folder / "outside")
+        (images / "images2").symlink_to(images / "coco")
+        (folder / "images-too").symlink_to(images)
+        for name in ("link.png", "linked/secret.png"):
+            with pytest.raises(ValueError, match="is a symbolic link out of the image folder"):
+                read_samples([{**GOOD, "image": name}], images)
+        with pytest.raises(ValueError, match="is a symbolic link out of the image folder"):
+            read_samples(images, prompt="What?")
+        for root, name in ((images, "images2/b.png"), (folder / "images-too", "a.png")):
+            assert read_samples([{**GOOD, "image": name}], root)[0].open_image() is not None
+
+    def test_a_neighbour_with_the_same_beginning_is_outside(self, folder: Path) -> None:
+        (folder / "images2").mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "images2" / "s.png")
+        (folder / "images" / "l").symlink_to(folder / "images2")
+        with pytest.raises(ValueError, match="symbolic link"):
+            read_samples([{**GOOD, "image": "l/s.png"}], folder / "images")
+
+    def test_nothing_is_known_without_a_folder(self) -> None:
+        with pytest.raises(ValueError, match="image is 'a.png', and no image folder is known; give images"):
+            read_samples([{**GOOD, "image": "a.png"}])
+
+    @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+    def test_all_that_are_missing_are_counted(self, folder: Path, suffix: str) -> None:
+        records = [{**GOOD, "image": f"{i}.png"} for i in range(7)] + [{**GOOD, "image": "a.png"}]
+        path = write(folder / f"train{suffix}", records)
+        with pytest.raises(FileNotFoundError, match="7 of 8 samples name an image that is not there in .*images") as e:
+            read_samples(path, folder / "images")
+        assert "0.png" in str(e.value) and "4.png" in str(e.value) and "5.png" not in str(e.value)
+
+
+def test_repeated_ids_are_told_and_kept(tmp_path: Path) -> None:
+    records = [{**GOOD, "id": name} for name in ("a", "b", "a", "a")]
+    for suffix in (".json", ".jsonl"):
+        with pytest.warns(UserWarning, match=r"2 ids come more than once \('a', 'a'\)"):
+            assert len(read_samples(write(tmp_path / f"x{suffix}", records))) == 4
+
+
+class TestLazy:
+    def records(self, count: int) -> list[dict[str, Any]]:
+        texts = ["plain", "ünïcode ✓", "line\nbreak", "x" * 300]
+        return [{**GOOD, "id": str(i), "question": f"{texts[i % 4]} {i}?", "image": "a.png"} for i in range(count)]
+
+    def test_any_order_gives_what_json_gives(self, folder: Path) -> None:
+        records = self.records(200)
+        expected = read_samples(write(folder / "a.json", records), folder / "images")
+        lines = folder / "a.jsonl"
+        write(lines, records)
+        # a byte-order mark, other line ends, blank lines, no line end at the end of the file
+        data = lines.read_bytes().replace(b"\n", b"\r\n", 50).replace(b"\n", b"\n\n  \n", 20)
+        lines.write_bytes(b"\xef\xbb\xbf" + data)
+        samples = pickle.loads(pickle.dumps(read_samples(lines, folder / "images")))
+        assert not isinstance(samples, list) and len(samples) == 200
+        order = list(range(-200, 200))
+        random.shuffle(order)
+        assert all(samples[i] == expected[i] for i in order)
+        assert list(samples) == expected and samples[5:190:7] == expected[5:190:7]
+        with pytest.raises(IndexError):
+            samples[200]
+        assert fingerprint(samples) == fingerprint(expected)
+
+    def test_records_are_not_kept(self, folder: Path) -> None:
+        import tracemalloc
+
+        path = folder / "a.jsonl"
+        with path.open("w") as file:
+            for i in range(2000):
+                file.write(json.dumps({**GOOD, "id": str(i), "question": "word " * 400, "image": "a.png"}) + "\n")
+        size = path.stat().st_size
+        tracemalloc.start()
+        samples = read_samples(path, folder / "images")
+        Stream([Task("a", samples, samples)])
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(samples) == 2000 and held < size / 20
+
+    def test_what_was_checked_is_not_read_again(self, folder: Path, monkeypatch: Any) -> None:
+        samples = read_samples(write(folder / "a.jsonl", self.records(5)), folder / "images")
+        monkeypatch.setattr(type(samples), "_sample", lambda *args: pytest.fail("was read"))
+        Stream([Task("a", samples, samples)])
+
+    def test_examples_are_made_when_asked_for(self, folder: Path, processor: Any) -> None:
+        records = self.records(6)
+        samples = read_samples(write(folder / "a.jsonl", records), folder / "images")
+        encoder = Encoder(processor)
+        lazy, eager = encoder.encode(samples), encoder.encode(list(samples))
+        assert isinstance(lazy, LazyExamples) and isinstance(eager, list) and len(lazy) == 6
+        for i in (3, 0, -1):
+            assert lazy[i].prompt_ids == eager[i].prompt_ids and lazy[i].answer_ids == eager[i].answer_ids
+        assert [e.sample for e in lazy[1:3]] == list(samples[1:3])
+        assert Collator(encoder, None, training=True)(lazy[:2])["pixel_values"].shape == (2, 3, 64, 64)
+
+    def test_a_run_on_files_equals_one_on_lists(self, folder: Path, new_llava: Any, processor: Any) -> None:
+        colors = ("red", "blue")
+        records = [
+            {"id": str(i), "image": ("a.png", "coco/b.png")[i % 2], "question": "which color?", "answer": colors[i % 2]}
+            for i in range(16)
+        ]
+        samples = read_samples(write(folder / "a.jsonl", records), folder / "images")
+        results = []
+        for name, source in (("lazy", samples), ("list", list(samples))):
+            args, task = arguments(folder / name, max_steps=3), Task("t", source, source)
+            model = cf.patch(new_llava(), CONFIG, processor=processor)
+            results.append(cf.ContinualTrainer(model, processor, Stream([task]), args).train())
+        assert results[0].losses == results[1].losses
+        assert results[0].accuracy_matrix == results[1].accuracy_matrix
+
+
+def test_without_room_only_pooled_features_are_worth_the_vision_tower(folder: Path, llava: Any, processor: Any) -> None:
+    images = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in range(6)]
+    samples = [Sample("is it?", "no", image) for image in images]
+    calls: list[int] = []
+    handle = llava.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    features, encoder = ImageFeatures(limit=1), Encoder(processor)
+    features.add(samples, encoder, llava, batch_size=2, pooled=False)
+    assert len(calls) == 1, "it stops where nothing more can be kept"
+    features.add(samples, encoder, llava, batch_size=2, pooled=True)
+    assert len(calls) == 4 and features.pooled(samples, 128).shape == (6, 128)
+    handle.remove()
+
+
+class TestDatasets:
+    @pytest.fixture
+    def dataset(self, folder: Path) -> Any:
+        datasets = pytest.importorskip("datasets")
+        datasets.disable_progress_bars()
+        data = {
+            "query": ["What is it?", "Which color?", "Hi?"],
+            "label": [1, 0, 1],
+            "picture": [{"bytes": (folder / "images" / "a.png").read_bytes(), "path": None}, None, None],
+        }
+        data["picture"][1] = {"bytes": (folder / "images" / "coco" / "b.png").read_bytes(), "path": "b.png"}
+        features = datasets.Features(
+            query=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]), picture=datasets.Image()
+        )
+        return datasets.Dataset.from_dict(data, features=features)
+
+    NAMES = {"question": "query", "answer": "label", "image": "picture"}
+
+    def check(self, samples: Any) -> None:
+        assert [(s.instruction, s.answer) for s in samples] == [
+            ("What is it?", "yes"), ("Which color?", "no"), ("Hi?", "yes"),
+        ]  # fmt: skip
+        assert samples[0].open_image().getpixel((0, 0)) == (255, 0, 0) and samples[2].image is None
+        assert samples[1].open_image().getpixel((0, 0)) == (0, 0, 255)
+        assert ImageFeatures.key(samples[0].image) == ImageFeatures.key(samples[0].image)
+        assert ImageFeatures.key(samples[0].image) != ImageFeatures.key(samples[1].image)
+
+    def test_an_object(self, dataset: Any, processor: Any) -> None:
+        samples = read_samples(dataset, columns=self.NAMES)
+        self.check(samples)
+        self.check(read_samples(dataset.select([0, 1, 2]).select([0, 1, 2]), columns=self.NAMES))
+        assert fingerprint(samples) == fingerprint(read_samples(dataset, columns=self.NAMES))
+        assert fingerprint(samples) != fingerprint(read_samples(dataset.select([1, 0, 2]), columns=self.NAMES))
+        encoder = Encoder(processor)
+        assert Collator(encoder, None, training=True)(encoder.encode(samples)[:])["pixel_values"].shape[0] == 2
+
+    def test_files(self, dataset: Any, tmp_path: Path, monkeypatch: Any) -> None:
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        (tmp_path / "hub" / "data").mkdir(parents=True)
+        dataset.to_parquet(tmp_path / "one.parquet")
+        dataset.save_to_disk(str(tmp_path / "saved"))
+        datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(str(tmp_path / "splits"))
+        dataset.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+        self.check(read_samples(tmp_path / "one.parquet", columns=self.NAMES))
+        self.check(read_samples(tmp_path / "saved", columns=self.NAMES))
+        self.check(read_samples(tmp_path / "splits", split="test", columns=self.NAMES))
+        self.check(read_samples(tmp_path / "hub", columns=self.NAMES))
+        dataset.select([0]).to_parquet(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet")
+        assert len(read_samples(tmp_path / "hub", split="test", columns=self.NAMES)) == 1
+        self.check(read_samples(tmp_path / "hub", split="train", columns=self.NAMES))
+        for name, split, message in [
+            ("splits", None, "split is None; expected one of train, test"),
+            ("hub", None, "split is None; expected one of test, train"),
+            ("hub", "val", "split is 'val'; expected one of test, train"),
+            ("saved", "train", "has no splits"),
+            ("one.parquet", "train", "has no splits"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                read_samples(tmp_path / name, split=split, columns=self.NAMES)
+
+    def test_images_of_whole_columns_are_not_looked_at(self, dataset: Any) -> None:
+        reads: list[Any] = []
+        samples = read_samples(dataset.select([0, 1]).flatten_indices(), columns=self.NAMES)
+        original = type(samples._images).__getitem__
+        try:
+            type(samples._images).__getitem__ = lambda self, key: reads.append(self.column_names) or original(self, key)
+            assert [s.image.column for s in samples] == ["picture", "picture"]
+            assert reads and not any("picture" in names for names in reads)
+        finally:
+            type(samples._images).__getitem__ = original
+
+    def test_a_row_that_points_out_of_the_folder(self, folder: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        data = {"question": ["Q?"], "answer": ["A"], "image": [{"bytes": None, "path": "/etc/hostname"}]}
+        features = datasets.Features(
+            question=datasets.Value("string"), answer=datasets.Value("string"), image=datasets.Image()
+        )
+        dataset = datasets.Dataset.from_dict(data, features=features)
+        with pytest.raises(ValueError, match="no image folder is known"):
+            read_samples(dataset)
+        with pytest.raises(ValueError, match="record 0: image is '/etc/hostname'; expected a path inside"):
+            read_samples(dataset, folder / "images")
+
+    def test_wrong_objects(self, dataset: Any) -> None:
+        import datasets
+
+        for wrong in (dataset.to_iterable_dataset(), datasets.DatasetDict(train=dataset)):
+            with pytest.raises(ValueError, match=f"is a {type(wrong).__name__}; expected a datasets.Dataset"):
+                read_samples(wrong)
+        with pytest.raises(ValueError, match=r"record 0 has no question; it has 'query', 'label', 'picture'"):
+            read_samples(dataset)
+
+    def test_not_installed(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        (tmp_path / "a.parquet").write_bytes(b"")
+        with pytest.raises(ModuleNotFoundError, match=r"a.parquet: .*needs datasets.*pip install datasets"):
+            read_samples(tmp_path / "a.parquet")
+        assert read_samples([GOOD])
+
+
+def test_names_are_checked_before_the_disk_is_asked(folder: Path, monkeypatch: Any) -> None:
+    asked: list[str] = []
+    real = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path, **kw: asked.append(str(path)) or real(path, **kw))
+    with pytest.raises(ValueError, match="expected a path inside"):
+        read_samples([{**GOOD, "image": "../../etc/hostname"}], folder / "images")
+    assert not any("hostname" in path for path in asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_samples([{**GOOD, "image": "a.png", "id": "a"}, {**GOOD, "image": "a.png", "id": "b"}], folder / "images")

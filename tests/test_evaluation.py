@@ -1,0 +1,257 @@
+"""Evaluation: what a run leaves after every task, and a model that is evaluated as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cllava_fast as cf
+from cllava_fast import cli
+from cllava_fast.data.prepared import PreparedStream
+from cllava_fast.evaluate import evaluation, scores
+from cllava_fast.evaluate.report import REPORT_FILES, load_results
+from cllava_fast.model import get_increments
+from tests.helpers import learn
+from tests.test_train import CONFIG, arguments, stream
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def graded_stream() -> cf.Stream:
+    """The second task is measured by ANLS against several answers."""
+    tasks = stream(2).tasks
+    test = [dataclasses.replace(s, references=(s.answer, s.answer + "dish"), id=f"q{i}") for i, s in
+            enumerate(tasks[1].test)]  # fmt: skip
+    return cf.Stream([tasks[0], dataclasses.replace(tasks[1], test=test, metric="anls")])
+
+
+@pytest.fixture(scope="module")
+def run(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, cf.ContinualResult, Any]:
+    from cllava_fast.demo.base import new_base
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    model = cf.patch(new_base(processor, seed=0).eval(), CONFIG, processor=processor)
+    result = cf.ContinualTrainer(model, processor, graded_stream(), arguments(folder, max_steps=40)).train()
+    return folder, result, model
+
+
+def test_a_run_leaves_its_results(run: tuple[Path, cf.ContinualResult, Any]) -> None:
+    folder, result, _ = run
+    results = load_results(folder / "results.json")
+    assert results["stream"] == ["task0", "task1"] and results["seeds"] == [0]
+    assert results["metrics"] == {"task0": "exact_match", "task1": "anls"}
+    method = results["methods"]["continual_llava"]
+    assert method["accuracy_matrix"] == result.accuracy_matrix and method["losses"] == result.losses
+    assert method["selection_accuracy"] == result.selection_accuracy
+    assert method["average_accuracy"] == pytest.approx(sum(v or 0.0 for v in result.accuracy_matrix[1]) / 2)
+    assert results["config"]["arguments"]["max_steps"] == 40 and results["environment"]["torch"] == torch.__version__
+    assert set(method["examples"]) == {"task0", "task1"}
+
+
+def test_predictions_of_every_task_after_every_task(run: tuple[Path, cf.ContinualResult, Any]) -> None:
+    folder, result, _ = run
+    found = sorted(str(p.relative_to(folder / "predictions")) for p in (folder / "predictions").rglob("*.jsonl"))
+    assert found == ["01-task0/task0.jsonl", "02-task1/task0.jsonl", "02-task1/task1.jsonl"]
+    last = records(folder / "predictions" / "02-task1" / "task1.jsonl")
+    assert [r["id"] for r in last] == [f"q{i}" for i in range(6)]
+    task = graded_stream().tasks[1]
+    for record, sample in zip(last, task.test, strict=True):
+        assert record["question"] == sample.instruction and record["answers"] == list(sample.references)
+        assert record["score"] == scores.anls(record["prediction"], record["answers"])
+        assert len(record["rows"]) == len(record["weights"]) == CONFIG.top_m
+        assert sum(record["weights"]) == pytest.approx(1.0, abs=1e-4)
+    mean = sum(r["score"] for r in last) / 6
+    assert result.accuracy_matrix[1][1] == pytest.approx(mean)
+
+
+def test_the_right_block_is_read_off_the_rows(run: tuple[Path, cf.ContinualResult, Any]) -> None:
+    folder, result, model = run
+    owner = get_increments(model).pool.row_task.tolist()
+    shares = [
+        sum(weight for row, weight in zip(record["rows"], record["weights"], strict=True) if owner[row] == task)
+        for task in range(2)
+        for record in records(folder / "predictions" / "02-task1" / f"task{task}.jsonl")
+    ]
+    assert result.selection_accuracy == pytest.approx(sum(shares) / len(shares), abs=1e-4)
+
+
+def test_what_is_shown_of_a_task(run: tuple[Path, cf.ContinualResult, Any]) -> None:
+    _, result, _ = run
+    for examples in result.examples.values():
+        assert 1 <= len(examples) <= 2 * evaluation.EXAMPLES
+        right = [example["score"] >= 0.5 for example in examples]
+        assert right == sorted(right, reverse=True)
+        assert all(example["image"] for example in examples)
+
+
+def test_an_unfinished_run_has_a_report(
+    new_llava: Callable, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model = cf.patch(new_llava(), CONFIG, processor=processor)
+    trainer = cf.ContinualTrainer(model, processor, stream(2), arguments(tmp_path / "run"))
+    learn_task = trainer._learn
+
+    def stops(number: int, *args: Any, **kwargs: Any) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return learn_task(number, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_learn", stops)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    results = load_results(tmp_path / "run" / "results.json")
+    matrix = results["methods"]["continual_llava"]["accuracy_matrix"]
+    assert matrix[0][0] is not None and matrix[1] == [None, None]
+    assert results["methods"]["continual_llava"]["average_accuracy"] == matrix[0][0]
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert "so far" in capsys.readouterr().out
+    assert "learned 1 of 2 tasks" in (tmp_path / "run" / "report.md").read_text()
+    # and the report is in nobody's way
+    again = cf.patch(new_llava(), CONFIG, processor=processor)
+    resumed = cf.ContinualTrainer(again, processor, stream(2), arguments(tmp_path / "run", resume=True)).train()
+    assert resumed.accuracy_matrix[0] == matrix[0] and resumed.accuracy_matrix[1][1] is not None
+    final = load_results(tmp_path / "run" / "results.json")
+    assert final["methods"]["continual_llava"]["accuracy_matrix"] == resumed.accuracy_matrix
+    assert final["methods"]["continual_llava"]["average_forgetting"] is not None
+
+
+def test_a_finished_run_that_goes_on_gives_the_same(
+    run: tuple[Path, cf.ContinualResult, Any], new_llava: Callable, processor: Any
+) -> None:
+    folder, result, _ = run
+    (folder / "results.json").unlink()
+    model = cf.patch(new_llava(), CONFIG, processor=processor)
+    args = arguments(folder, max_steps=40, resume=True)
+    assert cf.ContinualTrainer(model, processor, graded_stream(), args).train() == result
+    assert load_results(folder / "results.json")["methods"]["continual_llava"]["losses"] == result.losses
+
+
+def test_evaluate_stream_of_a_learned_model(
+    run: tuple[Path, cf.ContinualResult, Any], processor: Any, tmp_path: Path
+) -> None:
+    folder, result, model = run
+    options: dict[str, Any] = {"max_new_tokens": 3, "progress": False}
+    results = cf.evaluate_stream(model, processor, graded_stream(), tmp_path / "eval", **options)
+    method = results["methods"]["continual_llava"]
+    assert method["accuracy_matrix"] == [[None, None], result.accuracy_matrix[1]]
+    assert method["selection_accuracy"] == result.selection_accuracy
+    assert load_results(tmp_path / "eval" / "results.json") == json.loads(json.dumps(results))
+    for task in ("task0", "task1"):
+        file = f"{task}.jsonl"
+        assert records(tmp_path / "eval" / "predictions" / file) == records(folder / "predictions" / "02-task1" / file)
+    written = {p.name for p in (tmp_path / "eval").iterdir()}
+    assert written == {"predictions", *REPORT_FILES} - {"losses.png"}
+    with pytest.raises(FileExistsError, match="earlier evaluation; set overwrite"):
+        cf.evaluate_stream(model, processor, graded_stream(), tmp_path / "eval", **options)
+    cf.evaluate_stream(model, processor, stream(1), tmp_path / "eval", overwrite=True, **options)
+    assert [p.name for p in (tmp_path / "eval" / "predictions").iterdir()] == ["task0.jsonl"]
+
+
+def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothing(llava: Any, processor: Any) -> None:
+    plain = cf.evaluate_stream(llava, processor, stream(2), max_new_tokens=3, progress=False)
+    assert plain["methods"]["frozen"]["selection_accuracy"] is None
+    assert not hasattr(llava, "increments")
+    data = PreparedStream(stream(2), processor)
+    patched = cf.evaluate_stream(cf.patch(llava, CONFIG, processor=processor), processor, data, max_new_tokens=3,
+                                 progress=False)  # fmt: skip
+    found, expected = patched["methods"]["continual_llava"], plain["methods"]["frozen"]
+    assert found["accuracy_matrix"] == expected["accuracy_matrix"] and found["selection_accuracy"] is None
+    assert [e["prediction"] for e in found["examples"]["task0"]] == [
+        e["prediction"] for e in expected["examples"]["task0"]
+    ]
+
+
+def test_features_are_computed_where_a_plain_model_came_first(llava: Any, processor: Any) -> None:
+    """A stream is prepared once for several models; a plain one, which takes pixels, computes no features."""
+    data = PreparedStream(stream(1), processor)
+    data.examples("task0", "test", None)
+    assert not data.features._projected
+    data.examples("task0", "test", llava)
+    assert len(data.features._projected) == 3
+
+
+def test_tasks_that_the_model_does_not_know(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, rng)
+    other = cf.Stream([dataclasses.replace(task, name=f"other{i}") for i, task in enumerate(stream(2).tasks)])
+    results = cf.evaluate_stream(llava, processor, other, max_new_tokens=2, progress=False)
+    assert results["methods"]["continual_llava"]["selection_accuracy"] is None
+
+
+def test_the_documentation_runs(
+    run: tuple[Path, cf.ContinualResult, Any],
+    processor: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {"model": run[2], "processor": processor, "stream": graded_stream()}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert capsys.readouterr().out.splitlines()[-1] == "0.4"
+    assert (tmp_path / "runs" / "report" / "report.html").is_file()
+    named = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    assert named[1 : 1 + len(scores.SCORES)] == list(scores.SCORES)  # behind the head, `metric`
+    (line,) = re.findall(r"```json\n(.*?)\n```", page)
+    written = records(tmp_path / "runs" / "eval" / "predictions" / "task0.jsonl")[0]
+    assert list(json.loads(line)) == list(written)
+
+
+def test_file_names_are_distinct_and_safe() -> None:
+    names = evaluation.file_names(["a b", "a_b", "A/B", "../../etc", "é", "x" * 300])
+    assert names == ["a_b", "a_b-2", "A_B-3", "______etc", "é", "x" * 60]
+
+
+def test_predictions_are_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "predictions"
+    good = evaluation.TaskEvaluation("a", [{"id": "0", "prediction": "é\u2028\ud800", "score": 1.0}], None, [])
+    evaluation.write_predictions(folder, [good])
+    line = (folder / "a.jsonl").read_bytes()
+    assert json.loads(line)["prediction"] == "é\u2028?" and line.count(b"\n") == 1
+    bad = evaluation.TaskEvaluation("b", [{"id": "0", "score": float("nan")}], None, [])
+    with pytest.raises(ValueError):
+        evaluation.write_predictions(folder, [good, bad])
+    assert [p.name for p in folder.iterdir()] == ["a.jsonl"] and len(list(tmp_path.iterdir())) == 1
+
+
+class TestRefusals:
+    def test_metrics_are_checked_before_anything_is_learned(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        for metric, message in (("anl", "did you mean 'anls'"), ("option_letter", "'red' names no option")):
+            wrong = cf.Stream([dataclasses.replace(stream(1).tasks[0], metric=metric)])
+            with pytest.raises(ValueError, match=f"task 'task0': .*{message}"):
+                cf.ContinualTrainer(llava, processor, wrong, arguments(tmp_path / "run"))
+            with pytest.raises(ValueError, match=message):
+                cf.evaluate_stream(llava, processor, wrong, tmp_path / "run")
+        assert not hasattr(llava, "increments") and not (tmp_path / "run").exists()
+
+    def test_a_run_goes_on_with_its_own_metric_alone(
+        self, run: tuple[Path, cf.ContinualResult, Any], new_llava: Callable, processor: Any
+    ) -> None:
+        model = cf.patch(new_llava(), CONFIG, processor=processor)
+        args = arguments(run[0], max_steps=40, resume=True)
+        other = cf.Stream([dataclasses.replace(task, metric="exact_match") for task in graded_stream().tasks])
+        with pytest.raises(FileExistsError, match="another run"):
+            cf.ContinualTrainer(model, processor, other, args)
+
+    def test_what_evaluate_stream_refuses(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="split is 'train'"):
+            cf.evaluate_stream(llava, processor, stream(1), split="train")
+        with pytest.raises(ValueError, match="batch_size is 0"):
+            cf.evaluate_stream(llava, processor, stream(1), batch_size=0)
+        (tmp_path / "thesis.txt").write_text("years of work")
+        with pytest.raises(FileExistsError, match="something else than an evaluation: thesis.txt"):
+            cf.evaluate_stream(llava, processor, stream(1), tmp_path, overwrite=True)
+        cf.patch(llava, cf.IncrementConfig(surrogate="backbone"))
+        with pytest.raises(ValueError, match="patched without a processor"):
+            cf.evaluate_stream(llava, processor, stream(1), progress=False)

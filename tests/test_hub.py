@@ -1,0 +1,235 @@
+"""``from_pretrained`` finds the base that a folder or a repository names; ``push_to_hub`` uploads three files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import create_autospec
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import CommitInfo, ModelCard, RepoUrl
+from huggingface_hub.errors import HFValidationError
+
+import cllava_fast as cf
+from cllava_fast.demo import load_base
+from cllava_fast.model import files, hub
+from tests.helpers import QUESTIONS, inputs, learn
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def base(new_llava: Callable, processor: Any, tmp_path: Path) -> Path:
+    """A folder of a base model in bfloat16, with its processor."""
+    folder = tmp_path / "base"
+    new_llava().bfloat16().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def learned_on(base: str | Path, generator: torch.Generator, **options: Any) -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(base, **options)
+    cf.patch(model, cf.IncrementConfig(a_std=0.1))
+    learn(model, 2, generator)
+    return model
+
+
+def put_in_cache(cache: Path, repo_id: str, folder: Path) -> None:
+    """As if ``repo_id`` had been downloaded."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A hub that keeps what is uploaded in a folder; its methods take what the real ones take."""
+    api = create_autospec(huggingface_hub.HfApi, instance=True)
+    api.create_repo.side_effect = lambda repo_id, **options: RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(*, repo_id: str, folder_path: Path, commit_message: str, **options: Any) -> CommitInfo:
+        shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+        return CommitInfo(
+            commit_url=f"https://huggingface.co/{repo_id}/commit/{COMMIT}", commit_message=commit_message,
+            commit_description="", oid=COMMIT,
+        )  # fmt: skip
+
+    api.upload_folder.side_effect = upload_folder
+    monkeypatch.setattr(hub, "HfApi", lambda token=None: api)
+    return api
+
+
+def test_the_base_is_loaded_by_the_name_and_the_dtype_in_the_file(
+    base: Path, tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = learned_on("base", generator, dtype=torch.float32).eval()  # a relative path, another dtype than its file's
+    cf.save_pretrained(model, "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = cf.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert again.dtype == torch.float32 and again.config._attn_implementation == "eager" and not again.training
+    processor = again.increments.processor
+    batch = inputs(processor, QUESTIONS, generator)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert again.increments.pool.task_names == ["task0", "task1"]
+    # with another dtype it is another base
+    with pytest.raises(ValueError, match="were float32, these are bfloat16; load the base with dtype='float32'"):
+        cf.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+
+
+def test_a_given_base_is_used(
+    base: Path, tmp_path: Path, generator: torch.Generator, new_llava: Callable, processor: Any
+) -> None:
+    cf.save_pretrained(learned_on(base, generator), tmp_path / "out")
+    model = new_llava().bfloat16()
+    shutil.rmtree(base)
+    with pytest.raises(FileNotFoundError, match=r"the base model '.*base' .*model=base"):
+        cf.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"\['dtype'\] say how to load the base, but model= was given"):
+        cf.from_pretrained(tmp_path / "out", model, dtype="float32")
+    learned = cf.from_pretrained(str(tmp_path / "out"), model, processor)
+    assert learned is model and model.increments.pool.num_tasks == 2
+
+
+def test_a_base_without_a_name_has_to_be_given(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    cf.save_pretrained(cf.patch(new_llava(), processor=processor), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / files.CONFIG).read_text())["base_model_name_or_path"] is None
+    with pytest.raises(ValueError, match="does not say where its base model is"):
+        cf.from_pretrained(tmp_path / "out")
+    assert 'from_pretrained("path/of/this/folder", model=base)' in (tmp_path / "out" / files.CARD).read_text()
+
+
+def test_pushed_and_loaded_by_name(
+    base: Path, tmp_path: Path, generator: torch.Generator, uploads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real client reads both repositories from its cache; nothing is on a network here."""
+    cache = tmp_path / "cache"
+    put_in_cache(cache, "lab/llava", base)
+    model = learned_on(base, generator)
+    url = cf.push_to_hub(
+        model, "me/mine", base_model="lab/llava", private=True, commit_message="two tasks", branch="dev",
+        ignore_patterns="*.md",
+    )  # fmt: skip
+    assert url == f"https://huggingface.co/me/mine/commit/{COMMIT}"
+    uploads.create_repo.assert_called_once_with(repo_id="me/mine", private=True, exist_ok=True)
+    sent = uploads.upload_folder.call_args.kwargs
+    assert (sent["commit_message"], sent["revision"], sent["ignore_patterns"]) == ("two tasks", "dev", "*.md")
+    assert not Path(sent["folder_path"]).exists()  # only for as long as it was needed
+    pushed = tmp_path / "hub" / "me" / "mine"
+    assert sorted(path.name for path in pushed.iterdir()) == sorted(files.FILES)
+    assert 'cf.from_pretrained("me/mine")' in (pushed / files.CARD).read_text()
+    assert ModelCard.load(pushed / files.CARD).data.base_model == "lab/llava"
+
+    put_in_cache(cache, "me/mine", pushed)
+    again = cf.from_pretrained("me/mine", cache_dir=cache)
+    assert all(
+        torch.equal(tensor, again.increments.pool.state()[name])
+        for name, tensor in model.increments.pool.state().items()
+    )
+    with pytest.raises(FileNotFoundError, match="'me/other' is no folder here, and as a repository"):
+        cf.from_pretrained("me/other", cache_dir=cache)
+
+
+def test_a_folder_of_this_machine_is_not_pushed(
+    base: Path, tmp_path: Path, generator: torch.Generator, uploads: Any
+) -> None:
+    cf.push_to_hub(learned_on(base, generator), "me/mine")
+    pushed = tmp_path / "hub" / "me" / "mine"
+    assert json.loads((pushed / files.CONFIG).read_text())["base_model_name_or_path"] is None
+    for file in (files.CONFIG, files.CARD):
+        assert str(tmp_path) not in (pushed / file).read_text()
+
+
+def test_only_our_files_are_downloaded_and_only_if_allowed(
+    base: Path, tmp_path: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = cf.save_pretrained(learned_on(base, generator), tmp_path / "out")
+    asked: list[dict[str, Any]] = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.append({"repo_id": repo_id, **options})
+        return str(saved)
+
+    monkeypatch.setattr(
+        hub, "snapshot_download", create_autospec(huggingface_hub.snapshot_download, side_effect=download)
+    )
+    cf.from_pretrained("me/mine", revision="v1", token="t")
+    cf.from_pretrained("me/mine", local_files_only=True)
+    cf.from_pretrained(saved)  # a folder needs no hub
+    assert [call["local_files_only"] for call in asked] == [False, True]
+    assert asked[0]["allow_patterns"] == list(files.FILES) and asked[0]["token"] == "t"
+    assert asked[0]["repo_id"] == "me/mine" and asked[0]["revision"] == "v1"
+    # a folder's base comes from this machine alone
+    from transformers import AutoModelForImageTextToText
+
+    loads: list[dict[str, Any]] = []
+
+    def refuse(name: str, **options: Any) -> None:
+        loads.append({"name": name, **options})
+        raise OSError("not here")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
+    values = json.loads((saved / files.CONFIG).read_text())
+    (saved / files.CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": "lab/llava"}))
+    for source, options in ((saved, {}), (saved, {"local_files_only": False}), ("me/mine", {})):
+        with pytest.raises(FileNotFoundError, match=r"model=base\), or let it be downloaded by local_files_only=False"):
+            cf.from_pretrained(source, **options)
+    assert [call["local_files_only"] for call in loads] == [True, False, False]
+    assert all(call["trust_remote_code"] is False and call["use_safetensors"] for call in loads)
+
+
+def test_refusals(
+    base: Path, tmp_path: Path, uploads: Any, new_llava: Callable, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in (tmp_path / "missing", "./missing", "a/b/c", str(tmp_path / "missing")):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            cf.from_pretrained(source)
+    with pytest.raises(FileNotFoundError, match=f"{files.CONFIG} does not exist"):
+        cf.from_pretrained(base)
+    with pytest.raises(ValueError, match="trust_remote_code=True was given"):
+        cf.from_pretrained(base, trust_remote_code=True)
+    with pytest.raises(ValueError, match="not patched"):
+        cf.push_to_hub(new_llava(), "me/mine")
+    model = cf.patch(new_llava(), processor=processor)
+    with pytest.raises(HFValidationError):
+        cf.push_to_hub(model, "me/mine/too")
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(base), "base"):
+        with pytest.raises(ValueError, match="expected the base's name on the hub"):
+            cf.push_to_hub(model, "me/mine", base_model=folder)
+    assert not uploads.mock_calls
+
+
+def test_the_page_on_serving_runs(
+    tmp_path: Path, generator: torch.Generator, uploads: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("peft")
+    page = (Path(__file__).resolve().parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    model, processor = load_base()
+    cf.patch(model, cf.IncrementConfig(a_std=0.1), processor=processor)
+    pool = learn(model, 4, generator).pool
+    pool.task_names = ["chart", "document", "icon", "digit"]
+    monkeypatch.chdir(tmp_path)
+    cf.save_pretrained(model, "runs/demo/methods/continual_llava/seed0/increments/04-digit")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: str(tmp_path / "hub" / name))
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)
+    printed = capsys.readouterr().out
+    assert printed.count(" -> ") == 4 and "3 linears merged" in printed
+    assert (
+        "bars-lora: a LoRA of rank" in printed and "small-lora: a LoRA of rank 16 on 3 linears; compressed" in printed
+    )
+    assert names["model"].increments.pool.task_names == pool.task_names

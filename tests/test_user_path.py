@@ -1,0 +1,196 @@
+"""The whole path of a new user, by typed commands: own files, a run that is killed, its answers, PEFT's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cllava_fast import cli
+from cllava_fast.demo.base import FOLDER, load_base
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTION = "what color is the triangle?"
+SETTINGS = (
+    "--training.align_steps", "20", "--training.max_steps", "40", "--training.learning_rate", "3e-3",
+    "--training.lr_scheduler_type", "linear", "--method.scale", "8", "--method.a_std", "0.09",
+    "--training.per_device_train_batch_size", "16", "--training.max_new_tokens", "4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("easy_vqa", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp("user")
+    command = [sys.executable, ROOT / "examples" / "easy_vqa_to_llava.py", folder / "data"]
+    subprocess.run([*command, "--train", "160", "--test", "24"], check=True, cwd=ROOT)
+    assert cli.main(["init", str(folder / "stream.yaml"), "--data", str(folder / "data")]) == 0
+    return folder
+
+
+def command(data: Path, output: str) -> list[str]:
+    return ["train", str(data / "stream.yaml"), "--model", str(FOLDER), "--output", str(data / output), *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    """A run that was killed in its second task and resumed by the same command."""
+    output = data / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "cllava_fast.cli", *command(data, "run")],
+        cwd=data, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("shape: align"):
+            break
+    process.kill()
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL, "".join(said)
+    assert len(json.loads((output / "run.json").read_text())["matrix"]) == 1
+    assert [entry.name for entry in (output / "increments").iterdir()] == ["01-color"]
+    first = contents(output / "increments" / "01-color")
+
+    assert cli.main(command(data, "run")) == 1  # without --resume nothing is touched
+    assert contents(output / "increments" / "01-color") == first
+    assert cli.main([*command(data, "run"), "--resume"]) == 0
+    assert contents(output / "increments" / "01-color") == first
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def call(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert cli.main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return call
+
+
+def picture(data: Path) -> Path:
+    records = json.loads((data / "data" / "color_test.json").read_text())
+    return data / "data" / "images" / records[0]["image"]
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    shown = printed(*command(data, "whole"))
+    assert "average" in shown and "color" in shown and "shape" in shown
+    for task in ("01-color", "02-shape"):
+        assert contents(run / "increments" / task) == contents(data / "whole" / "increments" / task)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (run, data / "whole")]
+    matrices = [found["methods"]["continual_llava"]["accuracy_matrix"] for found in results]
+    assert matrices[0] == matrices[1]
+    # it has learned: guessing gives 1 in 8 colors and 1 in 3 shapes
+    assert matrices[0][1][0] > 0.3 and matrices[0][1][1] > 0.4, matrices
+
+
+def test_eval_measures_what_the_run_did(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    shown = printed("eval", run, "--output", data / "measured")
+    results = json.loads((data / "measured" / "results.json").read_text())
+    measured = results["methods"]["continual_llava"]["accuracy_matrix"][-1]
+    trained = json.loads((run / "results.json").read_text())["methods"]["continual_llava"]["accuracy_matrix"][-1]
+    assert measured == trained
+    assert f"{100 * measured[0]:.1f}" in shown
+    lines = (data / "measured" / "predictions" / "color.jsonl").read_text().splitlines()
+    assert len(lines) == 24 and "prediction" in json.loads(lines[0])
+
+
+def test_eval_of_the_frozen_base_is_worse(run: Path, printed: Callable[..., str]) -> None:
+    assert "Frozen" in printed("eval", run, "--frozen")
+
+
+def test_ask_answers_and_says_which_rows_did(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    shown = printed("ask", run, "--image", picture(data), QUESTION)
+    answer, *table = [line for line in shown.splitlines() if line.strip()]
+    assert answer.strip()
+    for word in ("task", "row", "similarity", "weight", "context"):
+        assert word in table[0], shown
+    rows = [line.split() for line in table[2:]]
+    assert len(rows) == 4 and rows[0][0] == "color", shown
+    assert sum(float(row[3].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.3)
+    assert printed("ask", run, "--image", picture(data), "--quiet", QUESTION).strip() == answer.strip()
+
+
+def test_ask_brings_context_from_earlier_tasks(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    rows = [line.split() for line in printed("ask", run, "what shape is in the image?").splitlines()]
+    shares = {row[0]: float(row[4].rstrip("%")) for row in rows if len(row) == 5 and row[0] in ("color", "shape")}
+    assert shares["shape"] > 0.0 and shares.get("color", 0.0) == 0.0
+
+
+def test_ask_as_it_was_after_the_first_task(run: Path, printed: Callable[..., str]) -> None:
+    shown = printed("ask", run, "--after", "color", "what shape is in the image?")
+    assert "color" in shown and "shape " not in shown
+
+
+def test_ask_takes_saved_increments_too(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    asked = ("--image", picture(data), "--quiet", QUESTION)
+    assert printed("ask", run / "increments" / "02-shape", *asked) == printed("ask", run, *asked)
+
+
+def test_report_is_drawn_again(run: Path, printed: Callable[..., str]) -> None:
+    (run / "report.md").unlink()
+    assert "Continual LLaVA" in printed("report", run)
+    assert (run / "report.md").is_file()
+
+
+def test_the_export_gives_the_same_outputs_in_stock_peft(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    from cllava_fast.cli.running import open_run
+
+    shown = printed("export", run, "--instruction", QUESTION, "--output", data / "adapter")
+    assert "adapter" in shown and "PeftModel" in shown
+    patched, processor = open_run(str(run))
+    batch = _batch(processor, picture(data))
+    base, _ = load_base()
+    with torch.no_grad():
+        wanted = patched(**batch).logits
+        frozen = base(**batch).logits
+        adapted = peft.PeftModel.from_pretrained(base, data / "adapter").eval()(**batch).logits
+    assert (wanted - frozen).abs().max() > 0.1
+    torch.testing.assert_close(adapted, wanted, rtol=1e-4, atol=1e-4)
+
+
+def _batch(processor: Any, image: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return dict(processor(text=[text], images=[Image.open(image)], return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "{run}", "--after", "digits"], "no state after task 'digits'; expected one of color, shape"),
+        (["ask", "{run}", "--image", "{run}/run.json", "what?"], "cannot identify image file"),
+        (["ask", "{run}", "--max-new-tokens", "0", "what?"], "--max-new-tokens is 0; expected at least 1"),
+        (["ask", "{run}", " "], "the question is blank"),
+        (["export", "{run}", "--task", "color", "--output", "{run}"], "holds something already"),
+        (["export", "{run}", "--task", "digits", "--output", "{run}/new"], "digits"),
+        (["eval", "{run}/increments"], "config.yaml does not exist"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    assert cli.main([argument.format(run=run) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cllava-fast: ") and message in error and "Traceback" not in error, error
+    assert contents(run) == before
