@@ -337,6 +337,11 @@ def test_without_room_only_pooled_features_are_worth_the_vision_tower(folder: Pa
     assert len(calls) == 1, "it stops where nothing more can be kept"
     features.add(samples, encoder, llava, batch_size=2, pooled=True)
     assert len(calls) == 4 and features.pooled(samples, 128).shape == (6, 128)
+    roomy = ImageFeatures()
+    for pooled, expected in ((False, 7), (False, 7), (True, 10), (True, 10)):
+        roomy.add(samples, encoder, llava, batch_size=2, pooled=pooled)
+        assert len(calls) == expected, "what is there is not computed again, what is missing is"
+    assert roomy.pooled(samples, 128).shape == (6, 128)
     handle.remove()
 
 
