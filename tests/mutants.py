@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
 
-COPIED = ("cllava_fast", "csrc", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
+COPIED = ("cllava_fast", "csrc", "docs", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
 
 
 class Mutant(NamedTuple):
@@ -38,6 +38,8 @@ INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMA
 # names of an op's tests in the conformance test, where they are not its folder's
 TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
+SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
+EVALUATION = ("tests/test_evaluation.py",)
 
 MUTANTS = [
     Mutant(
@@ -110,6 +112,43 @@ MUTANTS = [
         "parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))", "pass", MODEL,
     ),
     Mutant("unpatch leaves hooks", "cllava_fast/model/patching.py", "hook.remove()", "pass", MODEL),
+    Mutant(
+        "scores: VQA leaves no annotator out", "cllava_fast/evaluate/scores.py", "min((equal - 1) / needed, 1.0)",
+        "min(equal / needed, 1.0)", SCORES,
+    ),
+    Mutant("scores: ANLS without a threshold", "cllava_fast/evaluate/scores.py", "best >= 0.5", "best >= 0.0", SCORES),
+    Mutant("scores: any box that overlaps", "cllava_fast/evaluate/scores.py", "other) >= 0.5", "other) > 0", SCORES),
+    Mutant("scores: percent is a number", "cllava_fast/evaluate/scores.py", "100.0 if text", "1.0 if text", SCORES),
+    Mutant(
+        "scores: a graded task by exact match", "cllava_fast/evaluate/evaluation.py",
+        "find_metric(task.metric) for task", 'find_metric("exact_match") for task', EVALUATION,
+    ),
+    Mutant(
+        "evaluation: rows of another sample", "cllava_fast/evaluate/evaluation.py", "selected[0][position]",
+        "selected[0][-1 - position]", EVALUATION,
+    ),
+    Mutant(
+        "evaluation: another task's block is right", "cllava_fast/evaluate/evaluation.py",
+        "pool.row_task[index] == pool", "pool.row_task[index] != pool", EVALUATION,
+    ),
+    Mutant(
+        "evaluation: answers in the wrong task", "cllava_fast/evaluate/evaluation.py", "start = part.stop", "start = 0",
+        EVALUATION,
+    ),
+    Mutant(
+        "report: an unfinished run has no averages", "cllava_fast/evaluate/metrics.py",
+        "learned = [row[:size] for row in matrix[:size]]", "learned = matrix", ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "page: names are not escaped", "cllava_fast/evaluate/page.py", "<h3>{escape(task)}", "<h3>{task}", REPORT,
+    ),
+    Mutant(
+        "page: any text is a picture", "cllava_fast/evaluate/page.py", "SyntaxError):\n        return None",
+        "SyntaxError):\n        return str(encoded)", REPORT,
+    ),
+    Mutant(
+        "pictures: a name is mathematics", "cllava_fast/evaluate/plots.py", 'text.replace("$", r"\\$")', "text", REPORT,
+    ),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(
         Mutant(f"{file}: {name}", f"csrc/{file}", old, new, (CONFORMANCE, test))

@@ -18,7 +18,7 @@ from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.evaluate import evaluation, scores
 from cllava_fast.evaluate.report import REPORT_FILES, load_results
 from cllava_fast.model import get_increments
-from tests.helpers import learn
+from tests.helpers import QUESTIONS, learn
 from tests.test_train import CONFIG, arguments, stream
 
 
@@ -206,6 +206,40 @@ def test_the_documentation_runs(
     (line,) = re.findall(r"```json\n(.*?)\n```", page)
     written = records(tmp_path / "runs" / "eval" / "predictions" / "task0.jsonl")[0]
     assert list(json.loads(line)) == list(written)
+
+
+def test_each_answer_stays_with_its_sample(
+    llava: Any, processor: Any, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks share batches; answers, rows and metrics are those of each sample's own."""
+    image = stream(1).tasks[0].test[0].image
+    asked = {"task0": QUESTIONS[:2], "task1": QUESTIONS[2:]}
+    tasks = [
+        cf.Task(
+            name, train=stream(1).tasks[0].train, test=[cf.Sample(q, q[:-4], image) for q in questions], metric=metric
+        )
+        for (name, questions), metric in zip(asked.items(), ("exact_match", "anls"), strict=True)
+    ]
+    increments = learn(cf.patch(llava, CONFIG, processor=processor), 2, rng)
+    monkeypatch.setattr(evaluation, "predict", lambda model, examples, *args, **kwargs: [
+        example.instruction for example in examples])  # fmt: skip
+    found = evaluation.evaluate_tasks(
+        llava, PreparedStream(cf.Stream(tasks), processor), list(asked), "test",
+        batch_size=4, max_new_tokens=1, progress=False,
+    )  # fmt: skip
+    seen = set()
+    for result, questions in zip(found, asked.values(), strict=True):
+        for record, question in zip(result.records, questions, strict=True):
+            assert record["question"] == record["prediction"] == question
+            exact = result.task == "task0"
+            # four letters too many
+            assert record["score"] == (0.0 if exact else pytest.approx(1 - 4 / len(question)))
+            query = increments.surrogate.query([increments.reader.canonical(question)])
+            own = increments.method.select(increments.pool, query, increments.groups, training=False)
+            assert record["rows"] == own.index[0].tolist()
+            assert record["weights"] == pytest.approx(own.weight[0].tolist(), abs=1e-5)
+            seen.add(tuple(record["rows"]))
+    assert len(seen) > 2
 
 
 def test_file_names_are_distinct_and_safe() -> None:

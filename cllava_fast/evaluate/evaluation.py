@@ -175,7 +175,7 @@ def _thumbnail(sample: Sample) -> str | None:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=80)
+    image.save(out, "JPEG", quality=80, optimize=True)
     return base64.b64encode(out.getvalue()).decode("ascii")
 
 

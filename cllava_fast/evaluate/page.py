@@ -25,7 +25,8 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2re
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; white-space: normal; min-width: 4rem; }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; white-space: normal; overflow-wrap: normal; }
 .facts td, .facts th { text-align: left; white-space: normal; vertical-align: top; font-weight: 400; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }

@@ -99,11 +99,11 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
             label = _plain(task) if len(losses) > 1 else "all tasks"
             axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.4, marker=".", label=label)
         axes.set_title(title_of(method), fontsize=11)
-        axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("loss")
+    panels[0].set_ylim(bottom=0)  # once all are drawn: the panels share it
     figure.supxlabel("entries of the log, task after task", fontsize=10)
     _save(figure, path)
 
