@@ -29,7 +29,7 @@ from cllava_fast.ops import triton_backend, tuned
 DEVICE = "cuda"
 MINUTES = 5.5
 TILES_SHARE = 0.6  # of the time, at most
-SECONDS = 0.15  # of a comparison, most of whose time goes into compiling
+SECONDS = 0.1  # of a comparison, most of whose time goes into compiling
 
 
 def missing() -> str | None:

@@ -50,7 +50,7 @@ def points(quick: bool) -> list[Point]:
     """What matters most comes first."""
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32, torch.float16)
     sizes = SIZES[-2:-1] if quick else SIZES
-    return [
+    every = [
         Point(kernel, dtype, samples, tokens, pairs)
         for dtype in dtypes
         for pairs in PAIRS
@@ -58,6 +58,7 @@ def points(quick: bool) -> list[Point]:
         for kernel in tiling.DEFAULTS
         if tokens > 1 or kernel != "outer"  # decoding has no gradient
     ]
+    return [point for point in every if len(fitting(point)) > 1]
 
 
 def find(wanted: Iterable[Point], device: str, timer: Timer, over: Callable[[], bool]) -> Found:
