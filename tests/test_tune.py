@@ -87,8 +87,18 @@ def test_what_is_wrong_or_fails_is_out() -> None:
 
 @interpreted
 @pytest.mark.parametrize("point", [SHRINK, EXPAND, OUTER], ids=lambda point: point.kernel)
-def test_every_candidate_of_a_kernel_gives_the_same(point: Point, h100: Path) -> None:
+def test_every_candidate_of_a_kernel_gives_the_same(point: Point, h100: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cllava_fast.ops.inject import triton_launch as launch
+
+    launched, plain = [], launch._launch
+
+    def noting(kernel: Any, programs: int, tiles: Any, *arguments: Any, **constants: int) -> None:
+        launched.extend([tiles] if kernel.__name__ == point.kernel else [])
+        plain(kernel, programs, tiles, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "_launch", noting)
     found = tune_tiles.find([point], "cpu", fastest_last, never)
+    assert set(launched) == set(tune_tiles.fitting(point))
     assert found.out == [] and found.complete and found.measured == 1
     candidates = tune_tiles.fitting(point)
     assert candidates[0] == tune_tiles.default_of(point) and len(candidates) > 1
