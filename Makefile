@@ -72,7 +72,8 @@ report: $(STAMP) ## draw the benchmarks' results files and fill in benchmarks/RE
 gpu: ## check everything on a GPU, with that machine's own Python (PY=python3 OUT=runs/gpu); installs nothing
 	$(PY) tests/gpu.py --out $(OUT) $(ARGS)
 
-tune: ## measure tiles and backends on this GPU, with that machine's own Python (PY=python3); commit the table that it writes
+tune: ## measure tiles and backends on a GPU, with that machine's own Python (PY=python3); commit the table that it writes
+	@$(PY) -c 'import sys; from benchmarks.tune import missing; sys.exit(missing())'
 	$(PY) csrc/build.py --if-possible cpu cuda
 	$(PY) -m benchmarks.tune $(ARGS)
 

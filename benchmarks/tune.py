@@ -24,7 +24,7 @@ from benchmarks import measure, results, tune_backends, tune_tiles
 from benchmarks.tune_tiles import Found, Timer
 from cllava_fast import atomic
 from cllava_fast.environment import environment
-from cllava_fast.ops import triton_backend, tuned
+from cllava_fast.ops import native, triton_backend, tuned
 
 DEVICE = "cuda"
 MINUTES = 5.5
@@ -99,7 +99,10 @@ def show(content: dict[str, Any], tiles: Found, backends: Found) -> None:
         ratio = row["default_microseconds"] / row["microseconds"]
         name = f"{row['kernel']:<7} {row['dtype']:<9} {row['columns']:>4} columns {row['tokens']:>6} tokens"
         print(f"  {name} {row['microseconds']:>9.1f} us  {ratio:.2f}x  {'-'.join(map(str, row['tiles'].values()))}")
-    print(f"backends: {len(backends.rows)} losers in {backends.measured} calls")
+    left_out = native.cuda_usable()
+    print(
+        f"backends: {len(backends.rows)} losers in {backends.measured} calls{f'; no cuda: {left_out}' if left_out else ''}"
+    )
     for row in backends.rows:
         sizes = " ".join(f"{name}<={most}" for name, (_, most) in row["sizes"].items())
         name = f"{row['op']:<20} {row['dtype']:<9} {row['backend']:>7} {row['ratio']:.2f}x of {row['instead']:<9}"

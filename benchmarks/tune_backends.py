@@ -147,7 +147,7 @@ def find(jobs: Iterable[Callable[[], Any]], timer: Timer, over: Callable[[], boo
             job()
         for call in calls:
             backends = dispatch.volunteers(call.op, call.site)
-            runs = {name: partial(run, *call.arguments) for name, run in backends.items()}
+            runs = {name: partial(_below_autograd, run, call.arguments) for name, run in backends.items()}
             runs, reasons = sound(runs, "reference", call.site.dtype)
             out.extend(f"{call}: {reason}" for reason in reasons)
             key = call.op, call.site.dtype, tuple((name, *tuned.bounds(size)) for name, size in call.site.sizes)
@@ -155,6 +155,12 @@ def find(jobs: Iterable[Callable[[], Any]], timer: Timer, over: Callable[[], boo
             measured += 1
     rows = list(itertools.chain.from_iterable(map(_rows, alike, alike.values())))
     return Found(rows, out, measured, complete)
+
+
+def _below_autograd(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """As `ops/library.py` calls it."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return run(*arguments)
 
 
 def losers(times: Sequence[Mapping[str, float]]) -> list[tuple[str, str, float]]:

@@ -201,6 +201,7 @@ def test_backends_that_lose_are_written_down(backends: None, h100: Path) -> None
     def timer(runs: Any, launch: str) -> dict[Any, float]:
         launches.add(launch)
         assert list(runs) == ["reference", "cuda"]
+        assert not any(tensor.requires_grad for run in runs.values() for tensor in run())  # below autograd
         return {"cuda": 3.0, "reference": 2.0}
 
     found = tune_backends.find(tune_backends.work(SMALL, "cpu"), timer, never)
