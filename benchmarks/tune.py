@@ -99,10 +99,9 @@ def show(content: dict[str, Any], tiles: Found, backends: Found) -> None:
         ratio = row["default_microseconds"] / row["microseconds"]
         name = f"{row['kernel']:<7} {row['dtype']:<9} {row['columns']:>4} columns {row['tokens']:>6} tokens"
         print(f"  {name} {row['microseconds']:>9.1f} us  {ratio:.2f}x  {'-'.join(map(str, row['tiles'].values()))}")
-    left_out = native.cuda_usable()
-    print(
-        f"backends: {len(backends.rows)} losers in {backends.measured} calls{f'; no cuda: {left_out}' if left_out else ''}"
-    )
+    refusal = native.cuda_usable()
+    left_out = f"; without cuda: {refusal}" if refusal else ""
+    print(f"backends: {len(backends.rows)} losers in {backends.measured} calls{left_out}")
     for row in backends.rows:
         sizes = " ".join(f"{name}<={most}" for name, (_, most) in row["sizes"].items())
         name = f"{row['op']:<20} {row['dtype']:<9} {row['backend']:>7} {row['ratio']:.2f}x of {row['instead']:<9}"
