@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base native test lint format mutants kernels bench report gpu clean
+.PHONY: help install demo demo-base native test lint format mutants kernels bench report gpu tune clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -71,6 +71,11 @@ report: $(STAMP) ## draw the benchmarks' results files and fill in benchmarks/RE
 
 gpu: ## check everything on a GPU, with that machine's own Python (PY=python3 OUT=runs/gpu); installs nothing
 	$(PY) tests/gpu.py --out $(OUT) $(ARGS)
+
+tune: ## measure tiles and backends on a GPU, with that machine's own Python (PY=python3); commit the table that it writes
+	@$(PY) -c 'import sys; from benchmarks.tune import missing; sys.exit(missing())'
+	$(PY) csrc/build.py --if-possible cpu cuda
+	$(PY) -m benchmarks.tune $(ARGS)
 
 clean: ## remove what was built or run here (not .venv)
 	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

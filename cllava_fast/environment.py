@@ -43,10 +43,11 @@ def require(module: str, feature: str) -> ModuleType:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages that matter (None: not installed), the device, threads and the date in UTC."""
+    """Versions of the packages that matter (None: not installed), the device, its tuned table, the date in UTC."""
     import torch
 
     import cllava_fast
+    from cllava_fast.ops import tuned
 
     there = torch.cuda.is_available()
     return {
@@ -57,6 +58,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if there else None,
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if there else None,
         "cuda": torch.version.cuda,
+        "tuned": tuned.describe(),
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -3,7 +3,8 @@
 Needs that machine's own Python with torch >= 2.11, triton >= 3.6, transformers and pytest; installs nothing. Each step
 runs in a process of its own under a time limit, and one that fails or hangs does not stop the others; the tests of the
 backends run side by side, since most of their time goes into compiling. OUT gets a log for each step, env.json, the
-JUnit files of the tests, and summary.json.
+JUnit files of the tests, and summary.json. All of it ends within eight minutes: no step runs longer than what is left
+of them, whatever its own limit. `tune` (`make tune`) takes six alone and runs only when named: --steps build tune.
 
 Exits with 1 if a step failed, with 2 if there is no CUDA device and a step that was asked for needs one.
 """
@@ -30,7 +31,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-MINUTES = 9  # for all steps together
+MINUTES = 8  # for all steps together
+PATIENCE = 10  # seconds that a step has to write down what it has once its time is over
+GRACE = 10 + PATIENCE  # seconds of those minutes that no step gets: to start, to stop the last one, to print the table
 GOOD = ("passed", "not run")
 
 
@@ -43,6 +46,7 @@ class Step(NamedTuple):
     junit: str = ""  # file in OUT
     variables: dict[str, str] = {}
     beside: bool = False  # runs beside its neighbours that do
+    named: bool = False  # runs only if named
 
 
 class Verdict(NamedTuple):
@@ -105,6 +109,10 @@ def steps(out: Path) -> list[Step]:
     # libraries other than ours read uninitialised memory now and then: a log to look at, no verdict
     command = [sanitizer or "", "--tool", "initcheck", python, "tests/every_kernel.py"]
     found.append(Step("initcheck", command, 180, missing="" if sanitizer else "no compute-sanitizer", beside=True))
+    command = [python, "-m", "benchmarks.tune", f"--out={out / 'tuned.json'}"]
+    found.append(
+        Step("tune", command, 420, missing="" if installed("triton") else "triton is not installed", named=True)
+    )
     return found
 
 
@@ -144,7 +152,7 @@ def run_step(step: Step, out: Path, seconds: float) -> Verdict:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)  # pytest writes down what it has
                 try:
-                    process.wait(10)
+                    process.wait(PATIENCE)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -178,7 +186,7 @@ def last_line(log: Path) -> str:
 
 def run(chosen: Sequence[Step], out: Path, minutes: float) -> int:
     out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * minutes
+    deadline = time.monotonic() + 60 * minutes - GRACE
     verdicts: list[Verdict] = []
     for _, group in itertools.groupby(enumerate(chosen), lambda item: -1 if item[1].beside else item[0]):
         together = [step for _, step in group]
@@ -221,7 +229,7 @@ def write_environment(path: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests/gpu.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of them (default: all)")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of them (default: all but tune)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of them (default: %(default)s)")
     parser.add_argument("--environment", type=Path, metavar="FILE", help="only write versions and device to FILE")
     given = parser.parse_args(arguments)
@@ -233,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(given.steps or ()) - set(names)
     if unknown:
         parser.error(f"unknown steps {', '.join(sorted(unknown))}: there are {', '.join(names)}")
-    chosen = [step for step in every if not given.steps or step.name in given.steps]
+    chosen = [step for step in every if (step.name in given.steps if given.steps else not step.named)]
     import torch
 
     if any(step.gpu for step in chosen) and not torch.cuda.is_available():

@@ -46,7 +46,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("inject: A's gradient from grad's low", "to_A = launch.sum_by_row(launch.outer(low_grad.scaled, x)", "to_A = launch.sum_by_row(launch.outer(-low_grad.scaled, x)"),
     ],
     ("cllava_fast/ops/inject/triton_launch.py", "tests/test_op_inject.py"): [
-        ("inject: segments lost at launch", "segments = _tiles(s_tiles, segment_tiles)\n", "segments = s_tiles // segment_tiles\n"),
+        ("inject: segments lost at launch", "segments = cdiv(s_tiles, segment_tiles)\n", "segments = s_tiles // segment_tiles\n"),
         ("inject: dense rows assumed", "return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()", "return tensor"),
     ],
     ("cllava_fast/ops/aggregate/triton.py", "tests/test_op_aggregate.py"): [

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
+from tests.tuned_mutants import TUNED_MUTANTS  # noqa: E402
 
 COPIED = ("cllava_fast", "csrc", "docs", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
 
@@ -37,6 +38,7 @@ CONFORMANCE = "tests/test_ops.py"
 INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMANCE, "tests/test_op_select.py")
 # names of an op's tests in the conformance test, where they are not its folder's
 TESTED_AS = {"aggregate": "aggregate or mix_factors"}
+TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
 EVALUATION = ("tests/test_evaluation.py",)
@@ -149,6 +151,7 @@ MUTANTS = [
     Mutant(
         "pictures: a name is mathematics", "cllava_fast/evaluate/plots.py", 'text.replace("$", r"\\$")', "text", REPORT,
     ),
+    *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(
         Mutant(f"{file}: {name}", f"csrc/{file}", old, new, (CONFORMANCE, test))

@@ -68,6 +68,30 @@ def test_what_has_no_time_left_is_no_pass(tmp_path: Path) -> None:
     assert gpu.run([gpu.Step("in time", [*PYTHON, "pass"], 60)], tmp_path, minutes=1) == 0
 
 
+def test_it_ends_in_time_whatever_its_steps_do(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "PATIENCE", 1)
+    monkeypatch.setattr(gpu, "GRACE", 4)
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)"
+    )
+    wanted = [gpu.Step(name, [*PYTHON, deaf], 60, beside=True) for name in ("one", "two")]
+    begin = time.monotonic()
+    assert gpu.run([*wanted, gpu.Step("late", [*PYTHON, "pass"], 60)], tmp_path, minutes=12 / 60) == 1
+    assert time.monotonic() - begin < 12
+    steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert [step["verdict"] for step in steps] == ["timed out"] * 3 and steps[2]["detail"] == "no time was left for it"
+
+
+def test_tuning_runs_only_when_it_is_named(tmp_path: Path, monkeypatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run", lambda steps, out, minutes: ran.extend(step.name for step in steps) or 0)
+    assert gpu.main(["--out", str(tmp_path)]) == 0 and len(ran) > 8 and "tune" not in ran
+    ran.clear()
+    assert gpu.main(["--out", str(tmp_path), "--steps", "tune"]) == 0 and ran == ["tune"]
+    assert gpu.MINUTES == 8 and gpu.GRACE > gpu.PATIENCE
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_device_it_says_so(tmp_path: Path, capsys) -> None:
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2

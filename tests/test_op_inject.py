@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from cllava_fast import ops
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference as inject_reference
+from cllava_fast.ops.inject import tiling
 from cllava_fast.ops.inject.reference import Acting
 from tests.ops_helpers import (
     INJECT,
@@ -194,20 +195,19 @@ def test_inject_backward_computes_only_what_is_needed(backend, rng):
 @pytest.mark.parametrize("enough", [1, 10**6])
 @pytest.mark.parametrize(("rank", "pairs"), [(3, 4), (3, 25)])
 def test_inject_with_the_largest_and_the_smallest_tiles(rank, pairs, enough, dtype, backend, rng, monkeypatch):
-    launch = importlib.import_module("cllava_fast.ops.inject.triton_launch")
-    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(tiling, "ENOUGH_PROGRAMS", enough)
     case = inject_cases.Case(B=2, S=140, d_in=70, d_out=66, N=5, R=rank, P=pairs)
     sizes = dtype, case.B, case.S, rank * pairs
-    assert launch.one_pass(*sizes) == (enough == 1 and pairs == 4)
+    assert tiling.one_pass(*sizes) == (enough == 1 and pairs == 4)
     largest = 128 if pairs == 25 and dtype != torch.float32 else 64
-    assert launch.shrink_tiles(*sizes).tokens == (largest if enough == 1 else 16)
+    assert tiling.shrink_tiles(*sizes).tokens == (largest if enough == 1 else 16)
     check(OPS["inject"], case, dtype, backend, rng, views=False)
 
 
 @in_gathering_triton
 def test_segments_of_tokens_need_not_be_equal(backend, rng, monkeypatch):
     launch = importlib.import_module("cllava_fast.ops.inject.triton_launch")
-    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 6)
+    monkeypatch.setattr(tiling, "ENOUGH_PROGRAMS", 6)
     left, right = (torch.randn(2, 140, width, generator=rng).to(backend.device) for width in (12, 70))
     partial = launch.outer(left, right)
     assert partial.shape == (2, 3, 12, 70)  # two tiles of tokens each, and one

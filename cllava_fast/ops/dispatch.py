@@ -60,6 +60,8 @@ class _Kernel(NamedTuple):
 
 
 _kernels: dict[str, dict[str, _Kernel]] = {}  # op -> backend -> kernel
+# Each says why a backend that would volunteer for a call leaves it to another one, or None: see `tuned.py`.
+_advice: list[Callable[[str, str, Site], str | None]] = []
 # Process-wide rather than per thread or context: autograd runs backward ops on threads of its own.
 _asked: list[str] = []
 
@@ -96,6 +98,17 @@ def register(
         if backend in _kernels.setdefault(op, {}):
             raise BackendError(f"backend {backend!r} is already registered for {op!r}")
         _kernels[op][backend] = _Kernel(run, usable, accepts)
+    forget()
+
+
+def advise(advice: Callable[[str, str, Site], str | None]) -> None:
+    """`advice(op, backend, site)` is heard before a backend volunteers, not where one was asked for by name."""
+    _advice.append(advice)
+    forget()
+
+
+def forget() -> None:
+    """Choices are made anew."""
     _choose.cache_clear()
 
 
@@ -110,7 +123,7 @@ def _choose(op: str, site: Site, asked: str) -> Choice:
         return _asked_for(op, site, asked)
     refusals: list[str] = []
     for name in ORDER:
-        refusal = _refusal(op, name, site)
+        refusal = _refusal(op, name, site) or _advised(op, name, site)
         if refusal is None:
             reason = f"first that can run ({'; '.join(refusals)})" if refusals else "first in order"
             return Choice(name, _kernels[op][name].run, reason)
@@ -148,6 +161,24 @@ def _refusal(op: str, backend: str, site: Site | None, asked: bool = False) -> s
     return refusal
 
 
+def _advised(op: str, backend: str, site: Site) -> str | None:
+    return next(filter(None, (advice(op, backend, site) for advice in _advice)), None)
+
+
+def can_run(op: str, backend: str, site: Site) -> bool:
+    """Whether a backend runs a call if it is asked for by name."""
+    return _refusal(op, backend, site, asked=True) is None
+
+
+def volunteers(op: str, site: Site) -> dict[str, Callable[..., Any]]:
+    """All that would run a call if those before them could not, in order, whatever advice there is."""
+    return {name: _kernels[op][name].run for name in ORDER if _refusal(op, name, site) is None}
+
+
+def ops() -> list[str]:
+    return sorted(_kernels)
+
+
 def _known(backend: str) -> None:
     if backend not in ORDER:
         raise BackendError(f"unknown backend {backend!r}: expected one of {', '.join(ORDER)}")
@@ -176,7 +207,7 @@ def backend(name: str) -> Iterator[None]:
 def table() -> list[Row]:
     """Every op x backend, whether it can run on this machine at all, and why (not)."""
     rows = []
-    for op in sorted(_kernels):
+    for op in ops():
         for name in ORDER:
             refusal = _refusal(op, name, None)
             reason = refusal or ("plain PyTorch, any device and dtype" if name == "reference" else "usable")

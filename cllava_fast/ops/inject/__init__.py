@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import checks, dispatch, triton_backend
+from cllava_fast.ops import checks, dispatch, triton_backend, tuned
 from cllava_fast.ops import native as native_backend
-from cllava_fast.ops.inject import autograd, native, reference
+from cllava_fast.ops.inject import autograd, native, reference, tiling
 
 dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
 dispatch.register("reference", {"inject_backward": reference.inject_backward})
@@ -24,6 +24,7 @@ native_backend.register(
     native.cpu_accepts,
 )
 triton_backend.register("cllava_fast.ops.inject.triton", "inject", "inject_add", "inject_backward")
+tuned.register(tiling.DEFAULTS, tiling.candidates)
 
 
 class Past(NamedTuple):

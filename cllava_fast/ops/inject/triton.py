@@ -16,7 +16,8 @@ from torch import Tensor
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject import triton_launch as launch
 from cllava_fast.ops.inject.reference import Acting, columns
-from cllava_fast.ops.inject.triton_launch import shipped, shrink_tiles
+from cllava_fast.ops.inject.tiling import choose, one_pass, one_pass_tiles
+from cllava_fast.ops.inject.triton_launch import shipped
 
 __all__ = ["inject", "inject_add", "inject_backward", "shipped"]
 
@@ -58,7 +59,7 @@ def _increments(
         assert scaled is not None
         y = _expand(scaled, given.B, given.past_B, bias=bias, base=base)
         return y, low if save else x.new_empty(0), x.new_empty(0)
-    tiles = shrink_tiles(x.dtype, x.shape[0], x.shape[1], given.columns)
+    tiles = choose("shrink", x, given.columns)
     shrunk = launch.shrink(x, given.A, given, tiles, scaled=True, bare=save)
     assert shrunk.scaled is not None
     y = launch.expand(shrunk.scaled, given.B, given.index, bias=bias, base=base)
@@ -102,10 +103,10 @@ def _backward_gather(
     to_x = to_A = to_B = to_coefficient = to_past = None
     samples, tokens, _ = grad.shape
     if need_x or need_A or need_coefficient:
-        tiles = shrink_tiles(grad.dtype, samples, tokens, given.columns)
+        tiles = choose("shrink", grad, given.columns)
         left = None
-        if need_B and launch.one_pass(grad.dtype, samples, tokens, given.columns):
-            tiles, left = launch.one_pass_tiles(grad.dtype), low
+        if need_B and one_pass(grad.dtype, samples, tokens, given.columns):
+            tiles, left = one_pass_tiles(grad.dtype), low
         other = low if need_coefficient else None
         low_grad = launch.shrink(grad, given.B, given, tiles, scaled=need_x or need_A, other=other, left=left)
         if low_grad.outer is not None:
