@@ -43,6 +43,9 @@ class ModelConfig:
     quantization: Literal["4bit", "8bit"] | None = field(
         default=None, metadata={"help": "of the frozen weights, by bitsandbytes (4bit is nf4)"}
     )
+    conversation: Literal["template", "vicuna_v1"] = field(
+        default="template", metadata={"help": "the processor's own chat template, or what LLaVA-1.5 was trained on"}
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ import yaml
 
 import cllava_fast
 from cllava_fast import cli
+from cllava_fast.cli.base import load_base
+from cllava_fast.config import ModelConfig
+from cllava_fast.data import chat_template
 from cllava_fast.demo.base import FOLDER
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.report import write_report
@@ -406,3 +409,10 @@ def test_a_folder_with_nothing_but_the_configuration_is_a_new_run(tmp_path: Path
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError):
         find_run(tmp_path, {"method": 1}, resume=True)
+
+
+def test_a_named_conversation_becomes_the_processors_template() -> None:
+    base = Path(cllava_fast.__file__).parent / "demo" / "base"
+    _, processor = load_base(ModelConfig(path=str(base), conversation="vicuna_v1"))
+    assert processor.chat_template == chat_template("vicuna_v1")
+    assert load_base(ModelConfig(path=str(base)))[1].chat_template != processor.chat_template

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from cllava_fast import distributed
 from cllava_fast.config import ModelConfig
+from cllava_fast.data.conversation import chat_template
 from cllava_fast.data.encode import Encoder
 from cllava_fast.environment import require
 from cllava_fast.model.card import is_repo_id
@@ -49,6 +50,9 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     """
     path = _path(config)
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    if config.conversation != "template":
+        # set here, training, the reading of instructions and serving all speak it
+        processor.chat_template = chat_template(config.conversation)
     Encoder(processor)
     options: dict[str, Any] = {
         "dtype": config.dtype,
