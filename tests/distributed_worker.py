@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -57,7 +60,7 @@ def trainer(output: Path, **values: Any) -> cf.ContinualTrainer:
     return cf.ContinualTrainer(model, processor, stream(), arguments)
 
 
-def learn(output: Path, report: Path, **values: Any) -> None:
+def learn(output: Path, report: Path, **values: Any) -> Any:
     """Runs the stream; leaves what this process ended with as ``report`` (JSON) and its state beside it."""
     run = trainer(output, **values)
     result = run.train()
@@ -70,6 +73,27 @@ def learn(output: Path, report: Path, **values: Any) -> None:
     save_file(increments.pool.state(), report.with_suffix(".safetensors"))
     found = {**result.to_dict(), "losses": result.losses, "selected": selection.index.tolist()}
     report.write_text(json.dumps({**found, "files": sorted(str(p.relative_to(output)) for p in output.rglob("*"))}))
+    return run.model
+
+
+@contextmanager
+def fsdp(version: str = "2") -> Iterator[None]:
+    """FSDP 2 on CPUs. Accelerate offers it on accelerators alone, so it is told that gloo is one of them."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    from cllava_fast.train import tune
+
+    plugin = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu", "FSDP_VERSION": version,
+              "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true",
+              "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}  # fmt: skip
+    options = tune.training_options
+    with (
+        patch.dict(os.environ, plugin),
+        patch.object(PartialState, "_prepare_backend", lambda *args: ("gloo", DistributedType.MULTI_GPU)),
+        patch.object(tune, "training_options", lambda *args: {**options(*args), "use_cpu": False}),
+    ):
+        yield
 
 
 def message(work: Callable[[], Any]) -> str:
@@ -113,4 +137,9 @@ if __name__ == "__main__":
     learn(folder / "run", folder / f"rank{rank}.json")
     learn(folder / "accumulated", folder / f"accumulated{rank}.json", per_device_train_batch_size=2,
           gradient_accumulation_steps=2)  # fmt: skip
-    (folder / f"failures{rank}.json").write_text(json.dumps(failures(folder)))
+    with fsdp(version="1"):
+        refused = message(trainer(folder / "refused")._train)
+    with fsdp():
+        model = learn(folder / "sharded", folder / f"sharded{rank}.json")
+        assert distributed.is_sharded(model)
+    (folder / f"failures{rank}.json").write_text(json.dumps({"fsdp1": refused, **failures(folder)}))

@@ -66,7 +66,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("report", ["rank0.json", "rank1.json", "accumulated0.json"])
+@pytest.mark.parametrize("report", ["rank0.json", "rank1.json", "accumulated0.json", "sharded0.json", "sharded1.json"])
 def test_two_processes_learn_what_one_learns(one: Path, two: Path, report: str) -> None:
     expected, state = read(one / "rank0.json")
     found, other = read(two / report)
@@ -99,7 +99,8 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
         "ValueError: the seed of process 1 is not that of process 0; every process needs the same"
     )  # fmt: skip
     assert main["arguments"] == other["arguments"] and "of process 1 is not that of" in main["arguments"]
-    assert not (two / "other").exists() and not list((two / "broken").iterdir())
+    assert "fsdp_version is 1; expected 2" in main["fsdp1"] and main["fsdp1"] == other["fsdp1"]
+    assert not (two / "other").exists() and not list((two / "refused").iterdir()) and not list((two / "broken").iterdir())
 
 
 @pytest.mark.parametrize("samples", [1, 7, 16, 22])
@@ -144,6 +145,6 @@ def test_the_example_by_accelerate_launch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_the_configurations(config: Path) -> None:
     loaded = load_config_from_file(str(config))
-    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
     assert loaded.distributed_type.value == kinds[config.stem]
     assert loaded.num_processes >= 1 and loaded.mixed_precision == "no"

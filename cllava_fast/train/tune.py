@@ -126,6 +126,27 @@ class TaskTrainer(Trainer):
     def __init__(self, task: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.task = task
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuses what would give other results than one process does."""
+        state, precision = self.accelerator.state, self.accelerator.mixed_precision
+        if self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO 3 would leave the model in pieces after a task; FSDP 2 shards the base as well "
+                "(examples/accelerate/fsdp2.yaml), and ZeRO 2 works"
+            )
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and precision != "no":
+            raise ValueError(
+                f"mixed precision is {precision}; FSDP and DeepSpeed would round queries or increments: load the base "
+                "in that dtype and turn mixed precision (bf16, fp16) off"
+            )
+        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(
+                f"fsdp_version is {state.fsdp_plugin.fsdp_version}; expected 2, which can leave increments out"
+            )
+        if self.is_fsdp_enabled and state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError("fsdp_cpu_ram_efficient_loading is on and would empty the increments; turn it off")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if getattr(self.args, "train_sampling_strategy", "random") != "random":
@@ -136,19 +157,12 @@ class TaskTrainer(Trainer):
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled:
-            self._shard_base_alone(self.accelerator.state.fsdp_plugin)
+            self._shard_base_alone(model, self.accelerator.state.fsdp_plugin)
         return super()._wrap_model(model, *args, **kwargs)
 
-    def _shard_base_alone(self, plugin: Any) -> None:
+    def _shard_base_alone(self, model: Any, plugin: Any) -> None:
         """FSDP shards the frozen base, once; increments are small, grow by every task, and stay whole everywhere."""
-        model: Any = self.model
-        if plugin.fsdp_version != 2:
-            raise ValueError(f"fsdp_version is {plugin.fsdp_version}; expected 2: FSDP 1 cannot leave increments out")
-        if plugin.cpu_ram_efficient_loading:
-            raise ValueError("fsdp_cpu_ram_efficient_loading is on; turn it off: it would empty the increments, too")
-        plugin.ignored_modules = [get_increments(self.model)]
-        # queries are float32, and a lower precision of the model's arguments would select other rows
-        plugin.mixed_precision_policy = None
+        plugin.ignored_modules = [get_increments(model)]
         if plugin.transformer_cls_names_to_wrap is None:
             present = {type(module).__name__ for module in model.modules()}
             plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
