@@ -100,7 +100,9 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
     )  # fmt: skip
     assert main["arguments"] == other["arguments"] and "of process 1 is not that of" in main["arguments"]
     assert "fsdp_version is 1; expected 2" in main["fsdp1"] and main["fsdp1"] == other["fsdp1"]
-    assert not (two / "other").exists() and not list((two / "refused").iterdir()) and not list((two / "broken").iterdir())
+    assert (
+        not (two / "other").exists() and not list((two / "refused").iterdir()) and not list((two / "broken").iterdir())
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 7, 16, 22])
