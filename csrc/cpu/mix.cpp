@@ -38,9 +38,9 @@ CLLAVA_EVERY_LEVEL void weighted_sum(
 }
 
 // out[row] = sum over its terms of strength * source row, in order. Terms of strength 0 are not there.
-template <typename T>
+template <typename From, typename To>
 void add_up(
-    const std::vector<std::vector<Term>>& terms, const T* source, int64_t apart, int64_t size, T* out) {
+    const std::vector<std::vector<Term>>& terms, const From* source, int64_t apart, int64_t size, To* out) {
   const int64_t strips = (size + strip - 1) / strip;
   int64_t all = 0;
   for (const auto& row : terms) all += row.size();
@@ -59,13 +59,23 @@ void add_up(
 
 // out[pair] += grad of its sample . its row, strip by strip, so that samples share the rows in cache
 template <typename T>
-void add_products(const MixFactorsBackward& call, const void* grad, const void* factor, int64_t apart, int64_t size,
+void add_products(const MixFactorsBackward& call, const float* grad, const void* factor, int64_t apart, int64_t size,
                   int64_t begin, int64_t end) {
   for (int64_t first = 0; first < size; first += strip)
     for (int64_t p = begin; p < end; ++p)
       call.to_coefficient[p] +=
-          dot(static_cast<const T*>(grad) + p / call.P * size + first,
+          dot(grad + p / call.P * size + first,
               static_cast<const T*>(factor) + call.index[p] * apart + first, std::min(strip, size - first));
+}
+
+// Numbers that are read many times, in float32 once and for all.
+const float* in_float32(const float* from, int64_t, std::vector<float>&) { return from; }
+
+template <typename T>
+const float* in_float32(const T* from, int64_t count, std::vector<float>& space) {
+  space.resize(count);
+  convert(from, space.data(), count);
+  return space.data();
 }
 
 }  // namespace
@@ -94,15 +104,16 @@ void mix_factors_backward(const MixFactorsBackward& call) {
     row.erase(std::remove_if(row.begin(), row.end(), [](const Term& term) { return term.strength == 0; }), row.end());
   with_type(call.type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    const T* grad_A = static_cast<const T*>(call.grad_A);
-    const T* grad_B = static_cast<const T*>(call.grad_B);
+    std::vector<float> space_A, space_B;
+    const float* grad_A = in_float32(static_cast<const T*>(call.grad_A), call.samples * call.size_A, space_A);
+    const float* grad_B = in_float32(static_cast<const T*>(call.grad_B), call.samples * call.size_B, space_B);
     if (call.to_A) add_up(terms, grad_A, call.size_A, call.size_A, static_cast<T*>(call.to_A));
     if (call.to_B) add_up(terms, grad_B, call.size_B, call.size_B, static_cast<T*>(call.to_B));
     if (!call.to_coefficient) return;
     parallel(call.samples * call.P, call.size_A + call.size_B, [&](int64_t begin, int64_t end) {
       std::fill(call.to_coefficient + begin, call.to_coefficient + end, 0.f);
-      add_products<T>(call, call.grad_A, call.A, call.stride_A, call.size_A, begin, end);
-      add_products<T>(call, call.grad_B, call.B, call.stride_B, call.size_B, begin, end);
+      add_products<T>(call, grad_A, call.A, call.stride_A, call.size_A, begin, end);
+      add_products<T>(call, grad_B, call.B, call.stride_B, call.size_B, begin, end);
     });
   });
 }

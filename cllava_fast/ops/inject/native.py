@@ -1,4 +1,4 @@
-"""inject in csrc, for few tokens a sample: the library's product, then the increments added to it in place.
+"""inject in csrc, for few tokens a sample (one, on a CPU): the library's product, and the increments added in place.
 
 The kernels add what pairs select; the past, in which all rows act on all samples, is two matrix products. Gradients
 have no kernel: training has many tokens.
@@ -19,8 +19,7 @@ from cllava_fast.ops.native import dense_rows, factors
 
 CUDA_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
 # On a CPU gathering is as fast beyond: benchmarks/native_cpu.py.
-CPU_TOKENS = 4
-CPU_COLUMNS = 64  # pairs * rank, for more than one token
+CPU_TOKENS = 1
 
 Result = tuple[Tensor, Tensor, Tensor]
 
@@ -31,13 +30,13 @@ def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
 
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     sizes = dict(site.sizes)
-    if asked or (op != "inject_backward" and few(sizes["S"], sizes["P"] * sizes["R"])):
+    if asked or (op != "inject_backward" and few(sizes["S"])):
         return None
-    return "only few tokens have a kernel: plain PyTorch's matrix products are as fast"
+    return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
 
 
-def few(tokens: int, columns: int) -> bool:
-    return tokens <= 1 or (tokens <= CPU_TOKENS and columns <= CPU_COLUMNS)
+def few(tokens: int) -> bool:
+    return tokens <= CPU_TOKENS
 
 
 def inject(
@@ -73,13 +72,13 @@ def add_(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
 
 
 def cpu_inject(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Acting, save: bool) -> Result:
-    if few(x.shape[1], given.index.shape[1] * given.A.shape[1]):
+    if few(x.shape[1]):
         return inject(library, x, weight, bias, given, save)
     return reference.inject(x, weight, bias, given, save)
 
 
 def cpu_inject_add(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Result:
-    if few(x.shape[1], given.index.shape[1] * given.A.shape[1]):
+    if few(x.shape[1]):
         return inject_add(library, y, x, given, save)
     return reference.inject_add(y, x, given, save)
 
