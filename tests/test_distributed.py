@@ -75,6 +75,7 @@ def test_two_processes_learn_what_one_learns(one: Path, two: Path, report: str) 
     assert expected["average_accuracy"] > 0.5, "with nothing right, equal answers mean little"
     for task, losses in expected["losses"].items():
         assert found["losses"][task] == pytest.approx(losses, rel=1e-4)
+    assert len(expected["gradients"]) == 2 * 6 and found["gradients"] == pytest.approx(expected["gradients"], rel=1e-3)
     assert state.keys() == other.keys() and state["context"][1, 0] != 0.25
     for name, tensor in state.items():
         exact = name in ("keys", "row_mean", "row_task")
@@ -100,7 +101,9 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
     )  # fmt: skip
     assert main["arguments"] == other["arguments"] and "of process 1 is not that of" in main["arguments"]
     assert "fsdp_version is 1; expected 2" in main["fsdp1"] and main["fsdp1"] == other["fsdp1"]
-    assert not (two / "other").exists() and not list((two / "refused").iterdir()) and not list((two / "broken").iterdir())
+    assert (
+        not (two / "other").exists() and not list((two / "refused").iterdir()) and not list((two / "broken").iterdir())
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 7, 16, 22])
