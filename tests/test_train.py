@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import HfArgumentParser, TrainerCallback
 
 import cllava_fast as cf
-from cllava_fast import ops
+from cllava_fast import distributed, ops
 from cllava_fast.model import get_increments
 from cllava_fast.train import ContinualArguments, ContinualTrainer
 from cllava_fast.train.align import align_keys
@@ -280,6 +280,24 @@ def test_a_callback_can_stop_a_run(llava: Any, processor: Any, tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert get_increments(llava).pool.task_names == ["task0"] and not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_several_processes_move_the_model_to_their_device(
+    sharded: bool, llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not a language model that FSDP is about to shard."""
+    run = trainer(llava, processor, tmp_path / "run")
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
+    run._place()  # one process: the model stays where it is
+    assert llava.device.type == "cpu"
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
+    run._place()
+    moved = {name.split(".")[1] for name, tensor in llava.state_dict().items() if tensor.device.type == "meta"}
+    stayed = {name.split(".")[1] for name, tensor in llava.state_dict().items() if tensor.device.type == "cpu"}
+    assert {"vision_tower", "multi_modal_projector", "pool"} <= moved and bool(stayed) == sharded
+    assert ("language_model" in stayed) == sharded and ("language_model" in moved) != sharded
 
 
 def test_every_argument_has_help_and_an_option() -> None:

@@ -225,8 +225,15 @@ class ContinualTrainer:
 
     def _place(self) -> None:
         """Several processes each compute on the device that the launcher gave them."""
-        if distributed.count() > 1 and self.increments.pool.row_task.device != distributed.device():
-            self.model.to(distributed.device())
+        if distributed.count() == 1 or self.increments.pool.row_task.device == distributed.device():
+            return
+        if distributed.uses_fsdp():
+            # the language model need not fit on one device: it moves when it is sharded
+            parts = [part for name, part in self.model.model.named_children() if name != "language_model"]
+        else:
+            parts = [self.model]
+        for part in (*parts, self.increments):
+            part.to(distributed.device())
 
     def _write(self, progress: dict[str, Any], increments: Path) -> dict[str, Any]:
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -290,7 +297,7 @@ class ContinualTrainer:
         """Accuracy on each task; the samples of all tasks share batches."""
         by_task = self._examples(names)
         examples = [example for task in by_task for example in task]
-        batches = -(-len(examples) // self.args.eval_batch_size)
+        batches = -(-len(examples) // (self.args.eval_batch_size * distributed.count()))
         with stage(f"evaluate {len(names)} task(s)", batches, self.args.progress) as advance:
             answers = iter(
                 predict(
