@@ -99,6 +99,11 @@ def average(tensor: Tensor | None) -> None:
         tensor.div_(count())
 
 
+def uses_fsdp() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds only a part of the parameters, so that all must call the model together."""
     from torch.distributed.tensor import DTensor

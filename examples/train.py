@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
 
 import cllava_fast as cf
@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> cf.ContinualResult:
     parser = HfArgumentParser((ScriptArguments, cf.ContinualArguments))
     script, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
 
-    model = LlavaForConditionalGeneration.from_pretrained(script.model, dtype="auto").to(Accelerator().device)
+    model = LlavaForConditionalGeneration.from_pretrained(script.model, dtype="auto")
+    if Accelerator().distributed_type != DistributedType.FSDP:  # which moves the model in shards
+        model.to(Accelerator().device)
     processor = AutoProcessor.from_pretrained(script.model)
     cf.patch(model, cf.IncrementConfig(scale=script.scale, a_std=script.a_std), processor=processor)
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 
 import cllava_fast as cf
 from cllava_fast import distributed
@@ -49,7 +50,17 @@ def new_model() -> tuple[Any, Any]:
     return cf.patch(model, config, processor=processor), processor
 
 
-def trainer(output: Path, **values: Any) -> cf.ContinualTrainer:
+class GradientNorms(TrainerCallback):
+    """Before clipping; neither Adam nor clipping would tell a gradient from twice that gradient."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.norms += [value for name, value in logs.items() if name.endswith("/grad_norm")]
+
+
+def trainer(output: Path, callbacks: Any = (), **values: Any) -> cf.ContinualTrainer:
     model, processor = new_model()
     options: dict[str, Any] = dict(
         num_train_epochs=2, align_steps=6, learning_rate=2e-2, lr_scheduler_type="linear", warmup_steps=1,
@@ -57,12 +68,13 @@ def trainer(output: Path, **values: Any) -> cf.ContinualTrainer:
         max_new_tokens=5, progress=False, trainer_options={"adam_epsilon": 1e-4},
     )  # fmt: skip
     arguments = cf.ContinualArguments(output_dir=str(output), **{**options, **values})
-    return cf.ContinualTrainer(model, processor, stream(), arguments)
+    return cf.ContinualTrainer(model, processor, stream(), arguments, callbacks=callbacks)
 
 
 def learn(output: Path, report: Path, **values: Any) -> Any:
     """Runs the stream; leaves what this process ended with as ``report`` (JSON) and its state beside it."""
-    run = trainer(output, **values)
+    gradients = GradientNorms()
+    run = trainer(output, [gradients], **values)
     result = run.train()
     increments = get_increments(run.model)
     examples = [e for name in ("task0", "task1") for e in run.data.examples(name, "test", run.model)]
@@ -71,7 +83,8 @@ def learn(output: Path, report: Path, **values: Any) -> Any:
     selection = increments.method.select(increments.pool, queries, increments.groups, training=False)
     assert selection is not None and selection.index is not None
     save_file(increments.pool.state(), report.with_suffix(".safetensors"))
-    found = {**result.to_dict(), "losses": result.losses, "selected": selection.index.tolist()}
+    found = {**result.to_dict(), "losses": result.losses, "selected": selection.index.tolist(),
+             "gradients": gradients.norms}  # fmt: skip
     report.write_text(json.dumps({**found, "files": sorted(str(p.relative_to(output)) for p in output.rglob("*"))}))
     return run.model
 

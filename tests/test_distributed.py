@@ -75,6 +75,7 @@ def test_two_processes_learn_what_one_learns(one: Path, two: Path, report: str) 
     assert expected["average_accuracy"] > 0.5, "with nothing right, equal answers mean little"
     for task, losses in expected["losses"].items():
         assert found["losses"][task] == pytest.approx(losses, rel=1e-4)
+    assert len(expected["gradients"]) == 2 * 6 and found["gradients"] == pytest.approx(expected["gradients"], rel=1e-3)
     assert state.keys() == other.keys() and state["context"][1, 0] != 0.25
     for name, tensor in state.items():
         exact = name in ("keys", "row_mean", "row_task")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import HfArgumentParser, TrainerCallback
 
 import cllava_fast as cf
-from cllava_fast import ops
+from cllava_fast import distributed, ops
 from cllava_fast.model import get_increments
 from cllava_fast.train import ContinualArguments, ContinualTrainer
 from cllava_fast.train.align import align_keys
+from cllava_fast.train.tune import training_options
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
@@ -193,12 +196,128 @@ def test_joint_and_sequential_lora(new_llava: Callable, processor: Any, tmp_path
 
 
 @pytest.mark.parametrize(
-    "option", [{"bf16": True}, {"activation_checkpointing": True}, {"gradient_accumulation_steps": 2}]
+    "option",
+    [
+        {"bf16": True},
+        {"fp16": True},
+        {"activation_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"lr_scheduler_type": "constant_with_warmup", "dataloader_num_workers": 1},
+    ],
 )
 def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Path) -> None:
     trainer(llava, processor, tmp_path / "run", **option).train()
     # nothing of the engine stays on the model
     cf.unpatch(llava)
+
+
+class Recorder(cf.ContinualCallback):
+    """Writes down what a callback is told, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.logs: list[dict[str, float]] = []
+        self.steps = 0
+
+    def on_task_begin(self, task: str, number: int, **kwargs: Any) -> None:
+        self.events.append(("begin", task, number))
+
+    def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
+        self.events.append(f"{stage}...")
+
+    def on_stage_end(self, task: str, number: int, stage: str, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.events.append((stage, sorted(metrics)))
+
+    def on_task_end(self, task: str, number: int, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.events.append(("end", task, number, metrics))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_callbacks_are_told_of_tasks_stages_and_steps(llava: Any, processor: Any, tmp_path: Path) -> None:
+    recorder, plain = Recorder(), TrainerCallback()
+    cf.patch(llava, CONFIG, processor=processor)
+    run = ContinualTrainer(
+        llava, processor, stream(), arguments(tmp_path / "run", logging_steps=2), callbacks=[recorder, plain]
+    )
+    result = run.train()
+    tasks = [
+        [
+            ("begin", f"task{number}", number),
+            "align...", ("align", ["loss"]),
+            "tune...", ("tune", ["loss"]),
+            "commit...", ("commit", []),
+            "evaluate...", ("evaluate", [f"accuracy/task{i}" for i in range(number + 1)]),
+        ]
+        for number in range(2)
+    ]  # fmt: skip
+    ends = [event for event in recorder.events if event[0] == "end"]
+    assert [event for event in recorder.events if event not in ends] == tasks[0] + tasks[1]
+    assert [end[:3] for end in ends] == [("end", "task0", 0), ("end", "task1", 1)]
+    metrics = ends[1][3]
+    assert metrics["evaluate/accuracy/task0"] == result.accuracy_matrix[1][0]
+    assert metrics["tune/loss"] == result.losses["task1"][-1] and metrics["align/loss"] < 0
+    assert recorder.steps == 2 * 6
+    # what goes to report_to names its task: steps begin anew with each
+    losses = [log["task1/loss"] for log in recorder.logs if "task1/loss" in log]
+    assert losses == result.losses["task1"] and len(losses) == 3
+    assert all(name.startswith(("task0/", "task1/")) or name == "epoch" for log in recorder.logs for name in log)
+    assert sum("task1/evaluate/accuracy/task0" in log for log in recorder.logs) == 1
+
+
+def test_a_callback_can_stop_a_run(llava: Any, processor: Any, tmp_path: Path) -> None:
+    class Stop(cf.ContinualCallback):
+        def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
+            if stage == "evaluate":
+                raise KeyboardInterrupt
+
+    cf.patch(llava, CONFIG, processor=processor)
+    run = ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", max_steps=1), callbacks=[Stop])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert get_increments(llava).pool.task_names == ["task0"] and not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_several_processes_move_the_model_to_their_device(
+    sharded: bool, llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not a language model that FSDP is about to shard."""
+    run = trainer(llava, processor, tmp_path / "run")
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
+    run._place()  # one process: the model stays where it is
+    assert llava.device.type == "cpu"
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
+    run._place()
+    moved = {name.split(".")[1] for name, tensor in llava.state_dict().items() if tensor.device.type == "meta"}
+    stayed = {name.split(".")[1] for name, tensor in llava.state_dict().items() if tensor.device.type == "cpu"}
+    assert {"vision_tower", "multi_modal_projector", "pool"} <= moved and bool(stayed) == sharded
+    assert ("language_model" in stayed) == sharded and ("language_model" in moved) != sharded
+
+
+def test_every_argument_has_help_and_an_option() -> None:
+    assert all(field.metadata.get("help", "").endswith(".") for field in dataclasses.fields(ContinualArguments))
+    parser = HfArgumentParser(ContinualArguments)
+    (parsed,) = parser.parse_args_into_dataclasses(
+        "--output_dir x --align_steps 3 --report_to wandb tensorboard --eval_split validation --no_progress".split()
+    )
+    expected = ContinualArguments(
+        "x", align_steps=3, report_to=["wandb", "tensorboard"], eval_split="validation", progress=False
+    )
+    assert parsed == expected
+    assert ContinualArguments("x", report_to="none").report_to == []  # type: ignore[arg-type]
+    assert "report_to" not in expected.identity() and expected.identity() != ContinualArguments("x").identity()
+
+
+def test_report_to_reaches_transformers() -> None:
+    options = training_options(ContinualArguments("x", report_to=["wandb"], fp16=True), torch.device("cuda"), seed=1)
+    assert options["report_to"] == ["wandb"] and options["fp16"] and options["data_seed"] == 1
+    assert training_options(ContinualArguments("x"), torch.device("cpu"), seed=1)["report_to"] == "none"
 
 
 def test_an_unpatched_model_is_patched(llava: Any, processor: Any, tmp_path: Path) -> None:
@@ -262,7 +381,13 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("output_dir", ""), ("eval_split", "train"), ("learning_rate", float("nan")), ("eval_batch_size", 0)],
+        [
+            ("output_dir", ""),
+            ("eval_split", "train"),
+            ("learning_rate", float("nan")),
+            ("eval_batch_size", 0),
+            ("logging_steps", 0),
+        ],  # fmt: skip
     )
     def test_arguments(self, field: str, value: Any) -> None:
         with pytest.raises(ValueError, match=field):

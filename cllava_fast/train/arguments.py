@@ -46,7 +46,7 @@ class ContinualArguments:
     per_device_train_batch_size: int = _option(16, "Samples in a batch of tuning, on each process.")
     gradient_accumulation_steps: int = _option(1, "Batches of tuning that make one step.")
     bf16: bool = _option(False, "Tune in bfloat16 by autocast; increments stay float32.")
-    fp16: bool = _option(False, "Tune in float16 by autocast and a gradient scaler, on a GPU.")
+    fp16: bool = _option(False, "Tune in float16 by autocast, on a GPU with a gradient scaler.")
     activation_checkpointing: bool = _option(False, "Recompute activations in the backward pass, to save memory.")
     dataloader_num_workers: int = _option(0, "Processes that make batches beside each training process.")
     logging_steps: int = _option(10, "Steps of tuning between two logged losses.")

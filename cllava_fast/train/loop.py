@@ -195,8 +195,15 @@ class ContinualTrainer:
 
     def _place(self) -> None:
         """Several processes each compute on the device that the launcher gave them."""
-        if distributed.count() > 1 and self.increments.pool.row_task.device != distributed.device():
-            self.model.to(distributed.device())
+        if distributed.count() == 1 or self.increments.pool.row_task.device == distributed.device():
+            return
+        if distributed.uses_fsdp():
+            # the language model need not fit on one device: it moves when it is sharded
+            parts = [part for name, part in self.model.model.named_children() if name != "language_model"]
+        else:
+            parts = [self.model]
+        for part in (*parts, self.increments):
+            part.to(distributed.device())
 
     def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> dict[str, Any]:
         self.output_dir.mkdir(parents=True, exist_ok=True)
