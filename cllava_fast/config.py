@@ -6,10 +6,9 @@ and their help all come from it. Values of both are checked here, alike, and ref
 
 from __future__ import annotations
 
-import difflib
 import os
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,11 +16,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from cllava_fast.atomic import write_text
+from cllava_fast.data.load import STREAM_KEYS
 from cllava_fast.methods import METHODS, IncrementConfig, MethodConfig
+from cllava_fast.names import check_names, nearest
 from cllava_fast.train.arguments import ContinualArguments
 
 CONFIG = "config.yaml"  # of a run's folder
-STREAM_KEYS = ("name", "images", "tasks")
 SECTIONS = ("model", "method", "training")
 KEYS = (*SECTIONS, *STREAM_KEYS, "stream", "base")
 
@@ -165,19 +165,6 @@ def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, fl
         return cls(**result)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{where}{section}: {error}") from error
-
-
-def check_names(values: Mapping[Any, Any], known: Collection[str], where: str) -> None:
-    """Raises ValueError for the first name that is not known, with the nearest one that is."""
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{where}{name} is unknown; {nearest(str(name), known)}")
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """Words for the error: the name that was meant, or all there are."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
 
 
 def convert(value: Any, kind: Any, name: str) -> Any:

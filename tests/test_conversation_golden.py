@@ -172,7 +172,8 @@ def test_the_hubs_template_has_no_end_behind_earlier_answers(real: Any, monkeypa
     assert real.tokenizer.decode(example.prompt_ids[start:end]).strip() == "A cat."
     assert real.tokenizer.decode(example.answer_ids).strip() == "It is red.</s>"
     # the same processor, told to speak as LLaVA was trained
-    (trained,) = Encoder(real, conversation="vicuna_v1").encode([sample])
+    monkeypatch.setattr(real, "chat_template", chat_template("vicuna_v1"))
+    (trained,) = Encoder(real).encode([sample])
     assert real.tokenizer.decode(trained.prompt_ids).startswith(
         f"<s>{SYSTEM}" if "Ġ" in real.tokenizer.vocab else "<s>"
     )
@@ -210,14 +211,15 @@ def test_control_tokens_of_the_tiny_tokenizer_stay_text(processor: Any) -> None:
     assert tokens.count("<image>") == 16 and "</s>" not in tokens and "odd" in tokens
 
 
-def test_the_last_user_turn_is_read_back(processor: Any) -> None:
-    reader = InstructionReader(processor, processor.tokenizer.convert_tokens_to_ids("<image>"))
+def test_the_last_user_turn_is_read_back(processor: Any, monkeypatch: Any) -> None:
     samples = [
         Sample("is it odd?", "no", PICTURE, history=(("which digit is it?", "6"),)),
         Sample("which color is the bar?", "red"),
     ]
-    for conversation in ("template", "vicuna_v1"):
-        for example in Encoder(processor, conversation).encode(samples):
+    for template in (processor.chat_template, chat_template("vicuna_v1")):
+        monkeypatch.setattr(processor, "chat_template", template)
+        reader = InstructionReader(processor, processor.tokenizer.convert_tokens_to_ids("<image>"))
+        for example in Encoder(processor).encode(samples):
             (read,) = reader.read(torch.tensor([example.prompt_ids]))
             assert read == reader.canonical(example.sample.instruction) == reader.canonical(example.instruction)
 
@@ -228,15 +230,18 @@ def test_white_space_around_a_text_is_not_learned(real: Any) -> None:
 
 
 class TestRefusals:
-    def test_an_unknown_conversation(self, processor: Any) -> None:
-        with pytest.raises(ValueError, match="conversation is 'vicuna'; expected 'template' or one of vicuna_v1"):
-            Encoder(processor, conversation="vicuna")
+    def test_an_unknown_conversation(self) -> None:
+        with pytest.raises(ValueError, match="conversation is 'vicuna'; expected one of vicuna_v1"):
+            chat_template("vicuna")
 
     def test_a_processor_without_a_template(self, real: Any, monkeypatch: Any) -> None:
         monkeypatch.setattr(real, "chat_template", None)
-        with pytest.raises(ValueError, match="no chat template; pass conversation='vicuna_v1'"):
+        with pytest.raises(
+            ValueError, match=r'no chat template; set processor.chat_template .*chat_template\("vicuna_v1"\)'
+        ):
             Encoder(real)
-        assert Encoder(real, conversation="vicuna_v1").encode([Sample("What?", "It.")])
+        monkeypatch.setattr(real, "chat_template", chat_template("vicuna_v1"))
+        assert Encoder(real).encode([Sample("What?", "It.")])
 
     @pytest.mark.parametrize(
         ("template", "message"),

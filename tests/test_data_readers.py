@@ -198,7 +198,7 @@ def test_files_that_hold_no_records(tmp_path: Path) -> None:
         read_samples(tmp_path / "c.json", split="train")
     with pytest.raises(TypeError, match="the source is a dict"):
         read_samples({"question": "Q?", "answer": "A"})
-    with pytest.raises(ValueError, match=r"unknown key 'quesion', did you mean 'question'\?"):
+    with pytest.raises(ValueError, match=r"columns\.quesion is unknown; did you mean question\?"):
         read_samples([GOOD], columns={"quesion": "q"})
     with pytest.raises(ValueError, match=r"expected a text with \{question\} in it"):
         read_samples([GOOD], prompt="Answer briefly.")
@@ -297,7 +297,7 @@ class TestLazy:
 
     def test_what_was_checked_is_not_read_again(self, folder: Path, monkeypatch: Any) -> None:
         samples = read_samples(write(folder / "a.jsonl", self.records(5)), folder / "images")
-        monkeypatch.setattr(type(samples), "_sample", lambda *args: pytest.fail("was read"))
+        monkeypatch.setattr(type(samples), "at", lambda *args: pytest.fail("was read"))
         Stream([Task("a", samples, samples)])
 
     def test_examples_are_made_when_asked_for(self, folder: Path, processor: Any) -> None:

@@ -21,5 +21,4 @@ def test_the_code_runs(rng: torch.Generator) -> None:
 
 def test_every_op_is_told() -> None:
     told = set(re.findall(r"^\| `(\w+)\(", PAGE, re.MULTILINE))
-    assert told == {"select", "aggregate", "select_aggregate", "inject", "inject_add", "mix_factors", "merge"}
-    assert all(callable(getattr(ops, name)) for name in told)
+    assert told == set(ops.__all__) - {"BackendError", "Past", "backend", "dispatch"}

@@ -82,20 +82,23 @@ def test_a_tasks_own_images(folder: Path) -> None:
 WRONG: list[tuple[Any, str]] = [
     ([1], r"is \[1\]; expected a mapping with name, images, tasks"),
     (None, "is None; expected a mapping"),
-    ({**spec(), "task": []}, r"unknown key 'task', did you mean 'tasks'\?; known: name, images, tasks"),
-    ({**spec(), "zzz": 1}, r"unknown key 'zzz'; known"),
+    ({**spec(), "task": []}, r"task is unknown; did you mean tasks\?"),
+    ({**spec(), "zzz": 1}, r"zzz is unknown; expected one of"),
     ({**spec(), "name": 3}, "name is 3; expected a text"),
     ({"tasks": []}, r"tasks is \[\]; expected a list of tasks"),
     ({"tasks": {"a": 1}}, "tasks is {'a': 1}; expected a list"),
     ({"tasks": ["a"]}, r"tasks\[0\] is 'a'; expected a mapping"),
-    (spec(metrics="exact_match"), r"tasks\[0\]: unknown key 'metrics', did you mean 'metric'\?"),
-    (spec(metric="exact_mach"), r"metric is 'exact_mach', did you mean 'exact_match'\?; expected one of"),
+    (spec(metrics="exact_match"), r"tasks\[0\]: metrics is unknown; did you mean metric\?"),
+    (spec(metric="exact_mach"), r"tasks\[0\]: metric is 'exact_mach'; did you mean exact_match\?"),
     (spec(test=None), r"tasks\[0\] has no test; every task needs name, train and test"),
     (spec(name=7), r"tasks\[0\]: name is 7; expected a text"),
     (spec(train=["a.json"]), r"tasks\[0\]: train is \['a.json'\]; expected a path, or a mapping"),
-    (spec(train={"file": "a"}), "train: unknown key 'file'"),
+    (spec(train={"file": "a"}), "train: file is unknown"),
     (spec(train={"split": "a"}), "train has no path"),
-    (spec(train={"path": "a", "columns": {"questions": "q"}}), r"unknown key 'questions', did you mean 'question'\?"),
+    (
+        spec(train={"path": "a", "columns": {"questions": "q"}}),
+        r"columns\.questions is unknown; did you mean question\?",
+    ),
     (spec(train={"path": "a", "columns": {"question": 1}}), "columns: question is 1; expected a text"),
     (spec(prompt=["x"]), r"prompt is \['x'\]; expected a text"),
     ({"tasks": spec()["tasks"] * 2}, "the name 'charts' is taken"),
@@ -134,9 +137,9 @@ def test_all_that_is_missing_is_named(folder: Path) -> None:
 
 
 def test_a_stream_that_is_nowhere() -> None:
-    with pytest.raises(FileNotFoundError, match=r"stream 'coast-domian' is no file, did you mean 'coast-domain'\?"):
+    with pytest.raises(FileNotFoundError, match=r"stream 'coast-domian' is neither .*; did you mean coast-domain\?"):
         load_stream("coast-domian")
-    with pytest.raises(FileNotFoundError, match="expected the path of a YAML or one of coast-capability, .*coin"):
+    with pytest.raises(FileNotFoundError, match="neither the path of a YAML nor .*; expected one of coast-capability, .*coin"):
         load_stream("/zz/yy")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import cllava_fast
+from cllava_fast.names import nearest
 
 COMMANDS = {
     "init": "write a commented YAML to start from",
@@ -103,8 +104,6 @@ def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None
     flag = unknown[0].partition("=")[0]
     if not flag.startswith("--"):
         parser.error(f"unexpected argument {flag!r}")
-    from cllava_fast.config import nearest  # here, since it needs torch
-
     flags = [option for option in parser._option_string_actions if option.startswith("--")]
     same = [known for known in flags if known.rpartition(".")[2] == flag.strip("-")]
     parser.error(f"{flag} is unknown; " + (f"did you mean {same[0]}?" if same else nearest(flag, flags)))

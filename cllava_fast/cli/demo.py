@@ -52,5 +52,5 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # ours tell more
     results = run_demo(config)
     print_table(results)
-    print(f"\nReport: {config.output}/report.md   Pictures: accuracy_matrix.png, forgetting.png in the same folder")
+    print(f"\nReport: {config.output}/report.html, or report.md and its pictures in the same folder")
     return 0

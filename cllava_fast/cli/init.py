@@ -125,8 +125,8 @@ def _comment(words: str | None) -> list[str]:
 
 def _ready(name: str) -> str:
     """The YAML of a ready stream."""
-    from cllava_fast.config import nearest
     from cllava_fast.data.load import READY, ready_streams
+    from cllava_fast.names import nearest
 
     if name not in ready_streams():
         raise ValueError(f"there is no ready stream {name!r}; {nearest(name, ready_streams())}")

@@ -13,9 +13,10 @@ from transformers.utils import logging
 import cllava_fast as cf
 from cllava_fast import distributed
 from cllava_fast.cli.base import check_base, default_device, load_base
-from cllava_fast.config import CONFIG, RunConfig, check_names, load_config
+from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
+from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.loop import find_run, run_identity
 from cllava_fast.train.tune import training_options

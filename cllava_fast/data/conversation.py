@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 from cllava_fast.model.instructions import message
 
 FOLDER = Path(__file__).resolve().parent / "conversations"
+# what errors advise
+SET_TEMPLATE = (
+    "set processor.chat_template to the format that the model was trained with; for a LLaVA-1.5 that is "
+    'cllava_fast.data.chat_template("vicuna_v1"), or model.conversation=vicuna_v1 of a run'
+)
 
 
 def conversations() -> list[str]:
@@ -23,7 +28,7 @@ def chat_template(name: str) -> str:
     trained on; see ``docs/data.md`` for how a processor's own template may differ.
     """
     if name not in conversations():
-        raise ValueError(f"conversation is {name!r}; expected 'template' or one of {', '.join(conversations())}")
+        raise ValueError(f"conversation is {name!r}; expected one of {', '.join(conversations())}")
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -55,28 +60,22 @@ class Encoded(NamedTuple):
 
 
 class Conversation:
-    """Encodes turns by the processor's chat template, or by a named one.
+    """Encodes turns by the processor's chat template.
 
     What a user or a data set wrote stays text: ``<image>``, ``</s>`` and other control tokens in it are spelled out.
 
     Args:
-        processor: with ``apply_chat_template`` and a fast tokenizer.
-        name: ``"template"`` for the processor's own, or one of ``conversations()``.
+        processor: with ``apply_chat_template``, a chat template and a fast tokenizer.
 
     Raises:
-        ValueError: an unknown name, a processor without a chat template, a tokenizer that cannot tell where in the text
-            a token stands.
+        ValueError: a processor without a chat template, a tokenizer that cannot tell where in the text a token stands.
     """
 
-    def __init__(self, processor: Any, name: str = "template") -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)  # of a model without images, it is one
-        self._template = None if name == "template" else chat_template(name)
-        if self._template is None and getattr(processor, "chat_template", None) is None:
-            raise ValueError(
-                "the processor has no chat template; pass conversation='vicuna_v1' for a LLaVA-1.5, or set "
-                "processor.chat_template to the format that the model was trained with"
-            )
+        if getattr(processor, "chat_template", None) is None:
+            raise ValueError(f"the processor has no chat template; {SET_TEMPLATE}")
         if not self.tokenizer.is_fast:
             raise ValueError(f"{type(self.tokenizer).__name__} is a slow tokenizer; load the processor's fast one")
         added = self.tokenizer.added_tokens_decoder.items()
@@ -163,16 +162,13 @@ class Conversation:
         if not answered:
             messages.pop()
             marks.pop()
-        text = self.processor.apply_chat_template(
-            messages, chat_template=self._template, add_generation_prompt=not answered, tokenize=False
-        )
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
         literals = []
         for mark in marks:
             literal, found, text = text.partition(mark)
             if not found:
                 raise ValueError(
-                    "the chat template does not write every turn as it is, once and in order; pass "
-                    f"conversation={conversations()[0]!r} or set another processor.chat_template"
+                    f"the chat template does not write every turn as it is, once and in order; {SET_TEMPLATE}"
                 )
             literals.append(literal)
         return [*literals, text]

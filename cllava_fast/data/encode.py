@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cllava_fast.data.conversation import Conversation, Turns
+from cllava_fast.data.conversation import SET_TEMPLATE, Conversation, Turns
 from cllava_fast.data.images import StoredImage
+from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.stream import ImageSource, Sample
 from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
@@ -29,7 +30,7 @@ class Example:
     earlier_answers: tuple[tuple[int, int], ...] = ()  # ranges of prompt_ids that are learned too
 
 
-class LazyExamples(Sequence[Example]):
+class LazyExamples(LazySequence[Example]):
     """Examples of samples that are not in memory, encoded each time they are asked for."""
 
     def __init__(self, encoder: Encoder, samples: Sequence[Sample]) -> None:
@@ -38,13 +39,7 @@ class LazyExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Example:
         return self.encoder.encode_one(self.samples[index])
 
 
@@ -54,18 +49,14 @@ class Encoder:
     The prompt is the chat template with the generation prompt, exactly what generation sees; the answer's ids follow
     it. So what is learned is what is asked later, token by token. Earlier turns stand in the prompt, as they will.
 
-    Args:
-        conversation: the chat template: ``"template"`` for the processor's own, ``"vicuna_v1"`` for the text that
-            LLaVA-1.5 was trained on.
-
     Raises:
         ValueError: see ``Conversation``; a tokenizer without an eos_token.
     """
 
-    def __init__(self, processor: Any, conversation: str = "template") -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self._conversation = Conversation(processor, conversation)
+        self._conversation = Conversation(processor)
         image_token = getattr(processor, "image_token", None)
         # a tokenizer alone, of a model without images, has none; -1 is no token's id
         self._image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
@@ -91,7 +82,7 @@ class Encoder:
         if places != turns.image:
             raise ValueError(
                 f"the chat template writes {places} image tokens for a sample with {int(turns.image)} image; "
-                "pass conversation='vicuna_v1' or set another processor.chat_template"
+                f"{SET_TEMPLATE}"
             )
         ids: list[int] = []
         starts: list[int] = []  # where each token stands once the image has its many tokens

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from cllava_fast.data.readers import is_image_folder, read_samples
-from cllava_fast.data.records import COLUMNS, check_keys, nearest
+from cllava_fast.data.records import COLUMNS
 from cllava_fast.data.stream import Sample, Stream, Task
-from cllava_fast.evaluate.metrics import SCORES
+from cllava_fast.evaluate.scores import find_metric
+from cllava_fast.names import check_names, nearest
 
 READY = Path(__file__).resolve().parent / "ready"
 STREAM_KEYS = ("name", "images", "tasks")
@@ -100,10 +101,9 @@ def _open(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
         path = Path(source).expanduser()
         home = path.parent
         if not path.is_file():
-            near = nearest(str(source), ready_streams())
             raise FileNotFoundError(
-                f"stream {str(source)!r} is no file{f', did you mean {near!r}?' if near else ''}; expected the path of "
-                f"a YAML or one of {', '.join(ready_streams())}"
+                f"stream {str(source)!r} is neither the path of a YAML nor a ready stream; "
+                f"{nearest(str(source), ready_streams())}"
             )
     try:
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def _open(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
 
 
 def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
-    check_keys(spec, (*STREAM_KEYS, *RUN_KEYS), title)
+    check_names(spec, (*STREAM_KEYS, *RUN_KEYS), f"{title}: ")
     for key in ("name", "images"):
         _text(spec, key, title)
     listed = spec.get("tasks")
@@ -122,7 +122,7 @@ def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
     tasks: list[_TaskSpec] = []
     for number, entry in enumerate(listed):
         where = f"{title}: tasks[{number}]"
-        check_keys(entry, TASK_KEYS, where)
+        check_names(entry, TASK_KEYS, f"{where}: ")
         for key in ("name", "train", "test"):
             if entry.get(key) is None:
                 raise ValueError(f"{where} has no {key}; every task needs name, train and test")
@@ -131,12 +131,10 @@ def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
         if entry["name"] in (task.name for task in tasks):
             raise ValueError(f"{where}: the name {entry['name']!r} is taken; give every task its own")
         metric = entry.get("metric") or "exact_match"
-        if metric not in SCORES:
-            near = nearest(metric, SCORES)
-            raise ValueError(
-                f"{where}: metric is {metric!r}{f', did you mean {near!r}?' if near else ''}; "
-                f"expected one of {', '.join(SCORES)}"
-            )
+        try:
+            find_metric(metric)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         splits = {key: _source(entry[key], f"{where}: {key}") for key in SPLITS if entry.get(key) is not None}
         images = entry.get("images") or spec.get("images")
         tasks.append(_TaskSpec(entry["name"], splits, images, metric, entry.get("prompt")))
@@ -145,13 +143,13 @@ def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
 
 def _source(value: Any, where: str) -> _Source:
     if isinstance(value, Mapping):
-        check_keys(value, SOURCE_KEYS, where)
+        check_names(value, SOURCE_KEYS, f"{where}: ")
         for key in ("path", "split"):
             _text(value, key, where)
         if value.get("path") is None:
             raise ValueError(f"{where} has no path; expected path, and split or columns where they are needed")
         columns = value.get("columns") or {}
-        check_keys(columns, COLUMNS, f"{where}: columns")
+        check_names(columns, COLUMNS, f"{where}: columns.")
         for key in columns:
             _text(columns, key, f"{where}: columns")
         return _Source(value["path"], value.get("split"), dict(columns))

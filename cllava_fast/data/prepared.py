@@ -15,11 +15,9 @@ class PreparedStream:
     Several runs on equal base models (methods that are compared, seeds) can share one.
     """
 
-    def __init__(
-        self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30, conversation: str = "template"
-    ) -> None:
+    def __init__(self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30) -> None:
         self.stream = stream
-        self.encoder = Encoder(processor, conversation)
+        self.encoder = Encoder(processor)
         self.features = ImageFeatures(image_feature_bytes)
         self._examples: dict[tuple[str, str], Sequence[Example]] = {}
         self._seen: set[tuple[str, str, bool]] = set()

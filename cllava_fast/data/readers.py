@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from cllava_fast.data.images import ImageFolder, StoredImage
+from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.records import RecordReader
 from cllava_fast.data.stream import Sample, check_texts
 from cllava_fast.environment import require
@@ -76,24 +76,10 @@ def _reader(name: str, images: str | Path | None, prompt: str | None, columns: M
     return RecordReader(name, None if images is None else ImageFolder(images), prompt, columns)
 
 
-class _LazySamples(Sequence[Sample]):
+class _LazySamples(LazySequence[Sample]):
     """Reads a sample each time it is asked for. All were checked when it was made."""
 
     checked = True
-
-    @abstractmethod
-    def _sample(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self._sample(i) for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return self._sample(index % len(self))
 
 
 class JsonLines(_LazySamples):
@@ -117,7 +103,7 @@ class JsonLines(_LazySamples):
                     yield self.reader.sample(_parse(line, f"{self.reader.source}: {place}"), place), place
                 start += len(line)
 
-    def _sample(self, index: int) -> Sample:
+    def at(self, index: int) -> Sample:
         # opened anew: a process that was forked shares the position of an open file
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
@@ -198,12 +184,12 @@ class _Rows(_LazySamples):
         # columns with an image in every row need no look at the row
         self._whole = [name for name in self._pictures if _has_all_bytes(dataset, name)]
         self._images, self._rest = dataset, dataset.remove_columns(self._whole)
-        _exhaust(_checked(((self._sample(i), f"record {i}") for i in range(len(self))), reader))
+        _exhaust(_checked(((self.at(i), f"record {i}") for i in range(len(self))), reader))
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def _sample(self, index: int) -> Sample:
+    def at(self, index: int) -> Sample:
         record = dict(self._rest[index]) if self._rest.column_names else {}
         for name in self._pictures:
             if name in self._whole:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from PIL import Image
 
 from cllava_fast.data.images import ImageFolder, StoredImage
 from cllava_fast.data.stream import ImageSource, Sample, check_texts
+from cllava_fast.names import brief, check_names
 
 IMAGE = "<image>"  # how LLaVA's files mark where the image stands
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
@@ -39,7 +39,7 @@ class RecordReader:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_keys(self.columns, COLUMNS, f"{self.source}: columns")
+        check_names(self.columns, COLUMNS, f"{self.source}: columns.")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError(
                 f"{self.source}: prompt is {self.prompt!r}; expected a text with {{question}} in it, such as "
@@ -58,7 +58,7 @@ class RecordReader:
         """
         where = self.where(record, place)
         if not isinstance(record, Mapping):
-            raise ValueError(f"{where} is {_brief(record)}; expected an object with a question and an answer")
+            raise ValueError(f"{where} is {brief(record)}; expected an object with a question and an answer")
         image = self._image(record, where)
         turns = self._get(record, "conversations")
         if turns is not None:
@@ -84,10 +84,10 @@ class RecordReader:
         answer = str(single) if isinstance(single, (str, int, float)) else Counter(answers).most_common(1)[0][0]
         history = self._get(record, "history") or ()
         if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
-            raise ValueError(f"{where}: history is {_brief(history)}; expected pairs of texts, (user, assistant)")
+            raise ValueError(f"{where}: history is {brief(history)}; expected pairs of texts, (user, assistant)")
         system = self._get(record, "system") or ""
         if not isinstance(system, str):
-            raise ValueError(f"{where}: system is {_brief(system)}; expected a text")
+            raise ValueError(f"{where}: system is {brief(system)}; expected a text")
         return {
             "instruction": _without_mark(question, where, image, first=not history),
             "answer": answer,
@@ -108,7 +108,7 @@ class RecordReader:
             values = value if isinstance(value, (list, tuple)) else [value]
             values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
             if any(isinstance(entry, bool) or not isinstance(entry, (str, int, float)) for entry in values):
-                raise ValueError(f"{where}: {name} is {_brief(value)}; expected a text or a list of texts")
+                raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a list of texts")
             return [str(entry) for entry in values]
         return []
 
@@ -123,7 +123,7 @@ class RecordReader:
         if isinstance(image, (Image.Image, StoredImage)):
             return image
         if self.images is None:
-            raise ValueError(f"{where}: image is {_brief(image)}, and no image folder is known; give images")
+            raise ValueError(f"{where}: image is {brief(image)}, and no image folder is known; give images")
         return self.images.path(image, where)
 
     def _get(self, record: Mapping[str, Any], name: str) -> Any:
@@ -136,14 +136,14 @@ class RecordReader:
 def _conversation(turns: Any, where: str, image: bool) -> dict[str, Any]:
     """LLaVA's form: ``[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]``."""
     if not isinstance(turns, (list, tuple)) or not turns:
-        raise ValueError(f"{where}: conversations is {_brief(turns)}; expected a list of turns")
+        raise ValueError(f"{where}: conversations is {brief(turns)}; expected a list of turns")
     said: list[tuple[str, str]] = []
     for number, turn in enumerate(turns):
         role = turn.get("from") if isinstance(turn, Mapping) else None
         text = turn.get("value") if isinstance(turn, Mapping) else None
         if role not in (*USERS, *ASSISTANTS, "system") or not isinstance(text, str):
             raise ValueError(
-                f"{where}: turn {number} is {_brief(turn)}; expected an object with 'from' (human, gpt or system) and "
+                f"{where}: turn {number} is {brief(turn)}; expected an object with 'from' (human, gpt or system) and "
                 "'value', a text"
             )
         said.append(("user" if role in USERS else "assistant" if role in ASSISTANTS else "system", text))
@@ -168,7 +168,7 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
     Elsewhere in the text, the same letters are the user's own words.
     """
     if not isinstance(text, str):
-        raise ValueError(f"{where}: a question is {_brief(text)}; expected a text")
+        raise ValueError(f"{where}: a question is {brief(text)}; expected a text")
     text, marks = text.strip(), 0
     while text.startswith(IMAGE) or text.endswith(IMAGE):
         text = (text.removeprefix(IMAGE) if text.startswith(IMAGE) else text.removesuffix(IMAGE)).strip()
@@ -180,27 +180,5 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
     return text
 
 
-def check_keys(given: Any, known: Iterable[str], what: str) -> None:
-    """Raises ValueError for what is no mapping, or has a key that is not known; the nearest known one is named."""
-    known = list(known)
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what} is {_brief(given)}; expected a mapping with {', '.join(known)}")
-    for key in given:
-        if key not in known:
-            near = nearest(str(key), known)
-            raise ValueError(
-                f"{what}: unknown key {key!r}{f', did you mean {near!r}?' if near else ''}; known: {', '.join(known)}"
-            )
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
-
-
 def _is_pair(turn: Any) -> bool:
     return isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,11 +6,12 @@ A task names its metric (``Task.metric``). To add one: a function of a predictio
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from cllava_fast.names import nearest
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -286,7 +287,5 @@ SCORES = {
 def find_metric(name: str) -> Metric:
     """The metric of that name. Raises ValueError for an unknown one, with the nearest name."""
     if name not in SCORES:
-        near = difflib.get_close_matches(str(name), SCORES, n=1, cutoff=0.5)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"metric is {name!r}{meant}; expected one of {sorted(SCORES)}")
+        raise ValueError(f"metric is {name!r}; {nearest(str(name), SCORES)}")
     return SCORES[name]

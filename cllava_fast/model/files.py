@@ -229,7 +229,7 @@ def base_name(model: Any) -> str | None:
 def base_fingerprint(model: Any) -> str:
     """Fingerprint of the frozen model, the same whether it is patched or not.
 
-    It reads 64 numbers of each tensor, so it takes milliseconds at any size and needs no cache.
+    It reads 64 numbers of each tensor, whatever its size. Where FSDP has taken the model apart, what was found before.
     """
     known = getattr(getattr(model, "increments", None), "base_fingerprint", None)
     if known is not None:

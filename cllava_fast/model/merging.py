@@ -164,7 +164,7 @@ def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor,
     for A, B, pairs in terms(selection, factors):
         _, _, total = totals.setdefault(id(A), (A, B, torch.zeros(len(A), device=A.device)))
         total.index_add_(0, pairs.index[0].to(A.device), pairs.coefficient[0].to(A.device))
-    acting = [(A[total != 0], B[total != 0], total[total != 0]) for A, B, total in totals.values()]
+    acting = [[rows[total != 0] for rows in (A, B, total)] for A, B, total in totals.values()]
     A, B, coefficient = (torch.cat(tensors) for tensors in zip(*acting, strict=True))
     return A, B, coefficient
 

@@ -62,8 +62,8 @@ def differentiable(
     """Registers an op's gradient, and returns the function that callers should call in the op's place.
 
     It does what `torch.library.register_autograd` makes of an op whose schema has no defaults. In eager mode on plain
-    tensors, where the dispatcher would find autograd and the kernel and nothing else, it goes to these two straight:
-    boxing fourteen arguments there and back costs as much as the kernel of a decoding step.
+    tensors, where the dispatcher would find autograd and the kernel and nothing else, it goes to these two straight,
+    without boxing fourteen arguments there and back.
     """
     kernel = _kernels[op]
 

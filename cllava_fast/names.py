@@ -1,0 +1,31 @@
+"""Names that users write: an unknown one is refused with the one that was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+
+def check_names(given: Any, known: Collection[str], where: str) -> None:
+    """Raises ValueError for what is no mapping, and for its first name that is not known. ``where`` is how messages
+    begin, such as ``"stream.yaml: "`` or ``"training."``."""
+    if not isinstance(given, Mapping):
+        what = where.rstrip(":. ")
+        raise ValueError(f"{what} is {brief(given)}; expected a mapping with {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where}{name} is unknown; {nearest(str(name), known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words for the error: the name that was meant, or all there are."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(names))}"
+
+
+def brief(value: Any) -> str:
+    """A value in a message, of 80 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
