@@ -206,7 +206,7 @@ def stream_file(folder: Path, **values: Any) -> Path:
     ("values", "flags", "message"),
     [
         ({"tasks": [{"name": "a", "train": "no.json", "test": "a_test.json"}]}, [], "no.json"),
-        ({"tasks": [{"name": "a", "train": "a_train.json", "tset": "a_test.json"}]}, [], "tset is unknown; did you mean test?"),
+        ({"tasks": [{"name": "a", "train": "a_train.json", "tset": "a_test.json"}]}, [], "tset is unknown"),
         ({"model": "{tmp}/nothing"}, [], "nothing"),
         ({"model": "{tmp}"}, [], "config.json does not exist; expected a model's folder"),
         ({"training": {"max_step": 3}}, [], "did you mean max_steps?"),
