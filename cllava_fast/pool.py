@@ -34,21 +34,41 @@ def _device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-class Factors(nn.Module):
+class _Keeper(nn.Module):
+    """A module that methods may keep tensors of their own in."""
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Adds or replaces a tensor. It trains, in float32, if its name begins with ``block_``, until the block is
+        committed or dropped; any other is frozen and stays."""
+        if name.startswith("block_"):
+            setattr(self, name, nn.Parameter(tensor.detach().float()))
+        elif name in self._buffers:
+            setattr(self, name, tensor.detach())
+        else:
+            self.register_buffer(name, tensor.detach())
+
+    def drop_block(self) -> None:
+        for name in list(self._parameters):
+            setattr(self, name, None)
+
+
+class Factors(_Keeper):
     """The rows of one adapted linear.
 
     Attributes:
         A, B: ``[N, R, d_in]`` and ``[N, R, d_out]``, the committed rows, in the dtype of the linear's weight.
         block_A, block_B: ``[n, R, d_in]`` and ``[n, R, d_out]`` float32 parameters of the open block, or None.
+        shares_A: all rows have one A: ``A`` and ``block_A`` are ``[1, R, d_in]``.
     """
 
     A: Tensor
     B: Tensor
 
-    def __init__(self, rank: int, shape: LinearShape) -> None:
+    def __init__(self, rank: int, shape: LinearShape, shares_A: bool = False) -> None:
         super().__init__()
         self.shape = shape
         self.rank = rank
+        self.shares_A = shares_A
         self.register_buffer("A", torch.empty(0, rank, shape.d_in, dtype=shape.dtype, device=shape.device))
         self.register_buffer("B", torch.empty(0, rank, shape.d_out, dtype=shape.dtype, device=shape.device))
         self.block_A: nn.Parameter | None = None
@@ -56,30 +76,39 @@ class Factors(nn.Module):
 
     def open_block(self, rows: int, a_std: float, generator: torch.Generator) -> None:
         # drawn on the CPU, so that a seed gives the same rows on every device
-        a = torch.randn(rows, self.rank, self.shape.d_in, generator=generator) * a_std
+        a_rows = 1 if self.shares_A else rows
+        a = torch.randn(a_rows, self.rank, self.shape.d_in, generator=generator) * a_std
         self.block_A = nn.Parameter(a.to(self.A.device))
         # B is zero at birth: a new row changes nothing
         self.block_B = nn.Parameter(torch.zeros(rows, self.rank, self.shape.d_out, device=self.B.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
-        # committed rows follow the model's dtype; what trains stays float32
-        move = _device_only(fn)
-        return super()._apply(lambda t: move(t) if isinstance(t, nn.Parameter) else fn(t), recurse)
+        # committed rows follow the model's dtype; what trains, and what methods keep, does not
+        move, rows = _device_only(fn), (self.A, self.B)
+        return super()._apply(lambda t: fn(t) if any(t is row for row in rows) else move(t), recurse)
 
     def commit(self) -> None:
         assert self.block_A is not None and self.block_B is not None
-        self.A = torch.cat([self.A, self.block_A.detach().to(self.A.dtype)])
+        if self.shares_A:
+            self.A = self.block_A.detach().to(self.A.dtype)
+        else:
+            self.A = torch.cat([self.A, self.block_A.detach().to(self.A.dtype)])
         self.B = torch.cat([self.B, self.block_B.detach().to(self.B.dtype)])
-        self.block_A = self.block_B = None
+        self.drop_block()
 
 
-class Pool(nn.Module):
+OwnTensors = dict[str, tuple[list[int], torch.dtype]]
+
+
+class Pool(_Keeper):
     """All rows of all tasks, the keys that find them, and what tasks learned about each other.
 
     Args:
         rank: R, columns of one row's factors.
         key_dim: D, width of keys and queries; 0 for methods that select without keys.
         shapes: the adapted linears by their path in the model.
+        shares_A: the rows of each linear have one A.
+        own_tensors: shapes and dtypes of what a method keeps beside rows (``Method.own_tensors``).
 
     Attributes:
         keys: ``[N, D]`` float32, keys of committed rows.
@@ -95,15 +124,25 @@ class Pool(nn.Module):
     row_mean: Tensor
     context: Tensor
 
-    def __init__(self, rank: int, key_dim: int, shapes: Mapping[str, LinearShape]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        key_dim: int,
+        shapes: Mapping[str, LinearShape],
+        shares_A: bool = False,
+        own_tensors: Callable[[LinearShape | None, int, int, int], OwnTensors] = lambda *sizes: {},
+    ) -> None:
         super().__init__()
         if not shapes:
             raise ValueError("the pool needs at least one adapted linear; none matched the targets")
         self.rank = rank
         self.key_dim = key_dim
+        self.shares_A = shares_A
+        self.own_tensors = own_tensors
         self.task_names: list[str] = []
         # state-dict keys may not hold dots
-        self.layers = nn.ModuleDict({path.replace(".", "/"): Factors(rank, shape) for path, shape in shapes.items()})
+        layers = {path.replace(".", "/"): Factors(rank, shape, shares_A) for path, shape in shapes.items()}
+        self.layers = nn.ModuleDict(layers)
         device = next(iter(shapes.values())).device
         self.register_buffer("keys", torch.empty(0, key_dim, device=device))
         self.register_buffer("row_task", torch.empty(0, dtype=torch.int64, device=device))
@@ -204,10 +243,10 @@ class Pool(nn.Module):
 
     def drop_block(self) -> None:
         """Forgets the open block, trained or not."""
-        self.block_keys = self.block_context = None
+        super().drop_block()
         for factors in self.layers.values():
             assert isinstance(factors, Factors)
-            factors.block_A = factors.block_B = None
+            factors.drop_block()
         self._block_rows = 0
 
     def context_matrix(self) -> Tensor:
@@ -247,26 +286,36 @@ class Pool(nn.Module):
         for name, tensor in state.items():
             parent, _, leaf = name.rpartition(".")
             module = self.get_submodule(parent)
+            assert isinstance(module, _Keeper)
             value = tensor.to(self.row_task.device if module is self else module.A.device, copy=True)  # type: ignore
-            setattr(module, leaf, nn.Parameter(value) if leaf.startswith("block_") else value)
-            if leaf == "block_A":
+            module.keep(leaf, value)
+            if leaf == "block_B":
                 self._block_rows = len(value)
         order = self.row_task.tolist()
         self.task_names = list(task_names)
         self.last_block_start = order.index(len(task_names) - 1) if task_names else 0
 
     def _check_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
-        expected: dict[str, tuple[list[int], torch.dtype]] = {}
         rows = len(state["row_task"]) if "row_task" in state else 0
-        for name, buffer in self.named_buffers():
-            shape = [tasks, tasks] if name == "context" else [rows, *buffer.shape[1:]]
-            expected[name] = (shape, buffer.dtype)
-        block_rows = max((len(t) for name, t in state.items() if name.endswith(".block_A")), default=0)
+        block_rows = max((len(t) for name, t in state.items() if name.endswith(".block_B")), default=0)
+        expected: OwnTensors = {
+            "keys": ([rows, self.key_dim], torch.float32),
+            "row_task": ([rows], torch.int64),
+            "row_mean": ([rows], torch.float32),
+            "context": ([tasks, tasks], torch.float32),
+            **self.own_tensors(None, tasks, rows, block_rows),
+        }
+        for path, factors in self.layers.items():
+            assert isinstance(factors, Factors)
+            a_rows, block_a_rows = (min(1, n) if self.shares_A else n for n in (rows, block_rows))
+            own = self.own_tensors(factors.shape, tasks, rows, block_rows)
+            own["A"] = ([a_rows, *factors.A.shape[1:]], factors.A.dtype)
+            own["B"] = ([rows, *factors.B.shape[1:]], factors.B.dtype)
+            if block_rows:
+                own["block_A"] = ([block_a_rows, *factors.A.shape[1:]], torch.float32)
+                own["block_B"] = ([block_rows, *factors.B.shape[1:]], torch.float32)
+            expected.update({f"layers.{path}.{name}": wanted for name, wanted in own.items()})
         if block_rows:
-            for path, factors in self.layers.items():
-                assert isinstance(factors, Factors)
-                expected[f"layers.{path}.block_A"] = ([block_rows, *factors.A.shape[1:]], torch.float32)
-                expected[f"layers.{path}.block_B"] = ([block_rows, *factors.B.shape[1:]], torch.float32)
             if self.key_dim:
                 expected["block_keys"] = ([block_rows, self.key_dim], torch.float32)
             if "block_context" in state:

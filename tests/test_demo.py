@@ -12,7 +12,7 @@ import torch
 
 import cllava_fast as cf
 from cllava_fast.demo.base import load_base
-from cllava_fast.demo.run import METHODS, DemoConfig, run_demo
+from cllava_fast.demo.run import DEFAULT, DemoConfig, run_demo
 from cllava_fast.evaluate.report import METRICS, load_results
 
 TASKS = ["chart", "document", "icon", "digit"]
@@ -32,7 +32,7 @@ def test_leaves_its_files(run: tuple[Path, dict[str, Any]]) -> None:
     output, _ = run
     for name in ("results.json", "matrix.csv", "accuracy_matrix.png", "forgetting.png", "report.md"):
         assert (output / name).stat().st_size > 0, name
-    for method in METHODS[1:]:
+    for method in DEFAULT[1:]:
         for seed in ("seed0", "seed1"):
             assert list((output / "methods" / method / seed).rglob("*.safetensors")), (method, seed)
 
@@ -42,7 +42,7 @@ def test_results_have_the_promised_shape(run: tuple[Path, dict[str, Any]]) -> No
     results = load_results(output / "results.json")
     assert results == json.loads(json.dumps(returned))
     assert results["stream"] == TASKS and results["seeds"] == [0, 1]
-    assert list(results["methods"]) == list(METHODS)
+    assert list(results["methods"]) == list(DEFAULT)
     for name, result in results["methods"].items():
         assert set(METRICS) <= set(result) and len(result["per_seed"]) == 2
         for i, row in enumerate(result["accuracy_matrix"]):

@@ -11,7 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/demo", help="folder for the report (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to average over (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods (default: all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="which methods, or all (default: the yardsticks and Continual LLaVA)",
+    )
     parser.add_argument(
         "--ambiguous", type=float, default=0.0, metavar="SHARE",
         help="share of two tasks' questions that are word for word the same (default: %(default)s)",
@@ -33,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from cllava_fast.demo.run import METHODS, DemoConfig, run_demo
+    from cllava_fast.demo.run import DEFAULT, DemoConfig, run_demo
     from cllava_fast.evaluate.report import print_table
 
     config = DemoConfig(
         output=arguments.output,
         seeds=arguments.seeds,
-        methods=tuple(arguments.methods or METHODS),
+        methods=tuple(arguments.methods or DEFAULT),
         ambiguous=arguments.ambiguous,
         surrogate=arguments.surrogate,
         context=arguments.context,

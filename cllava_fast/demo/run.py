@@ -18,10 +18,12 @@ from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.evaluation import evaluate_tasks
 from cllava_fast.evaluate.report import REPORT_FILES, write_report
 from cllava_fast.evaluate.wording import title_of
-from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig, MethodConfig
+from cllava_fast.methods import METHODS as LEARNING
+from cllava_fast.methods import MethodConfig
 from cllava_fast.surrogate import check_surrogate
 
-METHODS = ("frozen", "sequential_lora", "joint_lora", "continual_llava")
+DEFAULT = ("frozen", "sequential_lora", "joint_lora", "continual_llava")
+METHODS = (*DEFAULT, *(name for name in LEARNING if name not in DEFAULT))
 MARK = "demo.json"  # says that a folder is the demo's own
 
 # Chosen on the validation split (`--split validation`), never on the test split.
@@ -37,7 +39,7 @@ class DemoConfig:
     Args:
         output: folder for the report and the learned increments.
         seeds: how many seeds; seed s draws its own stream and its own increments.
-        methods: which methods, of ``METHODS``.
+        methods: which methods, of ``METHODS``; ``("all",)`` for all of them.
         ambiguous: share of the questions of two tasks that are word for word the same.
         surrogate: as in ``IncrementConfig``.
         context: as in ``IncrementConfig``.
@@ -50,7 +52,7 @@ class DemoConfig:
 
     output: str = "runs/demo"
     seeds: int = 1
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = DEFAULT
     ambiguous: float = 0.0
     surrogate: str = "sentence"
     context: str = "product"
@@ -62,6 +64,8 @@ class DemoConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if self.methods == ("all",):
+            object.__setattr__(self, "methods", METHODS)
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"methods is {list(self.methods)}; expected some of {list(METHODS)}")
@@ -86,11 +90,10 @@ class DemoConfig:
         return values
 
     def method_config(self, name: str) -> MethodConfig:
-        if name == "sequential_lora":
-            return LoraConfig(scale=SCALE, a_std=A_STD)
-        if name == "joint_lora":
-            return JointLoraConfig(scale=SCALE, a_std=A_STD)
-        return IncrementConfig(scale=SCALE, a_std=A_STD, surrogate=self.surrogate, context=self.context)  # type: ignore[arg-type]
+        config = LEARNING[name if name != "frozen" else DEFAULT[-1]][0]
+        asked = {"surrogate": self.surrogate, "context": self.context}
+        fields = {key: value for key, value in asked.items() if key in config.__dataclass_fields__}
+        return config(**{"scale": SCALE, "a_std": A_STD, **fields, **config.demo})
 
     def arguments(self, output_dir: Path, seed: int) -> cf.ContinualArguments:
         return cf.ContinualArguments(

@@ -94,7 +94,7 @@ def evaluate_tasks(
     features = data.features if increments is not None else None  # a plain model takes pixels alone
     tasks = {name: data.examples(name, split, model if features else None) for name in names}
     examples = [example for task in tasks.values() for example in task]
-    queries = queries_of(model, examples, data.features)
+    queries = queries_of(model, examples, data.features, [name for name, task in tasks.items() for _ in task])
     batches = -(-len(examples) // batch_size)
     with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
         answers = predict(

@@ -59,16 +59,21 @@ def predict(
     return [answers[i] for i in range(len(examples))]
 
 
-def queries_of(model: Any, examples: Sequence[Example], features: ImageFeatures) -> Tensor | None:
+def queries_of(
+    model: Any, examples: Sequence[Example], features: ImageFeatures, tasks: Sequence[str] = ()
+) -> Tensor | None:
     """``[n, D]`` on the CPU, by the same reading of instructions as in the model; None where no query selects.
 
     Args:
         features: hold the examples' images, for surrogates that look at them.
+        tasks: the task of each example, which a method with ``uses_task`` is told, and no other.
 
     Raises:
         ValueError: the model was patched without a processor.
     """
     increments = getattr(model, "increments", None)
+    if increments is not None and increments.method.uses_task and not increments.pristine:
+        return increments.task_query(tasks)
     if increments is None or increments.surrogate is None or increments.pristine:
         return None
     if increments.reader is None:

@@ -7,11 +7,11 @@ from typing import Any
 
 from cllava_fast.evaluate.metrics import learned_tasks
 from cllava_fast.evaluate.scores import SCORES
+from cllava_fast.methods import METHODS
 
 
 def title_of(method: str) -> str:
-    known = {"continual_llava": "Continual LLaVA", "frozen": "Frozen"}
-    return known.get(method) or " ".join(word.capitalize() for word in method.split("_")).replace("Lora", "LoRA")
+    return METHODS[method][0].title if method in METHODS else method.capitalize()
 
 
 def only_exact(results: Mapping[str, Any]) -> bool:

@@ -1,21 +1,18 @@
-"""Methods by name. To add one: one file with a config and a policy, and one line in ``METHODS``."""
+"""Methods by name. To add one: one file in this folder with a config and a policy, under ``@register``."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection
-from cllava_fast.methods.continual_llava import ContinualLlava, IncrementConfig
-from cllava_fast.methods.lora import JointLora, JointLoraConfig, LoraConfig, SequentialLora
+from cllava_fast.methods.base import METHODS, Method, MethodConfig, Pairs, Selection, register
 
-METHODS: dict[str, tuple[type[Any], type[Any]]] = {
-    config.method: (config, policy)
-    for config, policy in (
-        (IncrementConfig, ContinualLlava),
-        (LoraConfig, SequentialLora),
-        (JointLoraConfig, JointLora),
-    )
-}
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+from cllava_fast.methods.continual_llava import ContinualLlava, IncrementConfig  # noqa: E402
+from cllava_fast.methods.lora import JointLora, JointLoraConfig, LoraConfig, SequentialLora  # noqa: E402
 
 
 def make_method(config: MethodConfig) -> Method:
@@ -54,4 +51,5 @@ __all__ = [
     "SequentialLora",
     "config_from_dict",
     "make_method",
+    "register",
 ]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from cllava_fast.pool import Pool
+from cllava_fast.pool import Factors, LinearShape, Pool
+
+Policy = TypeVar("Policy", bound="Method")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows and how strongly they act: ``index [B, P]`` int64, ``coefficient [B, P]`` float32.
+    """Rows and how strongly they act: ``index [B, P]`` int64, ``coefficient [B, P]`` float32, or ``[B, S, P]`` where a
+    method weighs each token (``Method.route``).
 
     ``mix=True`` sums the factors first and multiplies once, ``(sum c B)^T (sum c A)``, instead of ``sum c B^T A``.
     """
@@ -77,9 +81,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What every method decides; see the methods' own configs."""
+    """What every method decides; see the methods' own configs.
+
+    Attributes:
+        method: the name that files and commands know it by. title: the name that reports show.
+        demo: fields that the demo's tiny model wants otherwise than a large one, beside ``scale`` and ``a_std``.
+    """
 
     method: ClassVar[str]
+    title: ClassVar[str]
+    demo: ClassVar[Mapping[str, Any]] = {}
 
     rank: int
     scale: float
@@ -108,6 +119,9 @@ class Method(ABC):
     aligns_keys: ClassVar[bool] = False
     joint: ClassVar[bool] = False  # trained once on all tasks together
     uses_query: ClassVar[bool] = True
+    uses_task: ClassVar[bool] = False  # the query is the task's number, [B, 1]: an oracle
+    routes: ClassVar[bool] = False  # ``route`` looks at activations, so no one selection can be merged or exported
+    shares_A: ClassVar[bool] = False  # a pool's rows have one A, ``[1, R, d_in]``
 
     @abstractmethod
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
@@ -121,6 +135,34 @@ class Method(ABC):
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         """What acts on the samples of ``query [B, D]``; None where nothing does (the frozen model answers alone)."""
 
+    def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
+        """What acts in one linear, on activations ``x [B, S, d_in]``; by default the same in every one."""
+        return selection
+
+    def own_tensors(
+        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
+    ) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Shapes of what the method keeps beside rows (``pool.keep``), for a linear, or for the pool (shape None), so
+        that files are checked before they are read."""
+        return {}
+
+    def penalty(self, pool: Pool) -> Tensor | None:
+        """What the loss of a tuning step grows by; None for nothing."""
+        return None
+
     def task_mean(self, pool: Pool, task: int) -> Selection:
         """What acted on the training samples of a committed task, on average: one sample's selection."""
         raise ValueError(f"{self.config.method} keeps no mean of a task; name an instruction instead")
+
+
+METHODS: dict[str, tuple[type[Any], type[Any]]] = {}  # config and policy by the config's ``method``
+
+
+def register(config: type[Any]) -> Callable[[type[Policy]], type[Policy]]:
+    """Makes a policy known under the name that its config bears: ``@register(LoraConfig) class ...(Method)``."""
+
+    def enter(policy: type[Policy]) -> type[Policy]:
+        METHODS[config.method] = config, policy
+        return policy
+
+    return enter

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast import ops
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection
+from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
 from cllava_fast.pool import Pool
 
 Context = Literal["product", "factor", "none"]
@@ -29,6 +29,7 @@ class IncrementConfig(MethodConfig):
     """Configuration of Continual LLaVA; each field's help says what it is."""
 
     method: ClassVar[str] = "continual_llava"
+    title: ClassVar[str] = "Continual LLaVA"
 
     rows_per_task: int = field(default=8, metadata={"help": "rows that a task adds to the pool"})
     top_m: int = field(default=4, metadata={"help": "rows selected for each sample"})
@@ -70,6 +71,7 @@ class IncrementConfig(MethodConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {list(choices)}")
 
 
+@register(IncrementConfig)
 class ContinualLlava(Method):
     """The coefficient policy of Continual LLaVA."""
 

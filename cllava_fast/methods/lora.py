@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection
+from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
 from cllava_fast.pool import Pool
 
 
@@ -17,6 +17,7 @@ class LoraConfig(MethodConfig):
     """One LoRA, tuned on task after task; each field's help says what it is."""
 
     method: ClassVar[str] = "sequential_lora"
+    title: ClassVar[str] = "Sequential LoRA"
 
     rank: int = field(
         default=32, metadata={"help": "32 equals the active rank of Continual LLaVA's defaults (4 rows of rank 8)"}
@@ -33,8 +34,10 @@ class JointLoraConfig(LoraConfig):
     """One LoRA, tuned once on all tasks together."""
 
     method: ClassVar[str] = "joint_lora"
+    title: ClassVar[str] = "Joint LoRA"
 
 
+@register(LoraConfig)
 class SequentialLora(Method):
     """Every task goes on training the same row."""
 
@@ -58,6 +61,7 @@ class SequentialLora(Method):
         return Selection(block=Pairs(index, torch.ones(1, 1, device=device)))
 
 
+@register(JointLoraConfig)
 class JointLora(SequentialLora):
     """The upper yardstick: all tasks' data at once."""
 

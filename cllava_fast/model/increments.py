@@ -60,6 +60,8 @@ class Increments(nn.Module):
             shapes={
                 path: _shape(linear, model) for path, linear in paths.adapted_linears(model, config.targets).items()
             },
+            shares_A=self.method.shares_A,
+            own_tensors=self.method.own_tensors,
         )
         self.active: Selection | None = None
         self.pending: Selection | None = None
@@ -150,9 +152,22 @@ class Increments(nn.Module):
             )
         return selection
 
+    def task_query(self, tasks: Sequence[str]) -> Tensor:
+        """The query ``[n, 1]`` of a method that is told the task: its number; of a task not learned yet, the next."""
+        names = self.pool.task_names
+        numbers = [names.index(task) if task in names else len(names) for task in tasks]
+        return torch.tensor(numbers, dtype=torch.float32).view(-1, 1)
+
     def query(self, request: Request, pooled_image: Any) -> Tensor:
         """Queries ``[B, D]`` float32 from what the request says, in this order: query, instructions, input_ids."""
         surrogate = self.surrogate
+        if self.method.uses_task:
+            if request.query is None:
+                raise ValueError(
+                    f"{self.config.method} must be told the task: pass query= [B, 1], each sample's task number; "
+                    f"learned: {dict(enumerate(self.pool.task_names))}"
+                )
+            return self._check_query(request.query, request.batch)
         assert surrogate is not None
         if request.query is not None:
             return self._check_query(request.query, request.batch)
@@ -179,9 +194,9 @@ class Increments(nn.Module):
         return [self.reader.canonical(text) for text in texts] if self.reader else list(texts)
 
     def _check_query(self, query: Tensor, batch: int) -> Tensor:
-        assert self.surrogate is not None
-        if query.dim() != 2 or query.shape[1] != self.surrogate.dim or len(query) != batch:
-            raise ValueError(f"query is {list(query.shape)}; expected [{batch}, {self.surrogate.dim}]")
+        width = 1 if self.surrogate is None else self.surrogate.dim
+        if query.dim() != 2 or query.shape[1] != width or len(query) != batch:
+            raise ValueError(f"query is {list(query.shape)}; expected [{batch}, {width}]")
         if checks.can_read(query, cuda=False) and not torch.isfinite(query).all():  # a GPU would have to be waited for
             raise ValueError("query holds NaN or Inf; check the surrogate's embeddings")
         return query.float()
@@ -235,6 +250,7 @@ class Increments(nn.Module):
         y = base
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
+        selection = self.method.route(selection, factors, x)
         for A, B, pairs, past in self._pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:

@@ -117,6 +117,8 @@ def choose_one(
     """The selection that ``merge`` and ``export_peft`` are asked for, of one sample. Raises as ``merge`` does."""
     increments = get_increments(model)
     method, pool = increments.method, increments.pool
+    if method.routes:
+        raise ValueError(f"{increments.config.method} looks at every input in every layer: no one selection is its own")
     if method.uses_query and pool.block_rows:
         raise ValueError("a task is being learned; finish it first")
     selection = _select(model, increments, instruction, task, query)

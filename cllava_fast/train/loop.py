@@ -191,7 +191,8 @@ class ContinualTrainer:
             self.increments.base_fingerprint = base_fingerprint(self.model)
         wanted = [(name, "train") for name in tasks[done:]] + [(name, self.args.eval_split) for name in tasks]
         for name, split in wanted:
-            queries_of(self.model, self.data.examples(name, split, self.model), self.data.features)
+            examples = self.data.examples(name, split, self.model)
+            queries_of(self.model, examples, self.data.features, [name] * len(examples))
 
     def _place(self) -> None:
         """Several processes each compute on the device that the launcher gave them."""
@@ -239,7 +240,8 @@ class ContinualTrainer:
         seed = args.seed * 10_000 + number
         parts = [self.data.examples(name, "train", self.model) for name in names]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
-        queries = queries_of(self.model, examples, self.data.features)
+        owners = [name for name, part in zip(names, parts, strict=True) for _ in part]
+        queries = queries_of(self.model, examples, self.data.features, owners)
         method.open_task(pool, queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
         try:

@@ -174,6 +174,20 @@ class TaskTrainer(Trainer):
         if self.accelerator.sync_gradients:
             distributed.average(parameter.grad)
 
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        increments = get_increments(self.model)
+        penalty = increments.method.penalty(increments.pool)
+        if penalty is None:
+            return found
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:  # the Trainer does not divide then
+            penalty = penalty / self.current_gradient_accumulation_steps
+        if return_outputs:
+            return found[0] + penalty, found[1]
+        return found + penalty
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({f"{self.task}/{name}": value for name, value in logs.items()}, start_time)
 
