@@ -77,5 +77,5 @@ def learn(model: Any, tasks: int, generator: torch.Generator, b_std: float = 0.0
         for factors in pool.layers.values():
             torch.nn.init.normal_(factors.block_B, std=b_std, generator=generator)
         if commit_last or task < tasks - 1:
-            increments.method.close_task(pool, f"task{task}", queries, increments.groups)
+            increments.close_task(f"task{task}", queries)
     return increments

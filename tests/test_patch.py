@@ -246,7 +246,7 @@ def test_text_and_image_queries(llava: Any, processor: Any, generator: torch.Gen
         increments.method.open_task(increments.pool, queries, generator)
         for factors in increments.pool.layers.values():
             torch.nn.init.normal_(factors.block_B, std=0.05, generator=generator)
-        increments.method.close_task(increments.pool, f"t{_}", queries, increments.groups)
+        increments.close_task(f"t{_}", queries)
     rows = selected(llava, same)
     assert len({tuple(row) for row in rows.tolist()}) > 1, "equal questions about different images differ"
     for i in range(4):

@@ -78,6 +78,17 @@ class Selection:
             weight=None if self.weight is None else repeat(self.weight),
         )
 
+    def scaled(self, strength: Tensor) -> Selection:
+        """Every coefficient of a sample times its ``strength [B]``."""
+        # factors that are summed before they are multiplied each take their part of it
+        factor = (strength.sqrt() if self.mix else strength)[:, None]
+
+        def scale(pairs: Pairs | None) -> Pairs | None:
+            return pairs and Pairs(pairs.index, pairs.coefficient * factor)
+
+        context = None if self.context is None else self.context * factor
+        return replace(self, block=scale(self.block), past=scale(self.past), context=context)
+
 
 @dataclass(frozen=True)
 class MethodConfig:

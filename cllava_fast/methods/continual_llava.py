@@ -59,6 +59,11 @@ class IncrementConfig(MethodConfig):
         metadata={"help": "keys at birth: embeddings of the task's instructions, or orthogonal random vectors"},
     )
 
+    calibrate: bool = field(
+        default=False,
+        metadata={"help": "leave the frozen model alone where an instruction is unlike every learned task's"},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.top_m <= self.rows_per_task:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cllava_fast import ops
-from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, make_method
+from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
 from cllava_fast.model import paths
 from cllava_fast.model.instructions import InstructionReader, text_ids
 from cllava_fast.ops import checks
 from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
-from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, make_surrogate
 
 
@@ -61,13 +61,30 @@ class Increments(nn.Module):
                 path: _shape(linear, model) for path, linear in paths.adapted_linears(model, config.targets).items()
             },
             shares_A=self.method.shares_A,
-            own_tensors=self.method.own_tensors,
+            own_tensors=self._own_tensors,
         )
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.pristine: dict[str, Tensor] = {}
         self.base_fingerprint: str | None = None
         self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether tasks keep a Gaussian of their queries, by which coefficients are scaled at inference."""
+        return self.surrogate is not None and getattr(self.config, "calibrate", False)
+
+    def _own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
+        own = self.method.own_tensors(shape, tasks, rows, block_rows)
+        if shape is None and tasks and self.calibrates:
+            own = {**own, **calibration.own_tensors(self.pool.key_dim, tasks)}
+        return own
+
+    def close_task(self, name: str, queries: Tensor | None) -> None:
+        """Freezes what the open block learned as task ``name``; ``queries [n, D]`` are its training instructions."""
+        self.method.close_task(self.pool, name, queries, self.groups)
+        if self.calibrates and queries is not None:
+            calibration.remember(self.pool, queries)
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
         name = getattr(self.config, "surrogate", None)
@@ -129,7 +146,10 @@ class Increments(nn.Module):
     def choose(self, request: Request, pooled_image: Any) -> Selection | None:
         """What the method picks for the request's own instructions."""
         query = self.query(request, pooled_image).to(self.pool.keys.device)
-        selection = self.method.select(self.pool, query, self.groups, self.training and self.pool.block_rows > 0)
+        learning = self.training and self.pool.block_rows > 0
+        selection = self.method.select(self.pool, query, self.groups, learning)
+        if selection is not None and self.calibrates and not learning:
+            selection = selection.scaled(calibration.familiarity(self.pool, query))
         return selection and selection.expand(request.batch)
 
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:

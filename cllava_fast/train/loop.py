@@ -260,7 +260,7 @@ class ContinualTrainer:
                 if tuned.losses:
                     measured["loss"] = tuned.losses[-1]
             with events.stage("commit"):
-                method.close_task(pool, title, queries, increments.groups)
+                increments.close_task(title, queries)
         except BaseException:
             # what is committed stays usable, and half a task never is
             pool.drop_block()
