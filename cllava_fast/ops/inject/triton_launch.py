@@ -204,7 +204,8 @@ def of_tokens(
     folded = low_grad.new_empty(samples, tokens, rank) if fold else None
     sizes = (tokens, pairs, 0 if low is None else low.shape[2], columns, given.scale)
     constants = {"SHARED": given.shared, "R": rank, "BLOCK_S": tiles.tokens, "BLOCK_R": tiles.columns}
-    arguments = low, low_grad, given.index if given.whole else None, given.coefficient, to_coefficient, folded
+    index = given.index if given.whole and not given.shared else None
+    arguments = low, low_grad, index, given.coefficient, to_coefficient, folded
     _launch(kernels.of_tokens, samples * cdiv(tokens, tiles.tokens), tiles, *arguments, *sizes, **constants)
     return to_coefficient, folded
 
