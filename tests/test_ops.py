@@ -241,7 +241,8 @@ def inject_formula(case: Any, x: Any, weight: Any, *rest: Any) -> Any:
 
 
 def on_dense(x: Any, dense: Any) -> torch.Tensor:
-    return torch.einsum("bsi,bsoi->bso", x, dense.expand(-1, x.shape[1], -1, -1))
+    """Of all tokens where dense has one for each sample."""
+    return torch.einsum("bsi,bsoi->bso", x, dense)
 
 
 def inject_plain(case: Any, x: Any, weight: Any, *rest: Any) -> Any:
@@ -336,12 +337,15 @@ OPS = {
         limit=mix_factors_limit, draws=10, repeated=(2, 4),
     ),
     "inject": Op(
-        inject_cases.CASES + inject_cases.ROUTED + inject_cases.ODD, make_inject, inject, inject_formula, inject_plain,
+        inject_cases.CASES + inject_cases.ODD + inject_cases.ROUTED, make_inject, inject, inject_formula, inject_plain,
         trained=(0, 2, 3, 5, 9), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit,
-        repeated=(3, 5, 9),
+        repeated=(3, 5, 9, -12, -9, -7),
     ),
     "inject_add": Op(
-        (*inject_cases.CASES[:4], *inject_cases.CASES[6:], *inject_cases.ROUTED[:6], *inject_cases.ODD[:: len(inject_cases.ODD) - 1]),
+        (
+            *inject_cases.CASES[:4], *inject_cases.CASES[6:], inject_cases.ODD[0], inject_cases.ODD[-1],
+            *inject_cases.ROUTED[:5],
+        ),
         make_inject_add, inject_add, inject_add_formula, inject_add_plain,
         trained=(0, 1, 2, 3, 5, 8), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit,
         repeated=(3, 8),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         said = {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name)}
-        parts = [name if value is True else value if name == "selection" else f"{name}{value}" for name, value in said.items()]
-        return "-".join(parts)
+        return "-".join(_said(name, value) for name, value in said.items())
+
+
+def _said(name: str, value: Any) -> str:
+    return name if value is True else str(value) if name == "selection" else f"{name}{value}"
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -53,13 +56,12 @@ ROUTED = (
     Case(B=2, S=5, d_in=40, d_out=24, N=5, R=4, P=3, shared=True),
     Case(B=1, S=6, d_in=17, d_out=33, N=3, R=3, P=4, past=2, Q=5, shared=True),
     Case(B=2, S=6, d_in=33, d_out=20, N=4, R=8, P=3, per_token=True, shared=True),
-    Case(B=3, S=35, d_in=40, d_out=70, N=3, R=3, P=12, past=3, Q=4, per_token=True, shared=True),
+    Case(B=2, S=18, d_in=40, d_out=70, N=3, R=3, P=12, past=3, Q=4, per_token=True, shared=True),
     Case(B=2, S=1, d_in=24, d_out=24, N=4, R=2, P=3, per_token=True),
     Case(B=2, S=1, d_in=24, d_out=24, N=4, R=2, P=3, past=2, shared=True),
     Case(B=0, S=3, d_in=8, d_out=8, N=4, R=2, P=3, per_token=True, shared=True),
     Case(B=2, S=0, d_in=8, d_out=12, N=4, R=2, P=3, per_token=True),
-    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0, past=2, per_token=True),
-    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0, shared=True),
+    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0, past=2, per_token=True, shared=True),
 )
 # Sizes that no tile divides: several column tiles, the widest and the longest.
 ODD = (
