@@ -111,8 +111,8 @@ MUTANTS = [
         "low = shrink(x, given.A.expand(len(given.B), -1, -1).clone(), given)[..., : given.A.shape[1]]", INJECT_TESTS,
     ),
     Mutant(
-        "inject: native kernels take any coefficients", f"{INJECT}/native.py", 'if sizes.get("per_token"):', "if False:",
-        INJECT_TESTS,
+        "inject: native kernels take any coefficients", f"{INJECT}/native.py", 'if sizes.get("per_token"):',
+        "if False:", INJECT_TESTS,
     ),
     Mutant(
         "context of too many rows", "cllava_fast/model/increments.py", "factors.A[:rows], factors.B[:rows]",

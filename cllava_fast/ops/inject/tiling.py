@@ -75,6 +75,12 @@ def beside(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
     return tiles._replace(stages=stages) if factor.itemsize > dtype.itemsize else tiles
 
 
+def weighed(tiles: Tiles, dtype: torch.dtype) -> Tiles:
+    """`tiles` of `outer` where coefficients of tokens, float32, come in with what they weigh."""
+    stage = tiles.tokens * ((tiles.columns + tiles.width) * dtype.itemsize + 4 * tiles.columns)
+    return tiles._replace(stages=max(1, min(tiles.stages, ROOM // stage)))
+
+
 WEIGH_TILES = Tiles(32, 64, 0, 4, 3)
 
 Arithmetic = Callable[[torch.dtype, int, int, int], Tiles]

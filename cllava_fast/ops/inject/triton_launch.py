@@ -22,6 +22,7 @@ from cllava_fast.ops.inject.tiling import (
     choose,
     defaults,
     one_pass_tiles,
+    weighed,
 )
 from cllava_fast.ops.triton_backend import Shipped
 from cllava_fast.ops.tuned import power_of_two
@@ -138,6 +139,7 @@ def outer(
         )
         columns = per_token.index.shape[1] * rank
     tiles = tiles or choose("outer", left, columns)
+    tiles = tiles if coefficient is None else weighed(tiles, left.dtype)
     s_tiles = cdiv(tokens, tiles.tokens)
     across = samples * cdiv(columns, tiles.columns) * cdiv(width, tiles.width)
     # As few as fill the GPU, so the sums stay small: beyond one segment a sample, a few MB.
@@ -260,7 +262,8 @@ def shipped() -> list[Shipped]:
             if factor == name:
                 for tiles in candidates("outer", dtype):
                     found.append(_ship(kernels.outer, tiles, name, types, "coefficient"))
-                    found += [_ship(kernels.outer, tiles, name, types, SHARED=shared) for shared in (False, True)]
+                    fitting = weighed(tiles, dtype)
+                    found += [_ship(kernels.outer, fitting, name, types, SHARED=shared) for shared in (False, True)]
                 found += [_ship(kernels.weigh, WEIGH_TILES, name, types, PER_TOKEN=own) for own in (False, True)]
                 found.append(_ship(kernels.of_tokens, tokens_tiles(8), name, types, "folded"))
                 found.append(_ship(kernels.of_tokens, tokens_tiles(8), name, types, "index", SHARED=True))
