@@ -22,7 +22,8 @@ from cllava_fast.ops.inject.tiling import (
     choose,
     defaults,
     one_pass_tiles,
-    weighed,
+    weighed_expand,
+    weighed_outer,
 )
 from cllava_fast.ops.triton_backend import Shipped
 from cllava_fast.ops.tuned import power_of_two
@@ -107,6 +108,7 @@ def expand(
     _, rank, width = factor.shape
     columns = index.shape[1] * rank
     tiles = tiles or choose("expand", low, columns)
+    tiles = tiles if coefficient is None else weighed_expand(tiles, low.dtype, factor.dtype)
     bias = None if bias is None else bias.contiguous()
     base = None if base is None else _dense_rows(base)
     base_strides = (0, 0) if base is None else base.stride()[:2]
@@ -139,7 +141,7 @@ def outer(
         )
         columns = per_token.index.shape[1] * rank
     tiles = tiles or choose("outer", left, columns)
-    tiles = tiles if coefficient is None else weighed(tiles, left.dtype)
+    tiles = tiles if coefficient is None else weighed_outer(tiles, left.dtype)
     s_tiles = cdiv(tokens, tiles.tokens)
     across = samples * cdiv(columns, tiles.columns) * cdiv(width, tiles.width)
     # As few as fill the GPU, so the sums stay small: beyond one segment a sample, a few MB.
@@ -258,11 +260,12 @@ def shipped() -> list[Shipped]:
                 if tiles in defaults("expand", dtype):
                     found.append(_ship(kernels.expand, tiles, name, types, "coefficient base"))
                 found.append(_ship(kernels.expand, tiles, name, types, "coefficient bias"))
-                found.append(_ship(kernels.expand, tiles, name, types, "bias"))
+                fitting = weighed_expand(tiles, dtype, dtypes[factor])
+                found.append(_ship(kernels.expand, fitting, name, types, "bias"))
             if factor == name:
                 for tiles in candidates("outer", dtype):
                     found.append(_ship(kernels.outer, tiles, name, types, "coefficient"))
-                    fitting = weighed(tiles, dtype)
+                    fitting = weighed_outer(tiles, dtype)
                     found += [_ship(kernels.outer, fitting, name, types, SHARED=shared) for shared in (False, True)]
                 found += [_ship(kernels.weigh, WEIGH_TILES, name, types, PER_TOKEN=own) for own in (False, True)]
                 found.append(_ship(kernels.of_tokens, tokens_tiles(8), name, types, "folded"))
