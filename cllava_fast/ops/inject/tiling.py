@@ -81,8 +81,9 @@ def weighed_outer(tiles: Tiles, dtype: torch.dtype) -> Tiles:
     return _fewer_stages(tiles, tiles.tokens * (tiles.columns * (dtype.itemsize + 4) + tiles.width * dtype.itemsize))
 
 
-def weighed_expand(tiles: Tiles) -> Tiles:
-    return tiles._replace(stages=min(tiles.stages, 2))  # its loop over columns is short
+def weighed_expand(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
+    stage = tiles.columns * (tiles.tokens * (dtype.itemsize + 4) + tiles.width * factor.itemsize)
+    return tiles._replace(stages=min(tiles.stages, 1 + ROOM // stage))  # one stage is in registers
 
 
 def _fewer_stages(tiles: Tiles, stage: int) -> Tiles:

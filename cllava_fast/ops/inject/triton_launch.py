@@ -108,7 +108,7 @@ def expand(
     _, rank, width = factor.shape
     columns = index.shape[1] * rank
     tiles = tiles or choose("expand", low, columns)
-    tiles = tiles if coefficient is None else weighed_expand(tiles)
+    tiles = tiles if coefficient is None else weighed_expand(tiles, low.dtype, factor.dtype)
     bias = None if bias is None else bias.contiguous()
     base = None if base is None else _dense_rows(base)
     base_strides = (0, 0) if base is None else base.stride()[:2]
@@ -260,7 +260,7 @@ def shipped() -> list[Shipped]:
                 if tiles in defaults("expand", dtype):
                     found.append(_ship(kernels.expand, tiles, name, types, "coefficient base"))
                 found.append(_ship(kernels.expand, tiles, name, types, "coefficient bias"))
-                fitting = weighed_expand(tiles)
+                fitting = weighed_expand(tiles, dtype, dtypes[factor])
                 found.append(_ship(kernels.expand, fitting, name, types, "bias"))
             if factor == name:
                 for tiles in candidates("outer", dtype):
