@@ -83,7 +83,8 @@ def weighed_outer(tiles: Tiles, dtype: torch.dtype) -> Tiles:
 
 def weighed_expand(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
     stage = tiles.columns * (tiles.tokens * (dtype.itemsize + 4) + tiles.width * factor.itemsize)
-    return tiles._replace(stages=min(tiles.stages, 1 + ROOM // stage))  # one stage is in registers
+    products = tiles.columns * (tiles.tokens + tiles.width) * dtype.itemsize  # what is multiplied, beside the stages
+    return tiles._replace(stages=min(tiles.stages, 1 + (ROOM - products) // stage))
 
 
 def _fewer_stages(tiles: Tiles, stage: int) -> Tiles:
