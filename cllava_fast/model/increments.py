@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cllava_fast import ops
 from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, make_method
@@ -37,6 +38,7 @@ class Increments(nn.Module):
     Attributes:
         config: the method's configuration.
         method: the coefficient policy.
+        dropout: share of its input that increments do not see in training, where the config has such a field.
         pool: the rows; the only state.
         active: what acts on the batch that is in the layers right now.
         pending: what acts during the ``generate`` that is under way.
@@ -63,6 +65,7 @@ class Increments(nn.Module):
             shares_A=self.method.shares_A,
             own_tensors=self.method.own_tensors,
         )
+        self.dropout: float = getattr(config, "dropout", 0.0)
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.pristine: dict[str, Tensor] = {}
@@ -251,6 +254,12 @@ class Increments(nn.Module):
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         selection = self.method.route(selection, factors, x)
+        if self.dropout and self.training and self.pool.block_rows:
+            if y is None:
+                assert linear is not None
+                check_frozen(linear.weight, linear.bias)
+                y = functional.linear(x, linear.weight, linear.bias)
+            x = functional.dropout(x, self.dropout)
         for A, B, pairs, past in self._pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:
