@@ -30,7 +30,8 @@ class MoeLoraConfig(MethodConfig):
     experts: int = field(default=8, metadata={"help": "experts of each linear"})
     rank: int = field(default=16, metadata={"help": "rank of one expert (CoIN's 128 is that of all 8 together)"})
     scale: float = field(
-        default=2.0, metadata={"help": "factor on the increment: CoIN's alpha / r, 256 / 128, r being that of all experts"}
+        default=2.0,
+        metadata={"help": "factor on the increment: CoIN's alpha / r, 256 / 128, r being that of all experts"},
     )
     dropout: float = field(
         default=0.05, metadata={"help": "share of an adapted linear's input that experts do not see in training"}

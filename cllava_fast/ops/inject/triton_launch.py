@@ -130,7 +130,12 @@ def outer(
     width = right.shape[2]
     coefficient, scale, rank, shared = None, 1.0, 1, False
     if per_token is not None:
-        coefficient, scale, rank, shared = per_token.coefficient, per_token.scale, per_token.A.shape[1], per_token.shared
+        coefficient, scale, rank, shared = (
+            per_token.coefficient,
+            per_token.scale,
+            per_token.A.shape[1],
+            per_token.shared,
+        )
         columns = per_token.index.shape[1] * rank
     tiles = tiles or choose("outer", left, columns)
     s_tiles = cdiv(tokens, tiles.tokens)
