@@ -72,9 +72,9 @@ class MoeLora(SequentialLora):
 
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         assert selection.block is not None
-        return replace(selection, block=Pairs(selection.block.index, self.gates(router_logits(factors, x))))
+        return replace(selection, block=Pairs(selection.block.index, self.gates(factors, router_logits(factors, x))))
 
-    def gates(self, logits: Tensor) -> Tensor:
+    def gates(self, factors: Factors, logits: Tensor) -> Tensor:
         """Coefficients ``[B, S, E]`` of the experts, from the router's logits of the same shape."""
         return logits.softmax(-1)
 

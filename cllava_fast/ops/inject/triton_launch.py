@@ -130,12 +130,7 @@ def outer(
     width = right.shape[2]
     coefficient, scale, rank, shared = None, 1.0, 1, False
     if per_token is not None:
-        coefficient, scale, rank, shared = (
-            per_token.coefficient,
-            per_token.scale,
-            per_token.A.shape[1],
-            per_token.shared,
-        )
+        coefficient, scale, rank, shared = per_token.coefficient, per_token.scale, per_token.A.shape[1], per_token.shared
         columns = per_token.index.shape[1] * rank
     tiles = tiles or choose("outer", left, columns)
     s_tiles = cdiv(tokens, tiles.tokens)
@@ -209,7 +204,8 @@ def of_tokens(
     folded = low_grad.new_empty(samples, tokens, rank) if fold else None
     sizes = (tokens, pairs, 0 if low is None else low.shape[2], columns, given.scale)
     constants = {"SHARED": given.shared, "R": rank, "BLOCK_S": tiles.tokens, "BLOCK_R": tiles.columns}
-    arguments = low, low_grad, given.index if given.whole else None, given.coefficient, to_coefficient, folded
+    index = given.index if given.whole and not given.shared else None
+    arguments = low, low_grad, index, given.coefficient, to_coefficient, folded
     _launch(kernels.of_tokens, samples * cdiv(tokens, tiles.tokens), tiles, *arguments, *sizes, **constants)
     return to_coefficient, folded
 
