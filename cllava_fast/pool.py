@@ -283,7 +283,8 @@ class Pool(_Keeper):
         """
         self._check_state(state, len(task_names))
         self.drop_block()
-        for name, tensor in state.items():
+        # a file has an order of its own, and that of parameters decides how their gradients' norms are summed
+        for name, tensor in sorted(state.items()):
             parent, _, leaf = name.rpartition(".")
             module = self.get_submodule(parent)
             assert isinstance(module, _Keeper)

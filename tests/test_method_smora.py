@@ -26,7 +26,7 @@ def gates_of(factors: Factors, x: Tensor) -> Tensor:
     gates = []
     for token in x.flatten(0, 1):
         logits = [(row * token).sum() for row in router]
-        picked = sorted(range(len(router)), key=lambda i: -float(logits[i] + bias[i]))[:2]
+        picked = sorted(range(len(router)), key=lambda i: -(logits[i] + bias[i]).item())[:2]
         total = sum(logits[i].exp() for i in picked)
         gates.append(torch.stack([logits[i].exp() / total if i in picked else 0 * logits[i] for i in range(6)]))
     return torch.stack(gates).view(*x.shape[:2], 6)
