@@ -42,6 +42,8 @@ class Selection:
         index, weight: ``[B, M]`` the rows that were selected (committed row numbers at inference) and their weights,
             for reports; None for methods that do not select.
         mix: sum the factors before multiplying them (``context="factor"``).
+        rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
+            ``Method.route`` makes them from what it keeps.
     """
 
     block: Pairs | None = None
@@ -50,6 +52,7 @@ class Selection:
     index: Tensor | None = None
     weight: Tensor | None = None
     mix: bool = False
+    rows: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch_size(self) -> int:

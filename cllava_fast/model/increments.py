@@ -118,7 +118,7 @@ class Increments(nn.Module):
             if learning or request.instructions is not None or request.query is not None:
                 raise ValueError("one selection is merged into the weights; cllava_fast.unmerge(model) before another")
             return None
-        if not learning and not self.pool.num_rows and self.method.uses_query:
+        if not learning and not self.pool.num_tasks and self.method.uses_query:
             return None
         if not self.method.uses_query:
             selection = self.method.select(self.pool, None, 1, learning)
@@ -291,7 +291,7 @@ def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tenso
     found: list[tuple[Tensor, Tensor, Pairs]] = []
     if selection.block is not None:
         assert factors.block_A is not None and factors.block_B is not None
-        found.append((factors.block_A, factors.block_B, selection.block))
+        found.append((*(selection.rows or (factors.block_A, factors.block_B)), selection.block))
     if selection.past is not None:
         found.append((factors.A, factors.B, selection.past))
     return found
