@@ -24,7 +24,7 @@ class MtlLoraConfig(MethodConfig):
     """MTL-LoRA; each field's help says what it is."""
 
     method: ClassVar[str] = "mtl_lora"
-    title: ClassVar[str] = "MTL-LoRA (task told)"
+    title: ClassVar[str] = "MTL-LoRA (told the task)"
 
     ups: int = field(default=3, metadata={"help": "projections up, B, that a task weighs"})
     rank: int = field(default=8, metadata={"help": "rank of A and of each B"})
