@@ -81,6 +81,40 @@ MUTANTS = [
         "torch.cat([low, 0 * past_low], 2)", INJECT_TESTS,
     ),
     Mutant(
+        "inject: per token: coefficients of another row", f"{INJECT}/reference.py", "found.gather(-1, at)",
+        "found[..., : at.shape[-1]]", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: per token: a repeated row counts once", f"{INJECT}/reference.py",
+        "chosen.to(given.coefficient.dtype))", "(chosen & (chosen.cumsum(1) == 1)).to(given.coefficient.dtype))",
+        INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: shared: scale lost in the sum of B", f"{INJECT}/reference.py",
+        "as_dtype(given.coefficient * given.scale, exact)", "as_dtype(given.coefficient, exact)", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: shared: scale lost in B's gradient", f"{INJECT}/reference.py",
+        "as_dtype(_of_pool(given) * given.scale, to_mix.dtype).t()", "as_dtype(_of_pool(given), to_mix.dtype).t()",
+        INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: shared: scale lost in the coefficient's gradient", f"{INJECT}/reference.py",
+        "as_dtype(found * given.scale,", "as_dtype(found,", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: shared: the gradient of the last row alone", f"{INJECT}/reference.py",
+        "_weighed(by_row, strength).sum(2), dtype)", "_weighed(by_row, strength)[:, :, -1], dtype)", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: shared: A copied for each pair", f"{INJECT}/reference.py", "low = shrink(x, given.A, given, shared)",
+        "low = shrink(x, given.A.expand(len(given.B), -1, -1).clone(), given)[..., : given.A.shape[1]]", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: native kernels take any coefficients", f"{INJECT}/native.py", 'if sizes.get("per_token"):',
+        "if False:", INJECT_TESTS,
+    ),
+    Mutant(
         "context of too many rows", "cllava_fast/model/increments.py", "factors.A[:rows], factors.B[:rows]",
         "factors.A[-rows:], factors.B[-rows:]", MODEL,
     ),

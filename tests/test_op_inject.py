@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cllava_fast import ops
+from cllava_fast.ops import dispatch, native
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference as inject_reference
 from cllava_fast.ops.inject import tiling
@@ -79,6 +80,22 @@ def test_inject_gradcheck_in_every_subset(backend, rng):  # in float64: of the r
         args = [t if i in subset else t.detach() for i, t in enumerate(everything)]
         assert torch.autograd.gradcheck(on_linear, args)
         assert torch.autograd.gradcheck(on_any, args)
+
+
+@on_every_backend("inject", only="reference")
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["sample", "token"])
+def test_inject_gradcheck_of_routers(per_token, shared, backend, rng):
+    case = inject_cases.Case(2, 3, 5, 4, 3, 2, 4, past=2, Q=3, per_token=per_token, shared=shared)
+    x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float64, rng)
+    past = inject_cases.make_past(case, torch.float64, rng)
+
+    def call(x, A, B, coefficient):
+        return ops.inject(x, weight, A, B, index, coefficient, bias, 0.7, past=past)
+
+    for subset in ((0,), (1,), (2,), (3,), (1, 2), (0, 3), (0, 1, 2, 3)):
+        args = [t if i in subset else t.detach() for i, t in enumerate((x, A, B, coefficient))]
+        assert torch.autograd.gradcheck(call, args)
 
 
 @everywhere
@@ -172,16 +189,51 @@ def test_inject_backward_keeps_and_computes_only_what_is_needed(backend, rng):
     assert max(t.numel() for t in own) == 2 * 3 * 8 * (5 if backend.way == "whole" else 4)
 
 
+def routed(case, dtype, rng, backend):
+    """Inputs, unless the backend refuses them."""
+    refusal = backend.refusal("inject", dtype, case._asdict())
+    if refusal is not None:
+        pytest.skip(refusal)
+    return inject_inputs(case, dtype, rng, backend.device)
+
+
+@everywhere
+@pytest.mark.parametrize("per_token", [False, True], ids=["sample", "token"])
+def test_inject_projects_on_a_shared_A_once(per_token, backend, rng):
+    case = inject_cases.Case(B=2, S=3, d_in=400, d_out=12, N=6, R=4, P=5, per_token=per_token, shared=True)
+    x, weight, A, B, index, coefficient, bias = routed(case, torch.float32, rng, backend)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.inject(x, weight, A, B, index, coefficient, bias)
+    pointers = {t.data_ptr() for t in (x, weight, A, B, index, coefficient)}
+    assert [t.shape for t in saved if t.data_ptr() not in pointers and t.numel()] == [(2, 3, case.R)]
+    run_by = importlib.import_module(MODULES[backend.name])
+    given = Acting(*flat_acting(A, B, index, coefficient, whole=backend.way == "whole"))
+    with Allocations() as seen:
+        y, *lows = run_by.inject(x.detach(), weight, bias, given, True)
+        run_by.inject_backward(y, x, weight, given, *lows, [True] * 5)
+    assert seen.largest < case.N * case.R * case.d_in
+
+
+@everywhere
+@pytest.mark.parametrize("case", [inject_cases.ROUTED[1], inject_cases.ROUTED[3], inject_cases.ROUTED[5]], ids=str)
+def test_inject_of_routers_computes_only_what_is_needed(case, backend, rng):
+    only_what_is_needed(case, backend, rng, ((True,) * 5, *itertools.permutations((True, *(False,) * 4), 5)))
+
+
 @everywhere
 def test_inject_backward_computes_only_what_is_needed(backend, rng):
-    case = inject_cases.CASES[9]
+    only_what_is_needed(inject_cases.CASES[9], backend, rng, itertools.product([True, False], repeat=5))
+
+
+def only_what_is_needed(case, backend, rng, subsets):
     x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float32, rng, backend.device)
     past = on(backend.device, inject_cases.make_past(case, torch.float32, rng))
     increments = flat_acting(A, B, index, coefficient, past=past, whole=backend.way == "whole")
     grad = torch.ones(case.B, case.S, case.d_out, device=backend.device)
     _, *lows = LIBRARY.inject(x, weight, bias, *increments, True)
     everything = LIBRARY.inject_backward(grad, x, weight, *increments, *lows, [True] * 5)
-    for needed in itertools.product([True, False], repeat=5):
+    for needed in dict.fromkeys(subsets):
         need_x, need_A, *others = needed
         given = x if need_A else None, weight if need_x else None
         kept = lows if any(others) else [torch.empty(0, device=backend.device)] * 2
@@ -201,6 +253,15 @@ def test_inject_with_the_largest_and_the_smallest_tiles(rank, pairs, enough, dty
     assert tiling.one_pass(*sizes) == (enough == 1 and pairs == 4)
     largest = 128 if pairs == 25 and dtype != torch.float32 else 64
     assert tiling.shrink_tiles(*sizes).tokens == (largest if enough == 1 else 16)
+    check(OPS["inject"], case, dtype, backend, rng, views=False)
+
+
+@in_gathering_triton
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_inject_of_routers_in_one_pass(dtype, backend, rng, monkeypatch):
+    monkeypatch.setattr(tiling, "ENOUGH_PROGRAMS", 1)
+    case = inject_cases.Case(B=1, S=140, d_in=20, d_out=24, N=4, R=3, P=2, per_token=True)
+    assert tiling.one_pass(dtype, case.B, case.S, case.P * case.R)
     check(OPS["inject"], case, dtype, backend, rng, views=False)
 
 
@@ -241,6 +302,22 @@ def test_inject_keeps_an_overflow_in_the_row_that_made_it(backend, rng):
 
 
 @everywhere
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_inject_of_routers_keeps_an_overflow_in_the_row_that_made_it(shared, backend, rng):
+    case = inject_cases.ROUTED[0]._replace(shared=shared)
+    x, weight, A, B, index, coefficient, bias = routed(case, torch.float16, rng, backend)
+    with torch.no_grad():
+        index[:] = torch.arange(4)
+        coefficient[:, :, 3] = 0
+        (B if shared else A)[3] = 6e4  # products of this row are infinite
+        B[3] = 6e4
+    upstream = torch.randn(2, 5, case.d_out, generator=rng).to(backend.device)
+    y, (to_x, to_A, to_B, to_coefficient) = run(ops.inject, (x, weight, A, B, index, coefficient, bias), upstream)
+    assert all(t.isfinite().all() for t in (y, to_x, to_A, to_B, to_coefficient[:, :, :3]))
+
+
+@everywhere
 def test_inject_beyond_32_bit_offsets(backend, rng):
     case = inject_cases.Case(B=2, S=3, d_in=8, d_out=16, N=2, R=2, P=3)
     inputs = inject_cases.make(case, torch.float16, rng)
@@ -266,6 +343,39 @@ def test_the_whole_pool_is_projected_on_while_that_is_cheap():
     assert plan("cuda", samples=1, pairs=4, rows=8, rank=8) == "gather"
     assert plan("cuda", samples=16, pairs=4, rows=40, rank=8) == "gather"
     assert plan("cpu", samples=4, pairs=4, rows=8, rank=8) == "gather"
+    assert plan("cpu", samples=4, pairs=8, rows=8, rank=8) == "gather"
+    assert plan("cpu", samples=4, pairs=8, rows=8, rank=8, per_token=True) == "whole"
+    assert plan("cpu", samples=4, pairs=7, rows=8, rank=8, shared=True) == "gather"
+    assert plan("cuda", samples=4, pairs=4, rows=8, rank=8, per_token=True) == "whole"
+    assert plan("cuda", samples=4, pairs=4, rows=8, rank=8, shared=True) == "gather"
+
+
+@pytest.mark.parametrize(("change", "why"), [({"per_token": True}, "of each token"), ({"shared": True}, "share one A")])
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_native_kernels_say_what_they_do_not_carry(backend, change, why):
+    case = inject_cases.Case(B=2, S=2, d_in=8, d_out=8, N=4, R=2, P=3)
+    device = torch.device("cpu" if backend == "cpu" or native.EMULATED else "cuda")
+    for said in ({}, change):
+        sizes = tuple(
+            {name: int(size) for name, size in (case._asdict() | said).items() if name != "selection"}.items()
+        )
+        refusal = dispatch._refusal("inject", backend, dispatch.Site(device, torch.float32, sizes), asked=True)
+        assert refusal is None or "kernel for" in refusal or backend == "cuda" and "built" in refusal
+        if said and "built" not in (refusal or ""):
+            assert why in refusal
+
+
+def test_a_token_s_coefficients_are_its_sample_s_in_decoding(rng):
+    case = inject_cases.ROUTED[6]
+    x, weight, A, B, index, coefficient, bias = inject_cases.make(case, torch.float32, rng)
+    chosen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dispatch, "choose", lambda op, site, choose=dispatch.choose: chosen.append(site) or choose(op, site)
+        )
+        y = ops.inject(x, weight, A, B, index, coefficient, bias)
+    assert chosen and "per_token" not in dict(chosen[0].sizes)
+    assert torch.equal(y, ops.inject(x, weight, A, B, index, coefficient[:, 0], bias))
 
 
 @pytest.mark.parametrize(
@@ -284,6 +394,12 @@ def test_the_whole_pool_is_projected_on_while_that_is_cheap():
         ({"index": torch.zeros(3, 3).long()}, "index: expected .* B = 2"),
         ({"index": torch.full((2, 3), 5)}, r"index: expected entries in \[0, N\) = \[0, 5\)"),
         ({"coefficient": torch.zeros(2, 4)}, "coefficient: expected .* P = 3"),
+        ({"coefficient": torch.zeros(2, 5, 3)}, "coefficient: expected .* S = 4"),
+        ({"coefficient": torch.zeros(2, 4, 2)}, "coefficient: expected .* P = 3"),
+        ({"coefficient": torch.zeros(6)}, "coefficient: expected 2 dimensions"),
+        ({"A": torch.zeros(1, 3, 8)}, "B: expected .* R = 3"),
+        ({"A": torch.zeros(1, 2, 7)}, "A: expected .* d_in = 8"),
+        ({"A": torch.zeros(1, 2, 8), "index": torch.full((2, 3), 5)}, r"index: .* \[0, N\) = \[0, 5\)"),
         ({"coefficient": torch.zeros(2, 3).half()}, "coefficient: expected torch.float32"),
         ({"coefficient": torch.zeros(2, 3).double()}, "coefficient: expected torch.float32"),
         ({"past": (torch.zeros(4, 7, 9), torch.zeros(4, 7, 6), torch.zeros(2, 4))}, r"past.A: expected .* d_in = 8"),

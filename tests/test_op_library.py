@@ -69,6 +69,13 @@ def samples(rng, device):
     frozen = flat_acting(A.detach(), B.detach(), index, coefficient.detach(), 0.5, past, True)
     low = ones(2, 3, 5 * 8 + 3 * 8)
     yield LIBRARY.inject_backward, (y, x.detach(), weight, *frozen, low, nothing, [True, True, True, True, True])
+    by_token = coefficient.detach().unsqueeze(1).repeat(1, 3, 1)
+    for one, strengths, whole in ((A, by_token, True), (A[:1], by_token, False), (A[:1], coefficient, True)):
+        pairs = flat_acting(leaf(one), B, index, leaf(strengths), 0.5, past, whole)
+        yield LIBRARY.inject, (x, weight, bias, *pairs, True)
+        frozen = flat_acting(one.detach(), B.detach(), index, strengths.detach(), 0.5, past, whole)
+        lows = ones(2, 3, len(one) * 8 + (len(one) > 1) * 3 * 8), nothing if len(one) > 1 else ones(2, 3, 3 * 8)
+        yield LIBRARY.inject_backward, (y, x.detach(), weight, *frozen, *lows, [True] * 5)
 
 
 @everywhere

@@ -227,16 +227,22 @@ def inject(case: Any, x: Any, weight: Any, A: Any, B: Any, index: Any, coefficie
 
 
 def dense_offset(A: Any, B: Any, index: Any, coefficient: Any, *past: Any) -> torch.Tensor:
-    """Each sample's increment as a dense matrix: [B, d_out, d_in]."""
-    dense = torch.einsum("bp,bpro,bpri->boi", coefficient, B[index], A[index])
+    """Each sample's increment as a dense matrix, [B, 1, d_out, d_in], or each token's, [B, S, d_out, d_in]."""
+    by_token = coefficient if coefficient.dim() == 3 else coefficient.unsqueeze(1)
+    dense = torch.einsum("bsp,bpro,bpri->bsoi", by_token, B[index], A.expand(len(B), -1, -1)[index])
     if past:
-        dense = dense + torch.einsum("bc,cro,cri->boi", past[2], past[1], past[0])
+        dense = dense + torch.einsum("bc,cro,cri->boi", past[2], past[1], past[0]).unsqueeze(1)
     return SCALE * dense
 
 
 def inject_formula(case: Any, x: Any, weight: Any, *rest: Any) -> Any:
     *pairs, bias = rest[:5]
-    return (torch.einsum("bsi,boi->bso", x, weight + dense_offset(*pairs, *rest[5:])) + bias,)
+    return (on_dense(x, weight + dense_offset(*pairs, *rest[5:])) + bias,)
+
+
+def on_dense(x: Any, dense: Any) -> torch.Tensor:
+    """Of all tokens where dense has one for each sample."""
+    return torch.einsum("bsi,bsoi->bso", x, dense)
 
 
 def inject_plain(case: Any, x: Any, weight: Any, *rest: Any) -> Any:
@@ -257,11 +263,11 @@ def inject_add(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coefficien
 
 
 def inject_add_formula(case: Any, y: Any, x: Any, *pairs: Any) -> Any:
-    return (y + torch.einsum("bsi,boi->bso", x, dense_offset(*pairs)),)
+    return (y + on_dense(x, dense_offset(*pairs)),)
 
 
 def inject_add_plain(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coefficient: Any, *past: Any) -> Any:
-    y = y + rows_on(x, A[index], B[index], coefficient)
+    y = y + rows_on(x, A.expand(len(B), -1, -1)[index], B[index], coefficient)
     if past:
         every = torch.arange(len(past[0]), device=x.device).expand(len(x), -1)
         y = y + rows_on(x, past[0][every], past[1][every], past[2])
@@ -269,7 +275,8 @@ def inject_add_plain(case: Any, y: Any, x: Any, A: Any, B: Any, index: Any, coef
 
 
 def rows_on(x: Any, A: Any, B: Any, coefficient: Any) -> torch.Tensor:  # A [B, P, R, d_in], B [B, P, R, d_out]
-    strength = (SCALE * coefficient).to(x.dtype)[:, None, :, None]
+    by_token = coefficient if coefficient.dim() == 3 else coefficient.unsqueeze(1)
+    strength = (SCALE * by_token).to(x.dtype).unsqueeze(3)
     low = torch.einsum("bsi,bpri->bspr", x, A.to(x.dtype)) * strength
     return torch.einsum("bspr,bpro->bso", low, B.to(x.dtype))
 
@@ -330,12 +337,15 @@ OPS = {
         limit=mix_factors_limit, draws=10, repeated=(2, 4),
     ),
     "inject": Op(
-        inject_cases.CASES + inject_cases.ODD, make_inject, inject, inject_formula, inject_plain,
+        inject_cases.CASES + inject_cases.ODD + inject_cases.ROUTED, make_inject, inject, inject_formula, inject_plain,
         trained=(0, 2, 3, 5, 9), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit,
-        repeated=(3, 5, 9),
+        repeated=(3, 5, 9, -12, -9, -7),
     ),
     "inject_add": Op(
-        (*inject_cases.CASES[:4], *inject_cases.CASES[6:], inject_cases.ODD[0], inject_cases.ODD[-1]),
+        (
+            *inject_cases.CASES[:4], *inject_cases.CASES[6:], inject_cases.ODD[0], inject_cases.ODD[-1],
+            *inject_cases.ROUTED[:5],
+        ),
         make_inject_add, inject_add, inject_add_formula, inject_add_plain,
         trained=(0, 1, 2, 3, 5, 8), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit,
         repeated=(3, 8),

@@ -59,17 +59,17 @@ def inject(
 
     and, where earlier tasks are in context, `scale * sum_c past.coefficient[b, c] * past.B[c]^T (past.A[c] x[b, s])`.
 
-    Where a router weighs experts token by token, as in MoELoRA (arXiv 2402.12851) and Mixtures of LoRA, `coefficient`
-    has one for each token, `[B, S, P]`; what a token's own top-k leaves out is 0. Where rows have one projection down in
-    common, as BranchLoRA's branches (arXiv 2506.02041), `A` has one row, which x is projected on once. Both go together.
+    Where a router weighs experts token by token, as in MoELoRA (CoIN, arXiv 2403.08350), each token has coefficients of
+    its own, `[B, S, P]`; what its top-k leaves out is 0. Where rows have one projection down in common, as BranchLoRA's
+    branches do (arXiv 2506.02041), `A` has one row, which x is projected on once. Both go together.
 
     Args:
         x: `[B, S, d_in]`, floating; any strides; B, S and P may be 0.
         weight: `[d_out, d_in]`, same dtype as x. **Frozen**: it gets no gradient, and one that asks for a gradient is
             refused rather than silently left without. The same holds for bias.
-        A: `[N, R, d_in]`, floating, or `[1, R, d_in]`, which all rows share; its gradient is then the sum over all pairs.
-            B: `[N, R, d_out]`, floating, rank-major. Their dtype may differ from x's (float32
-            master factors under a bfloat16 model): they are cast to x's inside; their gradients come back in their own.
+        A: `[N, R, d_in]`, or `[1, R, d_in]`, which all rows share: its gradient is then the sum over all pairs.
+            B: `[N, R, d_out]`, rank-major. Both are floating; their dtype may differ from x's (float32 master factors
+            under a bfloat16 model): they are cast to x's inside; their gradients come back in their own.
             They must be finite: where most of a small pool acts, all of it is projected on, and what is not selected
             is multiplied by 0.
         index: int64 `[B, P]`, rows in [0, N); a row may appear more than once in a sample.
@@ -164,8 +164,8 @@ def plan(
 ) -> str:
     """How activations are projected. "whole": on all rows of the pool, by library products, while it is small and
     samples would gather no fewer rows than it has; what is not selected is multiplied by 0. "gather": on each sample's
-    own rows, which on a CPU is never slower (benchmarks/README.md), but where routers weigh all rows of the pool. Triton
-    gathers the rows that share one A: its kernels scale x's projection for each row as they read it."""
+    own rows, which on a CPU is never slower (benchmarks/README.md), but where routers weigh all rows of the pool. On a
+    GPU rows that share one A are gathered: kernels scale x's projection for each row as they read it."""
     if device != "cuda":
         return "whole" if (per_token or shared) and rows <= pairs else "gather"
     small = not shared and rows * rank <= WHOLE_COLUMNS and rows <= samples * pairs

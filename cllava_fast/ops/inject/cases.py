@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,16 @@ class Case(NamedTuple):
     selection: str = "repeats"  # how samples choose their rows: see `select_rows`
     past: int = 0  # C: frozen rows of earlier tasks that act on every sample too, in `make_past`
     Q: int = 8  # their rank
+    per_token: bool = False  # whether each token has coefficients of its own
+    shared: bool = False  # whether all rows have one A
 
     def __str__(self) -> str:
         said = {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name)}
-        return "-".join(value if name == "selection" else f"{name}{value}" for name, value in said.items())
+        return "-".join(_said(name, value) for name, value in said.items())
+
+
+def _said(name: str, value: Any) -> str:
+    return name if value is True else str(value) if name == "selection" else f"{name}{value}"
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -42,6 +48,20 @@ CASES = (
     Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0),
     Case(B=2, S=5, d_in=24, d_out=40, N=5, R=4, P=3, past=6, Q=4),
     Case(B=3, S=35, d_in=40, d_out=17, N=3, R=8, P=2, past=3, Q=32),
+)
+# Routers: coefficients of each token, rows that share one A, both.
+ROUTED = (
+    Case(B=2, S=5, d_in=24, d_out=40, N=4, R=8, P=4, per_token=True),
+    Case(B=2, S=7, d_in=17, d_out=33, N=5, R=3, P=6, past=3, Q=4, per_token=True),
+    Case(B=2, S=5, d_in=40, d_out=24, N=5, R=4, P=3, shared=True),
+    Case(B=1, S=6, d_in=17, d_out=33, N=3, R=3, P=4, past=2, Q=5, shared=True),
+    Case(B=2, S=6, d_in=33, d_out=20, N=4, R=8, P=3, per_token=True, shared=True),
+    Case(B=2, S=18, d_in=40, d_out=70, N=3, R=3, P=12, past=3, Q=4, per_token=True, shared=True),
+    Case(B=2, S=1, d_in=24, d_out=24, N=4, R=2, P=3, per_token=True),
+    Case(B=2, S=1, d_in=24, d_out=24, N=4, R=2, P=3, past=2, shared=True),
+    Case(B=0, S=3, d_in=8, d_out=8, N=4, R=2, P=3, per_token=True, shared=True),
+    Case(B=2, S=0, d_in=8, d_out=12, N=4, R=2, P=3, per_token=True),
+    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0, past=2, per_token=True, shared=True),
 )
 # Sizes that no tile divides: several column tiles, the widest and the longest.
 ODD = (
@@ -92,10 +112,10 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x = normal(case.B, case.S, case.d_in).to(dtype)
     weight = (normal(case.d_out, case.d_in) / case.d_in**0.5).to(dtype)
-    A = (normal(case.N, case.R, case.d_in) / case.d_in**0.5).to(dtype)
+    A = (normal(1 if case.shared else case.N, case.R, case.d_in) / case.d_in**0.5).to(dtype)
     B = normal(case.N, case.R, case.d_out).to(dtype)
     index = select_rows(case, generator)
-    coefficient = normal(case.B, case.P).to(exact)
+    coefficient = normal(case.B, *(case.S,) * case.per_token, case.P).to(exact)
     return x, weight, A, B, index, coefficient, normal(case.d_out).to(dtype)
 
 
@@ -116,6 +136,6 @@ def make_past(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Pas
     """The earlier tasks' rows."""
     if not case.past:
         return None
-    one = case._replace(N=case.past, P=case.past, R=case.Q, S=0, selection="repeats")
+    one = case._replace(N=case.past, P=case.past, R=case.Q, S=0, selection="repeats", per_token=False, shared=False)
     _, _, A, B, _, coefficient, _ = make(one, dtype, generator)
     return Past(A, B, coefficient / case.past**0.5)

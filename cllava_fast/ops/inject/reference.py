@@ -200,20 +200,22 @@ def _weighed(by_row: Tensor, strength: Tensor) -> Tensor:
 
 
 def mixed(given: Acting) -> Acting:
-    """Rows that share one A as one row a sample, the weighted sum of its B, in full precision: x's tokens then meet R
-    columns where they would have met P * R."""
+    """Rows that share one A as one row a sample, the sum of its B times coefficients and scale, in full precision: x's
+    tokens then meet R columns where they would have met P * R."""
     exact = torch.promote_types(given.B.dtype, given.coefficient.dtype)
     (samples, pairs), size = given.index.shape, given.B.shape[1] * given.B.shape[2]
     if given.whole:
-        total = as_dtype(_of_pool(given), exact) @ as_dtype(given.B, exact).flatten(1)
+        total = as_dtype(_of_pool(given) * given.scale, exact) @ as_dtype(given.B, exact).flatten(1)
     else:
-        turns = _turns(as_dtype(given.coefficient, exact).unsqueeze(1), given.B, given.index)
+        strength = as_dtype(given.coefficient * given.scale, exact)
+        turns = _turns(strength.unsqueeze(1), given.B, given.index)
         total = torch.cat([torch.bmm(part, rows.view(len(rows), pairs, size)) for part, rows in turns])
     return replace(
         given,
         B=total.view(samples, *given.B.shape[1:]),
         index=torch.arange(samples, device=given.index.device).unsqueeze(1),
         coefficient=given.coefficient.new_ones(samples, 1),
+        scale=1.0,
         whole=False,
     )
 
@@ -223,7 +225,7 @@ def unmixed(to_mix: Tensor, given: Acting, need_B: bool, need_coefficient: bool)
     to_B, to_coefficient = given.B.new_empty(0), given.coefficient.new_empty(0)
     to_mix = to_mix.flatten(1)
     if need_B:
-        total = as_dtype(_of_pool(given), to_mix.dtype).t() @ to_mix  # [N, R * d_out]
+        total = as_dtype(_of_pool(given) * given.scale, to_mix.dtype).t() @ to_mix  # [N, R * d_out]
         to_B = as_dtype(total.view(given.B.shape), given.B.dtype)
     if need_coefficient:
         if given.whole:
@@ -232,7 +234,7 @@ def unmixed(to_mix: Tensor, given: Acting, need_B: bool, need_coefficient: bool)
             pairs, size = given.index.shape[1], to_mix.shape[1]
             turns = _turns(to_mix.unsqueeze(2), given.B, given.index)
             found = torch.cat([torch.bmm(rows.view(len(rows), pairs, size), part) for part, rows in turns]).squeeze(2)
-        to_coefficient = as_dtype(found, given.coefficient.dtype)
+        to_coefficient = as_dtype(found * given.scale, given.coefficient.dtype)
     return to_B, to_coefficient
 
 

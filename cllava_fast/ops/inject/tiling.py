@@ -71,8 +71,23 @@ def one_pass(dtype: torch.dtype, samples: int, tokens: int, columns: int) -> boo
 def beside(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
     """`tiles` for x in `dtype` and factors in `factor`: wider factors leave room for fewer stages."""
     stage = tiles.width * (tiles.tokens * dtype.itemsize + tiles.columns * factor.itemsize)
-    stages = max(1, min(tiles.stages, ROOM // stage))
-    return tiles._replace(stages=stages) if factor.itemsize > dtype.itemsize else tiles
+    return _fewer_stages(tiles, stage) if factor.itemsize > dtype.itemsize else tiles
+
+
+# Where coefficients of tokens, float32, come in with what they weigh.
+
+
+def weighed_outer(tiles: Tiles, dtype: torch.dtype) -> Tiles:
+    return _fewer_stages(tiles, tiles.tokens * (tiles.columns * (dtype.itemsize + 4) + tiles.width * dtype.itemsize))
+
+
+def weighed_expand(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
+    return _fewer_stages(tiles, tiles.columns * (tiles.tokens * (dtype.itemsize + 4) + tiles.width * factor.itemsize))
+
+
+def _fewer_stages(tiles: Tiles, stage: int) -> Tiles:
+    """As many as there is room for, of so many bytes each."""
+    return tiles._replace(stages=max(1, min(tiles.stages, ROOM // stage)))
 
 
 WEIGH_TILES = Tiles(32, 64, 0, 4, 3)

@@ -70,7 +70,7 @@ def _increments(
             y = launch.expand(low, given.B, given.index, **weighed, bias=bias, base=base)
         else:
             mix = reference.mixed(given)
-            y = launch.expand(low, mix.B * given.scale, mix.index, bias=bias, base=base)
+            y = launch.expand(low, mix.B, mix.index, bias=bias, base=base)
     else:
         tiles = choose("shrink", x, given.columns)
         _, low = shrunk = launch.shrink(x, given.A, given, tiles, scaled=True, bare=save)[:2]
@@ -98,7 +98,7 @@ def inject_backward(
     if not any(needed) or _nothing(grad, given):
         return reference.inject_backward(grad, x, weight, given, low, past_low, needed)
     grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
-    run = _backward_whole if given.whole else _backward_gather
+    run = _backward_shared if given.shared else _backward_whole if given.whole else _backward_gather
     to_x, *others = run(grad, x, _dense(given), low, past_low, needed)
     if to_x is not None and weight is not None:
         to_x.flatten(0, 1).addmm_(grad.flatten(0, 1), weight)
@@ -113,18 +113,22 @@ def _backward_gather(
     grad: Tensor, x: Tensor | None, given: Acting, low: Tensor, past_low: Tensor, needed: list[bool]
 ) -> Grads:
     need_x, need_A, need_B, need_coefficient, need_past = needed
-    to_x = to_A = to_B = to_coefficient = to_past = None
+    to_x = to_A = to_B = to_coefficient = None
     samples, tokens, _ = grad.shape
     if need_x or need_A or need_coefficient:
         tiles = choose("shrink", grad, given.columns)
         left = None
         if need_B and one_pass(grad.dtype, samples, tokens, given.columns):
             tiles, left = one_pass_tiles(grad.dtype), low
-        other = low if need_coefficient else None
-        low_grad = launch.shrink(grad, given.B, given, tiles, scaled=need_x or need_A, other=other, left=left)
+        other = low if need_coefficient and not given.per_token else None
+        bare = need_coefficient and given.per_token
+        asked = {"scaled": need_x or need_A, "bare": bare, "other": other, "left": left}
+        low_grad = launch.shrink(grad, given.B, given, tiles, **asked)
         if low_grad.outer is not None:
-            to_B = launch.sum_by_row(low_grad.outer, given.B, given, scaled=False)
+            to_B = launch.sum_by_row(low_grad.outer, given.B, given, scaled=given.per_token)
             low_grad = low_grad._replace(outer=None)  # up to half of grad's bytes: free before the next are taken
+        if low_grad.bare is not None:
+            to_coefficient, _ = launch.of_tokens(low, low_grad.bare, given)
         if low_grad.products is not None:
             to_coefficient = low_grad.products.sum(1).view(*given.index.shape, -1).sum(2) * given.scale
         if need_A:
@@ -134,30 +138,79 @@ def _backward_gather(
             assert low_grad.scaled is not None
             to_x = launch.expand(low_grad.scaled, given.A, given.index)
     if need_B and to_B is None:
-        to_B = launch.sum_by_row(launch.outer(low, grad), given.B, given, scaled=False)
-    if given.past_A is not None and given.past_B is not None and (need_x or need_past):
-        past_grad = _project(grad, given.past_B)
-        known = past_low if need_past else None
-        past = launch.weigh(known, past_grad, given, past_only=True, scale_grad=need_x, multiply=need_past)
-        if past.products is not None:
-            to_past = _by_row(past.products, given.past_A.shape[1]) * given.scale
-        if past.grad is not None:
-            assert to_x is not None
-            to_x.flatten(0, 1).addmm_(past.grad.flatten(0, 1), columns(given.past_A, grad.dtype))
+        to_B = _sum_of_B(low, grad, given)
+    to_past = _past_backward(to_x, grad, given, past_low, need_past)
     return [to_x, to_A, to_B, to_coefficient, to_past]
 
 
-def _backward_whole(grad: Tensor, x: Tensor | None, given: Acting, low: Tensor, _: Tensor, needed: list[bool]) -> Grads:
+def _backward_shared(
+    grad: Tensor, x: Tensor | None, given: Acting, low: Tensor, past_low: Tensor, needed: list[bool]
+) -> Grads:
+    need_x, need_A, need_B, need_coefficient, need_past = needed
+    to_x = to_A = to_B = to_coefficient = folded = None
+    mix = not given.per_token
+    pairs = reference.mixed(given) if mix else given
+    if need_x or need_A or (need_coefficient and not mix):
+        tiles = choose("shrink", grad, pairs.index.shape[1] * given.A.shape[1])
+        low_grad = launch.shrink(grad, pairs.B, pairs, tiles, bare=True).bare
+        assert low_grad is not None
+        if mix:
+            folded = low_grad  # [B, S, R]
+        else:
+            known = low if need_coefficient else None
+            to_coefficient, folded = launch.of_tokens(known, low_grad, given, fold=need_x or need_A)
+        if need_A:
+            assert x is not None and folded is not None
+            to_A = _outer(folded, x, given.A)
+        if need_x:
+            assert folded is not None
+            to_x = _expand(folded, given.A, None)
+    if mix and (need_B or need_coefficient):
+        to_mix = launch.outer(low, grad).sum(1)  # [B, R, d_out]
+        to_B, to_coefficient = reference.unmixed(to_mix, given, need_B, need_coefficient)
+    elif need_B:
+        to_B = _sum_of_B(low, grad, given)
+    to_past = _past_backward(to_x, grad, given, past_low, need_past)
+    return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
+
+
+def _sum_of_B(low: Tensor, grad: Tensor, given: Acting) -> Tensor:
+    """Coefficients of samples may come after the sum over tokens."""
+    partial = launch.outer(low, grad, per_token=given if given.per_token else None)
+    return launch.sum_by_row(partial, given.B, given, scaled=given.per_token)
+
+
+def _past_backward(
+    to_x: Tensor | None, grad: Tensor, given: Acting, past_low: Tensor, need_past: bool
+) -> Tensor | None:
+    """Adds the past's part to x's gradient, where that is needed, and returns its coefficient's."""
+    if given.past_A is None or given.past_B is None or (to_x is None and not need_past):
+        return None
+    past_grad = _project(grad, given.past_B)
+    known = past_low if need_past else None
+    past = launch.weigh(known, past_grad, given, past_only=True, scale_grad=to_x is not None, multiply=need_past)
+    if past.grad is not None and to_x is not None:
+        to_x.flatten(0, 1).addmm_(past.grad.flatten(0, 1), columns(given.past_A, grad.dtype))
+    return None if past.products is None else _by_row(past.products, given.past_A.shape[1]) * given.scale
+
+
+def _backward_whole(
+    grad: Tensor, x: Tensor | None, given: Acting, low: Tensor, past_low: Tensor, needed: list[bool]
+) -> Grads:
     need_x, need_A, need_B, need_coefficient, need_past = needed
     to_x = to_A = to_B = to_coefficient = to_past = None
     of_pool = given.A.shape[0] * given.A.shape[1]  # columns
-    multiply = need_coefficient or need_past
+    multiply = need_past or (need_coefficient and not given.per_token)
     known = low if need_B or multiply else None
-    low_grad = _project(grad, given.B, given.past_B) if need_x or need_A or multiply else None
+    low_grad = _project(grad, given.B, given.past_B) if need_x or need_A or need_coefficient or need_past else None
+    if given.per_token and need_coefficient:
+        assert low_grad is not None
+        to_coefficient, _ = launch.of_tokens(low, low_grad, given)
     weighed = launch.weigh(known, low_grad, given, scale_low=need_B, scale_grad=need_x or need_A, multiply=multiply)
     if weighed.products is not None:
-        by_row = _by_row(weighed.products[..., :of_pool], given.A.shape[1])  # [B, N]
-        to_coefficient = by_row.gather(1, given.index) * given.scale
+        if not given.per_token:
+            by_row = _by_row(weighed.products[..., :of_pool], given.A.shape[1])  # [B, N]
+            to_coefficient = by_row.gather(1, given.index) * given.scale
         if need_past and given.past_A is not None:
             to_past = _by_row(weighed.products[..., of_pool:], given.past_A.shape[1]) * given.scale
     if weighed.low is not None:

@@ -22,14 +22,16 @@ from cllava_fast.ops.inject.tiling import (
     choose,
     defaults,
     one_pass_tiles,
+    weighed_expand,
+    weighed_outer,
 )
 from cllava_fast.ops.triton_backend import Shipped
 from cllava_fast.ops.tuned import power_of_two
 
 # Arguments of the kernels that are sizes or strides.
 INTEGERS = frozenset(
-    "tokens width pairs all_pairs columns low_columns pool_columns past_rows past_rank segments segment_tiles size x_stride_b"
-    " x_stride_s f_stride_n f_stride_r base_stride_b base_stride_s right_stride_b right_stride_s".split()
+    "tokens width pairs all_pairs columns low_columns pool_columns past_rows past_rank segments segment_tiles size"
+    " x_stride_b x_stride_s f_stride_n f_stride_r base_stride_b base_stride_s right_stride_b right_stride_s".split()
 )
 # Elements of a row of a factor that one program of `sum_by_row` adds up.
 SUM_BLOCK = 512
@@ -106,6 +108,7 @@ def expand(
     _, rank, width = factor.shape
     columns = index.shape[1] * rank
     tiles = tiles or choose("expand", low, columns)
+    tiles = tiles if coefficient is None else weighed_expand(tiles, low.dtype, factor.dtype)
     bias = None if bias is None else bias.contiguous()
     base = None if base is None else _dense_rows(base)
     base_strides = (0, 0) if base is None else base.stride()[:2]
@@ -130,9 +133,15 @@ def outer(
     width = right.shape[2]
     coefficient, scale, rank, shared = None, 1.0, 1, False
     if per_token is not None:
-        coefficient, scale, rank, shared = per_token.coefficient, per_token.scale, per_token.A.shape[1], per_token.shared
+        coefficient, scale, rank, shared = (
+            per_token.coefficient,
+            per_token.scale,
+            per_token.A.shape[1],
+            per_token.shared,
+        )
         columns = per_token.index.shape[1] * rank
     tiles = tiles or choose("outer", left, columns)
+    tiles = tiles if coefficient is None else weighed_outer(tiles, left.dtype)
     s_tiles = cdiv(tokens, tiles.tokens)
     across = samples * cdiv(columns, tiles.columns) * cdiv(width, tiles.width)
     # As few as fill the GPU, so the sums stay small: beyond one segment a sample, a few MB.
@@ -238,28 +247,37 @@ def shipped() -> list[Shipped]:
     for name, dtype in dtypes.items():
         for factor in {"fp16": ("fp16",), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}[name]:
             types = {"factor": factor, "coefficient": "fp32", "past_coefficient": "fp32", "products": "fp32"}
-            types |= {"outer": "fp32", "partial": "fp32", "index": "i64"}
+            types |= {"outer": "fp32", "partial": "fp32", "index": "i64", "to_coefficient": "fp32"}
             for tiles in candidates("shrink", dtype):
                 fitting = beside(tiles, dtype, dtypes[factor])
                 if tiles in defaults("shrink", dtype):
                     found.append(_ship(kernels.shrink, fitting, name, types, "bare other products left outer"))
                 found.append(_ship(kernels.shrink, fitting, name, types, "left outer"))
+                found.append(_ship(kernels.shrink, fitting, name, types, "other products left outer", PER_TOKEN=True))
             found.append(_ship(kernels.shrink, one_pass_tiles(dtype), name, types))
+            found.append(_ship(kernels.shrink, one_pass_tiles(dtype), name, types, "other products", PER_TOKEN=True))
             for tiles in candidates("expand", dtype):
                 if tiles in defaults("expand", dtype):
-                    found.append(_ship(kernels.expand, tiles, name, types, "base"))
-                found.append(_ship(kernels.expand, tiles, name, types, "bias"))
+                    found.append(_ship(kernels.expand, tiles, name, types, "coefficient base"))
+                found.append(_ship(kernels.expand, tiles, name, types, "coefficient bias"))
+                fitting = weighed_expand(tiles, dtype, dtypes[factor])
+                found.append(_ship(kernels.expand, fitting, name, types, "bias"))
             if factor == name:
                 for tiles in candidates("outer", dtype):
-                    found.append(_ship(kernels.outer, tiles, name, types))
-                found.append(_ship(kernels.weigh, WEIGH_TILES, name, types))
+                    found.append(_ship(kernels.outer, tiles, name, types, "coefficient"))
+                    fitting = weighed_outer(tiles, dtype)
+                    found += [_ship(kernels.outer, fitting, name, types, SHARED=shared) for shared in (False, True)]
+                found += [_ship(kernels.weigh, WEIGH_TILES, name, types, PER_TOKEN=own) for own in (False, True)]
+                found.append(_ship(kernels.of_tokens, tokens_tiles(8), name, types, "folded"))
+                found.append(_ship(kernels.of_tokens, tokens_tiles(8), name, types, "index", SHARED=True))
                 found.append(_ship(kernels.sum_by_row, SUM_TILES, name, types))
     return found
 
 
-def _ship(kernel: Any, tiles: Tiles, dtype: str, types: dict[str, str], unused: str = "") -> Shipped:
+def _ship(kernel: Any, tiles: Tiles, dtype: str, types: dict[str, str], unused: str = "", **variant: bool) -> Shipped:
     """`types` of the pointers that do not have the activations' `dtype`; pointers in `unused` are None."""
-    known = {"R": 8, "BLOCK": SUM_BLOCK, **_blocks(tiles)} | dict.fromkeys(unused.split())
+    known = {"R": 8, "BLOCK": SUM_BLOCK, "BLOCK_R": tiles.columns, **_blocks(tiles)} | dict.fromkeys(unused.split())
+    known |= {"PER_TOKEN": False, "SHARED": False} | variant
     constants = {argument: known[argument] for argument in kernel.arg_names if argument in known}
     signature = {}
     for argument in kernel.arg_names:
@@ -269,5 +287,5 @@ def _ship(kernel: Any, tiles: Tiles, dtype: str, types: dict[str, str], unused: 
             signature[argument] = "i32"
         elif argument not in constants:
             signature[argument] = f"*{types.get(argument, dtype)}"
-    dots = dtype != "fp32" and kernel not in (kernels.weigh, kernels.sum_by_row)
+    dots = dtype != "fp32" and kernel not in (kernels.weigh, kernels.sum_by_row, kernels.of_tokens)
     return Shipped(kernel, signature, constants, tiles.warps, tiles.stages, dots)
