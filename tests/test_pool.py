@@ -145,3 +145,27 @@ def test_misuse_is_refused() -> None:
     assert pool.num_tasks == 1 and pool.num_rows == 3
     with pytest.raises(ValueError, match="at least one adapted linear"):
         Pool(rank=1, key_dim=1, shapes={})
+
+
+def test_parameters_have_one_order_whatever_that_of_the_file(generator: torch.Generator) -> None:
+    """It decides how norms of gradients are summed, and so the last bit of a run that is resumed."""
+    pool = Pool(rank=2, key_dim=0, shapes={"a": LinearShape(4, 5), "b": LinearShape(4, 5)})
+    pool.open_block(3, keys=None, a_std=1.0, context_init=None, generator=generator)
+    loaded = Pool(rank=2, key_dim=0, shapes={"a": LinearShape(4, 5), "b": LinearShape(4, 5)})
+    loaded.load_state(dict(reversed(pool.state().items())), [])
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in pool.named_parameters()]
+
+
+def test_a_task_may_leave_no_rows(generator: torch.Generator) -> None:
+    pool = Pool(rank=2, key_dim=0, shapes={"a": LinearShape(4, 5)})
+    pool.open_block(3, keys=None, a_std=1.0, context_init=None, generator=generator)
+    pool.count_task("first")
+    assert (pool.task_names, pool.num_tasks, pool.num_rows, pool.block_rows) == (["first"], 1, 0, 3)
+    with pytest.raises(ValueError, match="'first' is in the pool already"):
+        pool.count_task("first")
+    loaded = Pool(rank=2, key_dim=0, shapes={"a": LinearShape(4, 5)})
+    loaded.load_state(pool.state(), ["first"])
+    assert (loaded.task_names, loaded.num_tasks) == (["first"], 1)
+    rows_lost = {name: t for name, t in pool.state().items() if ".block_" not in name}
+    with pytest.raises(ValueError, match="row_task does not number 1 tasks"):
+        loaded.load_state(rows_lost, ["first"])

@@ -42,6 +42,8 @@ class Selection:
         index, weight: ``[B, M]`` the rows that were selected (committed row numbers at inference) and their weights,
             for reports; None for methods that do not select.
         mix: sum the factors before multiplying them (``context="factor"``).
+        rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
+            ``Method.route`` makes them from what it keeps.
     """
 
     block: Pairs | None = None
@@ -50,6 +52,7 @@ class Selection:
     index: Tensor | None = None
     weight: Tensor | None = None
     mix: bool = False
+    rows: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -92,7 +95,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What every method decides; see the methods' own configs.
+    """What every method decides; see the methods' own configs. In training, the increments of one with a field
+    ``dropout`` see that share of their input as zero, and the frozen linear sees all of it.
 
     Attributes:
         method: the name that files and commands know it by. title: the name that reports show.
@@ -115,6 +119,9 @@ class MethodConfig:
             raise ValueError(f"rank is {self.rank}; expected at least 1")
         if not self.targets:
             raise ValueError("targets is empty; name at least one linear, such as 'self_attn.o_proj'")
+        dropout = getattr(self, "dropout", 0.0)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; expected a share in 0..1, less than 1")
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **asdict(self)}

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cllava_fast import ops
 from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
@@ -37,6 +38,7 @@ class Increments(nn.Module):
     Attributes:
         config: the method's configuration.
         method: the coefficient policy.
+        dropout: share of its input that increments do not see in training, where the config has such a field.
         pool: the rows; the only state.
         active: what acts on the batch that is in the layers right now.
         pending: what acts during the ``generate`` that is under way.
@@ -63,6 +65,7 @@ class Increments(nn.Module):
             shares_A=self.method.shares_A,
             own_tensors=self._own_tensors,
         )
+        self.dropout: float = getattr(config, "dropout", 0.0)
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.pristine: dict[str, Tensor] = {}
@@ -132,7 +135,7 @@ class Increments(nn.Module):
             if learning or request.instructions is not None or request.query is not None:
                 raise ValueError("one selection is merged into the weights; cllava_fast.unmerge(model) before another")
             return None
-        if not learning and not self.pool.num_rows and self.method.uses_query:
+        if not learning and not self.pool.num_tasks and self.method.uses_query:
             return None
         if not self.method.uses_query:
             selection = self.method.select(self.pool, None, 1, learning)
@@ -271,6 +274,12 @@ class Increments(nn.Module):
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         selection = self.method.route(selection, factors, x)
+        if self.dropout and self.training and self.pool.block_rows:
+            if y is None:
+                assert linear is not None
+                check_frozen(linear.weight, linear.bias)
+                y = functional.linear(x, linear.weight, linear.bias)
+            x = functional.dropout(x, self.dropout)
         for A, B, pairs, past in self._pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:
@@ -302,7 +311,7 @@ def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tenso
     found: list[tuple[Tensor, Tensor, Pairs]] = []
     if selection.block is not None:
         assert factors.block_A is not None and factors.block_B is not None
-        found.append((factors.block_A, factors.block_B, selection.block))
+        found.append((*(selection.rows or (factors.block_A, factors.block_B)), selection.block))
     if selection.past is not None:
         found.append((factors.A, factors.B, selection.past))
     return found

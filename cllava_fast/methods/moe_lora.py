@@ -1,0 +1,100 @@
+"""MoELoRA as in CoIN (arXiv 2403.08350, section 4.2): experts that a router of each linear weighs for every token.
+
+    y = W0 x + scale * sum_i softmax(W_g x)_i * B_i A_i dropout(x)
+
+No expert is ever frozen: task after task goes on training all of them, and the routers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cllava_fast.methods.base import MethodConfig, Pairs, Selection, register
+from cllava_fast.methods.lora import SequentialLora
+from cllava_fast.pool import Factors, LinearShape, Pool
+
+
+@dataclass(frozen=True)
+class MoeLoraConfig(MethodConfig):
+    """MoELoRA with the defaults of CoIN; each field's help says what it is."""
+
+    method: ClassVar[str] = "moe_lora"
+    title: ClassVar[str] = "MoELoRA"
+    demo = {"rank": 4}
+
+    experts: int = field(default=8, metadata={"help": "experts of each linear"})
+    rank: int = field(default=16, metadata={"help": "rank of one expert (CoIN's 128 is that of all 8 together)"})
+    scale: float = field(
+        default=2.0,
+        metadata={"help": "factor on the increment: CoIN's alpha / r, 256 / 128, r being that of all experts"},
+    )
+    dropout: float = field(
+        default=0.05, metadata={"help": "share of an adapted linear's input that experts do not see in training"}
+    )
+    a_std: float = field(default=0.01, metadata={"help": "standard deviation of A at birth (B is born zero)"})
+    targets: tuple[str, ...] = field(
+        default=("self_attn.*_proj", "mlp.*_proj"),
+        metadata={"help": "linears of each language layer that get increments; by default all"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts < 1:
+            raise ValueError(f"experts is {self.experts}; expected at least 1")
+
+
+@register(MoeLoraConfig)
+class MoeLora(SequentialLora):
+    """Every expert acts on every token, as strongly as the softmax of the linear's router says."""
+
+    routes = True
+    config: MoeLoraConfig
+
+    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
+        if pool.block_rows:
+            return
+        experts = self.config.experts
+        pool.open_block(experts, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+        for factors in pool.layers.values():
+            assert isinstance(factors, Factors)
+            factors.keep("block_router", new_router(experts, factors, generator))
+
+    def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
+        if not pool.block_rows:
+            return None
+        index = torch.arange(pool.block_rows, device=pool.row_task.device)[None]  # [1, E]
+        return Selection(block=Pairs(index, torch.ones(index.shape, device=index.device)))
+
+    def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
+        assert selection.block is not None
+        return replace(selection, block=Pairs(selection.block.index, self.gates(factors, router_logits(factors, x))))
+
+    def gates(self, factors: Factors, logits: Tensor) -> Tensor:
+        """Coefficients ``[B, S, E]`` of the experts, from the router's logits of the same shape."""
+        return logits.softmax(-1)
+
+    def own_tensors(
+        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
+    ) -> dict[str, tuple[list[int], torch.dtype]]:
+        if shape is None or not block_rows:
+            return {}
+        return {"block_router": ([block_rows, shape.d_in], torch.float32)}
+
+
+def new_router(experts: int, factors: Factors, generator: torch.Generator) -> Tensor:
+    """``[E, d_in]``, born as ``nn.Linear`` is."""
+    d_in = factors.shape.d_in
+    drawn = torch.rand(experts, d_in, generator=generator)  # on the CPU: the same on every device
+    return ((2 * drawn - 1) * d_in**-0.5).to(factors.A.device)
+
+
+def router_logits(factors: Factors, x: Tensor) -> Tensor:
+    """``[B, S, E]`` of ``x [B, S, d_in]``, computed as a linear of the model would and returned in full precision."""
+    router: Tensor = factors.block_router  # type: ignore[assignment]
+    logits = F.linear(x, router.to(x.dtype))
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,97 @@
+"""SMoRA (arXiv 2501.15103): every rank of a LoRA is an expert, and a router picks a few of them for every token.
+
+    y = W0 x + scale * sum_{i in top-k(W_g x + u)} g_i * B_i A_i x,   g = softmax of the picked (W_g x)_i
+
+``u`` keeps the experts busy without a loss of its own: before each training step, ``u_i`` of an expert that was picked
+less often than the mean rises by ``balance_rate``, and that of the others falls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cllava_fast import distributed
+from cllava_fast.methods.base import Selection, register
+from cllava_fast.methods.moe_lora import MoeLora, MoeLoraConfig
+from cllava_fast.pool import Factors, LinearShape, Pool
+
+
+@dataclass(frozen=True)
+class SmoraConfig(MoeLoraConfig):
+    """SMoRA; each field's help says what it is."""
+
+    method: ClassVar[str] = "smora"
+    title: ClassVar[str] = "SMoRA"
+    demo = {"experts": 32, "top_k": 8}
+
+    experts: int = field(default=64, metadata={"help": "experts of each linear: the rank of the LoRA that they are"})
+    rank: int = field(default=1, metadata={"help": "rank of one expert"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "share of an adapted linear's input that experts do not see in training"}
+    )
+    top_k: int = field(default=8, metadata={"help": "experts that act on one token"})
+    balance_rate: float = field(
+        default=0.001, metadata={"help": "step by which the bias of idle experts rises; 0 for no balance of load"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k is {self.top_k}; expected 1 to {self.experts} (experts)")
+        if not 0.0 <= self.balance_rate < float("inf"):
+            raise ValueError(f"balance_rate is {self.balance_rate}; expected a number of at least 0")
+
+
+@register(SmoraConfig)
+class Smora(MoeLora):
+    """A token's top-k experts act on it; all others have a coefficient of zero."""
+
+    config: SmoraConfig
+    counts: bool = False  # whether the forward pass under way is one of training
+
+    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
+        is_new = not pool.block_rows
+        super().open_task(pool, queries, generator)
+        for factors in pool.layers.values():
+            assert isinstance(factors, Factors)
+            vars(factors).pop("load", None)  # so that a task begins the same in a run that is resumed
+            if is_new:
+                factors.keep("balance", torch.zeros(self.config.experts, device=factors.A.device))
+
+    def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
+        self.counts = training and self.config.balance_rate > 0
+        if self.counts:
+            # not earlier: layers that the last backward pass computed again had to route as before
+            balance(pool, self.config.balance_rate)
+        return super().select(pool, query, groups, training)
+
+    def gates(self, factors: Factors, logits: Tensor) -> Tensor:
+        bias: Tensor = factors.balance  # type: ignore[assignment]
+        picked = (logits.detach() + bias).topk(self.config.top_k, sorted=False).indices  # [B, S, k]
+        if self.counts:
+            load = picked.flatten().bincount(minlength=self.config.experts).float()  # [E]
+            vars(factors)["load"] = load + vars(factors).get("load", 0.0)
+        return torch.zeros_like(logits).scatter(2, picked, logits.gather(2, picked).softmax(-1))
+
+    def own_tensors(
+        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
+    ) -> dict[str, tuple[list[int], torch.dtype]]:
+        own = super().own_tensors(shape, tasks, rows, block_rows)
+        return {**own, "balance": ([block_rows], torch.float32)} if own else {}
+
+
+def balance(pool: Pool, rate: float) -> None:
+    """Moves each linear's bias by what its experts had to do since the last time, on all processes alike."""
+    layers = [factors for factors in pool.layers.values() if "load" in vars(factors)]
+    if not layers:
+        return
+    loads = torch.stack([vars(factors).pop("load").to(pool.row_task.device) for factors in layers])  # [L, E]
+    distributed.average(loads)
+    steps = rate * (loads.mean(1, keepdim=True) - loads).sign()
+    for factors, step in zip(layers, steps, strict=True):
+        bias: Tensor = factors.balance  # type: ignore[assignment]
+        bias += step.to(bias.device)

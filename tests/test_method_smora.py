@@ -1,0 +1,135 @@
+"""SMoRA: a few rank-1 experts for every token, picked by a router whose load is balanced by a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cllava_fast.methods import config_from_dict
+from cllava_fast.methods.smora import Smora, SmoraConfig, balance
+from cllava_fast.pool import Factors, LinearShape, Pool
+from tests import routing_helpers as check
+from tests.helpers import QUESTIONS, inputs
+
+TARGETS = ("self_attn.v_proj", "mlp.*_proj")
+CONFIG = SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, targets=TARGETS, balance_rate=0.01)
+
+
+def gates_of(factors: Factors, x: Tensor) -> Tensor:
+    """Zero but for the top-k of W_g x + u, and there the softmax of W_g x."""
+    router, bias = factors.block_router.to(x.dtype), factors.balance.double()
+    gates = []
+    for token in x.flatten(0, 1):
+        logits = [(row * token).sum() for row in router]
+        picked = sorted(range(len(router)), key=lambda i: -(logits[i] + bias[i]).item())[:2]
+        total = sum(logits[i].exp() for i in picked)
+        gates.append(torch.stack([logits[i].exp() / total if i in picked else 0 * logits[i] for i in range(6)]))
+    return torch.stack(gates).view(*x.shape[:2], 6)
+
+
+def biased(model: Any, rng: torch.Generator) -> None:
+    for factors in model.increments.pool.layers.values():
+        factors.balance += 0.5 * torch.randn(6, generator=rng)
+
+
+@pytest.fixture(autouse=True)
+def with_bias(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, rng: torch.Generator) -> None:
+    """Increments are born with the bias of a router that has seen some load."""
+    born = check.born
+
+    def born_biased(model: Any, *args: Any) -> Any:
+        increments = born(model, *args)
+        biased(model, rng)
+        return increments
+
+    monkeypatch.setattr(check, "born", born_biased)
+
+
+def test_every_layer_computes_the_formula(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    check.check_every_layer(llava, CONFIG, processor, rng, gates_of)
+
+
+def test_gradients(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    check.check_gradients(CONFIG, llava, processor, rng, gates_of)
+
+
+def test_files(new_llava: Callable, processor: Any, rng: torch.Generator, tmp_path: Path) -> None:
+    check.check_files(new_llava, CONFIG, processor, rng, tmp_path / "saved")
+
+
+def test_decoding(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    check.check_decoding(llava, CONFIG, processor, rng)
+
+
+def test_checkpointed_layers_pick_the_same(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    check.check_checkpointing(llava, CONFIG, processor, rng)
+
+
+def test_a_run(new_llava: Callable, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check.check_run(new_llava, CONFIG, processor, tmp_path, monkeypatch)
+
+
+def test_training_alone_counts_and_the_next_step_balances(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    increments = check.born(llava, CONFIG, processor, rng)
+    layers = list(increments.pool.layers.values())
+    batch = inputs(processor, QUESTIONS[:3], rng)
+    before = [factors.balance.clone() for factors in layers]
+    llava(**batch)
+    llava.train()
+    llava(**batch)
+    loads = [vars(factors)["load"].clone() for factors in layers]
+    assert all(torch.equal(factors.balance, bias) for factors, bias in zip(layers, before, strict=True))
+    tokens = batch["input_ids"].numel()
+    assert all(load.sum() == 2 * tokens for load in loads), "two experts for each token"
+    llava(**batch)
+    for factors, load, bias in zip(layers, loads, before, strict=True):
+        for i in range(6):
+            step = 0.01 if load[i] < 2 * tokens / 6 else -0.01 if load[i] > 2 * tokens / 6 else 0.0
+            assert float(factors.balance[i] - bias[i]) == pytest.approx(step, abs=1e-6)
+    llava.eval()
+    after = [factors.balance.clone() for factors in layers]
+    llava(**batch)
+    assert all(torch.equal(factors.balance, bias) for factors, bias in zip(layers, after, strict=True))
+
+
+def test_balance_makes_an_idle_expert_work(generator: torch.Generator) -> None:
+    method = Smora(SmoraConfig(experts=6, top_k=1, balance_rate=0.05))
+    pool = Pool(rank=1, key_dim=0, shapes={"o": LinearShape(8, 5)})
+    method.open_task(pool, None, generator)
+    factors = pool.factors("o")
+    x = 1 + 0.1 * torch.randn(4, 16, 8, generator=generator)  # all tokens alike: one expert takes nearly all
+    shares = []
+    for _ in range(200):
+        selection = method.select(pool, None, 1, training=True).expand(4)
+        gates = method.route(selection, factors, x).block.coefficient
+        shares.append(float((gates > 0).float().mean((0, 1)).max()))
+    assert shares[0] > 0.7 and sum(shares[-50:]) / 50 < 0.6
+    method.open_task(pool, None, generator)
+    assert "load" not in vars(factors), "a task begins without what the last one counted"
+    bias = factors.balance.clone()
+    balance(pool, 1.0)
+    assert torch.equal(factors.balance, bias)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0; expected 1 to 64"),
+        ({"top_k": 65}, "top_k is 65; expected 1 to 64"),
+        ({"experts": 0}, "experts is 0"),
+        ({"balance_rate": -0.1}, "balance_rate is -0.1"),
+        ({"balance_rate": float("nan")}, "balance_rate is nan"),
+    ],
+)
+def test_a_config_refuses_what_it_cannot_do(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SmoraConfig(**fields)
+
+
+def test_config_round_trip() -> None:
+    assert config_from_dict(CONFIG.to_dict()) == CONFIG
