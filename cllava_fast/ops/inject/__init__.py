@@ -59,17 +59,23 @@ def inject(
 
     and, where earlier tasks are in context, `scale * sum_c past.coefficient[b, c] * past.B[c]^T (past.A[c] x[b, s])`.
 
+    Where a router weighs experts token by token, as in MoELoRA (arXiv 2402.12851) and Mixtures of LoRA, `coefficient`
+    has one for each token, `[B, S, P]`; what a token's own top-k leaves out is 0. Where rows have one projection down in
+    common, as BranchLoRA's branches (arXiv 2506.02041), `A` has one row, which x is projected on once. Both go together.
+
     Args:
         x: `[B, S, d_in]`, floating; any strides; B, S and P may be 0.
         weight: `[d_out, d_in]`, same dtype as x. **Frozen**: it gets no gradient, and one that asks for a gradient is
             refused rather than silently left without. The same holds for bias.
-        A: `[N, R, d_in]`, floating. B: `[N, R, d_out]`, floating, rank-major. Their dtype may differ from x's (float32
+        A: `[N, R, d_in]`, floating, or `[1, R, d_in]`, which all rows share; its gradient is then the sum over all pairs.
+            B: `[N, R, d_out]`, floating, rank-major. Their dtype may differ from x's (float32
             master factors under a bfloat16 model): they are cast to x's inside; their gradients come back in their own.
             They must be finite: where most of a small pool acts, all of it is projected on, and what is not selected
             is multiplied by 0.
         index: int64 `[B, P]`, rows in [0, N); a row may appear more than once in a sample.
-        coefficient: float32 `[B, P]` (float64 is taken with float64 x); applied in float32 between the two
-            products. A coefficient of 0 with any valid row is padding.
+        coefficient: float32 `[B, P]`, or `[B, S, P]`, for each token (float64 is taken with float64 x); applied in
+            float32 between the two products, or to B where rows share A. A coefficient of 0 with any valid row is
+            padding.
         bias: `[d_out]`, or None. scale: a number.
         past: frozen rows that all act on every sample, of their own number C and rank Q (`Past`). The same as more
             pairs, but nothing is gathered and no gradient of these rows exists; the past's coefficient has one.
@@ -153,11 +159,16 @@ def inject_add_unchecked(
 WHOLE_COLUMNS = 256
 
 
-def plan(device: str, samples: int, pairs: int, rows: int, rank: int) -> str:
+def plan(
+    device: str, samples: int, pairs: int, rows: int, rank: int, per_token: bool = False, shared: bool = False
+) -> str:
     """How activations are projected. "whole": on all rows of the pool, by library products, while it is small and
     samples would gather no fewer rows than it has; what is not selected is multiplied by 0. "gather": on each sample's
-    own rows, which on a CPU is never slower (benchmarks/README.md)."""
-    small = device == "cuda" and rows * rank <= WHOLE_COLUMNS and rows <= samples * pairs
+    own rows, which on a CPU is never slower (benchmarks/README.md), but where routers weigh all rows of the pool. Triton
+    gathers the rows that share one A: its kernels scale x's projection for each row as they read it."""
+    if device != "cuda":
+        return "whole" if (per_token or shared) and rows <= pairs else "gather"
+    small = not shared and rows * rank <= WHOLE_COLUMNS and rows <= samples * pairs
     return "whole" if small else "gather"
 
 
@@ -166,7 +177,11 @@ def _acting(
 ) -> tuple[Any, ...]:
     """The arguments that both ops have last."""
     past_A, past_B, past_coefficient = (None, None, None) if past is None else past
-    whole = plan(x.device.type, *index.shape, *A.shape[:2]) == "whole"
+    rows, rank, _ = B.shape
+    per_token = coefficient.dim() == 3
+    if per_token and x.shape[1] == 1:  # decoding: of the one token is of the sample
+        coefficient, per_token = coefficient.squeeze(1), False
+    whole = plan(x.device.type, *index.shape, rows, rank, per_token, A.shape[0] != rows) == "whole"
     save = autograd.save_for(A, B, coefficient, past_coefficient)
     return A, B, index, coefficient, past_A, past_B, past_coefficient, scale, whole, save
 
@@ -199,10 +214,11 @@ def _check_pairs(
     x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, past: Past | None, sizes: dict[str, int],
     check_values: bool,
 ) -> None:  # fmt: skip
-    checks.shape("A", A, "N R d_in", sizes)
+    one = A.dim() == B.dim() == 3 and A.shape[0] == 1 < B.shape[0]
+    checks.shape("A", A, "1 R d_in" if one else "N R d_in", sizes)
     checks.shape("B", B, "N R d_out", sizes)
     checks.shape("index", index, "B P", sizes)
-    checks.shape("coefficient", coefficient, "B P", sizes)
+    checks.shape("coefficient", coefficient, "B S P" if coefficient.dim() == 3 else "B P", sizes)
     checks.floating(A=A, B=B)
     checks.integer(index=index)
     checks.full_precision(x.dtype == torch.float64, coefficient=coefficient)

@@ -22,10 +22,18 @@ _ACTING = (
 )
 
 
-def _site(x: Tensor, _: Any, __: Any, A: Tensor, B: Tensor, index: Tensor, *rest: Any) -> dispatch.Site:
+def _site(
+    x: Tensor, _: Any, __: Any, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *rest: Any
+) -> dispatch.Site:
     names = ("N", "R", "d_in", "d_out", "P", "B", "S")
-    sizes = (*A.shape, B.shape[2], index.shape[1], x.shape[0], x.shape[1])
-    return dispatch.Site(x.device, x.dtype, tuple(zip(names, sizes, strict=True)))
+    rows, rank, d_out = B.shape
+    of_A, _, d_in = A.shape
+    sizes = tuple(zip(names, (rows, rank, d_in, d_out, index.shape[1], x.shape[0], x.shape[1]), strict=True))
+    if coefficient.dim() == 3:
+        sizes += (("per_token", 1),)
+    if of_A != rows:
+        sizes += (("shared", 1),)
+    return dispatch.Site(x.device, x.dtype, sizes)
 
 
 def _add_site(y: Tensor, x: Tensor, *increments: Any) -> dispatch.Site:
@@ -44,9 +52,9 @@ def _fake_lows(x: Tensor, given: Acting, save: bool) -> tuple[Tensor, Tensor]:
     if not save:
         return x.new_empty(0), x.new_empty(0)
     columns, past = given.columns, given.past_columns
-    if given.whole:
+    if given.joined:
         columns, past = columns + past, 0
-    nothing = given.past_A is None or given.whole
+    nothing = given.past_A is None or given.joined
     return x.new_empty(*x.shape[:2], columns), x.new_empty(0 if nothing else (*x.shape[:2], past))
 
 

@@ -25,14 +25,21 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 
 def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    return dispatch.above(site, {"S": CUDA_TOKENS})
+    return _beyond_pairs(dict(site.sizes)) or dispatch.above(site, {"S": CUDA_TOKENS})
 
 
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     sizes = dict(site.sizes)
-    if asked or (op != "inject_backward" and few(sizes["S"])):
-        return None
+    refusal = _beyond_pairs(sizes)
+    if refusal is not None or asked or (op != "inject_backward" and few(sizes["S"])):
+        return refusal
     return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
+
+
+def _beyond_pairs(sizes: dict[str, int]) -> str | None:
+    if sizes.get("per_token"):
+        return "has no kernel for coefficients of each token"
+    return "has no kernel for rows that share one A" if sizes.get("shared") else None
 
 
 def few(tokens: int) -> bool:

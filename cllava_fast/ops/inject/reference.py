@@ -4,12 +4,15 @@ Pairs are gathered: the P of a sample are joined to K = P * R columns, and two t
 nothing of the size of the frozen weight is ever allocated. Where many pairs act, samples take turns: their rows of
 factors, gathered for all at once, would outweigh the activations. The past, and a pool that is projected on whole, need
 no gathering: all their rows act on every sample, some with strength 0.
+
+Rows may share one A: x is projected on its R columns once. Where coefficients are those of samples, their B are summed
+up before they meet the tokens (`mixed`); where every token has its own, that projection is scaled for each row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +25,10 @@ GATHERED = 2**21  # entries of a factor that may be gathered at once, if that is
 class Acting:
     """What acts, and how: arguments that every form of inject has, in this order."""
 
-    A: Tensor  # [N, R, d_in]
+    A: Tensor  # [N, R, d_in], or [1, R, d_in]: all rows share it
     B: Tensor  # [N, R, d_out]
     index: Tensor  # [B, P]
-    coefficient: Tensor  # [B, P]
+    coefficient: Tensor  # [B, P], or [B, S, P]: each token has its own
     past_A: Tensor | None  # [C, Q, d_in]
     past_B: Tensor | None  # [C, Q, d_out]
     past_coefficient: Tensor | None  # [B, C]
@@ -33,16 +36,30 @@ class Acting:
     whole: bool  # whether activations are projected on all rows of the pool, or on each sample's pairs
 
     @property
+    def shared(self) -> bool:
+        """Whether all rows have one A."""
+        return self.A.shape[0] != self.B.shape[0]
+
+    @property
+    def per_token(self) -> bool:
+        return self.coefficient.dim() == 3
+
+    @property
     def columns(self) -> int:
-        """K: what activations are projected on, the past aside."""
-        return (self.A.shape[0] if self.whole else self.index.shape[1]) * self.A.shape[1]
+        """K: what x is projected on, the past aside."""
+        return (self.A.shape[0] if self.whole or self.shared else self.index.shape[1]) * self.A.shape[1]
+
+    @property
+    def joined(self) -> bool:
+        """Whether x is projected on the pairs and on the past at once."""
+        return self.whole and self.past_A is not None and not self.shared
 
     @property
     def past_columns(self) -> int:
         return 0 if self.past_A is None else self.past_A.shape[0] * self.past_A.shape[1]
 
 
-# x projected on the pairs [B, S, K] and on the past [B, S, C * Q]; of a whole pool both in one [B, S, K + C * Q], and
+# x projected on the pairs [B, S, K] and on the past [B, S, C * Q]; if `joined` both in one [B, S, K + C * Q], and
 # nothing. Empty if not asked for.
 Lows = tuple[Tensor, Tensor]
 
@@ -71,15 +88,17 @@ def inject_add(
 def add_(y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
     """Adds the increments to y."""
     past_low = add_past_(y, x, given)
-    low = shrink(x, given.A, given)
-    expand_(y, times(low, strength(given), x.dtype), given.B, given)
+    shared = given.shared
+    acting = mixed(given) if shared and not given.per_token else given
+    low = shrink(x, given.A, given, shared)
+    expand_(y, times(low, strength(acting), x.dtype, shared), acting.B, acting)
     return lows(low, past_low, given, save)
 
 
 def lows(low: Tensor, past_low: Tensor, given: Acting, save: bool) -> Lows:
     if not save:
         return low.new_empty(0), low.new_empty(0)  # two, since results of an op must not be one tensor
-    if given.whole and given.past_A is not None:
+    if given.joined:
         return torch.cat([low, past_low], 2), low.new_empty(0)
     return low, past_low
 
@@ -107,24 +126,27 @@ def inject_backward(
     to_x = to_past = grad.new_empty(0)
     to_A, to_B, to_coefficient = (t.new_empty(0) for t in (given.A, given.B, given.coefficient))
     grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
-    if given.whole and low.dim() == 3:
+    if given.joined and low.dim() == 3:
         low, past_low = low.split([given.columns, given.past_columns], 2)
-    strengths = strength(given)
-    if need_B:
-        to_B = _sum_over_tokens(times(low, strengths, grad.dtype), grad, given.B, given)
-    if need_x or need_A or need_coefficient:
-        low_grad = shrink(grad, given.B, given)  # [B, S, K]
-        if need_coefficient:
-            to_coefficient = _sum_of_products(low_grad, low, given.A.shape[1], given)
-            to_coefficient = to_coefficient.gather(1, given.index) if given.whole else to_coefficient
-            to_coefficient = as_dtype(to_coefficient, given.coefficient.dtype)
-        low_grad = times(low_grad, strengths, grad.dtype)
+    shared = given.shared
+    mix = shared and not given.per_token
+    acting = mixed(given) if mix else given
+    strengths = strength(acting)
+    if need_B or (mix and need_coefficient):
+        to_B = _sum_over_tokens(times(low, strengths, grad.dtype, shared), grad, acting.B, acting)
+        if mix:
+            to_B, to_coefficient = unmixed(to_B, given, need_B, need_coefficient)
+    if need_x or need_A or (need_coefficient and not mix):
+        low_grad = shrink(grad, acting.B, acting)  # [B, S, K], of all rows if they share one A
+        if need_coefficient and not mix:
+            to_coefficient = _coefficient_grad(low_grad, low, given, shared)
+        low_grad = folded(low_grad, strengths, grad.dtype) if shared else times(low_grad, strengths, grad.dtype)
         if need_A:
             assert x is not None
-            to_A = _sum_over_tokens(low_grad, x, given.A, given)
+            to_A = _sum_over_tokens(low_grad, x, given.A, given, shared)
         if need_x:
             to_x = grad.new_zeros(*grad.shape[:2], given.A.shape[2]) if weight is None else grad @ weight
-            expand_(to_x, low_grad, given.A, given)
+            expand_(to_x, low_grad, given.A, given, shared)
     if given.past_A is not None and given.past_B is not None and (need_x or need_past):
         low_grad = project(grad, given.past_B)  # [B, S, C * Q]
         if need_past:
@@ -138,13 +160,17 @@ def inject_backward(
 
 
 def strength(given: Acting) -> Tensor:
-    """Of every row that x is projected on, one for its R columns: [B, 1, rows, 1]. A row that appears twice in a sample
-    counts twice."""
-    by_row = given.coefficient
-    if given.whole:
-        chosen = given.index.unsqueeze(2) == torch.arange(given.A.shape[0], device=given.index.device)  # [B, P, N]
-        by_row = torch.where(chosen, by_row.unsqueeze(2), 0).sum(1)
-    return (by_row * given.scale)[:, None, :, None]
+    """Of every row, one for its R columns: [B, 1, rows, 1], or [B, S, rows, 1]."""
+    strength = (_of_pool(given) if given.whole else given.coefficient) * given.scale
+    return strength.unsqueeze(3) if strength.dim() == 3 else strength[:, None, :, None]
+
+
+def _of_pool(given: Acting) -> Tensor:  # -> [B, N], or [B, S, N]
+    """Coefficients of the pool's rows, 0 where not selected. A row that appears twice in a sample counts twice."""
+    chosen = given.index.unsqueeze(2) == torch.arange(given.B.shape[0], device=given.index.device)  # [B, P, N]
+    if given.per_token:
+        return torch.bmm(given.coefficient, chosen.to(given.coefficient.dtype))
+    return torch.where(chosen, given.coefficient.unsqueeze(2), 0).sum(1)
 
 
 def past_strength(given: Acting) -> Tensor:  # [B, 1, C, 1]
@@ -152,25 +178,77 @@ def past_strength(given: Acting) -> Tensor:  # [B, 1, C, 1]
     return (given.past_coefficient * given.scale)[:, None, :, None]
 
 
-def times(low: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:  # [B, S, rows * R], in strength's precision
+def times(low: Tensor, strength: Tensor, dtype: torch.dtype, shared: bool = False) -> Tensor:
+    """[B, S, rows * R], or [B, S, R] that all rows share, to [B, S, rows * R]; in strength's precision."""
     samples, tokens, columns = low.shape
     rows = strength.shape[2]
-    by_row = low.view(samples, tokens, rows, columns // rows if rows else 0)
+    by_row = low.unsqueeze(2) if shared else low.view(samples, tokens, rows, columns // rows if rows else 0)
+    return as_dtype(_weighed(by_row, strength).flatten(2), dtype)
+
+
+def folded(low_grad: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of what all rows share: [B, S, rows * R] to [B, S, R]."""
+    rows = strength.shape[2]
+    by_row = low_grad.view(*low_grad.shape[:2], rows, low_grad.shape[2] // rows if rows else 0)
+    return as_dtype(_weighed(by_row, strength).sum(2), dtype)
+
+
+def _weighed(by_row: Tensor, strength: Tensor) -> Tensor:
     scaled = by_row * strength
-    if low.dtype == torch.float16:  # an overflow in a row that does not act stays there
-        scaled = torch.where(strength != 0, scaled, 0)
-    return as_dtype(scaled.reshape(samples, tokens, columns), dtype)
+    # an overflow in a row that does not act stays there
+    return torch.where(strength != 0, scaled, 0) if by_row.dtype == torch.float16 else scaled
 
 
-def shrink(x: Tensor, factor: Tensor, given: Acting) -> Tensor:  # [B, S, d] -> [B, S, K]
+def mixed(given: Acting) -> Acting:
+    """Rows that share one A as one row a sample, the weighted sum of its B, in full precision: x's tokens then meet R
+    columns where they would have met P * R."""
+    exact = torch.promote_types(given.B.dtype, given.coefficient.dtype)
+    (samples, pairs), size = given.index.shape, given.B.shape[1] * given.B.shape[2]
     if given.whole:
+        total = as_dtype(_of_pool(given), exact) @ as_dtype(given.B, exact).flatten(1)
+    else:
+        turns = _turns(as_dtype(given.coefficient, exact).unsqueeze(1), given.B, given.index)
+        total = torch.cat([torch.bmm(part, rows.view(len(rows), pairs, size)) for part, rows in turns])
+    return replace(
+        given,
+        B=total.view(samples, *given.B.shape[1:]),
+        index=torch.arange(samples, device=given.index.device).unsqueeze(1),
+        coefficient=given.coefficient.new_ones(samples, 1),
+        whole=False,
+    )
+
+
+def unmixed(to_mix: Tensor, given: Acting, need_B: bool, need_coefficient: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of B and the coefficients, from that of what `mixed` made of them: [B, R, d_out]."""
+    to_B, to_coefficient = given.B.new_empty(0), given.coefficient.new_empty(0)
+    to_mix = to_mix.flatten(1)
+    if need_B:
+        total = as_dtype(_of_pool(given), to_mix.dtype).t() @ to_mix  # [N, R * d_out]
+        to_B = as_dtype(total.view(given.B.shape), given.B.dtype)
+    if need_coefficient:
+        if given.whole:
+            found = (to_mix @ as_dtype(given.B, to_mix.dtype).flatten(1).t()).gather(1, given.index)
+        else:
+            pairs, size = given.index.shape[1], to_mix.shape[1]
+            turns = _turns(to_mix.unsqueeze(2), given.B, given.index)
+            found = torch.cat([torch.bmm(rows.view(len(rows), pairs, size), part) for part, rows in turns]).squeeze(2)
+        to_coefficient = as_dtype(found, given.coefficient.dtype)
+    return to_B, to_coefficient
+
+
+# `all_rows`: of a factor whose rows all act on every sample, as those of a whole pool do
+
+
+def shrink(x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:  # [B, S, d] -> [B, S, K]
+    if given.whole or all_rows:
         return project(x, factor)
     parts = [torch.bmm(part, rows.transpose(1, 2)) for part, rows in _turns(x, factor, given.index)]
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
-def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting) -> None:  # [B, S, K] added to [B, S, d]
-    if given.whole:
+def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> None:
+    """[B, S, K] added to [B, S, d]."""
+    if given.whole or all_rows:
         y.flatten(0, 1).addmm_(low.flatten(0, 1), columns(factor, y.dtype))
         return
     first = 0
@@ -217,9 +295,20 @@ def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Acting) ->
     return by_column.view(len(low), low.shape[2] // rank, rank).sum(2) * given.scale
 
 
-def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting) -> Tensor:  # -> [N, R, d]
-    """The gradient of `factor`, summed in one order."""
-    if given.whole:
+def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting, shared: bool) -> Tensor:  # -> like coefficient
+    if given.per_token:
+        rank, like = given.A.shape[1], given.B if given.whole else given.index.t()
+        by_row = as_dtype(low_grad, _exact(low)).view(*low.shape[:2], len(like), rank)
+        found = (by_row * (low.unsqueeze(2) if shared else low.view(by_row.shape))).sum(3) * given.scale
+        at = given.index.unsqueeze(1).expand(-1, low.shape[1], -1)  # [B, S, P]
+    else:
+        found, at = _sum_of_products(low_grad, low, given.A.shape[1], given), given.index
+    return as_dtype(found.gather(-1, at) if given.whole else found, given.coefficient.dtype)
+
+
+def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:
+    """The gradient of `factor` [N, R, d], summed in one order."""
+    if given.whole or all_rows:
         return (low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape).to(factor.dtype)
     rows, size = factor.shape[0], factor.shape[1] * factor.shape[2]
     exact = _exact(x)

@@ -3,6 +3,9 @@
 Pairs are gathered inside the kernels, a thin product per sample; a whole pool and the past are projected on by library
 products, and a kernel multiplies by the coefficients, which are 0 where a row is not selected. Either way the
 increments are written first and the library's product with the frozen weight accumulates on top of them.
+
+Rows that share one A are gathered: a library product projects x on its R columns, which kernels scale for each row as
+they read them, or, with coefficients of samples, meet one sum of rows of B (`reference.mixed`).
 """
 
 from __future__ import annotations
@@ -53,23 +56,33 @@ def _increments(
     x: Tensor, given: Acting, save: bool, *, bias: Tensor | None = None, base: Tensor | None = None
 ) -> Result:
     """A new y = bias + base + increments, and what the backward pass needs."""
-    if given.whole:
+    if given.whole and not given.shared:
         low = _project(x, given.A, given.past_A)
         scaled = launch.weigh(low, None, given, scale_low=True).low
         assert scaled is not None
         y = _expand(scaled, given.B, given.past_B, bias=bias, base=base)
         return y, low if save else x.new_empty(0), x.new_empty(0)
-    tiles = choose("shrink", x, given.columns)
-    shrunk = launch.shrink(x, given.A, given, tiles, scaled=True, bare=save)
-    assert shrunk.scaled is not None
-    y = launch.expand(shrunk.scaled, given.B, given.index, bias=bias, base=base)
+    low: Tensor | None
+    if given.shared:
+        low = _project(x, given.A)  # [B, S, R]
+        if given.per_token:
+            weighed = {"coefficient": given.coefficient, "scale": given.scale}
+            y = launch.expand(low, given.B, given.index, **weighed, bias=bias, base=base)
+        else:
+            mix = reference.mixed(given)
+            y = launch.expand(low, mix.B * given.scale, mix.index, bias=bias, base=base)
+    else:
+        tiles = choose("shrink", x, given.columns)
+        _, low = shrunk = launch.shrink(x, given.A, given, tiles, scaled=True, bare=save)[:2]
+        assert shrunk[0] is not None
+        y = launch.expand(shrunk[0], given.B, given.index, bias=bias, base=base)
     past_low = x.new_empty(0)
     if given.past_A is not None and given.past_B is not None:
         past_low = _project(x, given.past_A)
         scaled = launch.weigh(past_low, None, given, past_only=True, scale_low=True).low
         assert scaled is not None
         y.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_B, x.dtype))
-    return y, x.new_empty(0) if shrunk.bare is None else shrunk.bare, past_low if save else x.new_empty(0)
+    return y, low if save and low is not None else x.new_empty(0), past_low if save else x.new_empty(0)
 
 
 def inject_backward(

@@ -2,6 +2,8 @@
 
 Everywhere K = pairs * R columns of a sample, column k being rank k % R of row index[b, k // R]. Sums are float32 and
 in one order: each output has one writer. Rows of activations and factors are contiguous; their other strides are free.
+Coefficients are those of samples, [B, P], or of tokens, [B, S, P]: PER_TOKEN. Where rows share one A, x is projected on
+[B, S, R]: column k of K is column k % R of those.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -34,17 +36,23 @@ def _factor_rows(factor, index, k, columns, stride_n, stride_r, R: tl.constexpr)
 
 
 @triton.jit
+def _weighed(tile, strength):
+    """tile * strength in float32; an overflow in a row that does not act stays there."""
+    return tl.where(strength != 0.0, tile.to(tl.float32) * strength, 0.0)
+
+
+@triton.jit
 def shrink(
     x,  # [B, S, width]
     factor,  # [N, R, width]
     index,  # [B, P]
-    coefficient,  # [B, P]
+    coefficient,  # [B, P] or [B, S, P]
     scaled,  # out [B, S, K]: product * coefficient * scale, or None
     bare,  # out [B, S, K]: product, or None
     other,  # [B, S, K], or None
     products,  # out float32 [B, token tiles, K]: sum over the tile's tokens of product * other
     left,  # [B, S, K], or None
-    outer,  # out float32 [B, token tiles, K, width]: sum over the tile's tokens of left * x
+    outer,  # out float32 [B, token tiles, K, width]: sum over the tile's tokens of left * x, PER_TOKEN weighed
     tokens,
     width,
     pairs,
@@ -53,6 +61,7 @@ def shrink(
     f_stride_n,
     f_stride_r,
     scale,
+    PER_TOKEN: tl.constexpr,
     R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -76,6 +85,9 @@ def shrink(
     inside = in_s[:, None] & in_k[None, :]
     if left is not None:
         left_tile = tl.load(left + at, mask=inside, other=0.0)
+        if PER_TOKEN:
+            of_token = coefficient + (b * tokens + s)[:, None] * pairs + (k // R)[None, :]
+            left_tile = _weighed(left_tile, tl.load(of_token, mask=inside, other=0.0) * scale).to(left.dtype.element_ty)
     total = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
     for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -90,8 +102,13 @@ def shrink(
     if bare is not None:
         tl.store(bare + at, total.to(bare.dtype.element_ty), mask=inside)
     if scaled is not None:
-        strength = tl.load(coefficient + b * pairs + k // R, mask=in_k, other=0.0) * scale
-        tl.store(scaled + at, (total * strength[None, :]).to(scaled.dtype.element_ty), mask=inside)
+        if PER_TOKEN:
+            of_token = coefficient + (b * tokens + s)[:, None] * pairs + (k // R)[None, :]
+            each = total * (tl.load(of_token, mask=inside, other=0.0) * scale)
+            tl.store(scaled + at, each.to(scaled.dtype.element_ty), mask=inside)
+        else:
+            strength = tl.load(coefficient + b * pairs + k // R, mask=in_k, other=0.0) * scale
+            tl.store(scaled + at, (total * strength[None, :]).to(scaled.dtype.element_ty), mask=inside)
     if other is not None:
         product = total * tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(products + tile * columns + k, tl.sum(product, 0), mask=in_k)
@@ -99,9 +116,10 @@ def shrink(
 
 @triton.jit
 def expand(
-    low,  # [B, S, K]
+    low,  # [B, S, K]; [B, S, R] if coefficient is given
     factor,  # [N, R, width]
     index,  # [B, P]
+    coefficient,  # [B, S, P], or None: low holds them already
     bias,  # [width], or None
     base,  # [B, S, width], or None
     out,  # [B, S, width]
@@ -112,6 +130,7 @@ def expand(
     f_stride_r,
     base_stride_b,
     base_stride_s,
+    scale,
     R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,12 +149,18 @@ def expand(
     in_s = s < tokens
     inside = in_s[:, None] & in_d[None, :]
     index += b * pairs
-    low_rows = low + (b * tokens + s) * columns
+    low_rows = low + (b * tokens + s) * (columns if coefficient is None else R)
     total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for start in range(0, columns, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < columns
-        low_tile = tl.load(low_rows[:, None] + k[None, :], mask=in_s[:, None] & in_k[None, :], other=0.0)
+        if coefficient is None:
+            low_tile = tl.load(low_rows[:, None] + k[None, :], mask=in_s[:, None] & in_k[None, :], other=0.0)
+        else:
+            acts = in_s[:, None] & in_k[None, :]
+            low_tile = tl.load(low_rows[:, None] + (k % R)[None, :], mask=acts, other=0.0)
+            of_token = coefficient + (b * tokens + s)[:, None] * pairs + (k // R)[None, :]
+            low_tile = _weighed(low_tile, tl.load(of_token, mask=acts, other=0.0) * scale).to(low.dtype.element_ty)
         f_rows = _factor_rows(factor, index, k, columns, f_stride_n, f_stride_r, R)
         f_tile = tl.load(f_rows[:, None] + d[None, :], mask=in_k[:, None] & in_d[None, :], other=0.0)
         total = _dot(low_tile, f_tile.to(low_tile.dtype), total)
@@ -150,7 +175,8 @@ def expand(
 
 @triton.jit
 def outer(
-    left,  # [B, S, K]
+    left,  # [B, S, K]; [B, S, R] if SHARED
+    coefficient,  # [B, S, P], or None: left holds them already, or they come later
     right,  # [B, S, width]
     partial,  # out float32 [B, segments, K, width]
     tokens,
@@ -160,11 +186,14 @@ def outer(
     segment_tiles,
     right_stride_b,
     right_stride_s,
+    scale,
+    SHARED: tl.constexpr,
+    R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """partial[b, g, k, d] = sum over the tokens of segment g of left[b, s, k] * right[b, s, d]."""
+    """partial[b, g, k, d] = sum over the tokens of segment g of left[b, s, k] * strength * right[b, s, d]."""
     d_tiles = tl.cdiv(width, BLOCK_D)
     k_tiles = tl.cdiv(columns, BLOCK_K)
     pid = tl.program_id(0)
@@ -174,14 +203,20 @@ def outer(
     b = segment // segments
     in_d = d < width
     in_k = k < columns
-    left += b * tokens * columns
+    left_columns = R if SHARED else columns
+    left_k = k % R if SHARED else k
+    left += b * tokens * left_columns
     right += b * right_stride_b
     first = (segment % segments) * segment_tiles * BLOCK_S
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for step in range(0, segment_tiles):
         s = first + step * BLOCK_S + tl.arange(0, BLOCK_S)
         in_s = s < tokens
-        left_tile = tl.load(left + s[None, :] * columns + k[:, None], mask=in_s[None, :] & in_k[:, None], other=0.0)
+        acts = in_s[None, :] & in_k[:, None]
+        left_tile = tl.load(left + s[None, :] * left_columns + left_k[:, None], mask=acts, other=0.0)
+        if coefficient is not None:
+            of_token = coefficient + (b * tokens + s)[None, :] * (columns // R) + (k // R)[:, None]
+            left_tile = _weighed(left_tile, tl.load(of_token, mask=acts, other=0.0) * scale).to(left.dtype.element_ty)
         right_at = s[:, None] * right_stride_s + d[None, :]
         right_tile = tl.load(right + right_at, mask=in_s[:, None] & in_d[None, :], other=0.0)
         total = _dot(left_tile, right_tile, total)
@@ -228,7 +263,7 @@ def weigh(
     low,  # [B, S, C]: one column for each row and rank of the pool, then of the past; or None
     low_grad,  # [B, S, C], or None
     index,  # [B, P]
-    coefficient,  # [B, P]
+    coefficient,  # [B, P] or [B, S, P]
     past_coefficient,  # [B, past rows], or None
     scaled_low,  # out [B, S, C], or None
     scaled_grad,  # out [B, S, C], or None
@@ -240,6 +275,7 @@ def weigh(
     past_rows,
     past_rank,
     scale,
+    PER_TOKEN: tl.constexpr,
     R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -255,26 +291,75 @@ def weigh(
     in_k = k < columns
     inside = (s < tokens)[:, None] & in_k[None, :]
     at = (b * tokens + s)[:, None] * columns + k[None, :]
-    strength = tl.zeros([BLOCK_K], tl.float32)
+    strength = tl.zeros([BLOCK_S if PER_TOKEN else 1, BLOCK_K], tl.float32)
     for pair in range(0, pairs):  # a row that appears twice counts twice
         row = tl.load(index + b * pairs + pair)
-        here = (k // R == row) & (k < pool_columns)
-        strength += tl.where(here, tl.load(coefficient + b * pairs + pair), 0.0)
+        here = ((k // R == row) & (k < pool_columns))[None, :]
+        if PER_TOKEN:
+            of_pair = tl.load(coefficient + (b * tokens + s) * pairs + pair, mask=s < tokens, other=0.0)[:, None]
+        else:
+            of_pair = tl.load(coefficient + b * pairs + pair)
+        strength += tl.where(here, of_pair, 0.0)
     if past_coefficient is not None:
         past_row = (k - pool_columns) // past_rank
         of_past = in_k & (k >= pool_columns)
-        strength += tl.load(past_coefficient + b * past_rows + past_row, mask=of_past, other=0.0)
+        strength += tl.load(past_coefficient + b * past_rows + past_row, mask=of_past, other=0.0)[None, :]
     strength *= scale
-    acts = strength[None, :] != 0.0  # so that an overflow in a row not selected stays there
     if low is not None:
         low_tile = tl.load(low + at, mask=inside, other=0.0).to(tl.float32)
     if low_grad is not None:
         grad_tile = tl.load(low_grad + at, mask=inside, other=0.0).to(tl.float32)
     if scaled_low is not None:
-        value = tl.where(acts, low_tile * strength[None, :], 0.0)
+        value = _weighed(low_tile, strength)
         tl.store(scaled_low + at, value.to(scaled_low.dtype.element_ty), mask=inside)
     if scaled_grad is not None:
-        value = tl.where(acts, grad_tile * strength[None, :], 0.0)
+        value = _weighed(grad_tile, strength)
         tl.store(scaled_grad + at, value.to(scaled_grad.dtype.element_ty), mask=inside)
     if products is not None:
         tl.store(products + tile * columns + k, tl.sum(low_tile * grad_tile, 0), mask=in_k)
+
+
+@triton.jit
+def of_tokens(
+    low,  # [B, S, low_columns]
+    low_grad,  # [B, S, columns]
+    index,  # [B, P]: pair p has the R columns from index * R on; or None: from p * R on
+    coefficient,  # [B, S, P]
+    to_coefficient,  # out float32 [B, S, P]: low * low_grad summed over a pair's columns, times scale; or None
+    folded,  # out [B, S, R]: low_grad * coefficient * scale summed over pairs, or None
+    tokens,
+    pairs,
+    low_columns,
+    columns,
+    scale,
+    SHARED: tl.constexpr,  # low has the R columns that all rows share
+    R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Each token's sums over the columns of a pair, which may lie in two tiles of `shrink`, or over pairs in order."""
+    s_tiles = tl.cdiv(tokens, BLOCK_S)
+    tile = tl.program_id(0).to(tl.int64)
+    b = tile // s_tiles
+    s = (tile % s_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    r = tl.arange(0, BLOCK_R)
+    in_s = s < tokens
+    inside = in_s[:, None] & (r < R)[None, :]
+    token = b * tokens + s
+    total = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
+    for pair in range(0, pairs):
+        first = pair * R
+        if index is not None:
+            first = tl.load(index + b * pairs + pair) * R
+        at = (first + r)[None, :]
+        grad_tile = tl.load(low_grad + token[:, None] * columns + at, mask=inside, other=0.0).to(tl.float32)
+        if to_coefficient is not None:
+            low_at = token[:, None] * low_columns + (r[None, :] if SHARED else at)
+            product = grad_tile * tl.load(low + low_at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(to_coefficient + token * pairs + pair, tl.sum(product, 1) * scale, mask=in_s)
+        if folded is not None:
+            strength = tl.load(coefficient + token * pairs + pair, mask=in_s, other=0.0) * scale
+            total += _weighed(grad_tile, strength[:, None])
+    if folded is not None:
+        folded_at = token[:, None] * R + r[None, :]
+        tl.store(folded + folded_at, total.to(folded.dtype.element_ty), mask=inside)

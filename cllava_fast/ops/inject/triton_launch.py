@@ -24,14 +24,17 @@ from cllava_fast.ops.inject.tiling import (
     one_pass_tiles,
 )
 from cllava_fast.ops.triton_backend import Shipped
+from cllava_fast.ops.tuned import power_of_two
 
 # Arguments of the kernels that are sizes or strides.
 INTEGERS = frozenset(
-    "tokens width pairs all_pairs columns pool_columns past_rows past_rank segments segment_tiles size x_stride_b"
+    "tokens width pairs all_pairs columns low_columns pool_columns past_rows past_rank segments segment_tiles size x_stride_b"
     " x_stride_s f_stride_n f_stride_r base_stride_b base_stride_s right_stride_b right_stride_s".split()
 )
 # Elements of a row of a factor that one program of `sum_by_row` adds up.
 SUM_BLOCK = 512
+# Elements that one program of `of_tokens` has at a time.
+TOKENS_BLOCK = 512
 
 
 class Shrunk(NamedTuple):
@@ -82,38 +85,53 @@ def shrink(
     arguments = (x, factor, given.index, given.coefficient, *out[:2], other, out.products, left, out.outer)
     sizes = (tokens, width, pairs, *x.stride()[:2], *factor.stride()[:2], given.scale)
     programs = samples * s_tiles * cdiv(columns, tiles.columns)
-    _launch(kernels.shrink, programs, tiles, *arguments, *sizes, R=rank, **_blocks(tiles))
+    constants = {"PER_TOKEN": given.per_token, "R": rank, **_blocks(tiles)}
+    _launch(kernels.shrink, programs, tiles, *arguments, *sizes, **constants)
     return out
 
 
 def expand(
-    low: Tensor,  # [B, S, K], contiguous
+    low: Tensor,  # [B, S, K], contiguous; [B, S, R] if coefficient is given
     factor: Tensor,  # [N, R, width]
     index: Tensor,  # [B, P], contiguous
     *,
+    coefficient: Tensor | None = None,  # [B, S, P], contiguous
+    scale: float = 1.0,  # of coefficient
     bias: Tensor | None = None,  # [width]
     base: Tensor | None = None,  # [B, S, width]
     tiles: Tiles | None = None,
 ) -> Tensor:
     factor = _dense_rows(factor)
-    samples, tokens, columns = low.shape
+    samples, tokens, _ = low.shape
     _, rank, width = factor.shape
+    columns = index.shape[1] * rank
     tiles = tiles or choose("expand", low, columns)
     bias = None if bias is None else bias.contiguous()
     base = None if base is None else _dense_rows(base)
     base_strides = (0, 0) if base is None else base.stride()[:2]
     out = low.new_empty(samples, tokens, width)
-    sizes = (tokens, width, index.shape[1], *factor.stride()[:2], *base_strides)
+    sizes = (tokens, width, index.shape[1], *factor.stride()[:2], *base_strides, scale)
     programs = samples * cdiv(tokens, tiles.tokens) * cdiv(width, tiles.width)
-    _launch(kernels.expand, programs, tiles, low, factor, index, bias, base, out, *sizes, R=rank, **_blocks(tiles))
+    arguments = (low, factor, index, coefficient, bias, base, out)
+    _launch(kernels.expand, programs, tiles, *arguments, *sizes, R=rank, **_blocks(tiles))
     return out
 
 
-def outer(left: Tensor, right: Tensor, *, tiles: Tiles | None = None) -> Tensor:
-    """[B, S, K] contiguous and [B, S, d] -> float32 [B, segments, K, d], to be summed over segments."""
+def outer(
+    left: Tensor,  # [B, S, K], contiguous; or, of rows that share one A, [B, S, R]
+    right: Tensor,  # [B, S, d]
+    *,
+    per_token: Acting | None = None,  # whose coefficients left is weighed by
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """float32 [B, segments, K, d], to be summed over segments."""
     right = _dense_rows(right)
     samples, tokens, columns = left.shape
     width = right.shape[2]
+    coefficient, scale, rank, shared = None, 1.0, 1, False
+    if per_token is not None:
+        coefficient, scale, rank, shared = per_token.coefficient, per_token.scale, per_token.A.shape[1], per_token.shared
+        columns = per_token.index.shape[1] * rank
     tiles = tiles or choose("outer", left, columns)
     s_tiles = cdiv(tokens, tiles.tokens)
     across = samples * cdiv(columns, tiles.columns) * cdiv(width, tiles.width)
@@ -121,8 +139,9 @@ def outer(left: Tensor, right: Tensor, *, tiles: Tiles | None = None) -> Tensor:
     segment_tiles = cdiv(s_tiles, min(s_tiles, cdiv(2 * tiling.ENOUGH_PROGRAMS, across)))
     segments = cdiv(s_tiles, segment_tiles)
     partial = left.new_empty(samples, segments, columns, width, dtype=torch.float32)
-    sizes = (tokens, width, columns, segments, segment_tiles, *right.stride()[:2])
-    _launch(kernels.outer, across * segments, tiles, left, right, partial, *sizes, **_blocks(tiles))
+    sizes = (tokens, width, columns, segments, segment_tiles, *right.stride()[:2], scale)
+    constants = {"SHARED": shared, "R": rank, **_blocks(tiles)}
+    _launch(kernels.outer, across * segments, tiles, left, coefficient, right, partial, *sizes, **constants)
     return partial
 
 
@@ -163,10 +182,36 @@ def weigh(
     past_rows, past_rank = (0, 1) if given.past_A is None else given.past_A.shape[:2]
     sizes = (tokens, columns, pool_columns, pairs, past_rows, past_rank, given.scale)
     programs = samples * s_tiles * cdiv(columns, tiles.columns)
-    constants = {"R": rank, "BLOCK_S": tiles.tokens, "BLOCK_K": tiles.columns}
+    per_token = given.per_token and not past_only
+    constants = {"PER_TOKEN": per_token, "R": rank, "BLOCK_S": tiles.tokens, "BLOCK_K": tiles.columns}
     strengths = given.index, given.coefficient, given.past_coefficient
     _launch(kernels.weigh, programs, tiles, low, low_grad, *strengths, *out, *sizes, **constants)
     return out
+
+
+def of_tokens(
+    low: Tensor | None,  # [B, S, .]; asks for the coefficients' gradient
+    low_grad: Tensor,  # [B, S, .]; both contiguous
+    given: Acting,  # whose coefficients are those of tokens
+    *,
+    fold: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """float32 [B, S, P] and, of rows that share one A, what of low_grad comes to its columns: [B, S, R]."""
+    samples, tokens, columns = low_grad.shape
+    pairs, rank = given.index.shape[1], given.A.shape[1]
+    tiles = tokens_tiles(rank)
+    to_coefficient = None if low is None else torch.empty_like(given.coefficient, dtype=torch.float32)
+    folded = low_grad.new_empty(samples, tokens, rank) if fold else None
+    sizes = (tokens, pairs, 0 if low is None else low.shape[2], columns, given.scale)
+    constants = {"SHARED": given.shared, "R": rank, "BLOCK_S": tiles.tokens, "BLOCK_R": tiles.columns}
+    arguments = low, low_grad, given.index if given.whole else None, given.coefficient, to_coefficient, folded
+    _launch(kernels.of_tokens, samples * cdiv(tokens, tiles.tokens), tiles, *arguments, *sizes, **constants)
+    return to_coefficient, folded
+
+
+def tokens_tiles(rank: int) -> Tiles:
+    width = power_of_two(rank)
+    return Tiles(max(1, TOKENS_BLOCK // width), width, 0, 4, 3)
 
 
 def _launch(kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **constants: int) -> None:
