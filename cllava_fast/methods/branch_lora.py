@@ -135,7 +135,7 @@ class BranchLora(Method):
     def _observe(self, factors: Factors, chosen: Pairs) -> None:
         """Recomputed layers tell the same twice, which changes no order of branches."""
         gates = chosen.coefficient.new_zeros(len(chosen.index), self.config.branches)  # [B, N]
-        share = gates.scatter_(1, chosen.index, chosen.coefficient).mean(0)
+        share = gates.scatter_(1, chosen.index, chosen.coefficient).mean(0).float()
         self._activity.setdefault(factors, torch.zeros_like(share)).lerp_(share, 1 - MOMENTUM)
 
     def own_tensors(
@@ -174,9 +174,9 @@ def _remembered(selection: Selection, factors: Factors, x: Tensor, top_k: int) -
     if factors not in memory:
         router: Tensor = factors.router  # type: ignore[assignment]
         task = selection.past.index[:, 0].to(router.device)
-        chosen = choose(_first(x, selection.first).to(task.device), router[task], top_k)
-        memory[factors] = chosen.map(Tensor.detach)
-        return chosen
+        found = choose(_first(x, selection.first).to(task.device), router[task], top_k)
+        memory[factors] = found.map(Tensor.detach)
+        return found
     chosen: Pairs = memory[factors]
     times = len(x) // len(chosen.index)  # beams that were added behind the prompt
     return chosen if times == 1 else chosen.map(lambda tensor: tensor.repeat_interleave(times, 0))
