@@ -249,8 +249,9 @@ class Pool(_Keeper):
             self.row_task = torch.cat([self.row_task, self.row_task.new_full((rows,), task)])
             self.row_mean = torch.cat([self.row_mean, row_mean.detach().to(self.row_mean)])
         self.context = self.context_matrix().detach()
-        if self.block_keys is not None:
-            self.keys = torch.cat([self.keys, self.block_keys.detach()])
+        none = self.keys.new_empty(1 if self.shared_rows else rows, 0)
+        keys = none if self.block_keys is None else self.block_keys.detach()
+        self.keys = torch.cat([self.keys, keys])
         for factors in self.layers.values():
             assert isinstance(factors, Factors)
             factors.commit(self.shared_rows)

@@ -162,7 +162,7 @@ def test_the_most_active_branches_freeze(rng: torch.Generator) -> None:
     method = BranchLora(CONFIG)
     pool = Pool(3, D, {"o": LinearShape(D, 5)}, shares_A=True, own_tensors=method.own_tensors, shared_rows=True)
     factors, frozen = pool.factors("o"), set[int]()
-    for task in range(3):
+    for _ in range(3):
         method.open_task(pool, torch.randn(8, D, generator=rng), rng)
         activity = torch.zeros(5, dtype=torch.float64)
         for _ in range(6):
