@@ -35,6 +35,7 @@ class BranchLoraConfig(MethodConfig):
 
     method: ClassVar[str] = "branch_lora"
     title: ClassVar[str] = "BranchLoRA"
+    demo = {"targets": ("self_attn.o_proj",)}  # as the other methods there
 
     branches: int = field(default=8, metadata={"help": "branches B of each linear, all tasks together"})
     top_k: int = field(

@@ -27,6 +27,7 @@ class MeteoraConfig(MethodConfig):
 
     method: ClassVar[str] = "meteora"
     title: ClassVar[str] = "MeteoRA (gates task by task)"
+    demo = {"targets": ("self_attn.o_proj",)}  # as the other methods there
 
     top_k: int = field(default=2, metadata={"help": "LoRAs that act on a token, in each linear"})
     rank: int = field(default=8, metadata={"help": "rank of a task's LoRA"})
