@@ -87,13 +87,16 @@ class Factors(_Keeper):
         move, rows = _device_only(fn), (self.A, self.B)
         return super()._apply(lambda t: fn(t) if any(t is row for row in rows) else move(t), recurse)
 
-    def commit(self) -> None:
+    def reopen(self) -> None:
+        """Opens a block that is a copy of the committed rows."""
+        self.block_A, self.block_B = nn.Parameter(self.A.float().clone()), nn.Parameter(self.B.float().clone())
+
+    def commit(self, replace: bool = False) -> None:
+        """The block's rows follow the committed ones, or replace them."""
         assert self.block_A is not None and self.block_B is not None
-        if self.shares_A:
-            self.A = self.block_A.detach().to(self.A.dtype)
-        else:
-            self.A = torch.cat([self.A, self.block_A.detach().to(self.A.dtype)])
-        self.B = torch.cat([self.B, self.block_B.detach().to(self.B.dtype)])
+        A, B = self.block_A.detach().to(self.A.dtype), self.block_B.detach().to(self.B.dtype)
+        self.A = A if replace or self.shares_A else torch.cat([self.A, A])
+        self.B = B if replace else torch.cat([self.B, B])
         self.drop_block()
 
 
@@ -109,10 +112,12 @@ class Pool(_Keeper):
         shapes: the adapted linears by their path in the model.
         shares_A: the rows of each linear have one A.
         own_tensors: shapes and dtypes of what a method keeps beside rows (``Method.own_tensors``).
+        shared_rows: every task trains the same rows: a block is a copy of the committed rows, and its commit replaces
+            them. Keys are those of tasks, one each.
 
     Attributes:
-        keys: ``[N, D]`` float32, keys of committed rows.
-        row_task: ``[N]`` int64, the task that each row belongs to (0-based, ascending).
+        keys: ``[N, D]`` float32, keys of committed rows; ``[T, D]``, of committed tasks, with ``shared_rows``.
+        row_task: ``[N]`` int64, the task that each row belongs to (0-based, ascending); 0 with ``shared_rows``.
         row_mean: ``[N]`` float32, ``z``: mean selection weight of the row over its own task's training samples.
         context: ``[T, T]`` float32, ``w``: row = the task that looks back, column = the earlier task.
         block_keys, block_context: the open block's keys ``[n, D]`` and its ``w[t, :]`` ``[t]``, parameters, or None.
@@ -131,6 +136,7 @@ class Pool(_Keeper):
         shapes: Mapping[str, LinearShape],
         shares_A: bool = False,
         own_tensors: Callable[[LinearShape | None, int, int, int], OwnTensors] = lambda *sizes: {},
+        shared_rows: bool = False,
     ) -> None:
         super().__init__()
         if not shapes:
@@ -139,6 +145,7 @@ class Pool(_Keeper):
         self.key_dim = key_dim
         self.shares_A = shares_A
         self.own_tensors = own_tensors
+        self.shared_rows = shared_rows
         self.task_names: list[str] = []
         # state-dict keys may not hold dots
         layers = {path.replace(".", "/"): Factors(rank, shape, shares_A) for path, shape in shapes.items()}
@@ -187,8 +194,8 @@ class Pool(_Keeper):
 
         Args:
             rows: number of new rows.
-            keys: ``[rows, D]`` at birth, or None for a pool without keys.
-            a_std: standard deviation of ``A`` at birth (``B`` is zero).
+            keys: ``[rows, D]`` at birth (``[1, D]`` with ``shared_rows``), or None for a pool without keys.
+            a_std: standard deviation of ``A`` at birth (``B`` is zero). Rows that are there already stay as they are.
             context_init: value of every ``w[t, l]`` at birth, or None to learn no context.
             generator: a CPU generator; the only source of randomness.
         """
@@ -196,20 +203,26 @@ class Pool(_Keeper):
             raise RuntimeError("a block is open already; commit or drop it before the next task begins")
         if rows < 1:
             raise ValueError(f"rows is {rows}; a block needs at least one row")
-        device = self.row_task.device
+        again = self.shared_rows and self.num_rows > 0
+        if again and rows != self.num_rows:
+            raise ValueError(f"rows is {rows}; all tasks share {self.num_rows} rows")
+        device, wanted = self.row_task.device, [1 if self.shared_rows else rows, self.key_dim]
         if keys is not None:
-            if tuple(keys.shape) != (rows, self.key_dim):
-                raise ValueError(f"keys is {list(keys.shape)}; expected [{rows}, {self.key_dim}]")
+            if list(keys.shape) != wanted:
+                raise ValueError(f"keys is {list(keys.shape)}; expected {wanted}")
             if not torch.isfinite(keys).all():
                 raise ValueError("keys holds NaN or Inf; check the surrogate's embeddings")
             self.block_keys = nn.Parameter(keys.detach().to(device, torch.float32).clone())
         elif self.key_dim:
-            raise ValueError(f"keys is None; this pool needs keys [{rows}, {self.key_dim}]")
+            raise ValueError(f"keys is None; this pool needs keys {wanted}")
         if context_init is not None and self.num_tasks:
             self.block_context = nn.Parameter(torch.full((self.num_tasks,), float(context_init), device=device))
         for factors in self.layers.values():
             assert isinstance(factors, Factors)
-            factors.open_block(rows, a_std, generator)
+            if again:
+                factors.reopen()
+            else:
+                factors.open_block(rows, a_std, generator)
         self._block_rows = rows
 
     def commit(self, name: str, row_mean: Tensor) -> None:
@@ -229,15 +242,19 @@ class Pool(_Keeper):
             raise ValueError(f"task {name!r} has a row_mean of NaN or Inf; nothing was committed")
         self._check_finite(name)
         task = self.num_tasks
-        self.last_block_start = self.num_rows
-        self.row_task = torch.cat([self.row_task, self.row_task.new_full((rows,), task)])
-        self.row_mean = torch.cat([self.row_mean, row_mean.detach().to(self.row_mean)])
+        if self.shared_rows:
+            self.row_task, self.row_mean = self.row_task.new_zeros(rows), row_mean.detach().to(self.row_mean)
+        else:
+            self.last_block_start = self.num_rows
+            self.row_task = torch.cat([self.row_task, self.row_task.new_full((rows,), task)])
+            self.row_mean = torch.cat([self.row_mean, row_mean.detach().to(self.row_mean)])
         self.context = self.context_matrix().detach()
-        if self.block_keys is not None:
-            self.keys = torch.cat([self.keys, self.block_keys.detach()])
+        none = self.keys.new_empty(1 if self.shared_rows else rows, 0)
+        keys = none if self.block_keys is None else self.block_keys.detach()
+        self.keys = torch.cat([self.keys, keys])
         for factors in self.layers.values():
             assert isinstance(factors, Factors)
-            factors.commit()
+            factors.commit(self.shared_rows)
         self.task_names.append(name)
         self.drop_block()
 
@@ -298,6 +315,9 @@ class Pool(_Keeper):
         """
         self._check_state(state, len(task_names))
         self.drop_block()
+        for name in {name for name, _ in self.named_buffers()} - set(state):  # what a method kept of other rows
+            parent, _, leaf = name.rpartition(".")
+            delattr(self.get_submodule(parent), leaf)
         # a file has an order of its own, and that of parameters decides how their gradients' norms are summed
         for name, tensor in sorted(state.items()):
             parent, _, leaf = name.rpartition(".")
@@ -309,13 +329,13 @@ class Pool(_Keeper):
                 self._block_rows = len(value)
         order = self.row_task.tolist()
         self.task_names = list(task_names)
-        self.last_block_start = order.index(len(task_names) - 1) if order else 0
+        self.last_block_start = order.index(len(task_names) - 1) if order and not self.shared_rows else 0
 
     def _check_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
         rows = len(state["row_task"]) if "row_task" in state else 0
         block_rows = max((len(t) for name, t in state.items() if name.endswith(".block_B")), default=0)
         expected: OwnTensors = {
-            "keys": ([rows, self.key_dim], torch.float32),
+            "keys": ([tasks if self.shared_rows else rows, self.key_dim], torch.float32),
             "row_task": ([rows], torch.int64),
             "row_mean": ([rows], torch.float32),
             "context": ([tasks, tasks], torch.float32),
@@ -333,7 +353,7 @@ class Pool(_Keeper):
             expected.update({f"layers.{path}.{name}": wanted for name, wanted in own.items()})
         if block_rows:
             if self.key_dim:
-                expected["block_keys"] = ([block_rows, self.key_dim], torch.float32)
+                expected["block_keys"] = ([1 if self.shared_rows else block_rows, self.key_dim], torch.float32)
             if "block_context" in state:
                 expected["block_context"] = ([tasks], torch.float32)
         missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
@@ -350,5 +370,6 @@ class Pool(_Keeper):
                 raise ValueError(f"{name} holds NaN or Inf")
         order = state["row_task"].tolist()
         without_rows = not rows and block_rows  # count_task
-        if order != sorted(order) or (sorted(set(order)) != list(range(tasks)) and not without_rows):
+        owners = list(range(min(tasks, 1) if self.shared_rows else tasks))
+        if order != sorted(order) or (sorted(set(order)) != owners and not without_rows):
             raise ValueError(f"row_task does not number {tasks} tasks in order; the file is damaged")

@@ -85,9 +85,10 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
     )
     with torch.no_grad():
         query = increments.query(request, partial(pooled_image, model)).to(pool.keys.device)
-        top_m: int = increments.config.top_m  # type: ignore[attr-defined]
+        top_m: int = 1 if pool.shared_rows else increments.config.top_m  # type: ignore[attr-defined]
         index, weight, similarity = ops.select(query, pool.keys, top_m, groups=increments.groups)  # [1, M] each
-    tasks, rows = pool.row_task.tolist(), []
+    # tasks that share rows are selected themselves
+    tasks, rows = list(range(pool.num_tasks)) if pool.shared_rows else pool.row_task.tolist(), []
     for n, w, s in zip(index[0].tolist(), weight[0].tolist(), similarity[0].tolist(), strict=True):
         task = tasks[n]
         # every selected row brings w[task, l] * z[n] of the rows n of each earlier task l, beside its own 1

@@ -112,7 +112,10 @@ def evaluate_tasks(
 
 
 def _selected(increments: Any, queries: Tensor, task: str) -> tuple[list[Any], list[Any], list[float] | None] | None:
-    """Rows and weights of each sample, and the share of the weights in the task's own rows."""
+    """Rows and weights of each sample, and the share of the weights in the task's own rows.
+
+    Where tasks share rows, what is selected are tasks.
+    """
     pool = increments.pool
     if not pool.num_rows:
         return None
@@ -122,7 +125,7 @@ def _selected(increments: Any, queries: Tensor, task: str) -> tuple[list[Any], l
     index, weight = selection.index, selection.weight  # [n, M]
     right = None
     if task in pool.task_names:
-        own = pool.row_task[index] == pool.task_names.index(task)
+        own = (index if pool.shared_rows else pool.row_task[index]) == pool.task_names.index(task)
         right = (weight * own).sum(1).tolist()
     return index.tolist(), weight.tolist(), right
 

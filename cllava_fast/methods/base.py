@@ -44,6 +44,10 @@ class Selection:
         mix: sum the factors before multiplying them (``context="factor"``).
         rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
             ``Method.route`` makes them from what it keeps.
+        first: ``[B]`` int64, where each sample's first token that is no padding stands, for ``Method.route``; None
+            where it is the first of all.
+        memory: what ``Method.route`` decides for the prompt and needs again for the tokens that follow, which come
+            without it; None in training, where a layer that is recomputed must find what its first pass found.
     """
 
     block: Pairs | None = None
@@ -53,6 +57,8 @@ class Selection:
     weight: Tensor | None = None
     mix: bool = False
     rows: tuple[Tensor, Tensor] | None = None
+    first: Tensor | None = None
+    memory: dict[Factors, Any] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -79,6 +85,7 @@ class Selection:
             context=None if self.context is None else repeat(self.context),
             index=None if self.index is None else repeat(self.index),
             weight=None if self.weight is None else repeat(self.weight),
+            first=None if self.first is None else repeat(self.first),
         )
 
     def scaled(self, strength: Tensor) -> Selection:
@@ -140,6 +147,7 @@ class Method(ABC):
     uses_task: ClassVar[bool] = False  # the query is the task's number, [B, 1]: an oracle
     routes: ClassVar[bool] = False  # ``route`` looks at activations, so no one selection can be merged or exported
     shares_A: ClassVar[bool] = False  # a pool's rows have one A, ``[1, R, d_in]``
+    shared_rows: ClassVar[bool] = False  # every task trains the same rows, and keys are those of tasks (``Pool``)
 
     @abstractmethod
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -64,6 +65,7 @@ class Increments(nn.Module):
             },
             shares_A=self.method.shares_A,
             own_tensors=self._own_tensors,
+            shared_rows=self.method.shared_rows,
         )
         self.dropout: float = getattr(config, "dropout", 0.0)
         self.active: Selection | None = None
@@ -153,6 +155,9 @@ class Increments(nn.Module):
         selection = self.method.select(self.pool, query, self.groups, learning)
         if selection is not None and self.calibrates and not learning:
             selection = selection.scaled(calibration.familiarity(self.pool, query))
+        if selection is not None and self.method.routes:
+            first = _first_tokens(request.attention_mask)
+            selection = replace(selection, first=first, memory=None if self.training else {})
         return selection and selection.expand(request.batch)
 
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
@@ -313,7 +318,11 @@ def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tenso
         assert factors.block_A is not None and factors.block_B is not None
         found.append((*(selection.rows or (factors.block_A, factors.block_B)), selection.block))
     if selection.past is not None:
-        found.append((factors.A, factors.B, selection.past))
+        # an A that all rows share trains with the open block
+        learning = factors.shares_A and selection.block is not None
+        A = factors.block_A if learning else factors.A
+        assert A is not None
+        found.append((A, factors.B, selection.past))
     return found
 
 
@@ -334,6 +343,13 @@ def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, P
     B = torch.stack([b.float() for _, b in sums]).sum(0)  # [B, R, d_out]
     index = torch.arange(len(A), device=A.device)[:, None]
     return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
+
+
+def _first_tokens(attention_mask: Tensor | None) -> Tensor | None:
+    """``[B]``: where each sample's first token stands behind its padding; None where nothing is padded."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return (attention_mask != 0).int().argmax(1)
 
 
 def _shape(linear: nn.Module, model: nn.Module) -> LinearShape:
