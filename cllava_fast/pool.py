@@ -233,8 +233,8 @@ class Pool(_Keeper):
         self.row_task = torch.cat([self.row_task, self.row_task.new_full((rows,), task)])
         self.row_mean = torch.cat([self.row_mean, row_mean.detach().to(self.row_mean)])
         self.context = self.context_matrix().detach()
-        if self.block_keys is not None:
-            self.keys = torch.cat([self.keys, self.block_keys.detach()])
+        keys = self.keys.new_empty(rows, 0) if self.block_keys is None else self.block_keys.detach()
+        self.keys = torch.cat([self.keys, keys])
         for factors in self.layers.values():
             assert isinstance(factors, Factors)
             factors.commit()
