@@ -87,7 +87,8 @@ def evaluate_tasks(
     max_new_tokens: int,
     progress: bool,
 ) -> list[TaskEvaluation]:
-    """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given."""
+    """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given,
+    except to a method with ``uses_task``."""
     from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
 
     increments = getattr(model, "increments", None)
@@ -242,7 +243,8 @@ def evaluate_stream(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluates a model as it is on all tasks of a stream, by greedy generation and without a task id.
+    """Evaluates a model as it is on all tasks of a stream, by greedy generation and without a task id
+    (a method with ``uses_task`` is told it by the task's name).
 
     Args:
         model: a LLaVA, patched (with what it has learned) or plain.

@@ -24,7 +24,7 @@ def predict(
     max_new_tokens: int,
     advance: Callable[[str], None] = lambda note: None,
 ) -> list[str]:
-    """One answer for each example. No task id is given: the query alone decides what acts.
+    """One answer for each example. The query alone decides what acts.
 
     Several processes share the batches, which hold the same samples on any number of them; each returns all answers.
 
