@@ -55,7 +55,7 @@ def check_layers(model: Any, selection: Selection | None, alpha: Tensor, rng: to
         finally:
             increments.active = None
         torch.testing.assert_close(found.double(), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
-        if block:
+        if selection is not None and selection.block is not None:
             gradients = torch.autograd.grad((found * towards).sum(), block)
             wanted = torch.autograd.grad((expected * towards.double()).sum(), exact_block)
             for gradient, want in zip(gradients, wanted, strict=True):

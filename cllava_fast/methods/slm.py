@@ -84,8 +84,8 @@ class Slm(Method):
         k = normalize(pool.block_keys.unflatten(1, (groups, -1)), dim=2)  # [n, G, D/G]
         similarity = torch.einsum("bgc,ngc->bgn", q, k)
         masked = torch.rand(similarity.shape, generator=generator) < self.config.key_dropout
-        # masked rows come last, and are taken where no others are left
-        order = similarity.detach().masked_fill(masked.to(similarity.device), -2.0)
+        # masked rows come behind all others, and are taken where none of those are left
+        order = similarity.detach() - 4.0 * masked.to(similarity.device)
         return -similarity.gather(2, order.topk(self.config.top_m, dim=2).indices).mean()
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
