@@ -107,6 +107,13 @@ def test_keys_are_born_orthogonal_in_every_group(rng: torch.Generator) -> None:
         torch.testing.assert_close(part @ part.t(), torch.eye(4), atol=1e-5, rtol=0)
 
 
+def test_keys_may_be_born_as_instructions(rng: torch.Generator) -> None:
+    method = Slm(SlmConfig(groups=GROUPS, key_init="instructions"))
+    pool, queries = Pool(rank=8, key_dim=D, shapes={"o": LinearShape(6, 5)}), torch.randn(9, D, generator=rng)
+    method.open_task(pool, queries, rng)
+    assert all((queries == key).all(1).any() for key in pool.block_keys) and len(pool.block_keys.unique(dim=0)) == 4
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_alignment_loss(dropout: float, rng: torch.Generator) -> None:
     method = Slm(SlmConfig(groups=GROUPS, key_dropout=dropout))
@@ -218,6 +225,7 @@ def test_a_task_merges_as_its_mean(reduce: Any, llava: Any, processor: Any, rng:
         ({"top_m": 5}, r"top_m is 5; expected 1 to 4 \(rows_per_task\)"),
         ({"groups": 0}, "groups is 0"),
         ({"reduce": "task"}, "reduce is 'task'; expected one of"),
+        ({"key_init": "zeros"}, "key_init is 'zeros'"),
         ({"key_dropout": 1.0}, "key_dropout is 1.0"),
         ({"rank": 0}, "rank is 0"),
     ],

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from cllava_fast import ops
 from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
+from cllava_fast.methods.continual_llava import KeyInit, sample_keys
 from cllava_fast.pool import Pool
 
 Reduce = Literal["batch", "sample"]
@@ -32,7 +33,7 @@ class SlmConfig(MethodConfig):
 
     method: ClassVar[str] = "slm"
     title: ClassVar[str] = "SLM"
-    demo: ClassVar[dict[str, Any]] = {"groups": 4}
+    demo: ClassVar[dict[str, Any]] = {"groups": 4, "key_init": "instructions"}  # 60 steps align no orthogonal keys
 
     rows_per_task: int = field(default=4, metadata={"help": "rows that a task adds to the pool"})
     top_m: int = field(default=2, metadata={"help": "rows selected for each batch or sample"})
@@ -47,6 +48,10 @@ class SlmConfig(MethodConfig):
         metadata={"help": "batch: one selection for all samples of a batch, as published; sample: one for each"},
     )
     groups: int = field(default=6, metadata={"help": "equal parts of query and keys; a divisor of the query's width"})
+    key_init: KeyInit = field(
+        default="orthogonal",
+        metadata={"help": "keys at birth: orthogonal in each group, as published, or embeddings of the instructions"},
+    )
     key_dropout: float = field(default=0.25, metadata={"help": "share of the rows that alignment masks, at random"})
     surrogate: str = field(default="sentence", metadata={"help": "what turns an instruction into a query"})
 
@@ -56,8 +61,9 @@ class SlmConfig(MethodConfig):
             raise ValueError(f"top_m is {self.top_m}; expected 1 to {self.rows_per_task} (rows_per_task)")
         if self.groups < 1:
             raise ValueError(f"groups is {self.groups}; expected at least 1")
-        if self.reduce not in get_args(Reduce):
-            raise ValueError(f"reduce is {self.reduce!r}; expected one of {list(get_args(Reduce))}")
+        for name, choices in (("reduce", get_args(Reduce)), ("key_init", get_args(KeyInit))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {list(choices)}")
         if not 0.0 <= self.key_dropout < 1.0:
             raise ValueError(f"key_dropout is {self.key_dropout}; expected a share from 0 to below 1")
 
@@ -74,8 +80,12 @@ class Slm(Method):
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         config = self.config
-        parts = [torch.empty(config.rows_per_task, pool.key_dim // config.groups) for _ in range(config.groups)]
-        keys = torch.cat([torch.nn.init.orthogonal_(part, generator=generator) for part in parts], dim=1)
+        if config.key_init == "orthogonal":
+            parts = torch.empty(config.groups, config.rows_per_task, pool.key_dim // config.groups)
+            keys = torch.cat([torch.nn.init.orthogonal_(part, generator=generator) for part in parts], dim=1)
+        else:
+            assert queries is not None
+            keys = sample_keys(queries, config.rows_per_task, generator)
         pool.open_block(config.rows_per_task, keys=keys, a_std=config.a_std, context_init=None, generator=generator)
 
     def alignment_loss(self, pool: Pool, query: Tensor, groups: int, generator: torch.Generator) -> Tensor:
