@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         patch,
         push_to_hub,
         save_pretrained,
+        scale_layers,
         unmerge,
         unpatch,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "push_to_hub",
     "read_samples",
     "save_pretrained",
+    "scale_layers",
     "unmerge",
     "unpatch",
 ]
@@ -75,6 +77,7 @@ _HOMES = {
         "patch",
         "push_to_hub",
         "save_pretrained",
+        "scale_layers",
         "unmerge",
         "unpatch",
     ),

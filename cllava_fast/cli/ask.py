@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="folder of a run, or of saved increments")
     parser.add_argument("question")
     parser.add_argument("--image", metavar="FILE", help="the picture that is asked about")
+    parser.add_argument("--task", help="the question's task, for a method that must be told it")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer (default: as in training)")
     parser.add_argument("--quiet", action="store_true", help="print the answer alone")
@@ -51,11 +52,27 @@ def run(arguments: argparse.Namespace) -> int:
     encoder = Encoder(processor)
     examples = encoder.encode([sample])
     collate = Collator(encoder, None, training=False)
-    (answer,) = predict(model, examples, None, collate, batch_size=1, max_new_tokens=tokens)
+    query = _told(model, arguments.task)
+    (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)
     print(answer)
     if not arguments.quiet:
-        _print(explain(model, collate(examples), arguments.question), model.increments.config.method)
+        method = model.increments.config.method
+        why = "was told the task" if query is not None else "selects nothing: the same increments answer every question"
+        _print(explain(model, collate(examples), arguments.question), f"({method} {why})")
     return 0
+
+
+def _told(model: Any, task: str | None) -> Any:
+    """The query of a method that is told the task ``[1, 1]``; None for one that finds out by itself."""
+    increments = model.increments
+    learned, method = increments.pool.task_names, increments.config.method
+    if not increments.method.uses_task:
+        if task is not None:
+            raise ValueError(f"--task is {task!r}, but {method} is told no task; leave it out")
+        return None
+    if task not in learned:
+        raise ValueError(f"--task is {task!r}; {method} must be told the question's task, one of {', '.join(learned)}")
+    return increments.task_query([task])
 
 
 def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
@@ -97,13 +114,13 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
     return sorted(rows, key=lambda row: -row.weight)
 
 
-def _print(rows: list[Row], method: str) -> None:
+def _print(rows: list[Row], otherwise: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     if not rows:
-        print(f"({method} selects nothing: the same increments answer every question)")
+        print(otherwise)
         return
     shown = Table("task", "row", "similarity", "weight", "context", box=box.SIMPLE_HEAD, show_edge=False)
     for column in shown.columns[1:]:

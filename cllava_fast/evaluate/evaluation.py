@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cllava_fast.atomic import check_replaceable, new_folder
@@ -23,9 +24,10 @@ from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Sample, Stream
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
-from cllava_fast.evaluate.predict import predict, queries_of
+from cllava_fast.evaluate.predict import batches_of, predict, queries_of
 from cllava_fast.evaluate.report import METRICS, REPORT_FILES, write_report
 from cllava_fast.evaluate.scores import find_metric
+from cllava_fast.pool import Pool
 
 PREDICTIONS = "predictions"  # folder of a run that holds a JSONL file for each task
 EXAMPLES = 2  # right ones and wrong ones of each task in the report
@@ -87,7 +89,8 @@ def evaluate_tasks(
     max_new_tokens: int,
     progress: bool,
 ) -> list[TaskEvaluation]:
-    """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given."""
+    """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given,
+    except to a method with ``uses_task``."""
     from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
 
     increments = getattr(model, "increments", None)
@@ -101,28 +104,37 @@ def evaluate_tasks(
             model, examples, queries, Collator(data.encoder, features, training=False),
             batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance,
         )  # fmt: skip
+    selected = None if queries is None else _selected(increments, queries, batches_of(examples, batch_size))
     metric_of = {task.name: find_metric(task.metric) for task in data.stream}
     evaluations, start = [], 0
     for name, task in tasks.items():
         part = slice(start, start + len(task))
         start = part.stop
-        selected = None if queries is None else _selected(increments, queries[part], name)
-        evaluations.append(_evaluation(name, task, answers[part], metric_of[name], selected))
+        own = selected and _of_task(model.increments.pool, selected[0][part], selected[1][part], name)
+        evaluations.append(_evaluation(name, task, answers[part], metric_of[name], own))
     return evaluations
 
 
-def _selected(increments: Any, queries: Tensor, task: str) -> tuple[list[Any], list[Any], list[float] | None] | None:
-    """Rows and weights of each sample, and the share of the weights in the task's own rows.
-
-    Where tasks share rows, what is selected are tasks.
-    """
+def _selected(increments: Any, queries: Tensor, batches: list[list[int]]) -> tuple[Tensor, Tensor] | None:
+    """Rows and weights of each sample, ``[n, M]``, chosen batch by batch as for the answers: a method may choose for a
+    batch as a whole. Where tasks share rows, what is selected are tasks."""
     pool = increments.pool
     if not pool.num_rows:
         return None
-    selection = increments.method.select(pool, queries.to(pool.keys.device), increments.groups, training=False)
-    if selection is None or selection.index is None or selection.weight is None:
-        return None
-    index, weight = selection.index, selection.weight  # [n, M]
+    index, weight = [], []
+    for rows in batches:
+        query = queries[rows].to(pool.keys.device)
+        selection = increments.method.select(pool, query, increments.groups, training=False)
+        if selection is None or selection.index is None or selection.weight is None:
+            return None
+        index.append(selection.index)
+        weight.append(selection.weight)
+    position = torch.tensor([row for rows in batches for row in rows], device=pool.keys.device).argsort()
+    return torch.cat(index)[position], torch.cat(weight)[position]
+
+
+def _of_task(pool: Pool, index: Tensor, weight: Tensor, task: str) -> tuple[list[Any], list[Any], list[float] | None]:
+    """Rows and weights ``[n, M]`` of a task's samples, and the share of the weights in the task's own rows."""
     right = None
     if task in pool.task_names:
         own = (index if pool.shared_rows else pool.row_task[index]) == pool.task_names.index(task)
@@ -245,7 +257,8 @@ def evaluate_stream(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluates a model as it is on all tasks of a stream, by greedy generation and without a task id.
+    """Evaluates a model as it is on all tasks of a stream, by greedy generation and without a task id
+    (a method with ``uses_task`` is told it by the task's name).
 
     Args:
         model: a LLaVA, patched (with what it has learned) or plain.

@@ -24,7 +24,7 @@ def predict(
     max_new_tokens: int,
     advance: Callable[[str], None] = lambda note: None,
 ) -> list[str]:
-    """One answer for each example. No task id is given: the query alone decides what acts.
+    """One answer for each example. The query alone decides what acts.
 
     Several processes share the batches, which hold the same samples on any number of them; each returns all answers.
 
@@ -36,9 +36,7 @@ def predict(
     tokenizer = collate.encoder.tokenizer
     device = next(model.parameters()).device
     model.eval()
-    # prompts of one length waste nothing on padding
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches_of(examples, batch_size)
     share = batches[distributed.rank() :: distributed.count()]
     together = distributed.is_sharded(model)
     if together and len(share) < len(batches[:: distributed.count()]):
@@ -57,6 +55,12 @@ def predict(
         advance("")
     answers = {row: answer for share in distributed.gather(mine) for row, answer in share.items()}
     return [answers[i] for i in range(len(examples))]
+
+
+def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """The examples that share a batch: prompts of one length, which waste nothing on padding."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def queries_of(

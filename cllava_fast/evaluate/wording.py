@@ -55,6 +55,9 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if steps < size:
         texts.insert(1, ("", f"The run has learned {steps} of {size} tasks; all numbers are over these."))
+    told = [METHODS[name][0].title for name in results["methods"] if name in METHODS and METHODS[name][1].uses_task]
+    if told:
+        texts.insert(1, ("", f"Except {', '.join(told)}: told each question's task, so an oracle."))
     if results.get("note"):
         texts.append(("", results["note"]))
     return texts

@@ -172,6 +172,11 @@ class Method(ABC):
         that files are checked before they are read."""
         return {}
 
+    def alignment_loss(self, pool: Pool, query: Tensor, groups: int, generator: torch.Generator) -> Tensor | None:
+        """What a step of alignment minimises over the open block's keys, for ``query [B, D]`` of the task; None for
+        ``-mean(similarity of a query with its top_m keys)``. ``generator`` is on the CPU."""
+        return None
+
     def penalty(self, pool: Pool) -> Tensor | None:
         """What the loss of a tuning step grows by; None for nothing."""
         return None

@@ -3,11 +3,13 @@
 from cllava_fast.model.export import ExportReport, export_peft
 from cllava_fast.model.files import load_pretrained, save_pretrained
 from cllava_fast.model.hub import from_pretrained, push_to_hub
+from cllava_fast.model.layer_scaling import LayerScaling, scale_layers
 from cllava_fast.model.merging import MergeReport, merge, unmerge
 from cllava_fast.model.patching import get_increments, patch, unpatch
 
 __all__ = [
     "ExportReport",
+    "LayerScaling",
     "MergeReport",
     "export_peft",
     "from_pretrained",
@@ -17,6 +19,7 @@ __all__ = [
     "patch",
     "push_to_hub",
     "save_pretrained",
+    "scale_layers",
     "unmerge",
     "unpatch",
 ]

@@ -57,6 +57,8 @@ class Increments(nn.Module):
         self._special_ids = _special_ids(model) | {self._image_token_id, video}
         self.reader = None if processor is None else InstructionReader(processor, self._image_token_id, video)
         self.surrogate = self._make_surrogate(model)
+        if self.surrogate is not None and self.surrogate.dim % self.groups:
+            raise ValueError(f"groups is {self.groups}; expected a divisor of the query's width, {self.surrogate.dim}")
         self.pool = Pool(
             rank=config.rank,
             key_dim=self.surrogate.dim if self.surrogate else 0,
@@ -121,7 +123,9 @@ class Increments(nn.Module):
 
     @property
     def groups(self) -> int:
-        return self.surrogate.groups if self.surrogate else 1
+        """Parts of queries and keys whose cosines are averaged: the method's own choice, or the surrogate's."""
+        chosen: int | None = getattr(self.config, "groups", None)
+        return chosen or (self.surrogate.groups if self.surrogate else 1)
 
     # -- from a call to a selection ------------------------------------------------------------------------------
 

@@ -168,6 +168,8 @@ def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor,
         total.index_add_(0, pairs.index[0].to(A.device), pairs.coefficient[0].to(A.device))
     acting = [[rows[total != 0] for rows in (A, B, total)] for A, B, total in totals.values()]
     A, B, coefficient = (torch.cat(tensors) for tensors in zip(*acting, strict=True))
+    if not len(coefficient):
+        raise ValueError("no row acts on this query: nothing of it was learned")
     return A, B, coefficient
 
 

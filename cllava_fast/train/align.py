@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,13 +17,21 @@ READ_EVERY = 10  # steps
 
 
 def align_keys(
-    pool: Pool, queries: Tensor, top_m: int, groups: int, args: ContinualArguments, seed: int, title: str
+    pool: Pool,
+    queries: Tensor,
+    top_m: int,
+    groups: int,
+    args: ContinualArguments,
+    seed: int,
+    title: str,
+    own_loss: Callable[[Pool, Tensor, int, torch.Generator], Tensor | None] = lambda *batch: None,
 ) -> float:
     """Trains the open block's keys, and nothing else, on ``-mean(similarity of e with its M selected keys)``.
 
     Args:
         queries: ``[n, D]``, the task's training instructions.
         seed: of the order of batches.
+        own_loss: ``Method.alignment_loss``, which may put another loss in its place.
 
     Returns:
         The last epoch's mean loss.
@@ -48,8 +57,10 @@ def align_keys(
             if not len(order):
                 order = torch.randperm(len(queries), generator=generator).to(keys.device)
             batch, order = order[: args.align_batch_size], order[args.align_batch_size :]
-            _, _, similarity = ops.select(queries[batch], keys, top_m, groups=groups, check_values=False)
-            loss = -similarity.mean()
+            loss = own_loss(pool, queries[batch], groups, generator)
+            if loss is None:
+                _, _, similarity = ops.select(queries[batch], keys, top_m, groups=groups, check_values=False)
+                loss = -similarity.mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([keys], args.align_max_grad_norm)

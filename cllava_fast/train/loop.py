@@ -250,7 +250,7 @@ class ContinualTrainer:
                 top_m: int = increments.config.top_m  # type: ignore[attr-defined]
                 with events.stage("align") as measured:
                     measured["loss"] = align_keys(
-                        pool, queries, top_m, increments.groups, args, seed, f"{title}: align"
+                        pool, queries, top_m, increments.groups, args, seed, f"{title}: align", method.alignment_loss
                     )
             with events.stage("tune") as measured:
                 tuned = tune(

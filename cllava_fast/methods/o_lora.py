@@ -1,0 +1,89 @@
+"""O-LoRA (arXiv 2310.14152): a new LoRA for each task, kept orthogonal to the earlier ones, and all of them summed.
+
+While task t trains, its loss grows, over the adapted linears, by
+
+    lambda_1 * sum_(i < t) sum_jk |A_i A_t^T|_jk  +  lambda_2 * (||A_t||_2 + ||B_t||_2)
+
+The paper squares the entries of ``A_i A_t^T``. This is the public code (cmnfriend/O-LoRA), which takes their absolute
+values and has the norms: ``lambda_1 = 0.5`` and ``lambda_2 = 0`` were chosen with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
+from cllava_fast.pool import Factors, Pool
+
+
+@dataclass(frozen=True)
+class OLoraConfig(MethodConfig):
+    """Configuration of O-LoRA; each field's help says what it is."""
+
+    method: ClassVar[str] = "o_lora"
+    title: ClassVar[str] = "O-LoRA"
+
+    rank: int = field(default=8, metadata={"help": "rank of one task's LoRA"})
+    scale: float = field(default=4.0, metadata={"help": "factor on every increment (LoRA's alpha / r, 32 / 8)"})
+    a_std: float = field(
+        default=0.009,
+        metadata={
+            "help": "standard deviation of A at birth (B is born zero); LoRA's own is 1 / sqrt(3 * width), 0.009 at a "
+            "width of 4096, and lambda_1 is chosen for it"
+        },
+    )
+    targets: tuple[str, ...] = field(
+        default=("self_attn.o_proj",), metadata={"help": "linears of each language layer that get increments"}
+    )
+    lambda_1: float = field(default=0.5, metadata={"help": "weight of the overlap with earlier tasks' A in the loss"})
+    lambda_2: float = field(default=0.0, metadata={"help": "weight of the norms of the new A and B in the loss"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lambda_1", "lambda_2"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+
+
+@register(OLoraConfig)
+class OLora(Method):
+    """Pool row t is task t's LoRA; every row acts on every sample."""
+
+    uses_query = False
+    config: OLoraConfig
+
+    def __init__(self, config: OLoraConfig) -> None:
+        self.config = config
+
+    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
+        pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+
+    def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
+        pool.commit(name, torch.ones(1))
+
+    def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
+        rows, device = pool.num_rows, pool.row_task.device
+        one, learns = torch.ones(1, 1, device=device), training and pool.block_rows > 0
+        if not learns and not rows:
+            return None
+        # the newest row is selected, all before it come as context, which needs no gathering
+        newest = Pairs(torch.full((1, 1), 0 if learns else rows - 1, device=device), one)
+        before = rows if learns else rows - 1
+        context = torch.ones(1, before, device=device) if before else None
+        return Selection(block=newest, context=context) if learns else Selection(past=newest, context=context)
+
+    def penalty(self, pool: Pool) -> Tensor | None:
+        config, terms = self.config, []
+        for factors in pool.layers.values():
+            assert isinstance(factors, Factors) and factors.block_A is not None and factors.block_B is not None
+            if config.lambda_1 and pool.num_rows:
+                overlap = factors.A.float().flatten(0, 1) @ factors.block_A[0].t()  # [tasks * R, R]
+                terms.append(config.lambda_1 * overlap.abs().sum())
+            if config.lambda_2:
+                norms = torch.linalg.vector_norm(factors.block_A) + torch.linalg.vector_norm(factors.block_B)
+                terms.append(config.lambda_2 * norms)
+        return torch.stack([term.to(pool.row_task.device) for term in terms]).sum() if terms else None

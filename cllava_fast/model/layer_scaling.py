@@ -1,0 +1,112 @@
+"""LiNeS (arXiv 2410.17146): after training, what was learned counts less in shallow layers and more in deep ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cllava_fast.model import paths
+from cllava_fast.model.patching import check_not_merged, get_increments
+from cllava_fast.pool import Factors
+
+
+class LayerScaling:
+    """What ``scale_layers`` did, which ``undo`` takes back; leaving a ``with`` does, too.
+
+    Attributes:
+        scales: the factor of each adapted linear's increments, by path.
+    """
+
+    def __init__(self, model: Any, scales: dict[str, float]) -> None:
+        self.scales = scales
+        self._model = model
+        self._before: dict[str, tuple[Tensor, Tensor | None]] = {}  # B and block_B
+        with torch.inference_mode(False), torch.no_grad():
+            for path, scale in scales.items():
+                factors = self._factors(path)
+                open_B = None if factors.block_B is None else factors.block_B.data
+                self._before[path] = factors.B, open_B
+                _put(factors, *(_times(B, scale) for B in self._before[path]))
+
+    def undo(self) -> None:
+        """Puts the rows back, bit for bit. Raises ValueError if they were changed since, or a selection is merged."""
+        check_not_merged(get_increments(self._model))
+        for path, scale in self.scales.items():
+            factors = self._factors(path)
+            present = factors.B, factors.block_B
+            for now, before in zip(present, self._before[path], strict=True):
+                if not _is_equal(now, _times(before, scale)):
+                    raise ValueError(f"rows of {path} were learned, loaded or cast since; load what was saved before")
+        for path in self.scales:
+            factors = self._factors(path)
+            _put(factors, *(None if B is None else B.to(factors.B.device) for B in self._before[path]))
+        self.scales = {}
+
+    def _factors(self, path: str) -> Factors:
+        return get_increments(self._model).pool.factors(path)
+
+    def __enter__(self) -> LayerScaling:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.undo()
+
+
+def scale_layers(model: Any, *, alpha: float, beta: float) -> LayerScaling:
+    """Multiplies the learned increments of language layer l = 0 ... L - 1 by ``alpha + beta * l / (L - 1)``.
+
+    LiNeS, equation of section 3 (which counts from 1): a small ``alpha`` brings shallow layers back towards the base,
+    whose general skills they hold, and deep layers keep what they learned; the paper's single-task setting has
+    ``alpha + beta = 1``. No data is needed. It acts at once, on all rows, by their ``B``: evaluation, ``merge``,
+    ``export_peft`` and ``save_pretrained`` see the scaled rows. Two scalings multiply.
+
+    Args:
+        model: a patched model that has learned something.
+        alpha: factor of the first layer (of the only one, where L = 1).
+        beta: what the last layer's factor is more than that.
+
+    Returns:
+        An object whose ``undo()`` puts the very rows back: ``with cf.scale_layers(model, alpha=0.3, beta=0.7): ...``
+
+    Raises:
+        ValueError: the model is not patched, has nothing learned, is learning, or holds a merged selection; or a
+            factor is no finite number.
+    """
+    increments = get_increments(model)
+    check_not_merged(increments)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; expected a finite number")
+    pool = increments.pool
+    if increments.method.uses_query and pool.block_rows:
+        raise ValueError("a task is being learned; finish it first")
+    if not pool.num_rows and not pool.block_rows:
+        raise ValueError("nothing has been learned yet")
+    layers = paths.base_of(model).layers
+    last = max(len(list(model.get_submodule(layers).children())) - 1, 1)
+    numbers = {
+        path: int(path.removeprefix(f"{layers}.").partition(".")[0])
+        for path in paths.adapted_linears(model, increments.config.targets)
+    }
+    return LayerScaling(model, {path: alpha + beta * number / last for path, number in numbers.items()})
+
+
+def _times(B: Tensor | None, scale: float) -> Tensor | None:
+    return None if B is None else B * scale
+
+
+def _is_equal(now: Tensor | None, wanted: Tensor | None) -> bool:
+    if now is None or wanted is None:
+        return now is wanted
+    return now.shape == wanted.shape and now.dtype == wanted.dtype and torch.equal(now, wanted.to(now.device))
+
+
+def _put(factors: Factors, B: Tensor | None, block_B: Tensor | None) -> None:
+    assert B is not None
+    factors.B = B
+    if block_B is not None:
+        assert factors.block_B is not None
+        factors.block_B.data = block_B
