@@ -115,7 +115,8 @@ def wines(split: str) -> tuple[Wine, ...]:
     seen = values[order[80:]]  # the scale knows nothing of the other splits
     low, high = seen.min(0), seen.max(0)
     heights = 6 + np.rint((values - low) / (high - low) * 50).clip(0, 50).astype(int)
-    return tuple(_draw_wine(dict(zip(WINE.values(), heights[i].tolist(), strict=True)), int(kinds[i]) + 1) for i in part)
+    bars = [dict(zip(WINE.values(), row, strict=True)) for row in heights.tolist()]
+    return tuple(_draw_wine(bars[i], int(kinds[i]) + 1) for i in part)
 
 
 def _draw_wine(heights: dict[str, int], kind: int) -> Wine:
@@ -190,9 +191,10 @@ def draw_sign(rng: Random) -> tuple[Image.Image, str, str]:
     labels = {**{label: tuple("0123456789") for label in NUMBER_LABELS}, **WORD_LABELS}
     label = rng.choice(sorted(labels))
     value = rng.choice(labels[label])
-    draw.text((8 + rng.randint(0, 1), middle), label, font=default_font(10), fill=(20, 20, 20), anchor="lm")
-    at, size = ((42, 16) if value.isdigit() else (30, 10))
-    draw.text((at + rng.randint(0, 2), middle + (0 if value.isdigit() else ROW)), value, font=default_font(size), fill=(20, 20, 20), anchor="lm")
+    left = 42 if value.isdigit() else 32
+    for text, at, size in ((label, 8, 10), (value, left, 16 if value.isdigit() else 10)):
+        where = (at + rng.randint(0, 1), middle)
+        draw.text(where, text, font=default_font(size), fill=(20, 20, 20), anchor="lm")
     return image, f"{label} {value}", color
 
 

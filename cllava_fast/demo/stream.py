@@ -1,4 +1,4 @@
-"""The demo's stream: questions about charts, forms, easy-VQA's shapes and scikit-learn's handwritten digits.
+"""The domain-incremental stream: charts, forms, easy-VQA's shapes and scikit-learn's handwritten digits.
 
 Images of training, validation and test never meet. Icons keep easy-VQA's own test split; digits have a fixed one.
 """
@@ -71,6 +71,7 @@ ICON_TURNS = (
     "color", "shape", "color", "shape", "negated color yes", "negated color no", "negated kind yes", "negated kind no",
 )  # fmt: skip
 
+TASKS = ("chart", "document", "icon", "digit")
 PER_IMAGE = 2  # questions about one drawn image
 SPLIT_SEED = "the digits' split"
 
@@ -95,7 +96,7 @@ def build_stream(
     if not 0.0 <= ambiguous <= 1.0:
         raise ValueError(f"ambiguous is {ambiguous}; expected a share in 0..1")
     tasks = []
-    for name in ("chart", "document", "icon", "digit"):
+    for name in TASKS:
         parts = {split: _samples(name, split, size, seed, ambiguous) for split, size in sizes.items()}
         tasks.append(Task(name, train=parts["train"], test=parts["test"], validation=parts["validation"]))
     return Stream(tasks, name="demo")

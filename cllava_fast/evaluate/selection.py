@@ -8,6 +8,8 @@ from typing import Any
 
 USED = 0.01  # share of a task's weight from which on a row counts as used
 
+STUDY = ("block_rows", "rows_used", "effective_rows", "block_weight", "overlap")
+
 
 def selection_study(weights: Mapping[str, Sequence[float]], owners: Sequence[str]) -> dict[str, Any] | None:
     """The study that ``results.json`` holds; None where a task's questions selected nothing.
