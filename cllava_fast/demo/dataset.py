@@ -36,6 +36,11 @@ SAYS = ("what does the sign say?", "what is written on this sign?", "what do you
 FRAME = ("what color is the sign?", "which color has this sign?", "what is the color of the sign?")
 
 WINE = {6: "red", 12: "yellow", 11: "blue", 0: "green", 9: "black"}  # the columns that tell most, and their bars
+SIGNS = tuple(
+    (label, value)
+    for label, values in {**dict.fromkeys(NUMBER_LABELS, tuple("0123456789")), **WORD_LABELS}.items()
+    for value in values
+)
 TILE_SIDE = 40  # pixels of a photograph
 TILE_COLORS = ("black", "brown", "gray", "teal")  # what the two photographs consist of
 
@@ -188,9 +193,7 @@ def draw_sign(rng: Random) -> tuple[Image.Image, str, str]:
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 0, SIZE - 1, SIZE - 1), outline=COLORS[color], width=rng.randint(4, 7))
     middle = rng.randint(1, 2) * ROW + ROW // 2 + rng.randint(-1, 1)
-    labels = {**{label: tuple("0123456789") for label in NUMBER_LABELS}, **WORD_LABELS}
-    label = rng.choice(sorted(labels))
-    value = rng.choice(labels[label])
+    label, value = rng.choice(SIGNS)
     left = 42 if value.isdigit() else 32
     for text, at, size in ((label, 8, 10), (value, left, 16 if value.isdigit() else 10)):
         where = (at + rng.randint(0, 1), middle)
