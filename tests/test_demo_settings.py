@@ -113,10 +113,12 @@ def test_answers_about_charts_can_be_read_from_the_pixels(capabilities: dict[str
                 assert sample.answer == f"{ranked[0]} ; {ranked[-1]} ; {left}"
             elif name == "conversation":
                 ((question, it),) = sample.history
-                assert it == ranked[0 if re.search("tallest|highest", question) else -1]
-                place = colors.index(it) + 1
-                wanted = str(place) if "number" in words else "yes" if place < len(colors) else "no"
-                assert words.startswith("and ") and sample.answer == wanted
+                if "odd" in words:
+                    assert it == str(len(colors)) and sample.answer == ("odd" if len(colors) % 2 else "even")
+                    continue
+                tallest = re.search("tallest|highest", question)
+                assert (it, sample.answer) == (ranked[0], ranked[-1])[:: 1 if tallest else -1]
+                assert words == f"and which is the {'shortest' if tallest else 'tallest'}?"
 
 
 def test_answers_about_digits_are_those_of_scikit_learn(capabilities: dict[str, Any]) -> None:
@@ -137,7 +139,7 @@ def test_answers_about_digits_are_those_of_scikit_learn(capabilities: dict[str, 
             assert [answer for _, answer in sample.history] == ([str(digit)] if name == "conversation" else [])
 
 
-def test_answers_about_forms_and_shapes_follow_from_the_facts() -> None:
+def test_answers_about_forms_follow_from_the_facts() -> None:
     rng = Random(11)
     for turn in range(60):
         form = draw_form(rng)
@@ -150,19 +152,31 @@ def test_answers_about_forms_and_shapes_follow_from_the_facts() -> None:
         first, said, *_ = capability.conversation(form, turn, rng)
         assert form.number_label in first.rstrip("?").split() and said == str(number)
 
-        pair = capability.draw_pair(rng)
-        left, right = pair.shapes
-        assert left.kind != right.kind and left.color != right.color and left.box[0] < right.box[0]
-        question, answer = capability.reasoning(pair, turn, rng)
-        pixels_of = {s.color: (s.box[2] - s.box[0] + 1) * (s.box[3] - s.box[1] + 1) for s in pair.shapes}
-        chosen = (min if "not bigger" in question else max)(pixels_of, key=pixels_of.__getitem__)
-        assert answer == f"{left.color} ; {right.color} ; {chosen}"
-        first, it, question, answer = capability.conversation(pair, turn, rng)
-        shape = left if "left" in first else right
-        assert (it, answer) == ((shape.kind, shape.color) if "color" in question else (shape.color, shape.kind))
-        question, answer = capability.short_answer(pair, turn, rng)
-        shape = left if left.kind in question.split("?")[0].split() or left.color in question else right
-        assert answer in (shape.kind, shape.color) and answer not in question
+
+def test_answers_about_shapes_follow_from_the_facts() -> None:
+    rng = Random(12)
+    for turn in range(60):
+        icon = capability.draw_pair(rng) if turn % 2 else draw_icon(rng)
+        shapes, count = icon.shapes, 1 + turn % 2
+        colors = " ; ".join(shape.color for shape in shapes)
+        left, parity = shapes[0], ("even", "odd")[count % 2]
+        assert capability.describe(icon).count(" a ") + capability.describe(icon).startswith("a ") == 2
+        assert all(f"{shape.color} {shape.kind}" in capability.describe(icon) for shape in shapes)
+        question, answer = capability.short_answer(icon, turn, rng)
+        assert answer == (str(count) if "many" in question else left.color if "color" in question else left.kind)
+        question, answer = capability.reasoning(icon, turn, rng)
+        area = {s.color: (s.box[2] - s.box[0] + 1) * (s.box[3] - s.box[1] + 1) for s in shapes}
+        size = "big" if f"a big {left.color}" in mixture._phrase(left) else "small"
+        follows = parity if "odd" in question else size if "small" in question else max(area, key=area.__getitem__)
+        assert answer == f"{count if 'odd' in question else colors} ; {follows}"
+        first, it, question, answer = capability.conversation(icon, turn, rng)
+        named = {"color": left.color, "shape": left.kind, "many": str(count), "odd": parity}
+        assert it == next(value for word, value in named.items() if word in first)
+        assert question.startswith("and ") and answer == next(v for word, v in named.items() if word in question)
+        if count == 2:
+            right = shapes[1]
+            assert left.kind != right.kind and left.color != right.color and left.box[0] < right.box[0]
+            assert max(area.values()) >= 1.6 * min(area.values())
 
 
 def test_wines_are_those_of_scikit_learn(datasets: dict[str, Any]) -> None:

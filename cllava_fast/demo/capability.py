@@ -1,7 +1,7 @@
 """The capability-incremental stream: four kinds of instruction about the same four kinds of pictures.
 
-Every task shows drawn charts, forms and pairs of shapes, and scikit-learn's digits, a quarter each: the instruction
-alone tells what is wanted.
+Every task shows drawn charts, forms, and shapes alone and in pairs, and scikit-learn's digits, a quarter each: the
+instruction alone tells what is wanted.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from random import Random
-from typing import Any
 
 from cllava_fast.data.stream import Sample, Stream, Task
-from cllava_fast.demo.images import Chart, Form, Glyph, Icon, draw_chart, draw_form, draw_icon
-from cllava_fast.demo.stream import DIGIT, FIELD, SHORTEST, TALLEST, check_sizes, digits, question_about, yes
+from cllava_fast.demo.images import BIG, Chart, Form, Glyph, Icon, Shape, draw_chart, draw_form, draw_icon
+from cllava_fast.demo.stream import COUNT, DIGIT, FIELD, SHORTEST, TALLEST, check_sizes, digits, question_about, yes
 
 Facts = Chart | Form | Icon | Glyph
 Turns = tuple[str, ...]  # user, assistant, user, assistant, ...
@@ -58,11 +57,11 @@ def _samples(task: str, ask: Callable[[Facts, int, Random], Turns], split: str, 
 
 
 def _pictures(split: str, rng: Random) -> Iterator[Facts]:
-    """Chart, form, shapes and digit take turns."""
+    """Chart, form, shapes and digit take turns; one shape and two, too."""
     handwritten = list(digits(split))
     rng.shuffle(handwritten)
-    for glyph in cycle(handwritten):
-        yield from (draw_chart(rng), draw_form(rng), draw_pair(rng), glyph)
+    for glyph, draw in zip(cycle(handwritten), cycle((draw_icon, draw_pair)), strict=False):
+        yield from (draw_chart(rng), draw_form(rng), draw(rng), glyph)
 
 
 def draw_pair(rng: Random) -> Icon:
@@ -74,19 +73,21 @@ def draw_pair(rng: Random) -> Icon:
             return icon
 
 
-def _area(shape: Any) -> int:
-    left, top, right, bottom = shape.box
-    return int((right - left + 1) * (bottom - top + 1))
+def _area(shape: Shape) -> int:
+    _, top, _, bottom = shape.box
+    return shape.width * (bottom - top + 1)
 
 
 def short_answer(facts: Facts, turn: int, rng: Random) -> Turns:
     if isinstance(facts, Icon):
-        shape = rng.choice(facts.shapes)
+        count, first = len(facts.shapes), facts.shapes[0]
+        which = "object" if count == 1 else "left object"
         asked = (
-            (f"what color is the {shape.kind}?", shape.color),
-            (f"what shape is the {shape.color} object?", shape.kind),
+            (f"what color is the {which}?", first.color),
+            (f"what shape is the {which}?", first.kind),
+            ("how many objects are there?", str(count)),
         )
-        question, answer = asked[turn % 2]
+        question, answer = asked[turn // 2 % 3]
     else:
         question, answer = question_about(facts, 0 if isinstance(facts, Glyph) else turn, None, rng)
     return f"in short : {question}", answer
@@ -104,7 +105,10 @@ def describe(facts: Facts) -> str:
         fields = " and ".join(f"{label} {value}" for label, value in facts.fields.items())
         return f"a form with {fields} ; the box is {'' if facts.ticked else 'not '}ticked ."
     if isinstance(facts, Icon):
-        left, right = facts.shapes
+        left, *others = facts.shapes
+        if not others:
+            return f"a picture of a {left.color} {left.kind} ."
+        right = others[0]
         return f"a {left.color} {left.kind} on the left and a {right.color} {right.kind} on the right ."
     return f"the handwritten digit {facts.digit} ."
 
@@ -126,12 +130,16 @@ def reasoning(facts: Facts, turn: int, rng: Random) -> Turns:
              f"{number} ; {yes(number % 2 == 1 and facts.ticked)}"),
         )  # fmt: skip
     elif isinstance(facts, Icon):
-        names = " ; ".join(shape.color for shape in facts.shapes)
-        small, big = (shape.color for shape in sorted(facts.shapes, key=_area))
-        asked = (
-            ("find the left and the right object", "which is bigger?", f"{names} ; {big}"),
-            ("find the left and the right object", "which is not bigger?", f"{names} ; {small}"),
-        )
+        count, first = len(facts.shapes), facts.shapes[0]
+        tally = ("tally the objects", "is the number odd or even?", f"{count} ; {_parity(count)}")
+        if count == 1:
+            size = "big" if first.width >= BIG else "small"
+            asked = (tally, ("find the object", "is it big or small?", f"{first.color} ; {size}"))
+        else:
+            bigger = max(facts.shapes, key=_area).color
+            names = " ; ".join(shape.color for shape in facts.shapes)
+            asked = (tally, ("find the left and the right object", "which is bigger?", f"{names} ; {bigger}"))
+        turn //= 2  # odd turns show two
     else:
         asked = (
             ("read the handwritten digit", "is it odd or even?", f"{facts.digit} ; {_parity(facts.digit)}"),
@@ -142,23 +150,22 @@ def reasoning(facts: Facts, turn: int, rng: Random) -> Turns:
 
 
 def conversation(facts: Facts, turn: int, rng: Random) -> Turns:
-    """Two turns: the second question says "it" of the first one's answer."""
+    """Two turns: the second question leaves unsaid what the first one named; "it" is the answer to that."""
     if isinstance(facts, Chart):
-        tallest = turn % 4 < 2
-        color = facts.ranked[0 if tallest else -1]
-        place = facts.colors.index(color) + 1
-        first = rng.choice(TALLEST if tallest else SHORTEST)
-        asked = (
-            ("and which number is it from the left?", str(place)),
-            ("and is there a bar on the right of it?", yes(place < len(facts.colors))),
-        )
-        return (first, color, *asked[turn % 2])
-    if isinstance(facts, Icon):
-        shape, side = rng.choice(tuple(zip(facts.shapes, ("left", "right"), strict=True)))
-        if turn % 2:
-            return f"which object is on the {side}?", shape.kind, "and what color is it?", shape.color
-        return f"which color is on the {side}?", shape.color, "and what shape is it?", shape.kind
-    if isinstance(facts, Form):
+        if turn % 4 == 1:
+            return rng.choice(TALLEST), facts.ranked[0], "and which is the shortest?", facts.ranked[-1]
+        if turn % 4 == 3:
+            return rng.choice(SHORTEST), facts.ranked[-1], "and which is the tallest?", facts.ranked[0]
+        first, number, turn = rng.choice(COUNT), len(facts.colors), 0
+    elif isinstance(facts, Icon):
+        count, shape = len(facts.shapes), facts.shapes[0]
+        which = "object" if count == 1 else "left object"
+        if turn % 4 < 2:
+            return f"what color is the {which}?", shape.color, "and what shape is it?", shape.kind
+        if count == 1:
+            return f"what shape is the {which}?", shape.kind, "and what color is it?", shape.color
+        first, number, turn = "how many objects are there?", count, 0
+    elif isinstance(facts, Form):
         first, number = rng.choice(FIELD).format(label=facts.number_label), int(facts.fields[facts.number_label])
     else:
         first, number = rng.choice(DIGIT), facts.digit
