@@ -226,6 +226,8 @@ def test_orders_are_distinct_and_always_the_same() -> None:
     orders = task_orders(tasks, 6)
     assert orders[0] == tasks and len({tuple(order) for order in orders}) == 6
     assert task_orders(tasks, 3) == orders[:3] and all(sorted(order) == tasks for order in orders)
+    four = task_orders(SETTINGS["domain"].tasks, 4)
+    assert all(len(set(place)) >= 3 for place in zip(*four, strict=True)), "every place is learned by several tasks"
     for count in (0, 7):
         with pytest.raises(ValueError, match=f"orders is {count}; expected 1 to 6"):
             task_orders(tasks, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from cllava_fast.data.stream import Stream
@@ -29,7 +30,10 @@ SETTINGS = {
 
 
 def task_orders(tasks: Sequence[str], count: int) -> list[list[str]]:
-    """``count`` different orders: the first as given, further ones drawn, always the same.
+    """``count`` different orders, always the same: the first as given, further ones drawn.
+
+    Of several draws the one is taken that repeats least of the earlier orders, places and successors: so few orders
+    tell much.
 
     Raises:
         ValueError: fewer than one, or more than there are.
@@ -38,10 +42,16 @@ def task_orders(tasks: Sequence[str], count: int) -> list[list[str]]:
         raise ValueError(f"orders is {count}; expected 1 to {math.factorial(len(tasks))}, of {len(tasks)} tasks")
     orders, rng = [list(tasks)], Random("orders")
     while len(orders) < count:
-        order = rng.sample(list(tasks), len(tasks))
-        if order not in orders:
-            orders.append(order)
+        drawn = [rng.sample(list(tasks), len(tasks)) for _ in range(50)]
+        fresh = [order for order in drawn if order not in orders]
+        if fresh:
+            orders.append(min(fresh, key=lambda order: sum(_repeated(order, other) for other in orders)))
     return orders
+
+
+def _repeated(order: Sequence[str], other: Sequence[str]) -> int:
+    same_places = sum(a == b for a, b in zip(order, other, strict=True))
+    return same_places + len(set(pairwise(order)) & set(pairwise(other)))
 
 
 def in_order(stream: Stream, order: Sequence[str]) -> Stream:
