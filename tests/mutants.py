@@ -41,7 +41,7 @@ TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
-EVALUATION = ("tests/test_evaluation.py",)
+EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
 
 MUTANTS = [
     Mutant(
@@ -160,8 +160,8 @@ MUTANTS = [
         "find_metric(task.metric) for task", 'find_metric("exact_match") for task', EVALUATION,
     ),
     Mutant(
-        "evaluation: rows of another sample", "cllava_fast/evaluate/evaluation.py", "selected[0][position]",
-        "selected[0][-1 - position]", EVALUATION,
+        "evaluation: rows of another sample", "cllava_fast/evaluate/evaluation.py", "selected.rows[position]",
+        "selected.rows[-1 - position]", EVALUATION,
     ),
     Mutant(
         "evaluation: another task's block is right", "cllava_fast/evaluate/evaluation.py",
@@ -174,6 +174,43 @@ MUTANTS = [
     Mutant(
         "report: an unfinished run has no averages", "cllava_fast/evaluate/metrics.py",
         "learned = [row[:size] for row in matrix[:size]]", "learned = matrix", ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "report: orders averaged by place", "cllava_fast/evaluate/metrics.py", "[list(order).index(name) for",
+        "[list(names).index(name) for", ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "report: p of one side", "cllava_fast/evaluate/metrics.py", "return abs(sum(s * d for s, d in",
+        "return (sum(s * d for s, d in", ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "report: p of the scores, not of their differences", "cllava_fast/evaluate/report.py",
+        "[a - b for a, b in pairs]", "[a for a, b in pairs]", REPORT,
+    ),
+    Mutant(
+        "pictures: orders by step", "cllava_fast/evaluate/plots.py", "setdefault(i - place,", "setdefault(i,", REPORT,
+    ),
+    Mutant(
+        "selection: weight of either task is shared", "cllava_fast/evaluate/selection.py", "map(min,", "map(max,",
+        ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "selection: every row is used", "cllava_fast/evaluate/selection.py", "> USED", ">= 0",
+        ("tests/test_metrics.py",),
+    ),
+    Mutant(
+        "evaluation: the study counts rows, not weights", "cllava_fast/evaluate/evaluation.py",
+        "scatter_add_(1, index, weight)", "scatter_add_(1, index, weight.new_ones(weight.shape))", SETTINGS,
+    ),
+    Mutant(
+        "demo: every order is the first", "cllava_fast/demo/run.py", "orders[number])", "orders[0])", SETTINGS,
+    ),
+    Mutant(
+        "demo: the smaller one is bigger", "cllava_fast/demo/capability.py", "bigger = max(", "bigger = min(", SETTINGS,
+    ),
+    Mutant(
+        "demo: tiles of training are tested", "cllava_fast/demo/dataset.py", '"train": places[2 * fifth :]',
+        '"train": places', SETTINGS,
     ),
     Mutant(
         "page: names are not escaped", "cllava_fast/evaluate/page.py", "<h3>{escape(task)}", "<h3>{task}", REPORT,

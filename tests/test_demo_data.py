@@ -128,14 +128,14 @@ def test_form_facts_agree_with_the_questions():
     rng = Random(5)
     for position in range(60):
         form = draw_form(rng)
-        question, answer = stream._question(form, position, None, rng)
+        question, answer = stream.question_about(form, position, None, rng)
         if position % 3 == 0:
             assert answer == ("yes" if form.ticked else "no")
         else:
             label = next(label for label in (*NUMBER_LABELS, *WORD_LABELS) if label in question.rstrip("?").split())
             assert answer == form.fields[label]
             assert answer.isdigit() == (label in NUMBER_LABELS)
-        assert stream._question(form, position, "which?", rng) == ("which?", form.fields[form.number_label])
+        assert stream.question_about(form, position, "which?", rng) == ("which?", form.fields[form.number_label])
 
 
 def test_digit_answers_are_those_of_scikit_learn(full):
@@ -143,7 +143,7 @@ def test_digit_answers_are_those_of_scikit_learn(full):
 
     data = load_digits()
     truth = {image.tobytes(): int(target) for image, target in zip(data.images, data.target, strict=True)}
-    tiny = {glyph.image.tobytes(): glyph.digit for split in SPLITS for glyph in stream._digits(split)}
+    tiny = {glyph.image.tobytes(): glyph.digit for split in SPLITS for glyph in stream.digits(split)}
     assert len(tiny) == len(truth)
     for sample in full.tasks[3].test:
         digit, words = tiny[sample.image.tobytes()], sample.instruction

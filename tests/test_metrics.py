@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
+from scipy import stats
 
 from cllava_fast.evaluate import metrics
+from cllava_fast.evaluate.selection import reorder, selection_study
 
 MATRIX = [[0.8, None, None], [0.9, 0.6, None], [0.5, 0.7, 0.4]]
 JOINT = [[None, None, None], [None, None, None], [0.5, 0.6, 0.7]]
@@ -49,3 +54,52 @@ def test_means_over_seeds() -> None:
     assert mean["accuracy_matrix"][0] == [pytest.approx(0.3), None]
     assert mean["accuracy_matrix"][1] == [pytest.approx(0.4), pytest.approx(0.7)]
     assert mean["seconds"] == 15.0 and mean["selection_accuracy"] is None and mean["parameters"] == 7
+
+
+def test_means_over_orders_are_by_task() -> None:
+    orders = [["a", "b"], ["b", "a"]]
+    study = {"tasks": ["b", "a"], "block_rows": [8, 4], "rows_used": [7, 3], "effective_rows": [5.0, 2.0],
+             "block_weight": [[0.9, 0.1], [0.3, 0.7]], "overlap": [[1.0, 0.2], [0.2, 1.0]]}  # fmt: skip
+    runs = [
+        {"accuracy_matrix": [[0.8, None], [0.6, 0.4]], "seed": 0, "order": 0, "selection": reorder(study, ["a", "b"])},
+        {"accuracy_matrix": [[0.6, None], [0.2, 1.0]], "seed": 0, "order": 1, "selection": study},
+    ]
+    mean = metrics.mean_over_orders(runs, orders, ["a", "b"])
+    # after one task, neither was learned in both orders
+    assert mean["accuracy_matrix"] == [[None, None], [pytest.approx(0.8), pytest.approx(0.3)]]
+    assert mean["selection"] == reorder(study, ["a", "b"]) and "seed" not in mean and "order" not in mean
+    assert mean["selection"]["block_weight"] == [[0.7, 0.3], [0.1, 0.9]]
+    assert mean["selection"]["block_rows"] == [4, 8]
+    found = list(metrics.runs_by_order({"stream": ["a", "b"], "orders": orders}, {"per_seed": runs}))
+    assert found == [(["a", "b"], runs[:1]), (["b", "a"], runs[1:])]
+
+
+def test_paired_p_values_by_hand() -> None:
+    assert metrics.paired_p_value([0.1] * 5) is None, "no p below 0.05 is possible"
+    assert metrics.paired_p_value([0.1] * 6) == 2 / 64
+    # one of six the other way: the sums of 0 or 1 minus signs, and their mirror images, reach as far
+    assert metrics.paired_p_value([0.1, 0.1, 0.1, 0.1, 0.1, -0.1]) == 2 * (1 + 6) / 64
+    assert metrics.paired_p_value([0.0] * 6) == 1.0
+
+
+@pytest.mark.parametrize("n", [6, 9, 12, 20])
+def test_paired_p_values_are_those_of_scipy(n: int, rng: torch.Generator) -> None:
+    differences = (0.2 + torch.randn(n, generator=rng)).tolist()
+    wanted = stats.permutation_test(
+        (differences,), lambda x: sum(x) / n, permutation_type="samples", vectorized=False, n_resamples=1 << 12
+    ).pvalue
+    # above 12 pairs both draw: scipy 4,096 times
+    assert metrics.paired_p_value(differences) == pytest.approx(wanted, abs=0.05 if n > 12 else 1e-12)
+
+
+def test_the_study_of_a_selection_by_hand() -> None:
+    weights = {"a": [2.0, 2.0, 0.0, 0.0], "b": [0.1, 0.0, 0.895, 0.005]}  # of a, twice as much
+    study = selection_study(weights, ["a", "a", "b", "b"])
+    assert study is not None and study["tasks"] == ["a", "b"] and study["block_rows"] == [2, 2]
+    assert study["rows_used"] == [2, 1], "0.5 % is not more than 1 %"
+    entropy = -(0.1 * math.log(0.1) + 0.895 * math.log(0.895) + 0.005 * math.log(0.005))
+    assert study["effective_rows"] == [pytest.approx(2.0), pytest.approx(math.exp(entropy))]
+    assert study["block_weight"][0] == [1.0, 0.0]
+    assert study["block_weight"][1] == [pytest.approx(0.1), pytest.approx(0.9)]
+    assert study["overlap"] == [[1.0, pytest.approx(0.1)], [pytest.approx(0.1), 1.0]]
+    assert selection_study({"a": [0.0]}, ["a"]) is None and selection_study({}, []) is None

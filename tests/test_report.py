@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cllava_fast.evaluate import metrics, report
+from cllava_fast.evaluate import metrics, plots, report, wording
+from cllava_fast.evaluate.selection import selection_study
 
 
 def method(matrix: list[list[float | None]]) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def results() -> dict[str, Any]:
 
 EVIL = '<script>alert("x")</script> [/red] $a$ | `b` *c*'
 LAST = r"$\nothing$"  # which mathtext cannot read
+STUDY = selection_study({EVIL: [0.5, 0.3, 0.0, 0.2], "icon": [0.25, 0.0, 0.0, 0.75]}, [EVIL, EVIL, "icon", "icon"])
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def strange(results: dict[str, Any]) -> dict[str, Any]:
         "methods": {
             "continual_llava": {
                 **method(matrix)["per_seed"][0], "per_seed": [], "losses": {EVIL: [2.0, 1.0], "icon": [1.5]},
-                "examples": {EVIL: examples},
+                "examples": {EVIL: examples}, "selection": STUDY,
             },
             "lora": {**method(matrix)["per_seed"][0], "per_seed": []},
         },
@@ -126,9 +128,10 @@ def test_the_table_holds_the_numbers(results: dict, tmp_path: Path) -> None:
     lines = (tmp_path / "report.md").read_text().splitlines()
     row = next(line for line in lines if line.startswith("| Continual LLaVA |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:7] == ["Continual LLaVA", "80.0 ± 7.1", "0.0", "0.0", "82.5", "85.0", "75.0"]
+    spread = ["80.0 ± 7.1", "–", "0.0 ± 0.0", "0.0 ± 0.0", "82.5 ± 7.1"]
+    assert cells[:8] == ["Continual LLaVA", *spread, "85.0", "75.0"]
     joint = next(line for line in lines if line.startswith("| Joint LoRA |"))
-    assert [c.strip() for c in joint.strip("|").split("|")][2] == "–"
+    assert [c.strip() for c in joint.strip("|").split("|")][2:4] == ["n too small", "–"]
     console = Console(record=True, width=160, file=open("/dev/null", "w"))
     report.print_table(results, console)
     assert "80.0 ± 7.1" in console.export_text()
@@ -144,15 +147,15 @@ def test_the_page_stands_alone(strange: dict, tmp_path: Path) -> None:
     assert EVIL in page.text and "(nothing)" in page.text and "✗ wrong" in page.text and "✓ right, 0.75" in page.text
     assert "by ANLS" in page.text and "learned 2 of 3 tasks" in page.text and "validation split" in page.text
     assert "prefers-color-scheme: dark" in source and 'name="viewport"' in source
-    # three pictures, and of the three small ones the one that is one
-    assert len(page.images) == 4
+    # four pictures, and of the three small ones the one that is one
+    assert len(page.images) == 5
     for address in page.images:
         kind, _, data = address.partition(";base64,")
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
             picture.load()
             assert kind == f"data:image/{picture.format.lower()}"  # type: ignore[union-attr]
     embedded = [base64.b64decode(address.partition(",")[2]) for address in page.images]
-    assert embedded[:3] == [(tmp_path / name).read_bytes() for name in report.PICTURES]
+    assert embedded[:4] == [(tmp_path / name).read_bytes() for name in report.PICTURES]
 
 
 def test_strange_names_break_no_table(strange: dict, tmp_path: Path) -> None:
@@ -206,8 +209,10 @@ def test_losses_have_a_picture_where_there_are_any(results: dict, strange: dict,
     report.write_report(strange, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == set(report.REPORT_FILES)
     report.write_report(results, tmp_path)
-    assert not (tmp_path / "losses.png").exists()
-    assert "losses.png" not in (tmp_path / "report.md").read_text()
+    for name in ("losses.png", "selection.png"):
+        assert not (tmp_path / name).exists()
+        assert name not in (tmp_path / "report.md").read_text()
+    assert "What is selected" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +229,83 @@ def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monk
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_the_selection_has_a_table(strange: dict, tmp_path: Path) -> None:
+    header, rows = report.selection_table(strange)  # type: ignore[misc]
+    assert header[:2] == ["method", "task"] and [row[1] for row in rows] == [EVIL, "icon"]
+    # of the first task 80 % is in its own two rows; the two share 0.25 of row 0 and 0.2 of row 3
+    assert rows[0][2:] == ["80.0", "2.0 of 2", "2.8", "45.0"]
+    assert rows[1][2:] == ["75.0", "1.0 of 2", "1.8", "45.0"]
+    report.write_report(strange, tmp_path)
+    assert "| 2.0 of 2 |" in (tmp_path / "report.md").read_text()
+    assert "2.0 of 2" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    with Image.open(tmp_path / "selection.png") as picture:
+        assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+@pytest.fixture
+def orders() -> dict[str, Any]:
+    """Two orders and three seeds; the second method is 10 points worse in all but one run."""
+    chosen = [["chart", "icon", "digit"], ["digit", "chart", "icon"]]
+
+    def runs(loss: list[float]) -> list[dict[str, Any]]:
+        matrices = [
+            [[0.9, None, None], [0.8, 0.7, None], [0.6, 0.5, 0.4]],
+            [[0.4, None, None], [0.4, 0.9, None], [0.3, 0.8, 0.7]],
+        ]
+        found = []
+        for place, drop in enumerate(loss):
+            matrix = [[None if v is None else v - drop for v in row] for row in matrices[place % 2]]
+            found.append(
+                {"accuracy_matrix": matrix, **metrics.summarize(matrix), "selection_accuracy": None,
+                 "trainable_parameters": 1, "seconds": 1.0, "seed": place // 2, "order": place % 2}
+            )  # fmt: skip
+        return found
+
+    methods = {"continual_llava": runs([0.0] * 6), "lora": runs([0.1, 0.1, 0.1, 0.1, 0.1, 0.0])}
+    return {
+        "stream": chosen[0], "orders": chosen, "seeds": [0, 1, 2], "environment": {"torch": "2.13.0"},
+        "methods": {
+            name: {**metrics.mean_over_orders(values, chosen, chosen[0]), "per_seed": values}
+            for name, values in methods.items()
+        },
+    }  # fmt: skip
+
+
+def test_orders_are_averaged_by_task(orders: dict, tmp_path: Path) -> None:
+    report.write_report(orders, tmp_path)
+    results = report.load_results(tmp_path / "results.json")
+    header, rows = report.table(results)
+    row = dict(zip(header, rows[0], strict=True))
+    # chart: 0.6 first and 0.8 in the other order; icon 0.5 and 0.7; digit 0.4 and 0.3
+    assert [row[task] for task in ("chart", "icon", "digit")] == ["70.0", "60.0", "35.0"]
+    assert row["average"] == "55.0 ± 5.5" and row["p"] == "–"
+    # five losses of one sign: 2 of the 32 ways to sign them reach as far
+    assert dict(zip(header, rows[1], strict=True))["p"] == "0.062"
+    text = (tmp_path / "report.md").read_text()
+    assert "over 3 seed(s) and 2 orders of the tasks" in text and "Order 1: digit → chart → icon." in text
+    assert text.startswith("# Continual tuning: chart, icon, digit\n")
+    lines = list(csv.DictReader((tmp_path / "matrix.csv").open()))
+    mean = {(r["order"], r["after_task"], r["on_task"]): float(r["accuracy"]) for r in lines
+            if r["method"] == "continual_llava" and r["seed"] == "mean"}  # fmt: skip
+    assert len(mean) == 12 and mean["1", "icon", "digit"] == 0.3 and mean["0", "icon", "chart"] == 0.8
+    assert len(lines) == 2 * 2 * 6 * 4
+
+
+def test_curves_of_several_orders_start_when_a_task_is_learned(orders: dict) -> None:
+    curve = plots._curve_since(orders, orders["methods"]["continual_llava"], "chart")
+    # chart is learned first in one order (0.9, 0.8, 0.6) and second in the other (0.9, 0.8)
+    assert {age: round(mean, 6) for age, (mean, _) in curve.items()} == {0: 0.9, 1: 0.8, 2: 0.6}
+    assert [len(runs) for _, runs in curve.values()] == [6, 6, 3]
+
+
+def test_one_run_is_not_compared(results: dict) -> None:
+    assert "p" in report.table(results)[0] and "p" not in report.table(results, brief=True)[0]
+    for result in results["methods"].values():
+        result["per_seed"] = result["per_seed"][:1]
+    assert "p" not in report.table(results)[0]
+    assert "n too small" not in json.dumps(wording.explanations(results))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -233,6 +315,8 @@ def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monk
         ("shape", "is not 2 x 2"),
         ("example", r"an example of 'joint_lora' on 'chart' lacks \['score'\]"),
         ("metrics", "expected one for each task"),
+        ("orders", "does not hold the tasks"),
+        ("selection", "the selection of 'joint_lora'"),
     ],
 )
 def test_a_wrong_results_file_is_refused(damage: str, message: str, results: dict, tmp_path: Path) -> None:
@@ -245,6 +329,10 @@ def test_a_wrong_results_file_is_refused(damage: str, message: str, results: dic
     elif damage == "example":
         example = {"question": "q", "answers": ["a"], "prediction": "p"}
         results["methods"]["joint_lora"]["examples"] = {"chart": [example]}
+    elif damage == "orders":
+        results["orders"] = [["chart", "icon"], ["chart", "chart"]]
+    elif damage == "selection":
+        results["methods"]["joint_lora"]["selection"] = {"tasks": ["chart"]}
     elif damage == "metrics":
         results["metrics"] = {"chart": "anls"}
     file = tmp_path / "results.json"

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-EXAMPLE = "example: cllava-fast demo --seeds 3 --output runs/demo"
+EXAMPLE = "example: cllava-fast demo --setting capability --seeds 3 --orders 3 --output runs/capability"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/demo", help="folder for the report (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
+    parser.add_argument(
+        "--setting", default="domain", choices=("domain", "capability", "dataset"),
+        help="what changes from task to task (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to average over (default: %(default)s)")
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="NAME",
+        "--orders", type=int, default=1, metavar="K",
+        help="how many orders of the tasks to average over, each with every seed (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME",
         help="which methods, or all (default: the yardsticks and Continual LLaVA)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--ambiguous", type=float, default=0.0, metavar="SHARE",
         help="share of two tasks' questions that are word for word the same (default: %(default)s)",
@@ -43,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = DemoConfig(
         output=arguments.output,
+        setting=arguments.setting,
         seeds=arguments.seeds,
+        orders=arguments.orders,
         methods=tuple(arguments.methods or DEFAULT),
         ambiguous=arguments.ambiguous,
         surrogate=arguments.surrogate,

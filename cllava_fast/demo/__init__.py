@@ -1,6 +1,7 @@
-"""A tiny LLaVA and a stream of four small tasks, so that the main job runs anywhere.
+"""A tiny LLaVA and streams of small tasks, so that the main job runs anywhere.
 
-``build_stream`` gives the tasks, ``load_base`` the model; ``pretrain`` makes the model again from nothing.
+``build_stream`` gives the tasks of the default setting, ``settings`` those of all three; ``load_base`` the model;
+``pretrain`` makes the model again from nothing.
 """
 
 from cllava_fast.demo.base import load_base

@@ -26,6 +26,7 @@ COLORS = {
     "teal": (0, 128, 128),
     "yellow": (255, 255, 0),
 }
+BIG = 21  # pixels of a shape's width
 SHAPES = ("circle", "rectangle", "triangle")
 NUMBER_LABELS = ("age", "page", "room", "row")
 WORD_LABELS = {"pet": ("bird", "cat", "dog", "fish"), "drink": ("coffee", "milk", "tea", "water")}
@@ -66,6 +67,10 @@ class Shape:
     kind: str
     color: str
     box: tuple[int, int, int, int]
+
+    @property
+    def width(self) -> int:
+        return self.box[2] - self.box[0] + 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from random import Random
 from PIL import Image
 
 from cllava_fast.demo.images import (
+    BIG,
     COLORS,
     SHAPES,
     Chart,
@@ -127,5 +128,4 @@ def _about_glyph(glyph: Glyph, rng: Random) -> Pair:
 
 
 def _phrase(shape: Shape) -> str:
-    left, _, right, _ = shape.box
-    return f"a {'big' if right - left >= 20 else 'small'} {shape.color} {shape.kind}"
+    return f"a {'big' if shape.width >= BIG else 'small'} {shape.color} {shape.kind}"

@@ -1,9 +1,10 @@
-"""The demo: a tiny LLaVA learns a stream of four tasks by several methods, same steps, same data, and is measured."""
+"""The demo: a tiny LLaVA learns a stream of small tasks by several methods, same steps, same data, and is measured."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 import cllava_fast as cf
 from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.demo.base import load_base
-from cllava_fast.demo.stream import build_stream
+from cllava_fast.demo.settings import SETTINGS, in_order, task_orders
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.evaluation import evaluate_tasks
@@ -20,6 +21,7 @@ from cllava_fast.evaluate.report import REPORT_FILES, write_report
 from cllava_fast.evaluate.wording import title_of
 from cllava_fast.methods import METHODS as LEARNING
 from cllava_fast.methods import MethodConfig
+from cllava_fast.names import nearest
 from cllava_fast.surrogate import check_surrogate
 
 DEFAULT = ("frozen", "sequential_lora", "joint_lora", "continual_llava")
@@ -38,9 +40,11 @@ class DemoConfig:
 
     Args:
         output: folder for the report and the learned increments.
+        setting: what changes from task to task, of ``SETTINGS``.
         seeds: how many seeds; seed s draws its own stream and its own increments.
+        orders: how many orders of the tasks, each with every seed and every method; see ``task_orders``.
         methods: which methods, of ``METHODS``; ``("all",)`` for all of them.
-        ambiguous: share of the questions of two tasks that are word for word the same.
+        ambiguous: share of the questions of two tasks that are word for word the same; for ``setting="domain"``.
         surrogate: as in ``IncrementConfig``.
         context: as in ``IncrementConfig``.
         steps: tuning steps for each task.
@@ -51,7 +55,9 @@ class DemoConfig:
     """
 
     output: str = "runs/demo"
+    setting: str = "domain"
     seeds: int = 1
+    orders: int = 1
     methods: tuple[str, ...] = DEFAULT
     ambiguous: float = 0.0
     surrogate: str = "sentence"
@@ -69,6 +75,9 @@ class DemoConfig:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"methods is {list(self.methods)}; expected some of {list(METHODS)}")
+        if self.setting not in SETTINGS:
+            raise ValueError(f"setting is {self.setting!r}; {nearest(str(self.setting), SETTINGS)}")
+        task_orders(SETTINGS[self.setting].tasks, self.orders)
         if self.seeds < 1 or self.steps < 1:
             raise ValueError(f"seeds is {self.seeds} and steps is {self.steps}; expected at least 1 of each")
         for name in ("train", "test"):
@@ -76,6 +85,8 @@ class DemoConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number of samples")
         if not 0.0 <= self.ambiguous <= 1.0:
             raise ValueError(f"ambiguous is {self.ambiguous}; expected a share in 0..1")
+        if self.ambiguous and self.setting != "domain":
+            raise ValueError(f"ambiguous is {self.ambiguous}; setting {self.setting!r} has no such questions")
         # refused now, not when their turn comes
         for name in self.methods:
             self.method_config(name)
@@ -107,9 +118,14 @@ class DemoConfig:
             per_device_train_batch_size=32,
             eval_split=self.split,  # type: ignore[arg-type]
             eval_batch_size=100,
-            max_new_tokens=8,
+            max_new_tokens=SETTINGS[self.setting].max_new_tokens,
             progress=self.progress,
         )
+
+    def stream(self, seed: int) -> cf.Stream:
+        """The seed's tasks in the first order."""
+        more = {"ambiguous": self.ambiguous} if self.ambiguous else {}
+        return SETTINGS[self.setting].build(seed, train=self.train, test=self.test, **more)
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -132,17 +148,19 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
     console = Console(stderr=True)
     start = time.perf_counter()
-    per_seed: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
-    details: dict[str, dict[str, Any]] = {}  # of the last seed
-    names: list[str] = []
+    orders = task_orders(SETTINGS[config.setting].tasks, config.orders)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
+    details: dict[str, dict[str, Any]] = {}  # of the last seed, in the first order
     scored_by: dict[str, str] = {}
-    for seed in range(config.seeds):
-        stream = build_stream(seed, train=config.train, test=config.test, ambiguous=config.ambiguous)
-        names, scored_by = stream.task_names, {task.name: task.metric for task in stream}
+    for seed, number in product(range(config.seeds), range(len(orders))):
+        stream = in_order(config.stream(seed), orders[number])
+        scored_by = {task.name: task.metric for task in stream}
         data: cf.PreparedStream | None = None
+        where = {"seed": seed, "order": number} if len(orders) > 1 else {}
+        run = f"seed{seed}-order{number}" if len(orders) > 1 else f"seed{seed}"
         for name in config.methods:
             if config.progress:
-                console.rule(f"{title_of(name)}, seed {seed}", align="left")
+                console.rule(f"{title_of(name)}, {run.replace('-', ', ')}", align="left")
             # a fresh base for each: no method sees what another left
             model, processor = load_base()
             data = data or cf.PreparedStream(stream, processor)
@@ -150,16 +168,18 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
                 result = _frozen(model, data, config)
             else:
                 cf.patch(model, config.method_config(name), processor=processor)
-                folder = output / "methods" / name / f"seed{seed}"
-                result = cf.ContinualTrainer(model, processor, data, config.arguments(folder, seed)).train()
-            per_seed[name].append(result.to_dict())
-            details[name] = {"losses": result.losses, "examples": result.examples}
+                arguments = config.arguments(output / "methods" / name / run, seed)
+                result = cf.ContinualTrainer(model, processor, data, arguments).train()
+            runs[name].append({**result.to_dict(), **where})
+            if number == 0:
+                details[name] = {"losses": result.losses, "examples": result.examples}
     methods = {
-        name: {**metrics.mean_over_seeds(values), "per_seed": values, **details[name]}
-        for name, values in per_seed.items()
+        name: {**metrics.mean_over_orders(values, orders, orders[0]), "per_seed": values, **details[name]}
+        for name, values in runs.items()
     }
     return {
-        "stream": names,
+        "stream": orders[0],
+        **({"orders": orders} if len(orders) > 1 else {}),
         "metrics": scored_by,
         "note": "Hyperparameters were chosen on the validation split, never on the test split.",
         "seeds": list(range(config.seeds)),
@@ -180,8 +200,9 @@ def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> cf.Conti
     """The base as it is: it learns nothing, so its accuracy is the same after every task."""
     start = time.perf_counter()
     evaluations = evaluate_tasks(
-        model, data, data.stream.task_names, config.split, batch_size=100, max_new_tokens=8, progress=config.progress
-    )
+        model, data, data.stream.task_names, config.split, batch_size=100,
+        max_new_tokens=SETTINGS[config.setting].max_new_tokens, progress=config.progress,
+    )  # fmt: skip
     row = [evaluation.score for evaluation in evaluations]
     size = len(row)
     return cf.ContinualResult(

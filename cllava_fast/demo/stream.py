@@ -1,4 +1,4 @@
-"""The demo's stream: questions about charts, forms, easy-VQA's shapes and scikit-learn's handwritten digits.
+"""The domain-incremental stream: charts, forms, easy-VQA's shapes and scikit-learn's handwritten digits.
 
 Images of training, validation and test never meet. Icons keep easy-VQA's own test split; digits have a fixed one.
 """
@@ -71,6 +71,7 @@ ICON_TURNS = (
     "color", "shape", "color", "shape", "negated color yes", "negated color no", "negated kind yes", "negated kind no",
 )  # fmt: skip
 
+TASKS = ("chart", "document", "icon", "digit")
 PER_IMAGE = 2  # questions about one drawn image
 SPLIT_SEED = "the digits' split"
 
@@ -91,30 +92,36 @@ def build_stream(
     Raises:
         ValueError: a size that is not positive (``validation`` may be 0), or a share outside 0..1.
     """
-    sizes = {"train": train, "validation": validation, "test": test}
-    for split, size in sizes.items():
-        if size < (split != "validation"):
-            raise ValueError(f"{split} is {size}; expected a positive number of samples")
+    sizes = check_sizes(train, validation, test)
     if not 0.0 <= ambiguous <= 1.0:
         raise ValueError(f"ambiguous is {ambiguous}; expected a share in 0..1")
     tasks = []
-    for name in ("chart", "document", "icon", "digit"):
+    for name in TASKS:
         parts = {split: _samples(name, split, size, seed, ambiguous) for split, size in sizes.items()}
         tasks.append(Task(name, train=parts["train"], test=parts["test"], validation=parts["validation"]))
     return Stream(tasks, name="demo")
 
 
+def check_sizes(train: int, validation: int, test: int) -> dict[str, int]:
+    """The sizes by split. Raises ValueError for one that is not positive (``validation`` may be 0)."""
+    sizes = {"train": train, "validation": validation, "test": test}
+    for split, size in sizes.items():
+        if size < (split != "validation"):
+            raise ValueError(f"{split} is {size}; expected a positive number of samples")
+    return sizes
+
+
 def _samples(task: str, split: str, size: int, seed: int, ambiguous: float) -> list[Sample]:
     rng = Random(f"{seed}/{task}/{split}")
     if task == "icon":
-        asked = _icons(split, size, rng)
+        asked = icons(split, size, rng)
     else:
         shared: list[str | None] = [None] * size
         if task in ("document", "digit"):
             # not this task's generator: both tasks draw the same questions
             shared = _shared_questions(size, ambiguous, Random(f"{seed}/ambiguous/{split}"))
         asked = [
-            (facts.image, _question(facts, position, question, rng))
+            (facts.image, question_about(facts, position, question, rng))
             for facts, position, question in zip(_pictures(task, split, rng), range(size), shared, strict=False)
         ]
     return [
@@ -130,15 +137,15 @@ def _shared_questions(size: int, share: float, rng: Random) -> list[str | None]:
 
 def _pictures(task: str, split: str, rng: Random) -> Iterator[Chart | Form | Glyph]:
     if task == "digit":
-        digits = list(_digits(split))
-        rng.shuffle(digits)
-        yield from cycle(digits)
+        glyphs = list(digits(split))
+        rng.shuffle(glyphs)
+        yield from cycle(glyphs)
     while True:
         facts = draw_chart(rng) if task == "chart" else draw_form(rng)
         yield from [facts] * PER_IMAGE
 
 
-def _question(facts: Chart | Form | Glyph, position: int, shared: str | None, rng: Random) -> Pair:
+def question_about(facts: Chart | Form | Glyph, position: int, shared: str | None, rng: Random) -> Pair:
     """Kinds take turns, so that their shares do not depend on the seed."""
     if isinstance(facts, Chart):
         kind, answer = (
@@ -151,7 +158,7 @@ def _question(facts: Chart | Form | Glyph, position: int, shared: str | None, rn
         if shared is not None:
             return shared, facts.fields[facts.number_label]
         if position % 3 == 0:
-            return rng.choice(BOX), _yes(facts.ticked)
+            return rng.choice(BOX), yes(facts.ticked)
         label = facts.number_label if position % 3 == 1 else facts.word_label
         return rng.choice(FIELD).format(label=label), facts.fields[label]
     if shared is not None or position % 2 == 0:
@@ -160,18 +167,18 @@ def _question(facts: Chart | Form | Glyph, position: int, shared: str | None, rn
     return rng.choice(
         (
             (rng.choice(PARITY), "odd" if odd else "even"),
-            (rng.choice(ODD), _yes(odd)),
-            (rng.choice(BIGGER), _yes(facts.digit > 5)),
+            (rng.choice(ODD), yes(odd)),
+            (rng.choice(BIGGER), yes(facts.digit > 5)),
         )
     )
 
 
-def _yes(true: bool) -> str:
+def yes(true: bool) -> str:
     return "yes" if true else "no"
 
 
 @cache
-def _digits(split: str) -> tuple[Glyph, ...]:
+def digits(split: str) -> tuple[Glyph, ...]:
     """scikit-learn's handwritten digits: 1,097 to train on, 300 to validate, 400 to test."""
     from sklearn.datasets import load_digits
 
@@ -184,7 +191,7 @@ def _digits(split: str) -> tuple[Glyph, ...]:
     return tuple(Glyph(scan(Image.fromarray(ink[i])), int(targets[i])) for i in part)
 
 
-def _icons(split: str, size: int, rng: Random) -> list[tuple[Image.Image, Pair]]:
+def icons(split: str, size: int, rng: Random) -> list[tuple[Image.Image, Pair]]:
     """easy-VQA's own questions, as many of each kind and, within yes-or-no, of each answer."""
     import easy_vqa
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import batches_of, predict, queries_of
 from cllava_fast.evaluate.report import METRICS, REPORT_FILES, write_report
 from cllava_fast.evaluate.scores import find_metric
+from cllava_fast.evaluate.selection import selection_study
 from cllava_fast.pool import Pool
 
 PREDICTIONS = "predictions"  # folder of a run that holds a JSONL file for each task
@@ -44,12 +45,16 @@ class TaskEvaluation:
         right_block: for each sample the share of the selection weight in the task's own rows; None where nothing was
             selected or the model has no rows of a task of this name.
         examples: a few of the records, right and wrong ones, with a small picture.
+        row_weight: for each committed row its mean selection weight over the samples; None where nothing was selected.
+        row_owner: the task that each of these rows was learned for.
     """
 
     task: str
     records: list[dict[str, Any]]
     right_block: list[float] | None
     examples: list[dict[str, Any]]
+    row_weight: list[float] | None = None
+    row_owner: tuple[str, ...] = ()
 
     @property
     def score(self) -> float:
@@ -115,6 +120,14 @@ def evaluate_tasks(
     return evaluations
 
 
+class _Selected(NamedTuple):
+    rows: list[Any]  # of each sample
+    weights: list[Any]
+    right: list[float] | None  # share of each sample's weights in the task's own rows
+    row_weight: list[float]  # mean over the samples
+    row_owner: tuple[str, ...]
+
+
 def _selected(increments: Any, queries: Tensor, batches: list[list[int]]) -> tuple[Tensor, Tensor] | None:
     """Rows and weights of each sample, ``[n, M]``, chosen batch by batch as for the answers: a method may choose for a
     batch as a whole. Where tasks share rows, what is selected are tasks."""
@@ -133,17 +146,20 @@ def _selected(increments: Any, queries: Tensor, batches: list[list[int]]) -> tup
     return torch.cat(index)[position], torch.cat(weight)[position]
 
 
-def _of_task(pool: Pool, index: Tensor, weight: Tensor, task: str) -> tuple[list[Any], list[Any], list[float] | None]:
-    """Rows and weights ``[n, M]`` of a task's samples, and the share of the weights in the task's own rows."""
+def _of_task(pool: Pool, index: Tensor, weight: Tensor, task: str) -> _Selected:
+    """What was selected for a task's samples, from rows and weights ``[n, M]``."""
+    # tasks stand for themselves where they share rows
+    owner = torch.arange(pool.num_tasks, device=index.device) if pool.shared_rows else pool.row_task  # [N]
     right = None
     if task in pool.task_names:
-        own = (index if pool.shared_rows else pool.row_task[index]) == pool.task_names.index(task)
-        right = (weight * own).sum(1).tolist()
-    return index.tolist(), weight.tolist(), right
+        right = (weight * (owner[index] == pool.task_names.index(task))).sum(1).tolist()
+    total = weight.new_zeros(len(index), len(owner)).scatter_add_(1, index, weight)  # [n, N]
+    names = tuple(pool.task_names[i] for i in owner.tolist())
+    return _Selected(index.tolist(), weight.tolist(), right, total.mean(0).tolist(), names)
 
 
 def _evaluation(
-    name: str, examples: Sequence[Example], answers: Sequence[str], metric: Any, selected: Any
+    name: str, examples: Sequence[Example], answers: Sequence[str], metric: Any, selected: _Selected | None
 ) -> TaskEvaluation:
     samples = [example.sample for example in examples]
     scores = metric.each(answers, [references_of(sample) for sample in samples])
@@ -157,13 +173,15 @@ def _evaluation(
             "score": score,
         }
         if selected:
-            record["rows"] = selected[0][position]
-            record["weights"] = [round(weight, 6) for weight in selected[1][position]]
+            record["rows"] = selected.rows[position]
+            record["weights"] = [round(weight, 6) for weight in selected.weights[position]]
         records.append(record)
     right = [i for i, score in enumerate(scores) if score >= 0.5][:EXAMPLES]
     wrong = [i for i, score in enumerate(scores) if score < 0.5][:EXAMPLES]
     shown = [_example(records[i], samples[i]) for i in right + wrong]
-    return TaskEvaluation(name, records, selected[2] if selected else None, shown)
+    if selected is None:
+        return TaskEvaluation(name, records, None, shown)
+    return TaskEvaluation(name, records, selected.right, shown, selected.row_weight, selected.row_owner)
 
 
 def _example(record: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
@@ -200,6 +218,14 @@ def selection_accuracy(evaluations: Sequence[TaskEvaluation]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
+def study_of(evaluations: Sequence[TaskEvaluation]) -> dict[str, Any] | None:
+    """See ``selection_study``; None unless every task's questions selected rows."""
+    weights = {e.task: e.row_weight for e in evaluations if e.row_weight is not None}
+    if not weights or len(weights) < len(evaluations):
+        return None
+    return selection_study(weights, evaluations[0].row_owner)
+
+
 def write_predictions(folder: Path, evaluations: Sequence[TaskEvaluation]) -> None:
     """Writes ``<task>.jsonl`` for each task, one record a line; the folder appears whole and replaces an old one."""
     with new_folder(folder) as new:
@@ -232,8 +258,14 @@ def results_of_run(
     losses: Mapping[str, Sequence[float]],
     examples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
-    """What ``results.json`` holds for one method and one seed; ``measured`` are the ``report.METRICS`` values."""
+    """What ``results.json`` holds for one method and one seed.
+
+    Args:
+        measured: the ``report.METRICS`` values, and for methods that select ``"selection"``, see ``selection_study``.
+    """
     numbers = {name: measured[name] for name in METRICS}
+    if measured.get("selection"):
+        numbers["selection"] = measured["selection"]
     return {
         "stream": stream.task_names,
         "metrics": {task.name: task.metric for task in stream},
@@ -298,6 +330,7 @@ def evaluate_stream(
         "accuracy_matrix": matrix,
         **metrics.summarize(matrix),
         "selection_accuracy": selection_accuracy(evaluations),
+        "selection": study_of(evaluations),
         "trainable_parameters": 0,
         "seconds": time.perf_counter() - start,
     }

@@ -7,10 +7,13 @@ the task's metric measures, see ``scores``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from cllava_fast.evaluate.scores import SCORES
+from cllava_fast.evaluate.selection import reorder
 
 __all__ = [
     "SCORES",
@@ -19,7 +22,10 @@ __all__ = [
     "backward_transfer",
     "learned_tasks",
     "mean_average_accuracy",
+    "mean_over_orders",
     "mean_over_seeds",
+    "paired_p_value",
+    "runs_by_order",
     "summarize",
 ]
 
@@ -72,12 +78,72 @@ def summarize(matrix: Matrix) -> dict[str, float | None]:
 
 def mean_over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean of equally shaped (nested) numbers, entry by entry; None where any seed has None."""
-    return {key: _mean_entry([result[key] for result in results]) for key in results[0]}
+    return {key: _mean_entry([result.get(key) for result in results]) for key in results[0]}
+
+
+def mean_over_orders(
+    runs: Sequence[Mapping[str, Any]], orders: Sequence[Sequence[str]], names: Sequence[str]
+) -> dict[str, Any]:
+    """Mean over runs that learned the same tasks in several orders.
+
+    A run's ``"order"`` is a place in ``orders``, 0 without. In the mean, tasks stand in the order of ``names``, and row
+    i of its accuracy matrix is what was measured after i + 1 tasks, whichever these were: None where not every run had
+    learned the column's task by then. So its last row holds every task, and others few.
+    """
+    return mean_over_seeds([_by_name(run, orders[run.get("order", 0)], names) for run in runs])
+
+
+def _by_name(run: Mapping[str, Any], order: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    places = [list(order).index(name) for name in names]
+    values = {key: value for key, value in run.items() if key not in ("seed", "order")}
+    values["accuracy_matrix"] = [[row[place] for place in places] for row in run["accuracy_matrix"]]
+    if run.get("selection"):
+        values["selection"] = reorder(run["selection"], names)
+    return values
+
+
+def runs_by_order(
+    results: Mapping[str, Any], result: Mapping[str, Any]
+) -> Iterator[tuple[list[str], Sequence[Mapping[str, Any]]]]:
+    """A method's runs, for each order of the tasks: the order, and a run for each seed."""
+    runs = result.get("per_seed", [])
+    orders = results.get("orders") or [results["stream"]]
+    for number, order in enumerate(orders):
+        yield order, [run for run in runs if run.get("order", 0) == number]
+
+
+MIN_PAIRS = 6  # below, no two-sided p value of a sign-flip test is under 0.05
+EXACT_PAIRS = 16
+RESAMPLES = 1 << 16
+
+
+def paired_p_value(differences: Sequence[float]) -> float | None:
+    """Two-sided p value of paired differences, by flipping their signs (Fisher 1935; Edgington 1969).
+
+    The share of all ``2**n`` ways to sign them whose sum is at least as far from 0 as the one that came. Above
+    ``EXACT_PAIRS`` differences it is estimated from ``RESAMPLES`` seeded draws. None below ``MIN_PAIRS``.
+    """
+    n = len(differences)
+    if n < MIN_PAIRS:
+        return None
+    # sums that are equal but for rounding count as equal
+    reached = abs(sum(differences)) - 1e-9 * sum(map(abs, differences))
+
+    def extreme(signs: Sequence[int]) -> bool:
+        return abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= reached
+
+    if n <= EXACT_PAIRS:
+        return sum(map(extreme, product((1, -1), repeat=n))) / 2**n
+    draw = random.Random(0)
+    hits = sum(extreme(draw.choices((1, -1), k=n)) for _ in range(RESAMPLES))
+    return (hits + 1) / (RESAMPLES + 1)
 
 
 def _mean_entry(values: Sequence[Any]) -> Any:
     if any(value is None for value in values):
         return None
+    if isinstance(values[0], Mapping):
+        return mean_over_seeds(values)
     if isinstance(values[0], list):
         return [_mean_entry(entries) for entries in zip(*values, strict=True)]
     return values[0] if all(value == values[0] for value in values) else sum(values) / len(values)

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from cllava_fast.evaluate.wording import metric_title, title_of
+from cllava_fast.evaluate.wording import headline, metric_title, selection_explanations, title_of
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #6b7280; --line: #d8dce2; --card: #f5f6f8;
@@ -45,20 +45,17 @@ def html_page(
     table: tuple[Sequence[str], Sequence[Sequence[str]]],
     explanations: Sequence[tuple[str, str]],
     pictures: Mapping[str, bytes],
+    selection: tuple[Sequence[str], Sequence[Sequence[str]]] | None,
 ) -> str:
     """The page as a text.
 
     Args:
         table, explanations: as ``report.table`` and ``wording.explanations`` return them.
         pictures: PNGs by what they show.
+        selection: as ``report.selection_table`` returns it.
     """
-    header, rows = table
-    tasks = results["stream"]
-    title = escape(f"Continual tuning: {' → '.join(tasks)}")
-    meaning = "".join(
-        f"<li><b>{escape(name)}</b>: {escape(text)}</li>" if name else f"<li>{escape(text)}</li>"
-        for name, text in explanations
-    )
+    title = escape(headline(results))
+    selected = f"<h2>What is selected</h2>{_table(*selection)}{_list(selection_explanations())}" if selection else ""
     figures = "".join(
         f'<figure><img src="{_data("png", data)}" alt="{escape(text)}"><figcaption>{escape(text)}</figcaption></figure>'
         for text, data in pictures.items()
@@ -81,12 +78,10 @@ def html_page(
 </head>
 <body>
 <h1>{title}</h1>
-<div class="wide"><table>
-<thead><tr>{"".join(f"<th>{escape(name)}</th>" for name in header)}</tr></thead>
-<tbody>{"".join(_row(row) for row in rows)}</tbody>
-</table></div>
-<ul class="soft">{meaning}</ul>
+{_table(*table)}
+{_list(explanations)}
 {figures}
+{selected}
 {examples}
 <h2>Settings and environment</h2>
 <details><summary>Settings</summary><pre>{settings}</pre></details>
@@ -95,6 +90,22 @@ def html_page(
 </body>
 </html>
 """
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    return (
+        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{''.join(map(_row, rows))}</tbody>\n</table></div>"
+    )
+
+
+def _list(named: Sequence[tuple[str, str]]) -> str:
+    items = "".join(
+        f"<li><b>{escape(name)}</b>: {escape(text)}</li>" if name else f"<li>{escape(text)}</li>"
+        for name, text in named
+    )
+    return f'<ul class="soft">{items}</ul>'
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cllava_fast.environment import require
+from cllava_fast.evaluate.metrics import mean_over_seeds, runs_by_order
 from cllava_fast.evaluate.wording import quantity, title_of
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -16,7 +17,10 @@ MARKERS = "osD^vPX*"
 
 
 def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
-    """One heat map a method: accuracy on each task (columns) after each task (rows), all on one scale."""
+    """One heat map a method: accuracy on each task (columns) after each task (rows), all on one scale.
+
+    Of several orders of the tasks, the first.
+    """
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
     tasks, methods = [_plain(task) for task in results["stream"]], results["methods"]
@@ -29,59 +33,116 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     for axes in grid.flat[len(methods) :]:
         axes.set_visible(False)
     for axes, (name, result) in zip(grid.flat, methods.items(), strict=False):
-        values = [[math.nan if v is None else v for v in row] for row in result["accuracy_matrix"]]
-        axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
-        for i, row in enumerate(values):
-            for j, value in enumerate(row):
-                if not math.isnan(value):
-                    color = "white" if value < 0.6 else "black"
-                    axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=10)
-        axes.set_xticks(range(size), tasks, rotation=30, ha="right")
-        axes.set_yticks(range(size), tasks)
-        axes.set_title(_with_average(name, result), fontsize=11)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        shown = result
+        if results.get("orders"):
+            _, runs = next(iter(runs_by_order(results, result)))
+            shown = mean_over_seeds(runs)
+        _heat_map(axes, shown["accuracy_matrix"], tasks, tasks)
+        axes.set_title(_with_average(name, shown), fontsize=11)
     for axes in grid[:, 0]:
         axes.set_ylabel("after learning")
     figure.supxlabel(f"{quantity(results)} on (%)", fontsize=10)
     _save(figure, path)
 
 
-def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
-    """One panel a task: its accuracy as the stream goes on, one line a method, a band over the seeds."""
+def _heat_map(axes: Any, matrix: Any, rows: list[str], columns: list[str]) -> None:
+    """Fractions in 0..1 in %; None is left blank."""
+    values = [[math.nan if v is None else v for v in row] for row in matrix]
+    axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if not math.isnan(value):
+                color = "white" if value < 0.6 else "black"
+                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=10)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def plot_selection(results: Mapping[str, Any], path: Path) -> None:
+    """Two heat maps a method that selects: weight of each task's questions (rows) in each task's block, and overlap."""
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
-    tasks, methods = [_plain(task) for task in results["stream"]], results["methods"]
-    columns = min(4, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
+    studies = {name: result["selection"] for name, result in results["methods"].items() if result.get("selection")}
+    size = max(len(study["tasks"]) for study in studies.values())
+    width, height = 2 * (0.62 * size + 1.7), len(studies) * (0.62 * size + 1.7)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(len(studies), 2, squeeze=False)
+    for (blocks, shared), (name, study) in zip(grid, studies.items(), strict=True):
+        tasks = [_plain(task) for task in study["tasks"]]
+        _heat_map(blocks, study["block_weight"], tasks, tasks)
+        blocks.set_title(f"{title_of(name)}\nweight in rows of", fontsize=11)
+        _heat_map(shared, study["overlap"], tasks, tasks)
+        shared.set_title(f"{title_of(name)}\nweight shared with", fontsize=11)
+        blocks.set_ylabel("questions of")
+    figure.supxlabel("% of the selection weight", fontsize=10)
+    _save(figure, path)
+
+
+def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
+    """One panel a task: its accuracy as the stream goes on, one line a method, a band over the runs.
+
+    Along the stream, or, where the tasks came in several orders, along the number of tasks learned since.
+    """
+    Figure = require("matplotlib.figure", "pictures of a report").Figure
+
+    names, methods, several = results["stream"], results["methods"], bool(results.get("orders"))
+    ticks = [str(i) for i in range(len(names))] if several else [_plain(task) for task in names]
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.9 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     panels = list(grid.flat)
-    for axes in panels[len(tasks) :]:
+    for axes in panels[len(names) :]:
         axes.set_visible(False)
-    for task, (name, axes) in enumerate(zip(tasks, panels, strict=False)):
+    for task, axes in zip(names, panels, strict=False):
         for number, (method, result) in enumerate(methods.items()):
             color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-            steps = [i for i in range(task, len(tasks)) if result["accuracy_matrix"][i][task] is not None]
-            line = [result["accuracy_matrix"][i][task] for i in steps]
+            curve = _curve_since(results, result, task) if several else _curve(results, result, task)
+            steps = list(curve)
+            line = [middle for middle, _ in curve.values()]
             axes.plot(steps, line, color=color, marker=marker, markersize=5, label=title_of(method), zorder=3)
-            spread = [[seed["accuracy_matrix"][i][task] for seed in result.get("per_seed", [])] for i in steps]
-            if steps and len(spread[0]) > 1:
-                low, high = [min(v) for v in spread], [max(v) for v in spread]
+            if any(len(spread) > 1 for _, spread in curve.values()):
+                low, high = ([limit(spread) for _, spread in curve.values()] for limit in (min, max))
                 axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.set_title(name, fontsize=11)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-        axes.set_xlim(-0.3, len(tasks) - 0.7)
+        axes.set_title(_plain(task), fontsize=11)
+        axes.set_xticks(range(len(ticks)), ticks, rotation=0 if several else 30, ha="center" if several else "right")
+        axes.set_xlim(-0.3, len(names) - 0.7)
         axes.set_ylim(-0.02, 1.02)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{quantity(results)} (%)")
-    figure.supxlabel("after learning", fontsize=10)
+    figure.supxlabel("tasks learned since" if several else "after learning", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(methods)), frameon=False)
     _save(figure, path)
+
+
+Curve = dict[int, tuple[float, list[float]]]  # place on the x axis -> mean, and the runs' values
+
+
+def _curve(results: Mapping[str, Any], result: Mapping[str, Any], task: str) -> Curve:
+    column, runs = results["stream"].index(task), result.get("per_seed", [])
+    return {
+        i: (row[column], [run["accuracy_matrix"][i][column] for run in runs] or [row[column]])
+        for i, row in enumerate(result["accuracy_matrix"])
+        if i >= column and row[column] is not None
+    }
+
+
+def _curve_since(results: Mapping[str, Any], result: Mapping[str, Any], task: str) -> Curve:
+    """By the number of tasks that were learned after ``task``, over all orders."""
+    since: dict[int, list[float]] = {}
+    for order, runs in runs_by_order(results, result):
+        place = order.index(task)
+        for run in runs:
+            for i, row in enumerate(run["accuracy_matrix"]):
+                if i >= place and row[place] is not None:
+                    since.setdefault(i - place, []).append(row[place])
+    return {age: (sum(values) / len(values), values) for age, values in sorted(since.items())}
 
 
 def plot_losses(results: Mapping[str, Any], path: Path) -> None:

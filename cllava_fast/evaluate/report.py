@@ -3,50 +3,72 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cllava_fast.atomic import write_file, write_text
-from cllava_fast.evaluate.metrics import learned_tasks
+from cllava_fast.evaluate.metrics import learned_tasks, mean_over_seeds, paired_p_value, runs_by_order
 from cllava_fast.evaluate.page import html_page
-from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses
-from cllava_fast.evaluate.wording import explanations, finished, metric_title, only_exact, quantity, title_of
+from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses, plot_selection
+from cllava_fast.evaluate.selection import STUDY
+from cllava_fast.evaluate.wording import (
+    P_VALUE,
+    YARDSTICK,
+    explanations,
+    finished,
+    headline,
+    is_compared,
+    metric_title,
+    only_exact,
+    over_runs,
+    quantity,
+    selection_explanations,
+    title_of,
+)
 
 METRICS = ("accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
            "selection_accuracy", "trainable_parameters", "seconds")  # fmt: skip
 
 RESULTS = "results.json"
 PICTURES = {  # and what they show
-    "accuracy_matrix.png": "{quantity} on each task after each task",
+    "accuracy_matrix.png": "{quantity} on each task after each task{order}",
     "forgetting.png": "{quantity} on each task as the stream goes on",
-    "losses.png": "Loss while each task is learned",
+    "selection.png": "Selection weight of each task's questions by block, and what two tasks put on the same rows",
+    "losses.png": "Loss while each task is learned{order}",
 }
 REPORT_FILES = (RESULTS, "matrix.csv", *PICTURES, "report.md", "report.html")
 
 
 def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
-    """Writes ``REPORT_FILES``, each whole or not at all; losses.png only where losses were logged."""
+    """Writes ``REPORT_FILES``, each whole or not at all.
+
+    losses.png only where losses were logged, selection.png only where rows were selected.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_text(folder / "matrix.csv", _csv(results))
     write_file(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
     write_file(folder / "forgetting.png", lambda path: plot_forgetting(results, path))
-    if any(result.get("losses") for result in results["methods"].values()):
-        write_file(folder / "losses.png", lambda path: plot_losses(results, path))
-    else:
-        (folder / "losses.png").unlink(missing_ok=True)
-    what = quantity(results).capitalize()
-    pictures = {name: text.format(quantity=what) for name, text in PICTURES.items() if (folder / name).is_file()}
+    optional = (("losses", plot_losses), ("selection", plot_selection))
+    for kind, draw in optional:
+        if any(result.get(kind) for result in results["methods"].values()):
+            write_file(folder / f"{kind}.png", functools.partial(draw, results))
+        else:
+            (folder / f"{kind}.png").unlink(missing_ok=True)
+    words = {"quantity": quantity(results).capitalize(), "order": " (first order)" if results.get("orders") else ""}
+    pictures = {name: text.format(**words) for name, text in PICTURES.items() if (folder / name).is_file()}
     write_text(folder / "report.md", _markdown(results, pictures))
     images = {text: (folder / name).read_bytes() for name, text in pictures.items()}
-    write_text(folder / "report.html", html_page(results, table(results), explanations(results), images))
+    page = html_page(results, table(results), explanations(results), images, selection_table(results))
+    write_text(folder / "report.html", page)
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -73,6 +95,12 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
                 lacks = [key for key in ("question", "answers", "prediction", "score") if key not in example]
                 if lacks:
                     raise ValueError(f"{file}: an example of {name!r} on {task!r} lacks {lacks}")
+        study = result.get("selection")
+        if study and any(len(study.get(key, [])) != len(study.get("tasks", [])) for key in STUDY):
+            raise ValueError(f"{file}: the selection of {name!r} is not one of {list(STUDY)} for each of its tasks")
+    for order in results.get("orders") or []:
+        if sorted(order) != sorted(results["stream"]):
+            raise ValueError(f"{file}: order {order} does not hold the tasks of the stream")
     if "metrics" in results and sorted(results["metrics"]) != sorted(results["stream"]):
         raise ValueError(f"{file}: metrics are given for {sorted(results['metrics'])}; expected one for each task")
     return results
@@ -96,7 +124,7 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     if sum(widths) + len(widths) > console.width:
         lines = [list(column) for column in zip(header, *rows, strict=True)]
     after = "after the last task" if finished(results) else "so far"
-    title = f"{quantity(results)} in % {after}, {len(results['seeds'])} seed(s)"
+    title = f"{quantity(results)} in % {after}, {over_runs(results)}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for position, name in enumerate(lines[0]):
         shown.add_column(escape(name), justify="left" if position == 0 else "right", no_wrap=True)
@@ -106,6 +134,7 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
 
 
 METRIC_ROW = "metric"
+Column = tuple[str, bool, Callable[[Mapping[str, Any]], str]]  # its name, whether it is always shown, a method's cell
 
 
 def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -114,11 +143,17 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
     The first row names each task's metric, unless all are exact match.
     """
     tasks = results["stream"]
-    columns: list[tuple[str, bool, Callable[[Mapping[str, Any]], str]]] = [
-        ("average", True, lambda result: _percent(result["average_accuracy"], _spread(result))),
-        ("forgetting", True, lambda result: _percent(result["average_forgetting"])),
-        ("BWT", False, lambda result: _percent(result["backward_transfer"])),
-        ("MAA", False, lambda result: _percent(result["mean_average_accuracy"])),
+    averages: list[Column] = [
+        ("average", True, _summary("average_accuracy", spread=True)),
+        (P_VALUE, False, functools.partial(_significance, results)),
+        ("forgetting", True, _summary("average_forgetting", spread=not brief)),
+        ("BWT", False, _summary("backward_transfer", spread=True)),
+        ("MAA", False, _summary("mean_average_accuracy", spread=True)),
+    ]
+    if not is_compared(results):
+        del averages[1]
+    columns: list[Column] = [
+        *averages,
         *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
         ("right block", True, lambda result: _percent(result["selection_accuracy"])),
         ("trainable", False, lambda result: f"{result['trainable_parameters']:,.0f}"),
@@ -128,10 +163,39 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
     header = ["method", *[name for name, _ in shown]]
     rows = [[title_of(name), *[value(result) for _, value in shown]] for name, result in results["methods"].items()]
     if not only_exact(results):
-        first = 3 if brief else 5  # behind the method and the averages
+        first = 1 + sum(always or not brief for _, always, _ in averages)  # behind the method and the averages
         titles = [metric_title(results["metrics"][task]) for task in tasks]
         rows.insert(0, [METRIC_ROW, *[""] * (first - 1), *titles, *[""] * (len(header) - first - len(tasks))])
     return header, rows
+
+
+def selection_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows of what the tasks' questions select, a method and a task a row; None where nothing selects."""
+    rows = [
+        [title_of(name), task, _percent(study["block_weight"][i][i]),
+         f"{study['rows_used'][i]:.1f} of {study['block_rows'][i]:.0f}", f"{study['effective_rows'][i]:.1f}",
+         _percent(max((shared for j, shared in enumerate(study["overlap"][i]) if j != i), default=0.0))]
+        for name, result in results["methods"].items() if (study := result.get("selection"))
+        for i, task in enumerate(study["tasks"])
+    ]  # fmt: skip
+    return (["method", "task", "right block", "rows used", "effective rows", "largest overlap"], rows) if rows else None
+
+
+def _summary(name: str, spread: bool) -> Callable[[Mapping[str, Any]], str]:
+    return lambda result: _percent(result[name], _spread(result, name) if spread else None)
+
+
+def _significance(results: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """The p value of a method's averages against the yardstick's, run by run."""
+    yardstick = results["methods"][YARDSTICK]
+    pairs = [
+        [run["average_accuracy"] for run in pair]
+        for pair in zip(result.get("per_seed", []), yardstick["per_seed"], strict=False)
+    ]
+    if result is yardstick or len(pairs) < len(yardstick["per_seed"]) or any(None in pair for pair in pairs):
+        return "–"
+    p = paired_p_value([a - b for a, b in pairs])
+    return "n too small" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
 
 
 def _last_accuracy(position: int) -> Callable[[Mapping[str, Any]], str]:
@@ -142,13 +206,10 @@ def _last_accuracy(position: int) -> Callable[[Mapping[str, Any]], str]:
     return last
 
 
-def _spread(result: Mapping[str, Any]) -> float | None:
-    """Standard deviation of the average accuracy over the seeds."""
-    values = [seed["average_accuracy"] for seed in result.get("per_seed", [])]
-    if len(values) < 2 or None in values:
-        return None
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+def _spread(result: Mapping[str, Any], name: str) -> float | None:
+    """Standard deviation of a summary over the runs."""
+    values = [run[name] for run in result.get("per_seed", [])]
+    return None if len(values) < 2 or None in values else statistics.stdev(values)
 
 
 def _percent(value: float | None, spread: float | None = None) -> str:
@@ -158,25 +219,31 @@ def _percent(value: float | None, spread: float | None = None) -> str:
 
 
 def _csv(results: Mapping[str, Any]) -> str:
-    """Long form, one measured number a line; ``seed`` is "mean" for the mean over all."""
+    """Long form, one measured number a line; ``seed`` is "mean" for the mean over all seeds of an order."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "seed", "after_task", "on_task", "accuracy"])
-    tasks = results["stream"]
+    several = bool(results.get("orders"))
+    writer.writerow(["method", *(["order"] if several else []), "seed", "after_task", "on_task", "accuracy"])
     for name, result in results["methods"].items():
-        seeds = zip(results["seeds"], result.get("per_seed", []), strict=False)
-        for seed, values in [("mean", result), *seeds]:
-            for after, row in zip(tasks, values["accuracy_matrix"], strict=True):
-                for on, value in zip(tasks, row, strict=True):
-                    if value is not None:
-                        writer.writerow([name, seed, after, on, f"{value:.6f}"])
+        for number, (tasks, runs) in enumerate(runs_by_order(results, result)):
+            mean = [("mean", mean_over_seeds(runs) if several else result)] if runs or not several else []
+            for seed, values in [*mean, *zip(results["seeds"], runs, strict=False)]:
+                for after, row in zip(tasks, values["accuracy_matrix"], strict=True):
+                    for on, value in zip(tasks, row, strict=True):
+                        if value is not None:
+                            where = [number, seed] if several else [seed]
+                            writer.writerow([name, *where, after, on, f"{value:.6f}"])
     return out.getvalue()
 
 
 def markdown_table(results: Mapping[str, Any], brief: bool = False) -> str:
-    header, rows = table(results, brief)
+    return _markdown_rows(*table(results, brief))
+
+
+def _markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """The first ``texts`` columns are flush left."""
     lines = [[_md(cell) for cell in line] for line in (header, *rows)]
-    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
+    lines.insert(1, [*["---"] * texts, *["---:"] * (len(header) - texts)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -194,14 +261,14 @@ def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     meaning = "\n".join(f"- *{name}*: {text}" if name else f"- {_md(text)}" for name, text in explanations(results))
     images = "\n\n".join(f"![{text}]({name})" for name, text in pictures.items())
     examples = "".join(_markdown_examples(title_of(name), result) for name, result in results["methods"].items())
-    return f"""# Continual tuning: {" → ".join(map(_md, results["stream"]))}
+    return f"""# {_md(headline(results))}
 
 {markdown_table(results)}
 
 {meaning}
 
 {images}
-{examples}
+{_markdown_selection(results)}{examples}
 ## Settings
 
 {fence}json
@@ -214,6 +281,14 @@ def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
 | --- | --- |
 {versions}
 """
+
+
+def _markdown_selection(results: Mapping[str, Any]) -> str:
+    found = selection_table(results)
+    if found is None:
+        return ""
+    meaning = "\n".join(f"- *{name}*: {text}" for name, text in selection_explanations())
+    return f"\n## What is selected\n\n{_markdown_rows(*found, texts=2)}\n\n{meaning}\n"
 
 
 def _markdown_examples(method: str, result: Mapping[str, Any]) -> str:

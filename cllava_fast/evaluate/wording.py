@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cllava_fast.evaluate.metrics import learned_tasks
+from cllava_fast.evaluate.metrics import MIN_PAIRS, learned_tasks
 from cllava_fast.evaluate.scores import SCORES
+from cllava_fast.evaluate.selection import USED
 from cllava_fast.methods import METHODS
+
+YARDSTICK = "continual_llava"  # what other methods are compared with
+P_VALUE = "p"
 
 
 def title_of(method: str) -> str:
@@ -36,6 +40,22 @@ def learned(results: Mapping[str, Any]) -> int:
     return min(learned_tasks(result["accuracy_matrix"]) for result in results["methods"].values())
 
 
+def is_compared(results: Mapping[str, Any]) -> bool:
+    """Whether methods with several runs stand beside the yardstick."""
+    yardstick = results["methods"].get(YARDSTICK, {})
+    return len(results["methods"]) > 1 and len(yardstick.get("per_seed", [])) > 1
+
+
+def over_runs(results: Mapping[str, Any]) -> str:
+    orders = len(results.get("orders") or [])
+    return f"{len(results['seeds'])} seed(s)" + (f" and {orders} orders of the tasks" if orders else "")
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    between = ", " if results.get("orders") else " → "
+    return f"Continual tuning: {between.join(results['stream'])}"
+
+
 def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the table's numbers mean: a text, or a column's name and what it says."""
     split = results.get("config", {}).get("split", "test")
@@ -43,9 +63,9 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     plural = "Accuracies" if what == "accuracy" else "Scores"
     judged = "exact match" if only_exact(results) else "each task's metric"
     texts = [
-        ("", f"{plural} in %, measured on the {split} split over {len(results['seeds'])} seed(s), by greedy generation "
+        ("", f"{plural} in %, measured on the {split} split over {over_runs(results)}, by greedy generation "
              f"and {judged}, without telling the model which task a question belongs to."),
-        ("average", "over all tasks after the last one."),
+        ("average", "over all tasks after the last one, ± standard deviation over the runs where there are several."),
         ("forgetting", f"best {what} ever had on a task minus the last, mean over the earlier tasks."),
         ("BWT", f"last {what} minus the one just after learning."),
         ("MAA", "mean over the steps of the average on the tasks seen so far."),
@@ -53,6 +73,14 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trainable", "parameters with a gradient at a time."),
         ("–", "was not measured, or has no meaning for the method."),
     ]  # fmt: skip
+    if is_compared(results):
+        texts.insert(2, (P_VALUE, (
+            "of a difference in average from Continual LLaVA as large by chance: two-sided permutation test by "
+            "flipping signs, runs paired by seed and order, not corrected for the number of methods. With fewer than "
+            f"{MIN_PAIRS} pairs, none below 0.05 is possible: n too small."
+        )))  # fmt: skip
+    if results.get("orders"):
+        texts += [("", f"Order {i}: {' → '.join(order)}.") for i, order in enumerate(results["orders"])]
     if steps < size:
         texts.insert(1, ("", f"The run has learned {steps} of {size} tasks; all numbers are over these."))
     told = [METHODS[name][0].title for name in results["methods"] if name in METHODS and METHODS[name][1].uses_task]
@@ -61,3 +89,13 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if results.get("note"):
         texts.append(("", results["note"]))
     return texts
+
+
+def selection_explanations() -> list[tuple[str, str]]:
+    """What the numbers of a selection study mean, see ``selection.selection_study``."""
+    return [
+        ("right block", "share of the weight of the task's questions that falls into its own rows, in %."),
+        ("rows used", f"rows of its own that get more than {100 * USED:.0f} % of it."),
+        ("effective rows", "exp of the entropy of its weight over all rows: n where n rows share it alike."),
+        ("largest overlap", "with another task, the weight that both put on the same rows, in %."),
+    ]

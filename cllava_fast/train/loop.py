@@ -41,7 +41,8 @@ class ContinualResult:
 
     ``selection_accuracy`` is the share of selection weight that falls into the right task's block at the end, over
     the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
-    right and wrong ones. See ``cllava_fast.evaluate.metrics`` for the others.
+    right and wrong ones. ``selection`` says which rows the tasks use, see ``cllava_fast.evaluate.selection``. See
+    ``cllava_fast.evaluate.metrics`` for the others.
     """
 
     task_names: list[str]
@@ -51,15 +52,17 @@ class ContinualResult:
     seconds: float
     losses: dict[str, list[float]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    selection: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        numbers = {
             "accuracy_matrix": self.accuracy_matrix,
             **metrics.summarize(self.accuracy_matrix),
             "selection_accuracy": self.selection_accuracy,
             "trainable_parameters": self.trainable_parameters,
             "seconds": self.seconds,
         }
+        return numbers if self.selection is None else {**numbers, "selection": self.selection}
 
     @property
     def average_accuracy(self) -> float | None:
@@ -163,6 +166,7 @@ class ContinualTrainer:
             tuned.trainer.log(dict(events.metrics))
             progress["matrix"].append([task.score for task in evaluations])
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
+            progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
             progress["losses"][", ".join(names)] = tuned.losses
             progress["seconds"] += time.perf_counter() - start
@@ -183,6 +187,7 @@ class ContinualTrainer:
             seconds=progress["seconds"],
             losses=progress["losses"],
             examples=progress["examples"],
+            selection=progress.get("selection"),  # runs of earlier versions have none
         )
 
     def _read_ahead(self, tasks: list[str], done: int) -> None:
