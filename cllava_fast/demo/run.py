@@ -13,6 +13,7 @@ from rich.console import Console
 import cllava_fast as cf
 from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.demo.base import load_base
+from cllava_fast.demo.skills import base_ability, build_skills
 from cllava_fast.demo.settings import SETTINGS, in_order, task_orders
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
@@ -25,7 +26,8 @@ from cllava_fast.names import nearest
 from cllava_fast.surrogate import check_surrogate
 
 DEFAULT = ("frozen", "sequential_lora", "joint_lora", "continual_llava")
-METHODS = (*DEFAULT, *(name for name in LEARNING if name not in DEFAULT))
+CALIBRATED = "continual_llava+calibrate"
+METHODS = (*DEFAULT, CALIBRATED, *(name for name in LEARNING if name not in DEFAULT))
 MARK = "demo.json"  # says that a folder is the demo's own
 
 # Chosen on the validation split (`--split validation`), never on the test split.
@@ -101,8 +103,9 @@ class DemoConfig:
         return values
 
     def method_config(self, name: str) -> MethodConfig:
+        name, _, variant = name.partition("+")
         config = LEARNING[name if name != "frozen" else DEFAULT[-1]][0]
-        asked = {"surrogate": self.surrogate, "context": self.context}
+        asked = {"surrogate": self.surrogate, "context": self.context, **({variant: True} if variant else {})}
         fields = {key: value for key, value in asked.items() if key in config.__dataclass_fields__}
         return config(**{"scale": SCALE, "a_std": A_STD, **fields, **config.demo})
 
@@ -156,6 +159,9 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
         stream = in_order(config.stream(seed), orders[number])
         scored_by = {task.name: task.metric for task in stream}
         data: cf.PreparedStream | None = None
+        plain, processor = load_base()
+        skills = build_skills(processor, seed)
+        able = base_ability(plain, skills)
         where = {"seed": seed, "order": number} if len(orders) > 1 else {}
         run = f"seed{seed}-order{number}" if len(orders) > 1 else f"seed{seed}"
         for name in config.methods:
@@ -170,7 +176,8 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
                 cf.patch(model, config.method_config(name), processor=processor)
                 arguments = config.arguments(output / "methods" / name / run, seed)
                 result = cf.ContinualTrainer(model, processor, data, arguments).train()
-            runs[name].append({**result.to_dict(), **where})
+            kept = base_ability(model, skills) / able if able else None
+            runs[name].append({**result.to_dict(), "base_kept": kept, **where})
             if number == 0:
                 details[name] = {"losses": result.losses, "examples": result.examples}
     methods = {

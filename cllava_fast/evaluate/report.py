@@ -25,6 +25,7 @@ from cllava_fast.evaluate.wording import (
     finished,
     headline,
     is_compared,
+    measures_base,
     metric_title,
     only_exact,
     over_runs,
@@ -156,9 +157,12 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
         *averages,
         *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
         ("right block", True, lambda result: _percent(result["selection_accuracy"])),
+        ("base kept", True, lambda result: _percent(result.get("base_kept"))),
         ("trainable", False, lambda result: f"{result['trainable_parameters']:,.0f}"),
         ("seconds", True, lambda result: f"{result['seconds']:.0f}"),
     ]
+    if not measures_base(results):
+        columns = [column for column in columns if column[0] != "base kept"]
     shown = [(name, value) for name, always, value in columns if always or not brief]
     header = ["method", *[name for name, _ in shown]]
     rows = [[title_of(name), *[value(result) for _, value in shown]] for name, result in results["methods"].items()]

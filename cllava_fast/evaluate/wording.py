@@ -15,7 +15,9 @@ P_VALUE = "p"
 
 
 def title_of(method: str) -> str:
-    return METHODS[method][0].title if method in METHODS else method.capitalize()
+    name, _, variant = method.partition("+")
+    title = METHODS[name][0].title if name in METHODS else name.capitalize()
+    return f"{title}, {variant}d" if variant else title
 
 
 def only_exact(results: Mapping[str, Any]) -> bool:
@@ -51,6 +53,10 @@ def over_runs(results: Mapping[str, Any]) -> str:
     return f"{len(results['seeds'])} seed(s)" + (f" and {orders} orders of the tasks" if orders else "")
 
 
+def measures_base(results: Mapping[str, Any]) -> bool:
+    return any(result.get("base_kept") is not None for result in results["methods"].values())
+
+
 def headline(results: Mapping[str, Any]) -> str:
     between = ", " if results.get("orders") else " → "
     return f"Continual tuning: {between.join(results['stream'])}"
@@ -73,6 +79,9 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trainable", "parameters with a gradient at a time."),
         ("–", "was not measured, or has no meaning for the method."),
     ]  # fmt: skip
+    if measures_base(results):
+        texts.insert(6, ("base kept", "what the base could do before and no task asks for (captions, listings), as a share "
+                                      "of what the frozen model does."))  # fmt: skip
     if is_compared(results):
         texts.insert(2, (P_VALUE, (
             "of a difference in average from Continual LLaVA as large by chance: two-sided permutation test by "
