@@ -13,8 +13,8 @@ from rich.console import Console
 import cllava_fast as cf
 from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.demo.base import load_base
-from cllava_fast.demo.skills import base_ability, build_skills
 from cllava_fast.demo.settings import SETTINGS, in_order, task_orders
+from cllava_fast.demo.skills import base_ability, build_skills
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.evaluation import evaluate_tasks

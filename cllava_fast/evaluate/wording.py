@@ -80,8 +80,8 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("–", "was not measured, or has no meaning for the method."),
     ]  # fmt: skip
     if measures_base(results):
-        texts.insert(6, ("base kept", "what the base could do before and no task asks for (captions, listings), as a share "
-                                      "of what the frozen model does."))  # fmt: skip
+        texts.insert(6, ("base kept", "what the base could do before and no task asks for (captions, listings), as a "
+                                      "share of what the frozen model does."))  # fmt: skip
     if is_compared(results):
         texts.insert(2, (P_VALUE, (
             "of a difference in average from Continual LLaVA as large by chance: two-sided permutation test by "
