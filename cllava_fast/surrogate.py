@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -228,7 +229,7 @@ def find_sentence_model(name: str) -> Path:
     Raises:
         FileNotFoundError: nothing of that name; the message says how to get the default.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if (path / "modules.json").is_file():
         return path
     package = DEFAULT_PACKAGE if name == "sentence" else name.replace("-", "_")
