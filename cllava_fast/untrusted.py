@@ -89,9 +89,11 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Plain values of a YAML text. Raises ValueError, which begins with ``where``, for what is no YAML, a name that comes
-    twice in a mapping, aliases that contain themselves or stand for more than ``MAX_YAML_NODES`` values, and text that
-    UTF-8 cannot hold."""
+    """Plain values of a YAML text.
+
+    Raises ValueError, which begins with ``where``, for what is no YAML, a name that comes twice in a mapping, aliases
+    that contain themselves or stand for more than ``MAX_YAML_NODES`` values, and text that UTF-8 cannot hold.
+    """
     try:
         loader = yaml.SafeLoader(text)
         try:

@@ -118,7 +118,9 @@ class JsonLines(_LazySamples):
         with open_regular(self.path) as file:
             file.seek(self._starts[index])
             place = f"record {index}"
-            return self.reader.sample(parse_json(file.readline(MAX_LINE_BYTES), f"{self.reader.source}: {place}"), place)
+            return self.reader.sample(
+                parse_json(file.readline(MAX_LINE_BYTES), f"{self.reader.source}: {place}"), place
+            )
 
 
 def _from_json(path: Path, reader: RecordReader) -> list[Sample]:
