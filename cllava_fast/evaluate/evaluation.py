@@ -24,7 +24,8 @@ from cllava_fast.data.stream import Sample, Stream
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import predict, queries_of
-from cllava_fast.evaluate.report import METRICS, REPORT_FILES, write_report
+from cllava_fast.evaluate.report import REPORT_FILES, write_report
+from cllava_fast.evaluate.results import METRICS
 from cllava_fast.evaluate.scores import find_metric
 
 PREDICTIONS = "predictions"  # folder of a run that holds a JSONL file for each task
@@ -217,7 +218,7 @@ def results_of_run(
     losses: Mapping[str, Sequence[float]],
     examples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
-    """What ``results.json`` holds for one method and one seed; ``measured`` are the ``report.METRICS`` values."""
+    """What ``results.json`` holds for one method and one seed; ``measured`` are the ``results.METRICS`` values."""
     numbers = {name: measured[name] for name in METRICS}
     return {
         "stream": stream.task_names,

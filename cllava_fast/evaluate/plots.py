@@ -9,6 +9,7 @@ from typing import Any
 
 from cllava_fast.environment import require
 from cllava_fast.evaluate.wording import quantity, title_of
+from cllava_fast.untrusted import printable
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -23,7 +24,7 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     size = len(tasks)
     columns = math.ceil(math.sqrt(len(methods)))
     rows = math.ceil(len(methods) / columns)
-    cell = 0.62
+    cell = min(0.62, 60 / (columns * size))  # inches
     figure = Figure(figsize=(columns * (cell * size + 1.5), rows * (cell * size + 1.7)), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(methods) :]:
@@ -64,7 +65,7 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
             color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
             steps = [i for i in range(task, len(tasks)) if result["accuracy_matrix"][i][task] is not None]
             line = [result["accuracy_matrix"][i][task] for i in steps]
-            axes.plot(steps, line, color=color, marker=marker, markersize=5, label=title_of(method), zorder=3)
+            axes.plot(steps, line, color=color, marker=marker, markersize=5, label=_plain(title_of(method)), zorder=3)
             spread = [[seed["accuracy_matrix"][i][task] for seed in result.get("per_seed", [])] for i in steps]
             if steps and len(spread[0]) > 1:
                 low, high = [min(v) for v in spread], [max(v) for v in spread]
@@ -98,7 +99,7 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
             start = steps.stop
             label = _plain(task) if len(losses) > 1 else "all tasks"
             axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.4, marker=".", label=label)
-        axes.set_title(title_of(method), fontsize=11)
+        axes.set_title(_plain(title_of(method)), fontsize=11)
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -112,12 +113,13 @@ def _plain(text: str) -> str:
     """A stranger's text on one short line; between two dollars matplotlib would read mathematics."""
     text = " ".join(text.split())
     text = text if len(text) <= 20 else text[:19] + "…"
-    return text.replace("$", r"\$")
+    return printable(text).replace("$", r"\$")
 
 
 def _with_average(name: str, result: Mapping[str, Any]) -> str:
     average = result["average_accuracy"]
-    return title_of(name) if average is None else f"{title_of(name)}\naverage {100 * average:.1f} %"
+    title = _plain(title_of(name))
+    return title if average is None else f"{title}\naverage {100 * average:.1f} %"
 
 
 def _save(figure: Any, path: Path) -> None:

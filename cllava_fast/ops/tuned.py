@@ -212,8 +212,8 @@ def _tiles_row(where: str, row: Any) -> tuple[tuple[str, str, int, int], Any]:
         if one._asdict() == row["tiles"]:
             return key, one
     raise TableError(
-        f"{where}: {brief(row['tiles'])} is none of the configurations of {kernel} in {dtype} that `make kernels` checks for "
-        "shared memory and spills"
+        f"{where}: {brief(row['tiles'])} is none of the configurations of {kernel} in {dtype} that `make kernels` "
+        "checks for shared memory and spills"
     )
 
 
