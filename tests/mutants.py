@@ -145,8 +145,8 @@ MUTANTS = [
         "page: names are not escaped", "cllava_fast/evaluate/page.py", "<h3>{escape(task)}", "<h3>{task}", REPORT,
     ),
     Mutant(
-        "page: any text is a picture", "cllava_fast/evaluate/page.py", "SyntaxError):\n        return None",
-        "SyntaxError):\n        return str(encoded)", REPORT,
+        "page: any text is a picture", "cllava_fast/evaluate/page.py", "damaged picture\n        return None",
+        "damaged picture\n        return str(encoded)", REPORT,
     ),
     Mutant(
         "pictures: a name is mathematics", "cllava_fast/evaluate/plots.py", 'text.replace("$", r"\\$")', "text", REPORT,

@@ -84,7 +84,7 @@ class RecordReader:
         if question is None or not answers:
             missing, known = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
             raise ValueError(
-                f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:20])) or 'nothing'}, expected "
+                f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
         single = self._get(record, "answer")

@@ -113,7 +113,8 @@ def _plain(text: str) -> str:
     """A stranger's text on one short line; between two dollars matplotlib would read mathematics."""
     text = " ".join(text.split())
     text = text if len(text) <= 20 else text[:19] + "…"
-    return printable(text).replace("$", r"\$")
+    text = printable(text)
+    return text.replace("$", r"\$")
 
 
 def _with_average(name: str, result: Mapping[str, Any]) -> str:
