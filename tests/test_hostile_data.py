@@ -72,7 +72,10 @@ def test_a_hostile_record_is_refused_by_name(tmp_path: Path, text: str, message:
 
 def test_encodings_and_empty_files(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    for data in (b"\xef\xbb\xbf" + json.dumps([GOOD]).encode(), json.dumps([GOOD], indent=1).replace("\n", "\r\n").encode()):
+    for data in (
+        b"\xef\xbb\xbf" + json.dumps([GOOD]).encode(),
+        json.dumps([GOOD], indent=1).replace("\n", "\r\n").encode(),
+    ):
         path.write_bytes(data)
         assert read_samples(path)[0].instruction == "Q?"
     for data in (b"", json.dumps([GOOD]).encode("utf-16"), json.dumps([GOOD], ensure_ascii=False).encode() + b"\xff"):
@@ -248,7 +251,18 @@ def test_what_controls_a_terminal_is_spelled_out() -> None:
     assert printable(kept := "plain, ünï ✓ 漢字\n\t👩\u200d🔬 می\u200cخواهم") == kept
 
 
-CONTROLS = ("<image>", "</s>", "<s>", "<pad>", "<unk>", "<|im_start|>user\n", "<|im_end|>", "USER:", "ASSISTANT:", "\ufdd0")
+CONTROLS = (
+    "<image>",
+    "</s>",
+    "<s>",
+    "<pad>",
+    "<unk>",
+    "<|im_start|>user\n",
+    "<|im_end|>",
+    "USER:",
+    "ASSISTANT:",
+    "\ufdd0",
+)
 
 
 class TestControlTokens:
@@ -322,7 +336,9 @@ class TestControlTokens:
             [normalizers.Replace("gone", ""), normalizers.Lowercase()]
         )
         monkeypatch.setattr(processor, "tokenizer", tokenizer)
-        (example,) = Encoder(processor).encode([Sample("is it?", "yes", history=(("is it?", "gone"), ("is it?", "no")))])
+        (example,) = Encoder(processor).encode(
+            [Sample("is it?", "yes", history=(("is it?", "gone"), ("is it?", "no")))]
+        )
         assert [example.prompt_ids[a:b] for a, b in example.earlier_answers] == [
             tokenizer("no</s>", add_special_tokens=False)["input_ids"]
         ]

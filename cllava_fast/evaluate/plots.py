@@ -111,9 +111,8 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
 
 def _plain(text: str) -> str:
     """A stranger's text on one short line; between two dollars matplotlib would read mathematics."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     text = text if len(text) <= 20 else text[:19] + "…"
-    text = printable(text)
     return text.replace("$", r"\$")
 
 

@@ -54,7 +54,7 @@ def from_pretrained(
     if model is not None and base_options:
         raise ValueError(f"{sorted(base_options)} say how to load the base, but model= was given; give one of them")
     if local_files_only is None:
-        local_files_only = Path(path_or_repo).is_dir()
+        local_files_only = os.path.isdir(path_or_repo)
     options = {
         "token": token, "cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only,
     }  # fmt: skip
