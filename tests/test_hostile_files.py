@@ -1,4 +1,4 @@
-"""Saved increments, encoders, results and names of strangers: no code, no network, nothing raw on a terminal or a page."""
+"""Saved increments, encoders, results and names of strangers: no code, no network, nothing raw on a terminal."""
 
 from __future__ import annotations
 
@@ -273,7 +273,9 @@ def test_a_question_that_no_model_reads_is_refused_before_weights(capsys: Any) -
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"kind": 1, "kind": 1}', '{"kind": NaN}', "\xff", " " * (tuned.MAX_BYTES + 1)]
+    "text",
+    ["[" * 100_000, '{"kind": 1, "kind": 1}', '{"kind": NaN}', "\xff", " " * (tuned.MAX_BYTES + 1)],
+    ids=("deep", "twice", "nan", "encoding", "size"),
 )
 def test_a_hostile_table_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sm_90.json"

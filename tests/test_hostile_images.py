@@ -187,7 +187,8 @@ def test_a_cut_image_is_named(tmp_path: Path, suffix: str, rng: torch.Generator)
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\0" * 100, b"not an image", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        b"", b"\0" * 100, b"not an image", b"\x89PNG\r\n\x1a\n", 
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"8BPS\0\1" + bytes(20),
     ],
 )  # fmt: skip

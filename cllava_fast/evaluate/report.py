@@ -173,7 +173,7 @@ def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     )
     meaning = "\n".join(f"- *{name}*: {text}" if name else f"- {_md(text)}" for name, text in explanations(results))
     images = "\n\n".join(f"![{text}]({name})" for name, text in pictures.items())
-    examples = "".join(_markdown_examples(title_of(name), result) for name, result in results["methods"].items())
+    examples = "".join(_markdown_examples(_md(title_of(name)), result) for name, result in results["methods"].items())
     return f"""# Continual tuning: {" → ".join(map(_md, results["stream"]))}
 
 {markdown_table(results)}
