@@ -16,6 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.hostile_mutants import HOSTILE_MUTANTS  # noqa: E402
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
 from tests.tuned_mutants import TUNED_MUTANTS  # noqa: E402
@@ -151,6 +152,7 @@ MUTANTS = [
     Mutant(
         "pictures: a name is mathematics", "cllava_fast/evaluate/plots.py", 'text.replace("$", r"\\$")', "text", REPORT,
     ),
+    *(Mutant(f"hostile: {name}", file, old, new, (test,)) for name, file, old, new, test in HOSTILE_MUTANTS),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(
