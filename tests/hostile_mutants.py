@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 UNTRUSTED, PIXELS, STREAM = "cllava_fast/untrusted.py", "cllava_fast/data/pixels.py", "cllava_fast/data/stream.py"
-TEXT, READER, REPORT = "cllava_fast/model/text.py", "cllava_fast/model/instructions.py", "cllava_fast/evaluate/report.py"
+TEXT, READER, REPORT = (
+    "cllava_fast/model/text.py",
+    "cllava_fast/model/instructions.py",
+    "cllava_fast/evaluate/report.py",
+)
 DATA, IMAGES, FILES = "tests/test_hostile_data.py", "tests/test_hostile_images.py", "tests/test_hostile_files.py"
 
 HOSTILE_MUTANTS = [
