@@ -111,6 +111,21 @@ def test_an_address_is_a_name_like_any_other(tmp_path: Path) -> None:
         read_samples([{**GOOD, "image": "https://example.org/a.png"}], tmp_path)
 
 
+def test_an_absolute_path_inside_the_folder_is_one_in_it(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(root)
+    Image.new("RGB", (4, 4)).save(root / "sub" / "a.png")
+    for images, name in ((root, root), (tmp_path / "link", root), (tmp_path / "link", tmp_path / "link")):
+        (sample,) = read_samples([{**GOOD, "image": str(name / "sub" / "a.png")}], images)
+        assert sample.image == images / "sub" / "a.png"
+    for name in (f"{root}2/a.png", f"{root}/../a.png", str(root), "/", f"{root}//etc/../../a.png", "//etc/passwd"):
+        with pytest.raises(
+            ValueError, match="expected a path inside the image folder .*give the folder above them all"
+        ):
+            read_samples([{**GOOD, "image": name}], root)
+
+
 @pytest.mark.parametrize("target", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_no_image(tmp_path: Path, target: str) -> None:
     if target == "pipe":

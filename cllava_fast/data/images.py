@@ -31,24 +31,31 @@ class ImageFolder:
         """The path of an image, which need not exist.
 
         Raises:
-            ValueError: a name that is no relative path, or leads out of the folder, by ``..`` or by a symbolic link.
+            ValueError: a name that is no path or leads out of the folder: absolute, by ``..``, by a symbolic link.
         """
         if not isinstance(name, (str, Path)) or not _can_be_a_path(str(name)):
             raise ValueError(f"{where}: image is {brief(name)}; expected a path inside the image folder {self.root}")
+        given, name = str(name), self._relative(str(name))
         both = PurePosixPath(name), PureWindowsPath(name)
         if any(".." in path.parts for path in both) or any(path.anchor for path in both):
             raise ValueError(
-                f"{where}: image is {brief(str(name))}; expected a path inside the image folder {self.root}, relative "
-                "to it and without '..': where records name other folders, cut that part off, or give the folder above "
-                "both as images"
+                f"{where}: image is {brief(given)}; expected a path inside the image folder {self.root}, without '..': "
+                "where records name several folders, give the folder above them all as images"
             )
         path = self.root / name
         if not self._is_inside(path.parent) or (path.is_symlink() and not self._reaches_inside(path)):
             raise ValueError(
-                f"{where}: image {brief(str(name))} is a symbolic link out of the image folder {self.root}; "
+                f"{where}: image {brief(given)} is a symbolic link out of the image folder {self.root}; "
                 "give the folder that holds the images themselves as images"
             )
         return path
+
+    def _relative(self, name: str) -> str:
+        """An absolute path inside the folder as one that is relative to it; any other name as it is."""
+        for root in (os.path.abspath(self.root), self._real):
+            if os.path.isabs(name) and name.startswith(os.path.join(root, "")):
+                return name[len(root) :].lstrip(os.sep)
+        return name
 
     def _is_inside(self, folder: Path) -> bool:
         if folder not in self._inside:
