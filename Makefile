@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base native test lint format mutants kernels bench report gpu tune clean
+.PHONY: help install demo demo-base native test lint format mutants kernels fuzz bench report gpu tune clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -62,6 +62,9 @@ kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90 (Triton, nvcc), no
 	$(BIN)/python -m cllava_fast.ops.kernel_table
 	$(BIN)/python csrc/build.py cuda
 	$(BIN)/python -m cllava_fast.ops.native_table
+
+fuzz: $(STAMP) ## feed the readers of strangers' input with mutated files; findings in runs/fuzz (ARGS="--seconds 600 image")
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 bench: native ## time the ops against their rivals; results in benchmarks/results (ARGS="--quick" for less)
 	$(BIN)/python -m pytest -q benchmarks $(ARGS)

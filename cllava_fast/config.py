@@ -15,10 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from cllava_fast import untrusted
 from cllava_fast.atomic import write_text
 from cllava_fast.data.load import STREAM_KEYS
 from cllava_fast.methods import METHODS, IncrementConfig, MethodConfig
-from cllava_fast.names import check_names, nearest
+from cllava_fast.names import brief, check_names, nearest
 from cllava_fast.train.arguments import ContinualArguments
 
 CONFIG = "config.yaml"  # of a run's folder
@@ -110,6 +111,8 @@ def load_config(
         raise ValueError(f"{where}stream and tasks are both given; expected one of them")
     if "stream" not in values and "tasks" not in values:
         raise ValueError(f"{where}tasks is missing; expected a list of tasks (cllava-fast init writes an example)")
+    if "stream" in values:
+        _text(values["stream"], f"{where}stream")
     root = folder / _text(values.get("base", "."), f"{where}base") if base is None else Path(base).resolve()
     sections = {name: _section(name, values.get(name), where) for name in SECTIONS}
     _rebase(sections["model"], "path", folder)
@@ -118,15 +121,16 @@ def load_config(
         section, _, key = name.partition(".")
         sections[section][key] = value
     method = sections["method"].pop("name", IncrementConfig.method)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         given = "--method.name" if "method.name" in (flags or {}) else f"{where}method.name"
-        raise ValueError(f"{given} is {method!r}; {nearest(str(method), METHODS)}")
+        raise ValueError(f"{given} is {brief(method)}; {nearest(str(method), METHODS)}")
     if "path" not in sections["model"]:
         raise ValueError(f"{where}model is missing; give --model PATH, or model: PATH in the file")
     stream: dict[str, Any] | str = {key: values[key] for key in STREAM_KEYS if key in values}
     stream = values.get("stream", stream)
     name = stream if isinstance(stream, str) else stream.get("name") or file.stem
-    sections["training"].setdefault("output_dir", str(Path("runs") / str(name)))
+    if "output_dir" not in sections["training"]:
+        sections["training"]["output_dir"] = _run_folder(name, where)
     return RunConfig(
         model=make(ModelConfig, sections["model"], "model", where, flags),
         method=make(METHODS[method][0], sections["method"], "method", where, flags),
@@ -139,12 +143,9 @@ def load_config(
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
-    if not file.is_file():
+    if not os.path.exists(file):
         raise FileNotFoundError(f"{file} does not exist; cllava-fast init {file} writes an example")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    values = untrusted.read_yaml(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}; expected a mapping with tasks, model, ...")
     return values
@@ -171,8 +172,8 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     """``value``, as YAML reads it, in the type ``kind`` of a field. Raises ValueError where it has another."""
     try:
         return _convert(value, kind)
-    except ValueError:
-        raise ValueError(f"{name} is {value!r}; expected {describe(kind)}") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} is {brief(value)}; expected {describe(kind)}") from None
 
 
 def _convert(value: Any, kind: Any) -> Any:
@@ -208,8 +209,8 @@ def from_text(text: str, kind: Any) -> Any:
     if str in wanted and not (text.startswith("[") and any(get_origin(choice) is list for choice in wanted)):
         return None if types.NoneType in wanted and text in ("null", "none") else text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = untrusted.parse_yaml(text, "the flag")
+    except ValueError:
         return text
     literal = [choice for choice in wanted if get_origin(choice) is Literal]
     return text if literal and value is not None and not isinstance(value, str) else value
@@ -249,15 +250,26 @@ def _section(name: str, value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str) and name != "training":
         return {"path" if name == "model" else "name": value}
     if not isinstance(value, dict):
-        raise ValueError(f"{where}{name} is {value!r}; expected a mapping of its fields")
+        raise ValueError(f"{where}{name} is {brief(value)}; expected a mapping of its fields")
     return dict(value)
 
 
 def _rebase(values: dict[str, Any], key: str, folder: Path, always: bool = False) -> None:
     """Relative paths start from ``folder``; what is not there may be the name of a model on a hub."""
     value = values.get(key)
-    if isinstance(value, str) and value and (always or (folder / value).exists()):
+    if isinstance(value, str) and value and (always or os.path.exists(folder / value)):
         values[key] = str(folder / value)
+
+
+def _run_folder(name: Any, where: str) -> str:
+    """The folder of a run that names none."""
+    name = _text(name, f"{where}name")
+    if name in (".", "..") or any(character in name for character in "/\\\0"):
+        raise ValueError(
+            f"{where}name is {brief(name)}, and the run's folder would be called by it; give training.output_dir, or a "
+            "name without slashes"
+        )
+    return str(Path("runs") / name)
 
 
 def _text(value: Any, name: str) -> str:

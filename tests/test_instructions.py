@@ -88,8 +88,10 @@ def test_the_last_user_turn_counts(reader: InstructionReader, processor: Any) ->
     assert reader.read(batch["input_ids"], batch["attention_mask"]) == [reader.canonical("is it blue?")] * 2
 
 
-def test_canonical_folds_case_space_and_image_tokens_as_the_tokenizer_does(reader: InstructionReader) -> None:
-    assert reader.canonical("  Which <image> BAR\n is it? ") == reader.canonical("which bar is it?")
+def test_canonical_folds_case_space_and_marks_of_the_image(reader: InstructionReader) -> None:
+    assert reader.canonical(" <image>\n Which BAR\n is it? <image>") == reader.canonical("which bar is it?")
+    # anywhere else, the mark is the user's own word
+    assert "image" in reader.canonical("what is <image> here?")
     with pytest.raises(ValueError, match="blank"):
         reader.canonical("  \n ")
 

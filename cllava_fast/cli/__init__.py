@@ -16,6 +16,7 @@ from types import ModuleType
 
 import cllava_fast
 from cllava_fast.names import nearest
+from cllava_fast.untrusted import printable
 
 COMMANDS = {
     "init": "write a commented YAML to start from",
@@ -113,14 +114,14 @@ def _sentence(error: Exception) -> str:
     """An error in its own words; which process it is from, where several run."""
     rank = os.environ.get("RANK", "0")
     who = "cllava-fast" if rank == "0" else f"cllava-fast, process {rank}"
-    text = str(error).strip() or type(error).__name__
+    text = printable(str(error).strip()) or type(error).__name__
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError)) or _is_ours(error):
         return f"{who}: {text}"
     return f"{who}: {type(error).__name__}: {text} (--traceback shows where)"
 
 
 def _warning(message: Warning | str, *where: object, **line: object) -> str:
-    return f"cllava-fast: {message}\n"
+    return f"cllava-fast: {printable(str(message))}\n"
 
 
 def _is_ours(error: Exception) -> bool:

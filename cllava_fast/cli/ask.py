@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,14 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cllava_fast.cli.running import answer_tokens, check_positive, open_run
     from cllava_fast.data.encode import Collator, Encoder
-    from cllava_fast.data.stream import Sample
+    from cllava_fast.data.stream import Sample, check_texts
     from cllava_fast.evaluate.predict import predict
+    from cllava_fast.untrusted import printable
 
     check_positive(arguments, "max_new_tokens")
     tokens = arguments.max_new_tokens or answer_tokens(arguments.run_dir)
     if not arguments.question.strip():
         raise ValueError("the question is blank; expected a text")
     sample = Sample(arguments.question, "", arguments.image)
+    check_texts(replace(sample, answer="-"), "the question")
     sample.open_image()  # refused now, not behind the weights
     model, processor = open_run(arguments.run_dir, arguments.after)
     encoder = Encoder(processor)
@@ -54,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     collate = Collator(encoder, None, training=False)
     query = _told(model, arguments.task)
     (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)
-    print(answer)
+    print(printable(answer))
     if not arguments.quiet:
         method = model.increments.config.method
         why = "was told the task" if query is not None else "selects nothing: the same increments answer every question"
@@ -117,7 +119,10 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
 def _print(rows: list[Row], otherwise: str) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    from cllava_fast.untrusted import printable
 
     if not rows:
         print(otherwise)
@@ -127,5 +132,5 @@ def _print(rows: list[Row], otherwise: str) -> None:
         column.justify = "right"
     for row in rows:
         numbers = f"{row.similarity:.3f}", f"{row.weight:.1%}", f"{row.context:.1%}"
-        shown.add_row(row.task, str(row.number), *numbers)
+        shown.add_row(escape(printable(row.task)), str(row.number), *numbers)
     Console().print("", shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _auto_class(base: Any) -> Any:
 
 def _path(config: ModelConfig) -> str:
     """A hub's name, or a folder's in full: what a run saves says which base it belongs to."""
-    path = Path(config.path).expanduser()
+    path = Path(os.path.expanduser(config.path))
     return config.path if is_repo_id(config.path) and not path.is_dir() else str(path.resolve())
 
 

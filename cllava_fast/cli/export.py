@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import cllava_fast as cf
     from cllava_fast.cli.running import check_positive, open_run
+    from cllava_fast.untrusted import printable
 
     check_positive(arguments, "rank")
     if Path(arguments.output).exists() and (Path(arguments.output).is_file() or any(Path(arguments.output).iterdir())):
@@ -36,6 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
     report = cf.export_peft(
         model, arguments.output, task=arguments.task, instruction=arguments.instruction, rank=arguments.rank
     )
-    print(report)
+    print(printable(str(report)))
     print(f'Load it: peft.PeftModel.from_pretrained(base, "{arguments.output}")')
     return 0

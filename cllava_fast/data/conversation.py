@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cllava_fast.model.instructions import message
+from cllava_fast.model.text import PlainText, Token, overlapping
 
 FOLDER = Path(__file__).resolve().parent / "conversations"
 # what errors advise
@@ -30,12 +31,6 @@ def chat_template(name: str) -> str:
     if name not in conversations():
         raise ValueError(f"conversation is {name!r}; expected one of {', '.join(conversations())}")
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-class Token(NamedTuple):
-    id: int
-    start: int  # characters of the text that it stands for; start == end for what the tokenizer adds by itself
-    end: int
 
 
 @dataclass(frozen=True)
@@ -78,9 +73,7 @@ class Conversation:
             raise ValueError(f"the processor has no chat template; {SET_TEMPLATE}")
         if not self.tokenizer.is_fast:
             raise ValueError(f"{type(self.tokenizer).__name__} is a slow tokenizer; load the processor's fast one")
-        added = self.tokenizer.added_tokens_decoder.items()
-        self._control = {i: token.content for i, token in added if token.special}
-        self._spelled: dict[int, list[int]] = {}
+        self._plain = PlainText(self.tokenizer, getattr(processor, "image_token", None))
         self._parts: dict[tuple[int, bool, bool, bool], list[str]] = {}
 
     def encode(self, turns: Turns) -> Encoded:
@@ -95,49 +88,27 @@ class Conversation:
         bos = self.tokenizer.bos_token
         # a template that writes its own beginning-of-sequence token must not get a second one
         begin = not (bos and asked[0].startswith(bos))
-        before, after = self._tokens(prompt, spans, begin), self._tokens(whole, spans, begin)
+        before, after = self._plain.tokens(prompt, spans, begin), self._plain.tokens(whole, spans, begin)
         size = len(before)
         if [token.id for token in after[:size]] == [token.id for token in before]:
             answer = [token.id for token in after[size:]]
         else:  # a token would reach across the border; generation starts behind the prompt's last one
-            answer = [token.id for token in self._tokens(whole[len(prompt) :], [(0, len(whole))], begin=False)]
+            answer = [token.id for token in self._plain.tokens(whole[len(prompt) :], [(0, len(whole))])]
         first = 1 if turns.system else 0
-        earlier = [self._range(before, span) for span in spans[first + 1 : -1 : 2]]
-        return Encoded(before, answer, earlier)
+        return Encoded(before, answer, self._ranges(before, spans[first + 1 : -1 : 2]))
 
-    def _range(self, tokens: list[Token], span: tuple[int, int]) -> tuple[int, int]:
-        inside = [i for i, token in enumerate(tokens) if token.start < span[1] and span[0] < token.end]
-        end = inside[-1] + 1
-        if end < len(tokens) and tokens[end].id == self.tokenizer.eos_token_id:
-            end += 1
-        return inside[0], end
-
-    def _tokens(self, text: str, spans: list[tuple[int, int]], begin: bool) -> list[Token]:
-        encoded = self.tokenizer(text, add_special_tokens=begin, return_offsets_mapping=True)
-        tokens = [Token(i, *where) for i, where in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
-        if not any(content in text[start:end] for start, end in spans for content in self._control.values()):
-            return tokens
-        result: list[Token] = []
-        for token in tokens:
-            said = any(token.start < end and start < token.end for start, end in spans)
-            if said and token.id in self._control and self._control[token.id] in text[token.start : token.end]:
-                result += [Token(i, token.start, token.end) for i in self._spell(token.id)]
-            else:
-                result.append(token)
-        return result
-
-    def _spell(self, control: int) -> list[int]:
-        """Ids of a control token's letters."""
-        if control not in self._spelled:
-            text = self._control[control]
-            ids = self._plain(text)
-            if control in ids:  # the vocabulary knows it as a word too
-                ids = [i for letter in text for i in self._plain(letter)]
-            self._spelled[control] = ids
-        return self._spelled[control]
-
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def _ranges(self, tokens: list[Token], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Tokens of each text, with the end behind it; nothing for a text of which the tokenizer makes no token."""
+        inside: dict[int, list[int]] = {}
+        for i, token in enumerate(tokens):
+            inside.setdefault(overlapping(spans, token.start, token.end), []).append(i)
+        ranges = []
+        for number in range(len(spans)):
+            if number in inside:
+                start, end = inside[number][0], inside[number][-1] + 1
+                ends = end < len(tokens) and tokens[end].id == self.tokenizer.eos_token_id
+                ranges.append((start, end + ends))
+        return ranges
 
     def _literals(self, turns: Turns, answered: bool) -> list[str]:
         """What the template writes before, between and behind the texts; depends on their number alone."""

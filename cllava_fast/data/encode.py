@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from cllava_fast.data.conversation import SET_TEMPLATE, Conversation, Turns
-from cllava_fast.data.images import StoredImage
 from cllava_fast.data.lazy import LazySequence
-from cllava_fast.data.stream import ImageSource, Sample
+from cllava_fast.data.stream import Sample
 from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.patching import pooled_image, to_vision_tower
@@ -88,15 +87,15 @@ class Encoder:
         starts: list[int] = []  # where each token stands once the image has its many tokens
         for token in encoded.prompt:
             starts.append(len(ids))
-            ids += [token.id] * (self._tokens_of(sample.image) if token.id == self._image_token_id else 1)
+            ids += [token.id] * (self._tokens_of(sample) if token.id == self._image_token_id else 1)
         starts.append(len(ids))
         earlier = tuple((starts[first], starts[end]) for first, end in encoded.earlier)
         return Example(sample, ids, [*encoded.answer, self.tokenizer.eos_token_id], sample.instruction, earlier)
 
-    def _tokens_of(self, image: ImageSource | None) -> int:
+    def _tokens_of(self, sample: Sample) -> int:
         """Image tokens that the processor makes of an image; they depend on its size alone."""
-        assert image is not None
-        size = image_size(image)
+        size = sample.image_size()
+        assert size is not None
         if size not in self._image_tokens:
             encoded = self.processor(text=self.processor.image_token, images=Image.new("RGB", size))
             ids = torch.as_tensor(encoded["input_ids"])
@@ -106,13 +105,6 @@ class Encoder:
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """All that the image processor says: ``pixel_values [n, 3, H, W]``, or in patches, beside ``image_sizes``."""
         return dict(self.processor.image_processor(list(images), return_tensors="pt"))
-
-
-def image_size(image: ImageSource) -> tuple[int, int]:
-    if isinstance(image, Image.Image):
-        return image.size
-    with image.open() if isinstance(image, StoredImage) else Image.open(image) as opened:
-        return opened.size
 
 
 def samples_of(examples: Sequence[Example]) -> Iterable[Sample]:

@@ -1,16 +1,16 @@
-"""Where images come from: a folder that records cannot leave, or a row of a data set."""
+"""Where images come from: a folder that records cannot leave, or a row of a data set; ``pixels.py`` decodes them."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
-from PIL import Image
+from cllava_fast.names import brief
+
+MAX_PATH, MAX_NAME = 4096, 255  # bytes of a path and of one name in it, as Linux has them
 
 
 class ImageFolder:
@@ -31,23 +31,31 @@ class ImageFolder:
         """The path of an image, which need not exist.
 
         Raises:
-            ValueError: a name that is no relative path, or leads out of the folder, by ``..`` or by a symbolic link.
+            ValueError: a name that is no path or leads out of the folder: absolute, by ``..``, by a symbolic link.
         """
-        if not isinstance(name, (str, Path)) or not str(name) or "\0" in str(name):
-            raise ValueError(f"{where}: image is {name!r}; expected a path inside the image folder {self.root}")
+        if not isinstance(name, (str, Path)) or not _can_be_a_path(str(name)):
+            raise ValueError(f"{where}: image is {brief(name)}; expected a path inside the image folder {self.root}")
+        given, name = str(name), self._relative(str(name))
         both = PurePosixPath(name), PureWindowsPath(name)
-        if any(path.anchor for path in both) or any(".." in path.parts for path in both):
+        if any(".." in path.parts for path in both) or any(path.anchor for path in both):
             raise ValueError(
-                f"{where}: image is {str(name)!r}; expected a path inside the image folder {self.root}, without '..' "
-                "and not absolute"
+                f"{where}: image is {brief(given)}; expected a path inside the image folder {self.root}, without '..': "
+                "where records name several folders, give the folder above them all as images"
             )
         path = self.root / name
         if not self._is_inside(path.parent) or (path.is_symlink() and not self._reaches_inside(path)):
             raise ValueError(
-                f"{where}: image {str(name)!r} is a symbolic link out of the image folder {self.root}; "
+                f"{where}: image {brief(given)} is a symbolic link out of the image folder {self.root}; "
                 "give the folder that holds the images themselves as images"
             )
         return path
+
+    def _relative(self, name: str) -> str:
+        """An absolute path inside the folder as one that is relative to it; any other name as it is."""
+        for root in (os.path.abspath(self.root), self._real):
+            if os.path.isabs(name) and name.startswith(os.path.join(root, "")):
+                return name[len(root) :].lstrip(os.sep)
+        return name
 
     def _is_inside(self, folder: Path) -> bool:
         if folder not in self._inside:
@@ -75,7 +83,15 @@ class StoredImage:
         # what identifies the pixels without reading them
         return f"dataset {self.dataset._fingerprint}, row {self.row}, {self.column}"
 
-    @contextmanager
-    def open(self) -> Iterator[Image.Image]:
-        with Image.open(io.BytesIO(self.dataset[self.row][self.column]["bytes"])) as image:
-            yield image
+    def open(self) -> BinaryIO:
+        """The encoded image."""
+        return io.BytesIO(self.dataset[self.row][self.column]["bytes"])
+
+
+def _can_be_a_path(name: str) -> bool:
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    fits = len(encoded) <= MAX_PATH and all(len(part) <= MAX_NAME for part in encoded.split(b"/"))
+    return bool(encoded) and b"\0" not in encoded and fits

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cllava_fast.data.readers import is_image_folder, read_samples
 from cllava_fast.data.records import COLUMNS
 from cllava_fast.data.stream import Sample, Stream, Task
 from cllava_fast.evaluate.scores import find_metric
-from cllava_fast.names import check_names, nearest
+from cllava_fast.names import brief, check_names, nearest
+from cllava_fast.untrusted import read_yaml
 
 READY = Path(__file__).resolve().parent / "ready"
 STREAM_KEYS = ("name", "images", "tasks")
@@ -42,7 +42,7 @@ def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None 
     """
     spec, title, home = _open(source)
     tasks = _tasks(spec, title)
-    root = Path(base).expanduser() if base is not None else home
+    root = Path(os.path.expanduser(base)) if base is not None else home
     missing = list(dict.fromkeys(line for task in tasks for line in task.missing(root)))
     if missing:
         raise FileNotFoundError(
@@ -71,8 +71,8 @@ class _TaskSpec:
 
     def missing(self, root: Path) -> list[str]:
         wanted = {f"{self.name}, {split}": source.path for split, source in self.splits.items()}
-        lines = [f"{what}: {path}" for what, path in wanted.items() if not _under(root, path).exists()]
-        if self.images is not None and not _under(root, self.images).is_dir():
+        lines = [f"{what}: {path}" for what, path in wanted.items() if not os.path.exists(_under(root, path))]
+        if self.images is not None and not os.path.isdir(_under(root, self.images)):
             lines.append(f"image folder: {self.images}")
         return lines
 
@@ -88,7 +88,7 @@ class _TaskSpec:
 
 
 def _under(root: Path, path: str) -> Path:
-    return root / Path(path).expanduser()
+    return root / os.path.expanduser(path)
 
 
 def _open(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str, Path]:
@@ -98,18 +98,14 @@ def _open(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     if str(source) in ready_streams():
         path, home = READY / f"{source}.yaml", Path.cwd()
     else:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         home = path.parent
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"stream {str(source)!r} is neither the path of a YAML nor a ready stream; "
+                f"stream {brief(str(source))} is neither the path of a YAML nor a ready stream; "
                 f"{nearest(str(source), ready_streams())}"
             )
-    try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML in UTF-8: {error}") from None
-    return spec, str(path if path.parent != READY else source), home
+    return read_yaml(path), str(path if path.parent != READY else source), home
 
 
 def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
@@ -118,7 +114,7 @@ def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
         _text(spec, key, title)
     listed = spec.get("tasks")
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{title}: tasks is {listed!r}; expected a list of tasks, each with name, train and test")
+        raise ValueError(f"{title}: tasks is {brief(listed)}; expected a list of tasks, each with name, train and test")
     tasks: list[_TaskSpec] = []
     for number, entry in enumerate(listed):
         where = f"{title}: tasks[{number}]"
@@ -129,7 +125,7 @@ def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
         for key in ("name", "images", "metric", "prompt"):
             _text(entry, key, where)
         if entry["name"] in (task.name for task in tasks):
-            raise ValueError(f"{where}: the name {entry['name']!r} is taken; give every task its own")
+            raise ValueError(f"{where}: the name {brief(entry['name'])} is taken; give every task its own")
         metric = entry.get("metric") or "exact_match"
         try:
             find_metric(metric)
@@ -154,11 +150,11 @@ def _source(value: Any, where: str) -> _Source:
             _text(columns, key, f"{where}: columns")
         return _Source(value["path"], value.get("split"), dict(columns))
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{where} is {value!r}; expected a path, or a mapping with {', '.join(SOURCE_KEYS)}")
+        raise ValueError(f"{where} is {brief(value)}; expected a path, or a mapping with {', '.join(SOURCE_KEYS)}")
     return _Source(value)
 
 
 def _text(mapping: Mapping[str, Any], key: str, where: str) -> None:
     value = mapping.get(key)
     if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise ValueError(f"{where}: {key} is {value!r}; expected a text")
+        raise ValueError(f"{where}: {key} is {brief(value)}; expected a text")

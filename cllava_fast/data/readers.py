@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.records import RecordReader
 from cllava_fast.data.stream import Sample, check_texts
 from cllava_fast.environment import require
+from cllava_fast.names import brief
+from cllava_fast.untrusted import open_regular, parse_json, read_file
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SHOWN = 5  # of many faults of one kind
+MAX_JSON_BYTES, MAX_LINE_BYTES = 4 << 30, 16 << 20  # of a .json, which is read whole, and of a record of a .jsonl
 
 
 def read_samples(
@@ -52,9 +55,11 @@ def read_samples(
     columns = {} if columns is None else columns
     if not isinstance(source, (str, Path)):
         return _from_memory(source, images, prompt, columns)
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; expected a file or folder of samples")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device; expected a file or folder of samples")
     if is_image_folder(path):
         for name, value in (("images", images), ("columns", columns or None), ("split", split)):
             if value is not None:
@@ -94,32 +99,32 @@ class JsonLines(_LazySamples):
         return len(self._starts)
 
     def _index(self) -> Iterator[tuple[Sample, str]]:
-        start = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        start = number = 0
+        with open_regular(self.path) as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"{self.reader.source}: line {number} has more than {MAX_LINE_BYTES} bytes; expected one record"
+                    )
                 if line.strip(b" \t\r\n\xef\xbb\xbf"):
                     self._starts.append(start)
                     place = f"line {number}"
-                    yield self.reader.sample(_parse(line, f"{self.reader.source}: {place}"), place), place
+                    yield self.reader.sample(parse_json(line, f"{self.reader.source}: {place}"), place), place
                 start += len(line)
 
     def at(self, index: int) -> Sample:
         # opened anew: a process that was forked shares the position of an open file
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self._starts[index])
             place = f"record {index}"
-            return self.reader.sample(_parse(file.readline(), f"{self.reader.source}: {place}"), place)
-
-
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON in UTF-8: {error}") from None
+            return self.reader.sample(
+                parse_json(file.readline(MAX_LINE_BYTES), f"{self.reader.source}: {place}"), place
+            )
 
 
 def _from_json(path: Path, reader: RecordReader) -> list[Sample]:
-    records = _parse(path.read_bytes(), reader.source)
+    records = parse_json(read_file(path, MAX_JSON_BYTES), reader.source)
     if not isinstance(records, list):
         raise ValueError(f"{reader.source} holds {type(records).__name__}; expected a list of records")
     pairs = ((reader.sample(record, f"record {i}"), f"record {i}") for i, record in enumerate(records))
@@ -221,14 +226,18 @@ def is_image_folder(path: Path) -> bool:
 def _open_dataset(path: Path, split: str | None) -> Any:
     datasets = require("datasets", f"{path}: reading a data set of Hugging Face")
     if (path / "dataset_dict.json").is_file():
-        known = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if split is None or split not in known:
+        index = path / "dataset_dict.json"
+        content = parse_json(read_file(index, MAX_LINE_BYTES), str(index))
+        known = content.get("splits") if isinstance(content, dict) else None
+        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+            raise ValueError(f"{index} is {brief(content)}; expected an object with a list of 'splits'")
+        if split is None or split not in known or Path(split).name != split:
             raise ValueError(f"{path}: split is {split!r}; expected one of {', '.join(known)}")
-        return datasets.load_from_disk(str(path / split))
+        return _with_its_name(path / split, datasets.load_from_disk)
     if path.is_file() or (path / "dataset_info.json").is_file():
         if split is not None:
             raise ValueError(f"{path} has no splits; split is {split!r}, expected None")
-        return datasets.Dataset.from_parquet(str(path)) if path.is_file() else datasets.load_from_disk(str(path))
+        return _with_its_name(path, datasets.Dataset.from_parquet if path.is_file() else datasets.load_from_disk)
     by_split: dict[str, list[str]] = {}
     for file in _parquet_files(path):  # named as the hub does: train-00000-of-00002.parquet
         by_split.setdefault(file.stem.partition("-")[0], []).append(str(file))
@@ -236,7 +245,15 @@ def _open_dataset(path: Path, split: str | None) -> Any:
         (split,) = by_split
     if split not in by_split:
         raise ValueError(f"{path}: split is {split!r}; expected one of {', '.join(by_split)}")
-    return datasets.Dataset.from_parquet(by_split[split])
+    return _with_its_name(path, lambda _: datasets.Dataset.from_parquet(by_split[split]))
+
+
+def _with_its_name(path: Path, load: Callable[[str], Any]) -> Any:
+    """What ``load`` makes of a path; whatever it raises for damaged files says which one."""
+    try:
+        return load(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a data set: {str(error) or type(error).__name__}") from error
 
 
 def _checked(pairs: Iterable[tuple[Sample, str]], reader: RecordReader) -> Iterator[Sample]:
@@ -245,13 +262,13 @@ def _checked(pairs: Iterable[tuple[Sample, str]], reader: RecordReader) -> Itera
     total = 0
     for sample, place in pairs:
         total += 1
-        if isinstance(sample.image, (str, Path)) and not Path(sample.image).is_file():
-            missing.add(f"{place}: {str(sample.image)!r}")
+        if isinstance(sample.image, (str, Path)) and not os.path.isfile(sample.image):
+            missing.add(f"{place}: {str(sample.image)[:200]!r}")
         if sample.id:
             size, code = len(seen), hash(sample.id)
             seen.add(code)
             if len(seen) == size:
-                repeated.add(repr(sample.id))
+                repeated.add(brief(sample.id))
         yield sample
     if missing.count:
         folder = f" in {reader.images.root}" if reader.images else ""

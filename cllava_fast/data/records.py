@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,15 +41,19 @@ class RecordReader:
 
     def __post_init__(self) -> None:
         check_names(self.columns, COLUMNS, f"{self.source}: columns.")
+        if self.prompt is not None and (self.prompt.strip().startswith(IMAGE) or self.prompt.strip().endswith(IMAGE)):
+            raise ValueError(
+                f"{self.source}: prompt is {brief(self.prompt)}; leave {IMAGE} out, the chat template puts the image in"
+            )
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError(
-                f"{self.source}: prompt is {self.prompt!r}; expected a text with {{question}} in it, such as "
+                f"{self.source}: prompt is {brief(self.prompt)}; expected a text with {{question}} in it, such as "
                 "'{question}\\nAnswer the question using a single word or phrase.'"
             )
 
     def where(self, record: Any, place: str) -> str:
         name = self._first(record, IDS) if isinstance(record, Mapping) else None
-        return f"{self.source}: {place}" + ("" if name is None else f" (id {name!r})")
+        return f"{self.source}: {place}" + ("" if name is None else f" (id {brief(name)})")
 
     def sample(self, record: Any, place: str) -> Sample:
         """The sample of a record; ``place`` is its number, for errors and where it has no id.
@@ -66,6 +71,8 @@ class RecordReader:
         else:
             said = self._question_and_answer(record, where, image is not None)
         name = self._first(record, IDS)
+        if isinstance(name, bool) or not isinstance(name, (str, int, float, type(None))):
+            raise ValueError(f"{where}: the id is {brief(name)}; expected a text or a number")
         if self.prompt is not None:
             said["instruction"] = self.prompt.replace("{question}", said["instruction"])
         sample = Sample(image=image, id=f"{Path(self.source).stem}: {place}" if name is None else str(name), **said)
@@ -77,7 +84,7 @@ class RecordReader:
         if question is None or not answers:
             missing, known = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
             raise ValueError(
-                f"{where} has no {missing}; it has {', '.join(map(repr, record)) or 'nothing'}, expected "
+                f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
         single = self._get(record, "answer")
@@ -107,7 +114,7 @@ class RecordReader:
                 continue
             values = value if isinstance(value, (list, tuple)) else [value]
             values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
-            if any(isinstance(entry, bool) or not isinstance(entry, (str, int, float)) for entry in values):
+            if not all(_is_answer(entry) for entry in values):
                 raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a list of texts")
             return [str(entry) for entry in values]
         return []
@@ -153,7 +160,7 @@ def _conversation(turns: Any, where: str, image: bool) -> dict[str, Any]:
     roles = [role for role, _ in said]
     if not said or roles != ["user", "assistant"] * (len(said) // 2):
         raise ValueError(
-            f"{where}: the turns are {', '.join(roles) or 'none'}; expected human and gpt in turn, gpt at the end"
+            f"{where}: the turns are {_few(roles) or 'none'}; expected human and gpt in turn, gpt at the end"
         )
     pairs = [
         (_without_mark(said[i][1], where, image, first=i == 0), said[i + 1][1].strip()) for i in range(0, len(said), 2)
@@ -178,6 +185,16 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
     if marks > first:
         raise ValueError(f"{where}: {marks} {IMAGE} marks in one turn; expected one at most, in the first user turn")
     return text
+
+
+def _is_answer(entry: Any) -> bool:
+    if isinstance(entry, float) and not math.isfinite(entry):
+        return False  # 1e999
+    return isinstance(entry, (str, int, float)) and not isinstance(entry, bool)
+
+
+def _few(words: list[str]) -> str:
+    return ", ".join(words[:20]) + (", ..." if len(words) > 20 else "")
 
 
 def _is_pair(turn: Any) -> bool:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from cllava_fast.data.images import StoredImage
+from cllava_fast.data.pixels import read_rgb, read_size
+from cllava_fast.names import brief
 
 ImageSource = str | Path | Image.Image | StoredImage
+MAX_CHARACTERS = 1 << 18  # of all texts of a sample together: more than any model reads
+MAX_TURNS = 1000
 
 
 @dataclass(frozen=True)
@@ -36,16 +42,22 @@ class Sample:
     system: str = ""
 
     def open_image(self) -> Image.Image | None:
-        """The image in RGB, or None.
+        """The image in RGB, or None; see ``pixels.read_rgb``.
 
-        Raises FileNotFoundError, or ``PIL.UnidentifiedImageError`` (an OSError) for a file that is no image.
+        Raises FileNotFoundError, or ``pixels.ImageError`` (an OSError) for a file that is no image.
         """
-        if self.image is None:
-            return None
-        if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
-        with self.image.open() if isinstance(self.image, StoredImage) else Image.open(self.image) as image:
-            return image.convert("RGB")
+        return None if self.image is None else read_rgb(*_source(self.image))
+
+    def image_size(self) -> tuple[int, int] | None:
+        """Width and height of ``open_image()``, by the file's header alone; None without an image."""
+        return None if self.image is None else read_size(*_source(self.image))
+
+
+def _source(image: ImageSource) -> tuple[Any, str]:
+    """What to read, and what errors call it."""
+    if isinstance(image, Image.Image):
+        return image, "in memory"
+    return (image.open() if isinstance(image, StoredImage) else image), str(image)
 
 
 @dataclass(frozen=True)
@@ -125,15 +137,33 @@ def fingerprint(samples: Iterable[Sample]) -> str:
 def check_sample(sample: Sample, where: str) -> None:
     """Raises ValueError for texts that are blank or none, FileNotFoundError for a path without an image."""
     check_texts(sample, where)
-    if isinstance(sample.image, (str, Path)) and not Path(sample.image).is_file():
+    if isinstance(sample.image, (str, Path)) and not os.path.isfile(sample.image):
         raise FileNotFoundError(
-            f"{where}: image {str(sample.image)!r} does not exist; check the path or the image folder"
+            f"{where}: image {str(sample.image)!r} does not exist or is no file; check the path or the image folder"
         )
 
 
 def check_texts(sample: Sample, where: str) -> None:
+    """Raises ValueError for a text that is blank or none, that UTF-8 or a C string cannot hold, or for too many."""
+    if len(sample.history) >= MAX_TURNS:
+        raise ValueError(f"{where}: the conversation has {len(sample.history) + 1} turns; expected {MAX_TURNS} at most")
     turns = [text for turn in sample.history for text in turn]
     named = [("instruction", sample.instruction), ("answer", sample.answer), *(("history", text) for text in turns)]
     for field, value in [*named, *(("references", text) for text in sample.references)]:
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: {field} is {value!r}; expected a text that is not blank")
+            raise ValueError(f"{where}: {field} is {brief(value)}; expected a text that is not blank")
+    texts = [value for _, value in named] + [*sample.references, sample.system]
+    for value in texts:
+        if "\0" in value or not _is_unicode(value):
+            raise ValueError(f"{where}: {brief(value)} holds a NUL or half a surrogate pair; expected a text in UTF-8")
+    size = sum(map(len, texts))
+    if size > MAX_CHARACTERS:
+        raise ValueError(f"{where}: its texts have {size} characters; expected {MAX_CHARACTERS} at most")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

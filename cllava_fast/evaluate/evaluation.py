@@ -25,7 +25,8 @@ from cllava_fast.data.stream import Sample, Stream
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import batches_of, predict, queries_of
-from cllava_fast.evaluate.report import METRICS, REPORT_FILES, write_report
+from cllava_fast.evaluate.report import REPORT_FILES, write_report
+from cllava_fast.evaluate.results import METRICS
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.evaluate.selection import selection_study
 from cllava_fast.pool import Pool
@@ -261,7 +262,7 @@ def results_of_run(
     """What ``results.json`` holds for one method and one seed.
 
     Args:
-        measured: the ``report.METRICS`` values, and for methods that select ``"selection"``, see ``selection_study``.
+        measured: the ``results.METRICS`` values, and for methods that select ``"selection"``, see ``selection_study``.
     """
     numbers = {name: measured[name] for name in METRICS}
     if measured.get("selection"):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from PIL import Image
 
 from cllava_fast.evaluate.wording import headline, metric_title, selection_explanations, title_of
+from cllava_fast.untrusted import printable
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #6b7280; --line: #d8dce2; --card: #f5f6f8;
@@ -108,6 +109,11 @@ def _list(named: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="soft">{items}</ul>'
 
 
+def escape(text: str) -> str:
+    """A text as text: neither markup nor marks that turn the direction of writing."""
+    return html.escape(printable(text))
+
+
 def _row(cells: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
@@ -146,7 +152,7 @@ def _thumbnail(encoded: Any) -> str | None:
         data = base64.b64decode(encoded, validate=True)
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             image.verify()
-    except (TypeError, ValueError, OSError, SyntaxError):
+    except Exception:  # whatever a decoder raises for a damaged picture
         return None
     return _data("jpeg", data)
 

@@ -17,7 +17,7 @@ from cllava_fast.atomic import write_file, write_text
 from cllava_fast.evaluate.metrics import learned_tasks, mean_over_seeds, paired_p_value, runs_by_order
 from cllava_fast.evaluate.page import html_page
 from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses, plot_selection
-from cllava_fast.evaluate.selection import STUDY
+from cllava_fast.evaluate.results import MAX_RESULTS_BYTES, check_results
 from cllava_fast.evaluate.wording import (
     P_VALUE,
     YARDSTICK,
@@ -33,9 +33,7 @@ from cllava_fast.evaluate.wording import (
     selection_explanations,
     title_of,
 )
-
-METRICS = ("accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
-           "selection_accuracy", "trainable_parameters", "seconds")  # fmt: skip
+from cllava_fast.untrusted import parse_json, printable, read_file
 
 RESULTS = "results.json"
 PICTURES = {  # and what they show
@@ -75,35 +73,10 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads ``results.json``. Raises ValueError where it is no results file, FileNotFoundError where there is none."""
     file = Path(path)
-    if not file.is_file():
+    if not os.path.exists(file):
         raise FileNotFoundError(f"{file} does not exist; give the folder of a run")
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    for key in ("stream", "seeds", "methods", "environment"):
-        if not isinstance(results, dict) or not results.get(key):
-            raise ValueError(f"{file} has no {key!r}; expected what a run writes as results.json")
-    size = len(results["stream"])
-    for name, result in results["methods"].items():
-        missing = [metric for metric in METRICS if metric not in result]
-        if missing:
-            raise ValueError(f"{file}: method {name!r} lacks {missing}")
-        if [len(row) for row in result["accuracy_matrix"]] != [size] * size:
-            raise ValueError(f"{file}: accuracy_matrix of {name!r} is not {size} x {size}")
-        for task, examples in result.get("examples", {}).items():
-            for example in examples:
-                lacks = [key for key in ("question", "answers", "prediction", "score") if key not in example]
-                if lacks:
-                    raise ValueError(f"{file}: an example of {name!r} on {task!r} lacks {lacks}")
-        study = result.get("selection")
-        if study and any(len(study.get(key, [])) != len(study.get("tasks", [])) for key in STUDY):
-            raise ValueError(f"{file}: the selection of {name!r} is not one of {list(STUDY)} for each of its tasks")
-    for order in results.get("orders") or []:
-        if sorted(order) != sorted(results["stream"]):
-            raise ValueError(f"{file}: order {order} does not hold the tasks of the stream")
-    if "metrics" in results and sorted(results["metrics"]) != sorted(results["stream"]):
-        raise ValueError(f"{file}: metrics are given for {sorted(results['metrics'])}; expected one for each task")
+    results = parse_json(read_file(file, MAX_RESULTS_BYTES), str(file))
+    check_results(results, str(file))
     return results
 
 
@@ -128,9 +101,9 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     title = f"{quantity(results)} in % {after}, {over_runs(results)}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for position, name in enumerate(lines[0]):
-        shown.add_column(escape(name), justify="left" if position == 0 else "right", no_wrap=True)
+        shown.add_column(escape(printable(name)), justify="left" if position == 0 else "right", no_wrap=True)
     for line in lines[1:]:
-        shown.add_row(*map(escape, line))
+        shown.add_row(*(escape(printable(cell)) for cell in line))
     console.print(shown)
 
 
@@ -235,8 +208,8 @@ def _csv(results: Mapping[str, Any]) -> str:
                 for after, row in zip(tasks, values["accuracy_matrix"], strict=True):
                     for on, value in zip(tasks, row, strict=True):
                         if value is not None:
-                            where = [number, seed] if several else [seed]
-                            writer.writerow([name, *where, after, on, f"{value:.6f}"])
+                            where = [str(number), str(seed)] if several else [str(seed)]
+                            writer.writerow([*map(printable, (name, *where, after, on)), f"{value:.6f}"])
     return out.getvalue()
 
 
@@ -253,7 +226,7 @@ def _markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]], texts: 
 
 def _md(text: str) -> str:
     """A stranger's text as plain text within a line or a table cell."""
-    return re.sub(r"([\\`*_{}\[\]<>|$~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>|$~])", r"\\\1", printable(" ".join(text.split())))
 
 
 def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -264,7 +237,7 @@ def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     )
     meaning = "\n".join(f"- *{name}*: {text}" if name else f"- {_md(text)}" for name, text in explanations(results))
     images = "\n\n".join(f"![{text}]({name})" for name, text in pictures.items())
-    examples = "".join(_markdown_examples(title_of(name), result) for name, result in results["methods"].items())
+    examples = "".join(_markdown_examples(_md(title_of(name)), result) for name, result in results["methods"].items())
     return f"""# {_md(headline(results))}
 
 {markdown_table(results)}

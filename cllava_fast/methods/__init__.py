@@ -28,7 +28,7 @@ def config_from_dict(values: dict[str, Any]) -> MethodConfig:
     """The config that ``MethodConfig.to_dict`` wrote. Raises ValueError for unknown methods or fields."""
     fields = dict(values)
     name = fields.pop("method", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method is {name!r}; expected one of {sorted(METHODS)}")
     config_class = METHODS[name][0]
     unknown = set(fields) - set(config_class.__dataclass_fields__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -78,7 +78,7 @@ def _card(base_model: str | None, library: str, tags: list[str], text: str) -> s
 
 def is_repo_id(name: str | None) -> bool:
     """Whether a name is a hub's repository rather than a folder."""
-    if name is None or Path(name).is_dir():
+    if name is None or os.path.isdir(name):
         return False
     try:
         validate_repo_id(name)

@@ -17,13 +17,16 @@ from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import increments_card, is_repo_id
 from cllava_fast.model.patching import check_not_merged, get_increments, patch, unpatch
+from cllava_fast.names import brief
 from cllava_fast.surrogate import fingerprint
+from cllava_fast.untrusted import parse_json, read_file
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = (CONFIG, WEIGHTS, CARD)
 FORMAT = 1
 # far above what any pool needs, far below what would hurt
-MAX_CONFIG_BYTES, MAX_HEADER_BYTES = 1 << 20, 1 << 22
+MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_RANK = 1 << 20, 1 << 22, 1 << 16
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,9 @@ def read_config(folder: Path) -> Saved:
         if isinstance(number, int) and number > FORMAT:
             raise ValueError(f"format is {number}, newer than {FORMAT}; upgrade cllava_fast")
         if number != FORMAT:
-            raise ValueError(f"format is {number!r}, not {FORMAT}")
+            raise ValueError(f"format is {brief(number)}, not {FORMAT}")
         saved = Saved(
-            config=config_from_dict(values["config"]),
+            config=_method_config(values["config"]),
             tasks=values["tasks"],
             base_model=values.get("base_model_name_or_path"),
             base_dtype=values.get("base_dtype"),
@@ -160,12 +163,17 @@ def read_config(folder: Path) -> Saved:
         )
         names = saved.tasks
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"tasks is {names!r}; expected a list of names")
+            raise ValueError(f"tasks is {brief(names)}; expected a list of names")
         if len(set(names)) != len(names):
-            raise ValueError(f"tasks is {names!r}; expected each name once")
-        for field in ("base_model", "base_dtype"):
+            raise ValueError(f"tasks is {brief(names)}; expected each name once")
+        for field in ("base_fingerprint", "weights_sha256"):
+            if not isinstance(getattr(saved, field), str):
+                raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
+        for field in ("base_model", "base_dtype", "surrogate_fingerprint"):
             if not isinstance(getattr(saved, field), str | None):
-                raise ValueError(f"{field} is {getattr(saved, field)!r}; expected a text")
+                raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
+        if saved.base_dtype not in (None, *DTYPES):
+            raise ValueError(f"base_dtype is {brief(saved.base_dtype)}; expected one of {', '.join(DTYPES)}")
     except KeyError as error:
         raise ValueError(f"{path} cannot be read: {error} is missing; was it changed since it was saved?") from error
     except (ValueError, TypeError) as error:
@@ -173,15 +181,29 @@ def read_config(folder: Path) -> Saved:
     return saved
 
 
+def _method_config(values: Any) -> MethodConfig:
+    """The method's config, each field of the type that it has in a run's YAML."""
+    from cllava_fast.config import convert, typed_fields  # not above: it imports what trains, and that this module
+
+    if not isinstance(values, dict) or not isinstance(values.get("method"), str):
+        raise ValueError(f"config is {brief(values)}; expected a mapping with a method and its fields")
+    config = config_from_dict(values)
+    kinds = typed_fields(type(config)).items()
+    config = type(config)(**{name: convert(getattr(config, name), kind, name) for name, (_, kind) in kinds})
+    if config.rank > MAX_RANK:
+        raise ValueError(f"rank is {config.rank}; expected {MAX_RANK} at most")
+    return config
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     _check_is_there(path)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_file(path, MAX_CONFIG_BYTES), "it")
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
     return values
 
@@ -197,13 +219,13 @@ def _check_header(path: Path) -> None:
         with safe_open(path, "pt") as file:  # checks that shapes, offsets and the file's size agree
             strangers = [name for name in file.keys() if not name.startswith("pool.")]
         if strangers:
-            raise ValueError(f"{len(strangers)} unexpected tensors {strangers[:3]}")
+            raise ValueError(f"{len(strangers)} unexpected tensors {brief(strangers[:3])}")
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged: {error}; expected a file written by save_pretrained()") from error
 
 
 def _check_is_there(path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained()")
 
 

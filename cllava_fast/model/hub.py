@@ -13,6 +13,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from cllava_fast.model.card import is_repo_id
 from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained
+from cllava_fast.names import brief, nearest
+
+SHOWN = 20  # names of a folder in an error
 
 
 def from_pretrained(
@@ -51,7 +54,7 @@ def from_pretrained(
     if model is not None and base_options:
         raise ValueError(f"{sorted(base_options)} say how to load the base, but model= was given; give one of them")
     if local_files_only is None:
-        local_files_only = Path(path_or_repo).is_dir()
+        local_files_only = os.path.isdir(path_or_repo)
     options = {
         "token": token, "cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only,
     }  # fmt: skip
@@ -66,10 +69,19 @@ def from_pretrained(
 def _find(path_or_repo: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:
     """The folder, or the repository's copy in the hub's cache."""
     name = os.fspath(path_or_repo)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
+    if os.path.exists(name):
+        raise FileNotFoundError(f"{brief(name)} is a file; expected a folder that save_pretrained() wrote")
     if isinstance(path_or_repo, Path) or not is_repo_id(name):
-        raise FileNotFoundError(f"there is no folder {name}; expected one that save_pretrained() wrote")
+        raise FileNotFoundError(f"there is no folder {brief(name)}; expected one that save_pretrained() wrote")
+    beside = os.path.dirname(name)
+    if beside and os.path.isdir(beside):  # "runs/mnie": nobody means a user of the hub called runs
+        raise FileNotFoundError(
+            f"there is no folder {brief(name)}, and the hub was not asked, since {beside} is a folder here; "
+            f"{nearest(os.path.basename(name), sorted(os.listdir(beside))[:SHOWN])} (a repository of that name: call "
+            "from_pretrained from another folder)"
+        )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), **options))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:

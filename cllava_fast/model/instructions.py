@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cllava_fast.model.text import PlainText
+from cllava_fast.names import brief
+
+# before a control token in a decoded text, so that no text can pass for one; Unicode has promised not to use it
+MARK = "\ufdd0"
 # LLaVA-1.5's own, for processors without a chat template
 DEFAULT_MARKERS = ("USER:", "ASSISTANT:")
 
@@ -16,7 +22,9 @@ class InstructionReader:
     """Finds instructions by the role markers of the processor's chat template.
 
     Texts are canonical: what the tokenizer makes of them, with white space folded, so that an instruction read back
-    from ids and the same instruction given as text are one and the same query.
+    from ids and the same instruction given as text are one and the same query. Control tokens in a text are text.
+    Role markers that are plain words, such as ``USER:``, cannot be told from the same words of a user: in ids and in
+    texts alike, what stands behind the last one counts.
 
     Args:
         processor: of a model with images, or the tokenizer of one without.
@@ -27,25 +35,60 @@ class InstructionReader:
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._left_out = frozenset(left_out)
         self._canonical: dict[str, str] = {}
+        self._image = getattr(processor, "image_token", None) or "<image>"
+        self._plain = PlainText(self._tokenizer, self._image)
+        self._marks = set(self._plain.control) - {getattr(self._tokenizer, "unk_token_id", None)}
         markers = template_markers(processor) or DEFAULT_MARKERS
-        self.user, self.end = (self._decode(self.tokenize(marker)) for marker in markers)
+        self.user, self.end = (self._decode(self._written(marker)) for marker in markers)
 
-    def tokenize(self, text: str) -> list[int]:
+    def _written(self, text: str) -> list[int]:
+        """Ids of what a template wrote."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of what a user wrote; a slow tokenizer does not tell it from what a template does."""
+        return self._plain.ids(text) if getattr(self._tokenizer, "is_fast", False) else self._written(text)
+
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return " ".join(text.split())
+        """The text of ids, white space folded, control tokens behind a ``MARK``."""
+        parts = []
+        for control, run in groupby(ids, lambda i: i in self._marks):
+            if control:
+                parts += [MARK + self._plain.control[i] for i in run]
+            else:
+                text = self._tokenizer.decode(list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                parts.append(text.replace(MARK, "\ufffd"))
+        return " ".join(" ".join(parts).split())
 
     def canonical(self, text: str) -> str:
-        """``text`` as it would be read back from ids. Raises ValueError for a blank text."""
+        """``text`` as it would be read back from ids, without a mark of the image at its beginning or end.
+
+        Raises ValueError for a blank text, or one that ends with a role marker.
+        """
         known = self._canonical.get(text)
         if known is None:
-            ids = [i for i in self.tokenize(text) if i not in self._left_out]
-            known = self._canonical[text] = self._decode(ids)
+            words = self._decode(self.tokenize(self._without_image(text)))
+            known = self._turn(f"{self.user} {words} {self.end}")
             if not known:
-                raise ValueError(f"the instruction {text!r} is blank; expected a text")
+                raise ValueError(
+                    f"the instruction {brief(text)} is blank, or nothing stands behind its last {_shown(self.user)}; "
+                    "expected a text"
+                )
+            self._canonical[text] = known
         return known
+
+    def _without_image(self, text: str) -> str:
+        text, before = text.strip(), ""
+        while text != before:
+            before, text = text, text.removeprefix(self._image).removesuffix(self._image).strip()
+        return text
+
+    def _turn(self, text: str) -> str:
+        """The last user turn of a decoded conversation; empty without one."""
+        _, found, turn = text.rpartition(self.user)
+        if not found:
+            return ""
+        return self._without_image(turn.partition(self.end)[0].replace(MARK, ""))
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Instructions of ``input_ids [B, S]``; padding is where ``attention_mask [B, S]`` is 0.
@@ -67,18 +110,20 @@ class InstructionReader:
 
     def _read_one(self, ids: list[int], sample: int) -> str:
         text = self._decode(ids)
-        start = text.rfind(self.user)
-        if start < 0:
+        if self.user not in text:
             raise ValueError(
-                f"no instruction found in input_ids of sample {sample}: there is no user turn ({self.user!r}) in "
-                f"{text[:80]!r}; build the prompt with the processor's chat template, or pass instructions=[...]"
+                f"no instruction found in input_ids of sample {sample}: there is no user turn "
+                f"({_shown(self.user)!r}) in {_shown(text[:80])!r}; build the prompt with the processor's "
+                "chat template, or pass instructions=[...]"
             )
-        turn = text[start + len(self.user) :]
-        end = turn.find(self.end)
-        turn = (turn if end < 0 else turn[:end]).strip()
+        turn = self._turn(text)
         if not turn:
             raise ValueError(f"the last user turn of sample {sample} is empty in input_ids; pass instructions=[...]")
         return turn
+
+
+def _shown(text: str) -> str:
+    return text.replace(MARK, "")
 
 
 def message(processor: Any, role: str, text: str, images: int = 0) -> dict[str, Any]:

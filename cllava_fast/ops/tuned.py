@@ -9,7 +9,6 @@ aside.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cllava_fast.names import brief
 from cllava_fast.ops import dispatch
+from cllava_fast.untrusted import parse_json, read_file
 
 FOLDER = Path(__file__).parent / "tables"
 VARIABLE = "CLLAVA_TUNED"
+MAX_BYTES = 1 << 24
 KIND = "cllava_fast: tuned choices"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 # Buckets of the columns that activations are projected on; the last one has no end.
@@ -172,8 +174,8 @@ def describe() -> str | None:
 def read(path: Path, architecture: str | None = None) -> Table:
     """The table in a file, checked whole."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = parse_json(read_file(path, MAX_BYTES), "it")
+    except (OSError, ValueError) as error:
         raise _refused(path.name, f"is no JSON ({error})") from error
     table = parse(content, path.name)
     if architecture not in (None, table.architecture):
@@ -186,7 +188,7 @@ def parse(content: Any, name: str = "table") -> Table:
     try:
         _fields("the table", content, HEAD, more=True)
         if content["kind"] != KIND:
-            raise TableError(f"is of kind {content['kind']!r}, expected {KIND!r}")
+            raise TableError(f"is of kind {brief(content['kind'])}, expected {KIND!r}")
         tiles = [_tiles_row(f"tiles[{i}]", row) for i, row in enumerate(content["tiles"])]
         if len(dict(tiles)) < len(tiles):
             raise TableError("has two rows of tiles for one kernel, dtype and bucket")
@@ -210,8 +212,8 @@ def _tiles_row(where: str, row: Any) -> tuple[tuple[str, str, int, int], Any]:
         if one._asdict() == row["tiles"]:
             return key, one
     raise TableError(
-        f"{where}: {row['tiles']} is none of the configurations of {kernel} in {dtype} that `make kernels` checks for "
-        "shared memory and spills"
+        f"{where}: {brief(row['tiles'])} is none of the configurations of {kernel} in {dtype} that `make kernels` "
+        "checks for shared memory and spills"
     )
 
 
@@ -226,7 +228,7 @@ def _avoid_row(where: str, row: Any) -> Avoid:
     for name, pair in row["sizes"].items():
         whole = isinstance(pair, list) and len(pair) == 2 and all(type(size) is int for size in pair)
         if not whole or not 0 <= pair[0] <= pair[1]:
-            raise TableError(f"{where}: sizes: {name}: expected [least, most], got {pair!r}")
+            raise TableError(f"{where}: sizes: {name}: expected [least, most], got {brief(pair)}")
     if not row["sizes"]:
         raise TableError(f"{where}: sizes: expected bounds, got none")
     return Avoid(**row)
@@ -234,22 +236,22 @@ def _avoid_row(where: str, row: Any) -> Avoid:
 
 def _fields(where: str, row: Any, kinds: Mapping[str, type], more: bool = False) -> None:
     if not isinstance(row, dict):
-        raise TableError(f"{where}: expected an object, got {row!r}")
+        raise TableError(f"{where}: expected an object, got {brief(row)}")
     wrong = [name for name in kinds if name not in row] + [name for name in row if name not in kinds and not more]
     if wrong:
-        raise TableError(f"{where}: expected {', '.join(kinds)}; missing or unknown: {', '.join(wrong)}")
+        raise TableError(f"{where}: expected {', '.join(kinds)}; missing or unknown: {', '.join(wrong)[:200]}")
     for name, kind in kinds.items():
         value = row[name]
         if kind is float:
             if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise TableError(f"{where}: {name}: expected a number above 0, got {value!r}")
+                raise TableError(f"{where}: {name}: expected a number above 0, got {brief(value)}")
         elif type(value) is not kind:
-            raise TableError(f"{where}: {name}: expected {kind.__name__}, got {value!r}")
+            raise TableError(f"{where}: {name}: expected {kind.__name__}, got {brief(value)}")
 
 
 def _one_of(where: str, value: Any, known: Any) -> None:
     if value not in known:
-        raise TableError(f"{where}: expected one of {', '.join(map(str, known))}, got {value!r}")
+        raise TableError(f"{where}: expected one of {', '.join(map(str, known))}, got {brief(value)}")
 
 
 def _refused(name: str, why: str) -> TableError:
