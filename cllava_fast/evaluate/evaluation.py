@@ -10,7 +10,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def evaluate_tasks(
     batch_size: int,
     max_new_tokens: int,
     progress: bool,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> list[TaskEvaluation]:
     """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given."""
     from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
@@ -99,7 +100,7 @@ def evaluate_tasks(
     with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
         answers = predict(
             model, examples, queries, Collator(data.encoder, features, training=False),
-            batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance, together=after_batch,
         )  # fmt: skip
     metric_of = {task.name: find_metric(task.metric) for task in data.stream}
     evaluations, start = [], 0

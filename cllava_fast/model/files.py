@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from cllava_fast.atomic import check_replaceable, new_folder
+from cllava_fast.atomic import DamagedError, check_replaceable, new_folder
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import increments_card, is_repo_id
@@ -101,8 +101,9 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another base model or surrogate, a changed or damaged file, one of a newer format, missing or
-            unexpected tensors, or a model patched with another config. Nothing is changed then.
+        ValueError: another base model or surrogate, one of a newer format, missing or unexpected tensors, or a model
+            patched with another config. Nothing is changed then.
+        DamagedError: a file was cut off or changed, which is a ValueError, too.
     """
     folder = Path(path)
     saved = read_config(folder)
@@ -114,7 +115,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     _check_base(model, saved, folder)
     weights = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != saved.weights_sha256:
-        raise ValueError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
+        raise DamagedError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
     state = {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
     patch(model, saved.config, processor=processor)
     increments = get_increments(model)
@@ -167,7 +168,7 @@ def read_config(folder: Path) -> Saved:
             if not isinstance(getattr(saved, field), str | None):
                 raise ValueError(f"{field} is {getattr(saved, field)!r}; expected a text")
     except KeyError as error:
-        raise ValueError(f"{path} cannot be read: {error} is missing; was it changed since it was saved?") from error
+        raise DamagedError(f"{path} cannot be read: {error} is missing; was it changed since it was saved?") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
     return saved
@@ -182,7 +183,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
+        raise DamagedError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
     return values
 
 
@@ -199,7 +200,7 @@ def _check_header(path: Path) -> None:
         if strangers:
             raise ValueError(f"{len(strangers)} unexpected tensors {strangers[:3]}")
     except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: {error}; expected a file written by save_pretrained()") from error
+        raise DamagedError(f"{path} is damaged: {error}; expected a file written by save_pretrained()") from error
 
 
 def _check_is_there(path: Path) -> None:

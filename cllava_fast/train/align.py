@@ -10,19 +10,28 @@ from torch import Tensor
 from cllava_fast import ops
 from cllava_fast.pool import Pool
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.checkpoint import TaskSaver
 from cllava_fast.train.progress import stage
 
 READ_EVERY = 10  # steps
 
 
 def align_keys(
-    pool: Pool, queries: Tensor, top_m: int, groups: int, args: ContinualArguments, seed: int, title: str
+    pool: Pool,
+    queries: Tensor,
+    top_m: int,
+    groups: int,
+    args: ContinualArguments,
+    seed: int,
+    title: str,
+    saver: TaskSaver | None = None,
 ) -> float:
     """Trains the open block's keys, and nothing else, on ``-mean(similarity of e with its M selected keys)``.
 
     Args:
         queries: ``[n, D]``, the task's training instructions.
         seed: of the order of batches.
+        saver: keeps the stage on disk, and says from which step it goes on.
 
     Returns:
         The last epoch's mean loss.
@@ -42,12 +51,20 @@ def align_keys(
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     losses: list[Tensor] = []  # on the device; read every READ_EVERY steps, since reading waits for it
-    note = ""
+    note, done = "", 0
+    if saver is not None and (saved := saver.saved("align")):
+        done, losses = saved["step"], list(saved["losses"].to(keys.device))
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        saver.restore_random_state()
     with stage(title, steps, args.progress) as advance:
         for step in range(1, steps + 1):
             if not len(order):
                 order = torch.randperm(len(queries), generator=generator).to(keys.device)
             batch, order = order[: args.align_batch_size], order[args.align_batch_size :]
+            if step <= done:
+                advance(note)
+                continue
             _, _, similarity = ops.select(queries[batch], keys, top_m, groups=groups, check_values=False)
             loss = -similarity.mean()
             optimizer.zero_grad()
@@ -59,6 +76,11 @@ def align_keys(
             if step % READ_EVERY == 0 or step == steps:
                 note = f"loss {_check(losses[-READ_EVERY:], step, title):.4f}"
             advance(note)
+            if saver is not None:
+                saver.step("align", step, lambda: {
+                    "losses": torch.stack(losses), "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                })  # fmt: skip
     recent = losses[-per_epoch:]
     return torch.stack(recent).mean().item() if recent else 0.0
 
