@@ -32,6 +32,12 @@ class DamagedError(ValueError):
     exit_code = 4
 
 
+class MissingError(FileNotFoundError):
+    """A file that was saved is not there any more."""
+
+    exit_code = 4
+
+
 def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -69,14 +75,10 @@ def sums_of(folder: Path) -> dict[str, str]:
 
 
 def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Raises DamagedError unless the files of a folder are those that ``sums`` names.
-
-    Raises:
-        FileNotFoundError: one is missing.
-    """
+    """Raises DamagedError or MissingError unless the files of a folder are those that ``sums`` names."""
     for name, digest in sums.items():
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing")
+            raise MissingError(f"{folder / name} is missing")
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise DamagedError(f"{folder / name} is damaged (its checksum differs)")
 

@@ -36,7 +36,7 @@ EXAMPLE = """the usual way:
   cllava-fast ask runs/mine --image photo.png "what is shown?"
 
 cllava-fast COMMAND --help tells all of a command. Exit codes: 0 done, 1 refused, 2 misspelt, 3 the disk is full
-or cannot be written, 4 a saved file is damaged, 5 another run is in the folder, 130 stopped by Ctrl-C, 143 by SIGTERM."""
+or cannot be written, 4 a saved file is damaged, 5 another run is in the folder, 130 and 143 stopped by a signal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from cllava_fast.atomic import DamagedError, check_replaceable, new_folder
+from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, new_folder
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import increments_card, is_repo_id
@@ -175,7 +175,8 @@ def read_config(folder: Path) -> Saved:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    _check_is_there(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained()")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
@@ -189,7 +190,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_header(path: Path) -> None:
     """Refuses a safetensors file whose header does not fit the file, before any tensor is read."""
-    _check_is_there(path)
+    if not path.is_file():
+        raise MissingError(f"{path} does not exist; expected a folder written by save_pretrained()")
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     try:
@@ -201,11 +203,6 @@ def _check_header(path: Path) -> None:
             raise ValueError(f"{len(strangers)} unexpected tensors {strangers[:3]}")
     except (ValueError, SafetensorError) as error:
         raise DamagedError(f"{path} is damaged: {error}; expected a file written by save_pretrained()") from error
-
-
-def _check_is_there(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained()")
 
 
 def _check_base(model: Any, saved: Saved, folder: Path) -> None:

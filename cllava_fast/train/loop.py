@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, set_seed
 
 from cllava_fast import distributed
-from cllava_fast.atomic import DamagedError, check_sums, remove_folder, sums_of, sweep, write_text
+from cllava_fast.atomic import DamagedError, MissingError, check_sums, remove_folder, sums_of, sweep, write_text
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream, fingerprint
@@ -117,14 +117,15 @@ class ContinualTrainer:
         self.model = patch(model, processor=processor)
         self.increments = get_increments(model)
         try:
-            self._progress = self._check()
+            self._fresh = self._check()
         except BaseException:
             if not was_patched:
                 unpatch(model)
             raise
         self._train_collate = Collator(stream.encoder, stream.features, training=True)
 
-    def _check(self) -> dict[str, Any]:
+    def _check(self) -> str:
+        """What ``run.json`` says before the first task, as JSON."""
         if self.increments.pool.num_tasks or self.increments.pool.block_rows:
             raise ValueError(
                 f"the model has learned {self.increments.pool.task_names or 'a part of a task'} already; "
@@ -135,14 +136,12 @@ class ContinualTrainer:
         identity = run_identity(self.increments.config, self.args, self.stream)
         distributed.check_equal(identity, "the method, the arguments or the stream")
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
-        fresh: dict[str, Any] = {
+        self._run_file.last = None if found is None else json.dumps(found)
+        fresh = {
             **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
             "parameters": 0, "files": {},
         }  # fmt: skip
-        if found is None:
-            return fresh
-        self._run_file.last = json.dumps(found)
-        return found
+        return json.dumps(fresh)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -194,6 +193,8 @@ class ContinualTrainer:
         tasks = self.stream.task_names
         phases = [tasks] if self.increments.method.joint else [[name] for name in tasks]
         self._place()
+        # of an earlier call that failed, what was not saved does not count
+        self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh))
         learned = self._load(phases)
         self._read_ahead(tasks)
         for number in range(len(self._progress["matrix"]), len(phases)):
@@ -229,14 +230,14 @@ class ContinualTrainer:
                 load_pretrained(self.model, folder)
                 good = number + 1
                 break
-            except (DamagedError, FileNotFoundError) as error:
+            except (DamagedError, MissingError) as error:
                 warnings.warn(f"{error}; going on from the task before", stacklevel=4)
         if progress["losses"] and not good:
             raise DamagedError(f"{self.output_dir} holds no increments that can be read; give a new output_dir")
         if good < len(progress["losses"]):
             progress["matrix"] = progress["matrix"][:good]
             progress["losses"] = dict(list(progress["losses"].items())[:good])
-            self._run_file.last = json.dumps(progress)
+            distributed.on_main(lambda: self._run_file.write(progress, keep=False))
         if progress["matrix"]:
             distributed.on_main(self._write_results)
         return good

@@ -48,10 +48,11 @@ class RunFile:
         self.last = json.dumps(found)
         return found
 
-    def write(self, values: dict[str, Any]) -> None:
+    def write(self, values: dict[str, Any], keep: bool = True) -> None:
+        """``keep``: what it said stays as the one before."""
         with naming(self.path):
             make_folder(self.path.parent)
-        if self.last is not None:
+        if keep and self.last is not None:
             write_json(self.previous, json.loads(self.last))
         write_json(self.path, values)
         self.last = json.dumps(values)

@@ -33,11 +33,12 @@ class Watch:
 
     def __init__(self) -> None:
         self.requested = 0  # number of the signal that came, 0 for none
+        self._pid = 0
 
     @contextmanager
     def catching(self) -> Iterator[None]:
         """Takes the place of the default handlers, those alone, and gives it back. In a thread it does nothing."""
-        before = {}
+        before, self._pid, self.requested = {}, os.getpid(), 0
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 # who ignores a signal (nohup) or has a handler of his own keeps it
@@ -50,6 +51,10 @@ class Watch:
                 signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a data loader's worker: Ctrl-C is its parent's, and SIGTERM ends it
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
+            return
         if self.requested:
             raise RunStopped(signum, at_once=True)
         self.requested = signum
