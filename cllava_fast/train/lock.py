@@ -58,6 +58,14 @@ def run_lock(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def check_free(folder: Path) -> None:
+    """Raises InUseError if another process runs in ``folder``; leaves it as it is."""
+    path = folder / LOCK
+    if path.is_file() and os.access(path, os.W_OK) and (descriptor := _take(path)) is not None:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
 def _take(path: Path) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)

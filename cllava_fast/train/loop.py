@@ -237,10 +237,17 @@ class ContinualTrainer:
         if good < len(progress["losses"]):
             progress["matrix"] = progress["matrix"][:good]
             progress["losses"] = dict(list(progress["losses"].items())[:good])
-            distributed.on_main(lambda: self._run_file.write(progress, keep=False))
+            distributed.on_main(
+                lambda: self._go_back(progress, [self._saved(i, phases) for i in range(good, len(phases))])
+            )
         if progress["matrix"]:
             distributed.on_main(self._write_results)
         return good
+
+    def _go_back(self, progress: dict[str, Any], damaged: list[Path]) -> None:
+        for folder in damaged:
+            remove_folder(folder)
+        self._run_file.write(progress, keep=False)
 
     def _result(self) -> ContinualResult:
         progress = self._progress

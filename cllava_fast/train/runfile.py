@@ -9,7 +9,7 @@ from typing import Any
 
 from cllava_fast.atomic import PARTIAL, DamagedError, make_folder, naming, read_json, write_json
 from cllava_fast.config import CONFIG
-from cllava_fast.train.lock import LOCK
+from cllava_fast.train.lock import LOCK, check_free
 
 RUN, PREVIOUS = "run.json", "run.previous.json"
 
@@ -64,7 +64,9 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
     Raises:
         FileExistsError: ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
         DamagedError: see ``RunFile``.
+        InUseError: another process runs in it.
     """
+    check_free(output_dir)
     if not output_dir.exists():
         return None
     ours = (CONFIG, LOCK)
