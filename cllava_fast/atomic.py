@@ -43,8 +43,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """JSON that carries its own checksum."""
-    write_text(path, json.dumps({**values, CHECKSUM: checksum(values)}, indent=2) + "\n")
+    write_text(path, signed_json(values))
+
+
+def signed_json(values: Mapping[str, Any]) -> str:
+    """JSON that carries its own checksum, for ``read_json``."""
+    return json.dumps({**values, CHECKSUM: checksum(values)}, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

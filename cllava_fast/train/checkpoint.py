@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cllava_fast import distributed
-from cllava_fast.atomic import DamagedError, check_sums, new_folder, read_json, remove_folder, sums_of, write_json
+from cllava_fast.atomic import DamagedError, check_sums, new_folder, read_json, remove_folder, signed_json, sums_of
 from cllava_fast.pool import Pool
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.signals import Watch
@@ -50,7 +50,8 @@ class Checkpoints:
         with new_folder(self.folder / f"{number + 1:04d}-{stage}-{step:06d}") as folder:
             for name, content in contents.items():
                 (folder / name).write_bytes(content)
-            write_json(folder / MANIFEST, {**values, "files": sums_of(folder)})
+            manifest = {**values, "files": sums_of(folder)}
+            (folder / MANIFEST).write_text(signed_json(manifest), encoding="utf-8")
         for old in self.names()[:-KEPT]:
             remove_folder(self.folder / old)
 
