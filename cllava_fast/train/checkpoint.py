@@ -109,7 +109,8 @@ class TaskSaver:
 
     def _load_block(self, block: dict[str, Tensor]) -> None:
         found = dict(self.pool.named_parameters())
-        if {n: p.shape for n, p in found.items()} != {n: t.shape for n, t in block.items()}:
+        # in the same order, too: an optimizer's state goes by it
+        if [(n, p.shape) for n, p in found.items()] != [(n, t.shape) for n, t in block.items()]:
             raise DamagedError(f"{self.folder} holds another block than this task's; remove that folder to begin anew")
         with torch.no_grad():
             for name, parameter in found.items():
