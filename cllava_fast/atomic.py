@@ -55,12 +55,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """What ``write_json`` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingError: there is no such file.
         DamagedError: it was cut off, or changed since it was written.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         found = values.pop(CHECKSUM)
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} is missing") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(f"{path} is damaged (it is not whole)") from error
     if found != checksum(values):

@@ -6,7 +6,7 @@ damaged files and a second run in its folder. Each time the increments, the matr
 end as those of the undisturbed run, bit by bit. Most runs are forks of one warmed-up process; some go through the
 command line.
 
-    python tests/faults.py [--kills 50] [--out FILE.json] [--seed N] [--quick]
+    python tests/faults.py [--kills 50] [--out FILE.json] [--seed N] [--jobs N] [--quick]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import gc
 import json
 import os
 import random
@@ -26,9 +27,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +87,7 @@ class World:
             for k in range(3)
         ])  # fmt: skip
         sentence_surrogate("sentence", "cpu")
+        gc.freeze()  # forks need not go through all that is loaded
         whole = self.new("whole")
         events: list[tuple[str, float]] = []
         code = self.run(whole, watch=lambda kind, process: events.append((kind, time.perf_counter())))
@@ -492,11 +496,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
     parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--quick", action="store_true", help="a few of each, nothing by the command line")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (default: %(default)s)"
+    )
     options = parser.parse_args()
     start = time.perf_counter()
     memory = Path("/dev/shm")  # a killed process loses nothing there either, and fsync costs nothing
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        trials = run_all(World(Path(folder), options.seed), options.kills, options.quick)
+        trials = run_all(World(Path(folder), options.seed), options.kills, options.quick, options.jobs)
+    gc.unfreeze()
     table = summary(trials)
     for row in table:
         print(f"{row['fault']:<48} {row['tried']:>3} tried  {row['lost']} lost  {row['message']}")
@@ -513,42 +521,69 @@ def main() -> int:
     return 1 if lost else 0
 
 
-def run_all(world: World, kills: int, quick: bool) -> list[Trial]:
-    trials: list[Trial] = []
-
-    def add(*more: Trial) -> None:
-        trials.extend(more)
-        for trial in more:
-            print(f"{'LOST' if trial.lost else 'ok':<5} {trial.fault}", file=sys.stderr, flush=True)
-
+def run_all(world: World, kills: int, quick: bool, processes: int) -> list[Trial]:
+    """``kills`` is how often at least; a run that is killed twice counts twice."""
+    jobs: list[Callable[[], list[Trial]]] = []
     command_line = None if quick else CommandLine(world)
-    lines = ("task0: align", "task1: tune", "evaluate 2") if command_line else ()
-    while len(trials) < kills - len(lines):
-        add(*kill(world, MOMENTS[len(trials) % len(MOMENTS)]))
-    for line in lines:
-        assert command_line is not None
-        add(command_line.stopped(signal.SIGKILL, line))
+    lines = () if quick else ("task0: align", "task1: tune", "evaluate 2")
+    for number in range(kills - len(lines)):
+        jobs.append(partial(kill, world, MOMENTS[number % len(MOMENTS)]))
+
+    def add(function: Callable[..., Trial], *arguments: Any) -> None:
+        jobs.append(lambda: [function(*arguments)])
+
+    if command_line is not None:
+        for line in lines:
+            add(command_line.stopped, signal.SIGKILL, line)
+        for signum in signals.SIGNALS:
+            add(command_line.stopped, signum, "task1: align")
     for signum in signals.SIGNALS:
         for moment in world.random.sample(MOMENTS[:5], 1 if quick else 5):
-            add(stop(world, signum, moment))
-        if command_line is not None:
-            add(command_line.stopped(signum, "task1: align"))
-    add(stop_twice(world), second_run(world))
+            add(stop, world, signum, moment)
+    add(stop_twice, world)
+    add(second_run, world)
     start = begun(world, "begun")
     damages = [(how, pattern) for pattern in FILES for how in DAMAGES]
     for how, pattern in world.random.sample(damages, 3) if quick else damages:
-        add(damage(world, start, how, pattern))
+        add(damage, world, start, how, pattern)
     for pattern in ("run*.json",) if quick else ("run*.json", "increments/*/adapter_model.safetensors"):
-        add(damage_all(world, start, pattern))
+        add(damage_all, world, start, pattern)
     writes = len(world.moments["save"]) + len(world.moments["commit"]) + len(world.moments["evaluate"])
     for _ in range(1 if quick else 5):
-        add(no_space(world, world.random.randrange(writes // 2)))
+        add(no_space, world, world.random.randrange(writes // 2))
     if can_mount():
         needed = sum(file.stat().st_size for file in (world.folder / "001-whole").rglob("*")) // 1024
         for _ in range(1 if quick else 5):
-            add(full_disk(world, needed))
-        add(read_only(world, start))
-    return trials
+            add(full_disk, world, needed)
+        add(read_only, world, start)
+    return share(world, jobs, processes)
+
+
+def share(world: World, jobs: list[Callable[[], list[Trial]]], processes: int) -> list[Trial]:
+    """Forks that each do a share of the jobs, in folders and with random numbers of their own."""
+    seed, folder, children = world.random.random(), world.folder, []
+    for worker in range(processes):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                world.folder = folder / f"worker{worker}"
+                world.folder.mkdir()
+                with (folder / f"worker{worker}.jsonl").open("w") as file:
+                    for number in range(worker, len(jobs), processes):
+                        world.random.seed(f"{seed} {number}")
+                        try:
+                            trials = jobs[number]()
+                        except Exception:
+                            trials = [Trial("the harness", "", True, traceback.format_exc())]
+                        for trial in trials:
+                            print(f"{'LOST' if trial.lost else 'ok':<5} {trial.fault}", file=sys.stderr, flush=True)
+                            print(json.dumps(trial), file=file, flush=True)
+            finally:
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    return sorted((Trial(*json.loads(line)) for line in lines), key=lambda trial: trial.fault)
 
 
 def summary(trials: list[Trial]) -> list[dict[str, Any]]:

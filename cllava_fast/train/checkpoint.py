@@ -6,7 +6,6 @@ Tensors are safetensors, all else is JSON; nothing is pickled. ``checkpoint.json
 
 from __future__ import annotations
 
-import json
 import random
 import time
 import warnings
@@ -212,8 +211,9 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {_ITEMS: [[key, pack(entry, tensors)] for key, entry in value.items()]}
     if isinstance(value, list | tuple):
         return [pack(entry, tensors) for entry in value]
-    json.dumps(value)  # raises TypeError
-    return value
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be saved: {value!r}")
 
 
 def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:

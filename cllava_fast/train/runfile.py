@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cllava_fast.atomic import PARTIAL, DamagedError, make_folder, naming, read_json, write_json
+from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, naming, read_json, write_json
 from cllava_fast.config import CONFIG
 from cllava_fast.train.lock import LOCK, check_free
 
@@ -32,15 +32,13 @@ class RunFile:
             try:
                 found = read_json(path)
                 break
-            except FileNotFoundError:
-                trouble = trouble or f"{path} is missing"
-            except DamagedError as error:
+            except (MissingError, DamagedError) as error:
                 trouble = str(error) if path == self.path else f"{trouble}, and {error}"
         if found is None:
             if not self.path.exists() and not self.previous.exists():
                 return None
             raise DamagedError(
-                f"{trouble}, and there is no other; the increments in {self.path.parent / 'increments'} stay usable, "
+                f"{trouble}; the increments in {self.path.parent / 'increments'} stay usable, "
                 "but the run cannot go on: give a new output_dir"
             )
         if trouble:
