@@ -593,9 +593,9 @@ def summary(trials: list[Trial]) -> list[dict[str, Any]]:
         row = rows.setdefault(trial.fault, {"fault": trial.fault, "tried": 0, "lost": 0, "message": ""})
         row["tried"] += 1
         row["lost"] += trial.lost
-        row["message"] = row["message"] or re.sub(
-            rf"{tempfile.gettempdir()}/\S*?/(\d+-[a-z-]+|run)\b", "RUN", trial.message
-        )
+        said = re.sub(r"/\S*?/tmp\w+/(worker\d+/)?[\w.-]+(/run\b|/[A-Z]+-\d+)?", "RUN", trial.message)
+        said = re.sub(r"process \d+ on \S+;", "process 123 on HOST;", said)
+        row["message"] = row["message"] or " ".join(said.split()).removeprefix("cllava-fast: ")
     return list(rows.values())
 
 
