@@ -162,6 +162,7 @@ class ContinualTrainer:
                 yield
             finally:
                 self._is_locked = False
+            distributed.on_main(stack.close)  # no process goes on before the folder is free
 
     def _lock(self, stack: ExitStack) -> None:
         stack.enter_context(run_lock(self.output_dir))
