@@ -185,9 +185,17 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE or not _concerns(error, path):
             raise
         raise SaveError(f"{path} cannot be written: {error.strerror}; what was saved before is untouched") from error
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether it is about a file beside ``path``, or a folder above it, and not about one that is only read."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True  # of an open file: there is no space
+    file, target = (Path(os.path.abspath(p)) for p in (error.filename, path))
+    return file.is_relative_to(target.parent) or target.is_relative_to(file)
 
 
 def _to_disk(path: Path) -> None:

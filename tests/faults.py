@@ -48,6 +48,7 @@ from cllava_fast.environment import environment  # noqa: E402
 from cllava_fast.surrogate import sentence_surrogate  # noqa: E402
 from cllava_fast.train import checkpoint, loop, signals, tune  # noqa: E402, F401  (warm before the first fork)
 
+RESULTS, DOCS = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "running.md"
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 QUESTIONS = ("what color is the shape?", "which color has the bar?", "name the color of the box")
 OPTIONS: dict[str, Any] = dict(
@@ -518,6 +519,8 @@ def main() -> int:
                  "environment": environment()}  # fmt: skip
         options.out.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(options.out, json.dumps(found, indent=2) + "\n")
+        if options.out.resolve() == RESULTS:
+            write_docs(found)
     return 1 if lost else 0
 
 
@@ -584,6 +587,19 @@ def share(world: World, jobs: list[Callable[[], list[Trial]]], processes: int) -
         os.waitpid(child, 0)
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
     return sorted((Trial(*json.loads(line)) for line in lines), key=lambda trial: trial.fault)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table of docs/running.md."""
+    rows = [f"| {row['fault']} | {row['tried']} | {row['lost']} | {row['message']} |" for row in found["faults"]]
+    rows.append(f"| **all** | **{found['tried']}** | **{found['lost']}** | |")
+    return "\n".join(["| fault | tried | lost | what the run said |", "| --- | --- | --- | --- |", *rows])
+
+
+def write_docs(found: dict[str, Any]) -> None:
+    before, mark, rest = DOCS.read_text(encoding="utf-8").partition("<!-- faults -->\n")
+    after = "<!-- /faults -->" + rest.partition("<!-- /faults -->")[2]
+    atomic.write_text(DOCS, f"{before}{mark}{markdown(found)}\n{after}")
 
 
 def summary(trials: list[Trial]) -> list[dict[str, Any]]:

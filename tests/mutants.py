@@ -189,8 +189,9 @@ MUTANTS = [
         "            _to_disk(temporary)\n            os.replace(temporary, path)",
         "            os.replace(temporary, path)\n            _to_disk(path)", ATOMIC,
     ),
-    Mutant("atomic: folders are not written", "cllava_fast/atomic.py", "os.replace(temporary, path)\n            _to_disk(path.parent)",
-        "os.replace(temporary, path)", ATOMIC,
+    Mutant(
+        "atomic: folders are not written", "cllava_fast/atomic.py",
+        "os.replace(temporary, path)\n            _to_disk(path.parent)", "os.replace(temporary, path)", ATOMIC,
     ),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),

@@ -127,6 +127,17 @@ def test_no_space_and_no_permission_are_a_sentence(
     assert contents(tmp_path) == {"a.txt": "old"} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_that_is_read_meanwhile_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="secret.png"), new_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/secret.png")
+    (tmp_path / "a").write_text("a file")
+    with (
+        pytest.raises(SaveError, match="a/b/c cannot be written: Not a directory"),
+        new_folder(tmp_path / "a" / "b" / "c"),
+    ):
+        pass
+
+
 def test_json_knows_when_it_was_changed(tmp_path: Path) -> None:
     file, values = tmp_path / "a.json", {"matrix": [[0.1 + 0.2, None]], "task": "ä"}
     write_json(file, values)

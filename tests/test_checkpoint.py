@@ -126,6 +126,16 @@ def test_within_an_epoch_and_between_two_logs(
     same(learn(tmp_path / "cut", resume=True, save_steps=save_steps), whole)
 
 
+def test_accumulated_batches_and_workers(learn: Callable[..., Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(
+        per_device_train_batch_size=3, gradient_accumulation_steps=2, dataloader_num_workers=1, save_steps=1
+    )
+    whole = learn(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", At("tune", 6, killed), **options)  # 4 in an epoch
+    same(learn(tmp_path / "cut", resume=True, **options), whole)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stage, step", [("align", 2), ("tune", 2), ("evaluate", 1)])
 def test_a_signal_ends_the_step_and_saves(

@@ -13,6 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def test_the_page_says_what_the_results_file_does() -> None:
+    from tests.faults import DOCS, RESULTS, markdown
+
+    found = json.loads(RESULTS.read_text())
+    assert markdown(found) in DOCS.read_text(encoding="utf-8") and found["lost"] == 0 and found["tried"] >= 100
+    assert sum(row["tried"] for row in found["faults"] if row["fault"].startswith("SIGKILL")) >= 50
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_runs_end_the_same_whatever_happens_to_them(tmp_path: Path) -> None:
     out = tmp_path / "faults.json"
