@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base native test lint format mutants kernels fuzz bench report gpu tune clean
+.PHONY: help install demo demo-base native test lint format mutants faults fuzz kernels bench report gpu tune clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -57,6 +57,9 @@ format: $(STAMP) ## mend style
 
 mutants: $(STAMP) ## break the code in many ways and see the tests go red (ARGS="unpatch" for some)
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+faults: $(STAMP) ## kill, stop and damage runs, resume them, compare to the bit; results in benchmarks/results/faults.json
+	$(BIN)/python tests/faults.py --out benchmarks/results/faults.json $(ARGS)
 
 kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90 (Triton, nvcc), no GPU needed: registers, shared memory, spills
 	$(BIN)/python -m cllava_fast.ops.kernel_table

@@ -2,27 +2,109 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial-"  # in the name of what is being written; a process that was killed leaves it behind
+CHECKSUM = "sha256"  # of a JSON file: that of all its other entries
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
+)  # fmt: skip
+
+
+class SaveError(OSError):
+    """The disk is full, or the folder cannot be written. What was saved before is untouched."""
+
+    exit_code = 3
+
+
+class DamagedError(ValueError):
+    """A file is not what was saved: cut off, or changed since."""
+
+    exit_code = 4
+
+
+class MissingError(FileNotFoundError):
+    """A file that was saved is not there any more."""
+
+    exit_code = 4
 
 
 def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path``, then puts it in the place of ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_text(path, signed_json(values))
+
+
+def signed_json(values: Mapping[str, Any]) -> str:
+    """JSON that carries its own checksum, for ``read_json``."""
+    return json.dumps({**values, CHECKSUM: checksum(values)}, indent=2) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote.
+
+    Raises:
+        MissingError: there is no such file.
+        DamagedError: it was cut off, or changed since it was written.
+    """
     try:
-        write(temporary)
-        _to_disk(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = values.pop(CHECKSUM)
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} is missing") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged (it is not whole)") from error
+    if found != checksum(values):
+        raise DamagedError(f"{path} is damaged (its checksum differs)")
+    return values
+
+
+def checksum(values: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON makes of ``values``, whatever their order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raises DamagedError or MissingError unless the files of a folder are those that ``sums`` names."""
+    for name, digest in sums.items():
+        if not (folder / name).is_file():
+            raise MissingError(f"{folder / name} is missing")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise DamagedError(f"{folder / name} is damaged (its checksum differs)")
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path``, then puts it in the place of ``path``.
+
+    Raises:
+        SaveError: there is no space or no permission.
+    """
+    temporary = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
+    with naming(path):
+        try:
+            write(temporary)
+            _to_disk(temporary)
+            os.replace(temporary, path)
+            _to_disk(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
@@ -41,29 +123,84 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder that takes the place of ``path`` at the end of the block.
 
     If the block fails, nothing of it stays and what stood at ``path`` is untouched.
+
+    Raises:
+        SaveError: there is no space or no permission.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    new, old = work / "new", work / "old"
-    try:
-        new.mkdir()
-        yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _to_disk(file)
-        if path.exists():
-            path.rename(old)
+    with naming(path):
+        make_folder(path.parent)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))
+        new, old = work / "new", work / "old"
         try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
+            new.mkdir()
+            yield new
+            for file in (*new.rglob("*"), new):
+                _to_disk(file)
+            if path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
+            _to_disk(path.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, for good."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _to_disk(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Takes a folder away at once; its files follow."""
+    gone = path.with_name(f".{path.name}{PARTIAL}gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left half written in a folder that no other process writes to."""
+    for left in folder.glob(f".*{PARTIAL}*"):
+        # killed between the two renames of new_folder: what stood there comes back
+        name = left.name[1:].rpartition(PARTIAL)[0]
+        if (left / "old").is_dir() and not (folder / name).exists():
+            (left / "old").rename(folder / name)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns the system's word for a full disk or a missing permission into a sentence about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE or not _concerns(error, path):
             raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise SaveError(f"{path} cannot be written: {error.strerror}; what was saved before is untouched") from error
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether it is about a file beside ``path``, or a folder above it, and not about one that is only read."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True  # of an open file: there is no space
+    file, target = (Path(os.path.abspath(p)) for p in (error.filename, path))
+    return file.is_relative_to(target.parent) or target.is_relative_to(file)
 
 
 def _to_disk(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # no such call there
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,7 @@ end every process instead of leaving the others waiting.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -81,6 +82,20 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * count()
     dist.all_gather_object(values, value)
     return values
+
+
+def highest(value: int) -> int:
+    """The largest of all processes' values. It travels between CPUs: no process waits for its GPU."""
+    if count() == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_cpu_group(dist.group.WORLD))
+    return int(tensor)
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu_group(world: Any) -> Any:
+    return world if "gloo" in dist.get_backend(world) else dist.new_group(backend="gloo")
 
 
 def from_main(tensor: Tensor) -> Tensor:

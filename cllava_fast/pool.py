@@ -63,6 +63,8 @@ class Factors(_Keeper):
 
     A: Tensor
     B: Tensor
+    block_A: nn.Parameter | None
+    block_B: nn.Parameter | None
 
     def __init__(self, rank: int, shape: LinearShape, shares_A: bool = False) -> None:
         super().__init__()
@@ -71,8 +73,9 @@ class Factors(_Keeper):
         self.shares_A = shares_A
         self.register_buffer("A", torch.empty(0, rank, shape.d_in, dtype=shape.dtype, device=shape.device))
         self.register_buffer("B", torch.empty(0, rank, shape.d_out, dtype=shape.dtype, device=shape.device))
-        self.block_A: nn.Parameter | None = None
-        self.block_B: nn.Parameter | None = None
+        # registered in this order, in which an optimizer's saved state counts them
+        self.register_parameter("block_A", None)
+        self.register_parameter("block_B", None)
 
     def open_block(self, rows: int, a_std: float, generator: torch.Generator) -> None:
         # drawn on the CPU, so that a seed gives the same rows on every device
@@ -128,6 +131,8 @@ class Pool(_Keeper):
     row_task: Tensor
     row_mean: Tensor
     context: Tensor
+    block_keys: nn.Parameter | None
+    block_context: nn.Parameter | None
 
     def __init__(
         self,
@@ -155,8 +160,8 @@ class Pool(_Keeper):
         self.register_buffer("row_task", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("row_mean", torch.empty(0, device=device))
         self.register_buffer("context", torch.empty(0, 0, device=device))
-        self.block_keys: nn.Parameter | None = None
-        self.block_context: nn.Parameter | None = None
+        self.register_parameter("block_keys", None)
+        self.register_parameter("block_context", None)
         self._block_rows = 0
         self.last_block_start = 0  # rows from here on belong to the newest committed task and are nobody's context
 

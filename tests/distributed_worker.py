@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import cllava_fast as cf
 from cllava_fast import distributed
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.model import get_increments
+from cllava_fast.train.signals import RunStopped
 
 GLOBAL_BATCH = 8
 COLORS = {"red": (255, 0, 0), "it is green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -89,6 +91,29 @@ def learn(output: Path, report: Path, **values: Any) -> Any:
     return run.model
 
 
+class Stop(TrainerCallback):
+    """SIGTERM to this process alone, in the first task's third step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        if self.steps == 3 and not distributed.is_main():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped(output: Path) -> dict[str, Any]:
+    """How a run ends when one of its processes gets a signal."""
+    stop = Stop()
+    try:
+        trainer(output, [stop]).train()
+    except RunStopped as error:
+        saved = sorted(path.name for path in (output / "checkpoints").iterdir())
+        return {"code": error.exit_code, "steps": stop.steps, "saved": saved}
+    return {}
+
+
 @contextmanager
 def fsdp(version: str = "2") -> Iterator[None]:
     """FSDP 2 on CPUs. Accelerate offers it on accelerators alone, so it is told that gloo is one of them."""
@@ -150,9 +175,11 @@ if __name__ == "__main__":
     learn(folder / "run", folder / f"rank{rank}.json")
     learn(folder / "accumulated", folder / f"accumulated{rank}.json", per_device_train_batch_size=2,
           gradient_accumulation_steps=2)  # fmt: skip
+    ended = stopped(folder / "stopped")
+    learn(folder / "stopped", folder / f"stopped{rank}.json", resume=True)
     with fsdp(version="1"):
         refused = message(trainer(folder / "refused")._train)
     with fsdp():
         model = learn(folder / "sharded", folder / f"sharded{rank}.json")
         assert distributed.is_sharded(model)
-    (folder / f"failures{rank}.json").write_text(json.dumps({"fsdp1": refused, **failures(folder)}))
+    (folder / f"failures{rank}.json").write_text(json.dumps({"fsdp1": refused, "stopped": ended, **failures(folder)}))

@@ -43,6 +43,7 @@ TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
+RESUME, ATOMIC = ("tests/test_checkpoint.py",), ("tests/test_atomic.py",)
 
 MUTANTS = [
     Mutant(
@@ -224,6 +225,47 @@ MUTANTS = [
         "pictures: a name is mathematics", "cllava_fast/evaluate/plots.py", 'text.replace("$", r"\\$")', "text", REPORT,
     ),
     *(Mutant(f"hostile: {name}", file, old, new, (test,)) for name, file, old, new, test in HOSTILE_MUTANTS),
+    Mutant(
+        "resume: random states stay", "cllava_fast/train/checkpoint.py",
+        'set_random_state(each[distributed.rank()]["random"])', "pass", RESUME,
+    ),
+    Mutant(
+        "resume: tuning's optimizer begins anew", "cllava_fast/train/tune.py",
+        "getattr(self, name).load_state_dict(self._saving.saved[name])", "pass", RESUME,
+    ),
+    Mutant(
+        "resume: alignment's optimizer begins anew", "cllava_fast/train/align.py",
+        'optimizer.load_state_dict(saved["optimizer"])', "pass", RESUME,
+    ),
+    Mutant(
+        "resume: losses since the last log are lost", "cllava_fast/train/tune.py",
+        "self.trainer._tr_loss = mine.to(args.device)", "pass", RESUME,
+    ),
+    Mutant(
+        "resume: parameters in the order of a file", "cllava_fast/pool.py",
+        'self.register_parameter("block_A", None)\n        self.register_parameter("block_B", None)',
+        "self.block_A = self.block_B = None", RESUME,
+    ),
+    Mutant(
+        "resume: any checkpoint is whole", "cllava_fast/train/checkpoint.py", 'check_sums(folder, values["files"])',
+        "pass", RESUME,
+    ),
+    Mutant(
+        "resume: nobody is locked out", "cllava_fast/train/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB", RESUME,
+    ),
+    Mutant(
+        "resume: signal handlers stay", "cllava_fast/train/signals.py", "signal.signal(signum, handler)", "pass", RESUME
+    ),
+    Mutant(
+        "atomic: a name before its contents", "cllava_fast/atomic.py",
+        "            _to_disk(temporary)\n            os.replace(temporary, path)",
+        "            os.replace(temporary, path)\n            _to_disk(path)", ATOMIC,
+    ),
+    Mutant(
+        "atomic: folders are not written", "cllava_fast/atomic.py",
+        "os.replace(temporary, path)\n            _to_disk(path.parent)", "os.replace(temporary, path)", ATOMIC,
+    ),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 from pathlib import Path
 
 import pytest
 
-from cllava_fast.atomic import new_folder, write_file, write_text
+from cllava_fast import atomic
+from cllava_fast.atomic import (
+    DamagedError,
+    MissingError,
+    SaveError,
+    new_folder,
+    read_json,
+    remove_folder,
+    sweep,
+    write_file,
+    write_json,
+    write_text,
+)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -72,3 +86,91 @@ def test_a_failing_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="device gone"), new_folder(tmp_path / "out") as folder:
         (folder / "a.txt").write_text("new")
     assert contents(tmp_path) == {"out/a.txt": "old"}
+
+
+def test_contents_reach_the_disk_before_their_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    to_disk, replace, rename = atomic._to_disk, os.replace, Path.rename
+
+    def plain(path: Path) -> str:
+        return "/".join(part for part in path.relative_to(tmp_path).parts if "partial" not in part)
+
+    monkeypatch.setattr(atomic, "_to_disk", lambda path: (done.append(("sync", plain(path))), to_disk(path)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(("name", new.name)), replace(old, new)))
+    monkeypatch.setattr(Path, "rename", lambda old, new: (done.append(("name", new.name)), rename(old, new))[1])
+    write_text(tmp_path / "a.txt", "one")
+    assert done == [("sync", ""), ("name", "a.txt"), ("sync", "")]  # the file, its name, the folder
+    done.clear()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.txt").write_text("two")
+    named = done.index(("name", "out"))
+    assert {("sync", "new"), ("sync", "new/sub"), ("sync", "new/sub/b.txt")} <= set(done[:named])
+    assert ("sync", "") in done[named:]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_no_space_and_no_permission_are_a_sentence(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path / "a.txt", "old")
+
+    def refuse(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(atomic, "_to_disk", refuse)
+    sentence = f"a.txt cannot be written: {os.strerror(number)}; what was saved before is untouched"
+    with pytest.raises(SaveError, match=sentence):
+        write_text(tmp_path / "a.txt", "new")
+    with pytest.raises(SaveError, match="out cannot be written"), new_folder(tmp_path / "out") as folder:
+        (folder / "b.txt").write_text("new")
+    assert contents(tmp_path) == {"a.txt": "old"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_is_read_meanwhile_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="secret.png"), new_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/secret.png")
+    (tmp_path / "a").write_text("a file")
+    with (
+        pytest.raises(SaveError, match="a/b/c cannot be written: Not a directory"),
+        new_folder(tmp_path / "a" / "b" / "c"),
+    ):
+        pass
+
+
+def test_json_knows_when_it_was_changed(tmp_path: Path) -> None:
+    file, values = tmp_path / "a.json", {"matrix": [[0.1 + 0.2, None]], "task": "ä"}
+    write_json(file, values)
+    assert read_json(file) == values
+    whole = file.read_bytes()
+    for _ in range(50):
+        content = bytearray(whole)
+        content[random.randrange(len(content) - 1)] ^= 1 << random.randrange(8)
+        file.write_bytes(content)
+        try:
+            found = read_json(file)
+        except DamagedError:
+            continue
+        assert found == values  # a blank became another
+    for broken in (whole[: random.randrange(len(whole) - 2)], b"[]", b"3"):
+        file.write_bytes(broken)
+        with pytest.raises(DamagedError, match="a.json is damaged"):
+            read_json(file)
+    file.unlink()
+    with pytest.raises(MissingError, match="a.json is missing"):
+        read_json(file)
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.partial-1").write_text("half")
+    for left in (".out.partial-x", ".kept.partial-y"):
+        (tmp_path / left / "old").mkdir(parents=True)
+        (tmp_path / left / "old" / "b.txt").write_text("old")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "b.txt").write_text("new")
+    (tmp_path / ".mine").write_text("keep")
+    sweep(tmp_path)
+    assert contents(tmp_path) == {"out/b.txt": "old", "kept/b.txt": "new", ".mine": "keep"}
+    remove_folder(tmp_path / "out")
+    remove_folder(tmp_path / "nothing")
+    assert contents(tmp_path) == {"kept/b.txt": "new", ".mine": "keep"}

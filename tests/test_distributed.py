@@ -52,7 +52,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(2)
     ]
     try:
-        assert [process.wait(timeout=150) for process in processes] == [0, 0]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
@@ -87,6 +87,16 @@ def test_both_processes_end_with_the_same_bits(two: Path) -> None:
     (expected, state), (found, other) = read(two / "rank0.json"), read(two / "rank1.json")
     assert expected == found
     assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+
+
+def test_a_signal_to_one_process_ends_both_behind_the_same_step(two: Path) -> None:
+    for rank in range(2):
+        ended = json.loads((two / f"failures{rank}.json").read_text())["stopped"]
+        assert ended == {"code": 143, "steps": 3, "saved": ["0001-tune-000003"]}
+        # and the same command goes on to the same bits
+        (expected, state), (found, other) = read(two / f"rank{rank}.json"), read(two / f"stopped{rank}.json")
+        assert found["losses"] == expected["losses"] and found["accuracy_matrix"] == expected["accuracy_matrix"]
+        assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
 def test_a_failure_on_one_process_ends_both(two: Path) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import cllava_fast
@@ -34,11 +36,12 @@ EXAMPLE = """the usual way:
   cllava-fast train stream.yaml --model path/of/llava --output runs/mine
   cllava-fast ask runs/mine --image photo.png "what is shown?"
 
-cllava-fast COMMAND --help tells all of a command. Exit codes: 0 done, 1 refused, 2 misspelt, 130 interrupted."""
+cllava-fast COMMAND --help tells all of a command. Exit codes: 0 done, 1 refused, 2 misspelt, 3 the disk is full
+or cannot be written, 4 a saved file is damaged, 5 another run is in the folder, 130 and 143 stopped by a signal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for a refused input, 130 for an interrupt.
+    """Runs one command; returns the exit code, as in docs/running.md.
 
     Raises SystemExit(2) for a command line that cannot be understood, SystemExit(0) behind ``--help``.
     """
@@ -54,14 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         return command.run(arguments)
-    except KeyboardInterrupt:
-        print("cllava-fast: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        # a run that was stopped says by what; whatever else was going on was just interrupted
+        print(f"cllava-fast: {getattr(stop, 'reason', 'interrupted')}{_go_on(command, argv)}", file=sys.stderr)
+        return getattr(stop, "exit_code", INTERRUPTED)
     except Exception as error:
         if arguments.traceback or os.environ.get("CLLAVA_TRACEBACK") == "1":
             raise
         print(_sentence(error), file=sys.stderr)
-        return REFUSED
+        return getattr(error, "exit_code", REFUSED)
     finally:
         warnings.formatwarning = as_usual
 
@@ -118,6 +122,16 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError)) or _is_ours(error):
         return f"{who}: {text}"
     return f"{who}: {type(error).__name__}: {text} (--traceback shows where)"
+
+
+def _go_on(command: ModuleType, argv: list[str]) -> str:
+    if not getattr(command, "RESUMES", False):
+        return ""
+    started = Path(sys.argv[0]).name
+    program = ["cllava-fast"] if started.startswith("cllava-fast") else ["python", "-m", "cllava_fast.cli"]
+    resume = [] if "--resume" in argv else ["--resume"]
+    launched = ", by the same launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"; what was saved is whole, go on with{launched}:\n  {shlex.join([*program, *argv, *resume])}"
 
 
 def _warning(message: Warning | str, *where: object, **line: object) -> str:

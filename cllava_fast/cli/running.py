@@ -18,10 +18,10 @@ from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
 from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
-from cllava_fast.train.loop import find_run, run_identity
+from cllava_fast.train.loop import INCREMENTS, run_identity
+from cllava_fast.train.runfile import find_run
 from cllava_fast.train.tune import training_options
 
-INCREMENTS = "increments"  # of a run's folder: one subfolder for the state after each task
 DEFAULT_TOKENS = 16  # of an answer, where no run says how many
 
 
@@ -40,10 +40,9 @@ def train(config: RunConfig) -> cf.ContinualResult:
     model, processor = open_base(config)  # which checks what it loads first
     model = cf.patch(model, config.method, processor=processor)
     trainer = cf.ContinualTrainer(model, processor, stream, config.training)
-    if distributed.is_main():
-        trainer.output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(trainer.output_dir)
-    return trainer.train()
+    with trainer.locked():
+        distributed.on_main(lambda: config.save(trainer.output_dir))
+        return trainer.train()
 
 
 def _check_trainer_options(config: RunConfig) -> None:

@@ -8,10 +8,11 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 USAGE = "cllava-fast train STREAM --model PATH [--output DIR] [--resume] [--SECTION.FIELD VALUE ...]"
+RESUMES = True  # what was interrupted goes on by the same command and --resume
 EXAMPLE = """examples:
   cllava-fast train stream.yaml --model llava-hf/llava-1.5-7b-hf --output runs/mine
   cllava-fast train stream.yaml --model path/of/llava --method.rank 16 --training.bf16
-  cllava-fast train stream.yaml --output runs/mine --resume      # goes on behind the last finished task
+  cllava-fast train stream.yaml --output runs/mine --resume      # goes on where it was stopped or killed
   accelerate launch -m cllava_fast.cli train stream.yaml --model path/of/llava
 
 Every flag with a point is a field of the YAML's section of that name (--training.seed 1 is training: {seed: 1});
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="DIR", help="folder that the stream's relative paths start from (default: "
                         "the YAML's own, or this one for a ready stream)")  # fmt: skip
     parser.add_argument("--resume", dest="training.resume", action="store_const", const="true",
-                        help="go on behind the last finished task")  # fmt: skip
+                        help="go on where the run was stopped or killed")  # fmt: skip
     sections = {
         "model": config.typed_fields(config.ModelConfig),
         "method": config.typed_fields(config.IncrementConfig, *(method for method, _ in config.METHODS.values())),

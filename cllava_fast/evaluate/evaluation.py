@@ -10,7 +10,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,7 @@ def evaluate_tasks(
     batch_size: int,
     max_new_tokens: int,
     progress: bool,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> list[TaskEvaluation]:
     """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given,
     except to a method with ``uses_task``."""
@@ -108,7 +109,7 @@ def evaluate_tasks(
     with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
         answers = predict(
             model, examples, queries, Collator(data.encoder, features, training=False),
-            batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance, together=after_batch,
         )  # fmt: skip
     selected = None if queries is None else _selected(increments, queries, batches_of(examples, batch_size))
     metric_of = {task.name: find_metric(task.metric) for task in data.stream}

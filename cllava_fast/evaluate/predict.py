@@ -23,6 +23,7 @@ def predict(
     batch_size: int,
     max_new_tokens: int,
     advance: Callable[[str], None] = lambda note: None,
+    together: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """One answer for each example. The query alone decides what acts.
 
@@ -32,27 +33,30 @@ def predict(
         queries: ``[n, D]``, or None for a model without queries (a frozen one, say).
         collate: a collator that is not for training.
         advance: called after every batch of this process.
+        together: called after every batch that each process has, so that it may wait for the others.
     """
     tokenizer = collate.encoder.tokenizer
     device = next(model.parameters()).device
     model.eval()
     batches = batches_of(examples, batch_size)
     share = batches[distributed.rank() :: distributed.count()]
-    together = distributed.is_sharded(model)
-    if together and len(share) < len(batches[:: distributed.count()]):
+    sharded = distributed.is_sharded(model)
+    if sharded and len(share) < len(batches[:: distributed.count()]):
         share.append(batches[0])  # no process may leave the others alone in a forward pass
     mine: dict[int, str] = {}
-    for rows in share:
+    for turn, rows in enumerate(share):
         batch: dict[str, Any] = {name: t.to(device) for name, t in collate([examples[i] for i in rows]).items()}
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
         generated = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=together
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=sharded
         )
         for row, ids in zip(rows, generated[:, width:], strict=True):
             mine[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         advance("")
+        if turn < len(batches) // distributed.count():
+            together()
     answers = {row: answer for share in distributed.gather(mine) for row, answer in share.items()}
     return [answers[i] for i in range(len(examples))]
 

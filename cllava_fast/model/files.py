@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from cllava_fast.atomic import check_replaceable, new_folder
+from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, new_folder
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import increments_card, is_repo_id
@@ -104,8 +104,9 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another base model or surrogate, a changed or damaged file, one of a newer format, missing or
-            unexpected tensors, or a model patched with another config. Nothing is changed then.
+        ValueError: another base model or surrogate, one of a newer format, missing or unexpected tensors, or a model
+            patched with another config. Nothing is changed then.
+        DamagedError: a file was cut off or changed, which is a ValueError, too.
     """
     folder = Path(path)
     saved = read_config(folder)
@@ -117,7 +118,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     _check_base(model, saved, folder)
     weights = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != saved.weights_sha256:
-        raise ValueError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
+        raise DamagedError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
     state = {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
     patch(model, saved.config, processor=processor)
     increments = get_increments(model)
@@ -175,7 +176,7 @@ def read_config(folder: Path) -> Saved:
         if saved.base_dtype not in (None, *DTYPES):
             raise ValueError(f"base_dtype is {brief(saved.base_dtype)}; expected one of {', '.join(DTYPES)}")
     except KeyError as error:
-        raise ValueError(f"{path} cannot be read: {error} is missing; was it changed since it was saved?") from error
+        raise DamagedError(f"{path} cannot be read: {error} is missing; was it changed since it was saved?") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
     return saved
@@ -196,7 +197,7 @@ def _method_config(values: Any) -> MethodConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    _check_is_there(path)
+    _check_is_there(path, FileNotFoundError)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
@@ -204,13 +205,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
+        raise DamagedError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
     return values
 
 
 def _check_header(path: Path) -> None:
     """Refuses a safetensors file whose header does not fit the file, before any tensor is read."""
-    _check_is_there(path)
+    _check_is_there(path, MissingError)
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     try:
@@ -221,12 +222,12 @@ def _check_header(path: Path) -> None:
         if strangers:
             raise ValueError(f"{len(strangers)} unexpected tensors {brief(strangers[:3])}")
     except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: {error}; expected a file written by save_pretrained()") from error
+        raise DamagedError(f"{path} is damaged: {error}; expected a file written by save_pretrained()") from error
 
 
-def _check_is_there(path: Path) -> None:
+def _check_is_there(path: Path, error: type[FileNotFoundError]) -> None:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained()")
+        raise error(f"{path} does not exist; expected a folder written by save_pretrained()")
 
 
 def _check_base(model: Any, saved: Saved, folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cllava_fast import ops
 from cllava_fast.pool import Pool
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.checkpoint import TaskSaver
 from cllava_fast.train.progress import stage
 
 READ_EVERY = 10  # steps
@@ -25,6 +26,7 @@ def align_keys(
     seed: int,
     title: str,
     own_loss: Callable[[Pool, Tensor, int, torch.Generator], Tensor | None] = lambda *batch: None,
+    saver: TaskSaver | None = None,
 ) -> float:
     """Trains the open block's keys, and nothing else, on ``-mean(similarity of e with its M selected keys)``.
 
@@ -32,6 +34,7 @@ def align_keys(
         queries: ``[n, D]``, the task's training instructions.
         seed: of the order of batches.
         own_loss: ``Method.alignment_loss``, which may put another loss in its place.
+        saver: keeps the stage on disk, and says from which step it goes on.
 
     Returns:
         The last epoch's mean loss.
@@ -51,12 +54,21 @@ def align_keys(
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     losses: list[Tensor] = []  # on the device; read every READ_EVERY steps, since reading waits for it
-    note = ""
+    note, done = "", 0
+    if saver is not None and (saved := saver.saved("align")):
+        done, losses = saved["step"], list(saved["losses"].to(keys.device))
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        saver.restore_random_state()
     with stage(title, steps, args.progress) as advance:
         for step in range(1, steps + 1):
             if not len(order):
                 order = torch.randperm(len(queries), generator=generator).to(keys.device)
             batch, order = order[: args.align_batch_size], order[args.align_batch_size :]
+            if step <= done:
+                own_loss(pool, queries[batch].detach(), groups, generator)  # which may draw
+                advance(note)
+                continue
             loss = own_loss(pool, queries[batch], groups, generator)
             if loss is None:
                 _, _, similarity = ops.select(queries[batch], keys, top_m, groups=groups, check_values=False)
@@ -70,6 +82,11 @@ def align_keys(
             if step % READ_EVERY == 0 or step == steps:
                 note = f"loss {_check(losses[-READ_EVERY:], step, title):.4f}"
             advance(note)
+            if saver is not None:
+                saver.step("align", step, lambda: {
+                    "losses": torch.stack(losses), "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                })  # fmt: skip
     recent = losses[-per_epoch:]
     return torch.stack(recent).mean().item() if recent else 0.0
 

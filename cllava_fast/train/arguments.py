@@ -26,7 +26,7 @@ class ContinualArguments:
     output_dir: str = field(
         metadata={"help": "Receives run.json and the increments after every task; new or empty, unless resume is set."}
     )
-    resume: bool = _option(False, "Go on behind the last finished task of the same run.")
+    resume: bool = _option(False, "Go on where the same run was stopped or killed.")
     seed: int = _option(0, "Of everything random; a task's random state derives from it and the task's number alone.")
 
     align_epochs: float = _option(3.0, "Epochs of alignment for each task.")
@@ -53,6 +53,12 @@ class ContinualArguments:
     report_to: list[str] = _option([], "Where transformers sends logs, such as wandb or tensorboard; none by default.")
     trainer_options: dict[str, Any] = _option({}, "Further fields of transformers.TrainingArguments.")
 
+    save_minutes: float = _option(10.0, "A task is saved when so many minutes have passed; 0: not by time.")
+    save_steps: int = _option(0, "A task is saved after so many steps of alignment or tuning, too; 0: by time alone.")
+    keep_increments: int | None = _option(
+        None, "Increments of so many last tasks stay on disk, 2 or more; each holds those before it. All by default."
+    )
+
     eval_split: Literal["test", "validation"] = _option(
         "test", "What is measured after each task; validation while hyperparameters are being chosen."
     )
@@ -78,6 +84,14 @@ class ContinualArguments:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; expected a positive number")
+        if not self.save_minutes >= 0 or self.save_steps < 0:
+            raise ValueError(
+                f"save_minutes is {self.save_minutes} and save_steps is {self.save_steps}; expected 0 or more"
+            )
+        if self.keep_increments is not None and self.keep_increments < 2:
+            raise ValueError(
+                f"keep_increments is {self.keep_increments}; expected at least 2: the last, and one to fall back to"
+            )
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one of them")
         names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
@@ -88,7 +102,7 @@ class ContinualArguments:
         values = asdict(self)
         for name in (
             "output_dir", "resume", "progress", "image_feature_bytes", "dataloader_num_workers", "logging_steps",
-            "report_to",
+            "report_to", "save_minutes", "save_steps", "keep_increments",
         ):  # fmt: skip
             del values[name]
         return values

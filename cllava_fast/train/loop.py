@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,11 +15,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from cllava_fast import distributed
-from cllava_fast.atomic import write_text
-from cllava_fast.config import CONFIG
+from cllava_fast.atomic import DamagedError, MissingError, check_sums, remove_folder, sums_of, sweep, write_text
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream, fingerprint
@@ -30,9 +31,13 @@ from cllava_fast.model.files import base_fingerprint
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
+from cllava_fast.train.checkpoint import Checkpoints, TaskSaver
+from cllava_fast.train.lock import run_lock
+from cllava_fast.train.runfile import RunFile, find_run
+from cllava_fast.train.signals import Watch
 from cllava_fast.train.tune import Tuned, tune
 
-RUN = "run.json"
+INCREMENTS = "increments"  # of a run's folder: one subfolder for the state after each task
 
 
 @dataclass
@@ -86,6 +91,7 @@ class ContinualTrainer:
 
     Raises:
         FileExistsError: ``args.output_dir`` holds another run, or this one and ``resume`` is off.
+        DamagedError: nothing of the run in ``args.output_dir`` can be read.
         ValueError: a split that the run needs is empty, or a task's metric is unknown or cannot read its references,
             or the processes were given different things.
     """
@@ -107,19 +113,22 @@ class ContinualTrainer:
         self.data = stream
         self.stream = stream.stream
         self.output_dir = Path(args.output_dir)
+        self._run_file, self._checkpoints = RunFile(self.output_dir), Checkpoints(self.output_dir)
+        self._watch, self._is_locked = Watch(), False
         evaluation.check_tasks(self.stream, args.eval_split)
         was_patched = hasattr(model, "increments")
         self.model = patch(model, processor=processor)
         self.increments = get_increments(model)
         try:
-            self._progress = self._check()
+            self._fresh = self._check()
         except BaseException:
             if not was_patched:
                 unpatch(model)
             raise
         self._train_collate = Collator(stream.encoder, stream.features, training=True)
 
-    def _check(self) -> dict[str, Any]:
+    def _check(self) -> str:
+        """What ``run.json`` says before the first task, as JSON."""
         if self.increments.pool.num_tasks or self.increments.pool.block_rows:
             raise ValueError(
                 f"the model has learned {self.increments.pool.task_names or 'a part of a task'} already; "
@@ -130,52 +139,120 @@ class ContinualTrainer:
         identity = run_identity(self.increments.config, self.args, self.stream)
         distributed.check_equal(identity, "the method, the arguments or the stream")
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
-        fresh: dict[str, Any] = {
+        self._run_file.last = None if found is None else json.dumps(found)
+        fresh = {
             **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
-            "parameters": 0,
+            "parameters": 0, "files": {},
         }  # fmt: skip
-        return fresh if found is None else found
+        return json.dumps(fresh)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps every other run out of ``output_dir``; ``train`` does so by itself.
+
+        Raises:
+            InUseError: another process runs in it.
+            SaveError: it cannot be written.
+            FileExistsError: another process has run in it since this trainer was made.
+        """
+        if self._is_locked:
+            yield
+            return
+        with ExitStack() as stack:
+            distributed.on_main(lambda: self._lock(stack))
+            self._is_locked = True
+            try:
+                yield
+            finally:
+                self._is_locked = False
+            distributed.on_main(stack.close)  # no process goes on before the folder is free
+
+    def _lock(self, stack: ExitStack) -> None:
+        stack.enter_context(run_lock(self.output_dir))
+        found = RunFile(self.output_dir)
+        found.read()
+        if found.last != self._run_file.last:
+            raise FileExistsError(f"{self.output_dir} was written by another run meanwhile; start again with resume")
+        for folder in (self.output_dir, self.output_dir / INCREMENTS, self.output_dir / evaluation.PREDICTIONS):
+            sweep(folder)
+        sweep(self._checkpoints.folder)
 
     def train(self) -> ContinualResult:
         """Learns all tasks that are not learned yet.
 
-        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk. Every process
-        returns the same result; the main one alone writes. If one raises, all do.
+        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk; within one, a
+        checkpoint every ``save_minutes``. Every process returns the same result; the main one alone writes. If one
+        raises, all do.
+
+        Raises:
+            RunStopped: SIGTERM or Ctrl-C came; the step it came in is saved.
+            InUseError: another process runs in ``output_dir``.
+            SaveError: the disk is full or cannot be written; what was saved before is untouched.
+            DamagedError: none of the run's saved increments can be read.
         """
-        with distributed.failing_together():
+        with distributed.failing_together(), self.locked(), self._watch.catching():
             return self._train()
 
     def _train(self) -> ContinualResult:
-        tasks, progress = self.stream.task_names, self._progress
+        tasks = self.stream.task_names
         phases = [tasks] if self.increments.method.joint else [[name] for name in tasks]
-        done = len(progress["matrix"])
         self._place()
-        if done:
-            load_pretrained(self.model, self._saved(done - 1, phases))
-            distributed.on_main(self._write_results)
-        self._read_ahead(tasks, done if len(phases) > 1 else 0)
-        for number in range(done, len(phases)):
-            start = time.perf_counter()
+        # of an earlier call that failed, what was not saved does not count
+        self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh))
+        learned = self._load(phases)
+        self._read_ahead(tasks)
+        for number in range(len(self._progress["matrix"]), len(phases)):
+            self._watch.check()
             names = phases[number]
             events = TaskEvents(self.callbacks, "+".join(names), number)
             events.begin()
-            tuned, parameters = self._learn(number, names, events)
+            tuned = self._learn(number, phases, events) if number >= learned else None
+            start = time.perf_counter()
             with events.stage("evaluate") as measured:
                 evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1])
                 measured.update({f"accuracy/{task.task}": task.score for task in evaluations})
-            tuned.trainer.log(dict(events.metrics))
+            if tuned is not None:
+                tuned.trainer.log(dict(events.metrics))
+            progress = self._progress
             progress["matrix"].append([task.score for task in evaluations])
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
-            progress["losses"][", ".join(names)] = tuned.losses
             progress["seconds"] += time.perf_counter() - start
-            progress["parameters"] = max(progress["parameters"], parameters)
-            self._progress = progress = distributed.on_main(
+            self._progress = distributed.on_main(
                 functools.partial(self._write, self._saved(number, phases), evaluations)
             )
             events.end()
         return self._result()
+
+    def _load(self, phases: list[list[str]]) -> int:
+        """Brings back the newest saved increments that are whole, and returns how many tasks they have learned."""
+        progress, good = self._progress, 0
+        for number in reversed(range(len(progress["losses"]))):
+            folder = self._saved(number, phases)
+            try:
+                check_sums(folder, progress["files"][folder.name])
+                load_pretrained(self.model, folder)
+                good = number + 1
+                break
+            except (DamagedError, MissingError) as error:
+                warnings.warn(f"{error}; going on from the task before", stacklevel=4)
+        if progress["losses"] and not good:
+            raise DamagedError(f"{self.output_dir} holds no increments that can be read; give a new output_dir")
+        if good < len(progress["losses"]):
+            progress["matrix"] = progress["matrix"][:good]
+            progress["losses"] = dict(list(progress["losses"].items())[:good])
+            distributed.on_main(
+                lambda: self._go_back(progress, [self._saved(i, phases) for i in range(good, len(phases))])
+            )
+        if progress["matrix"]:
+            distributed.on_main(self._write_results)
+        return good
+
+    def _go_back(self, progress: dict[str, Any], damaged: list[Path]) -> None:
+        for folder in damaged:
+            remove_folder(folder)
+        self._run_file.write(progress, keep=False)
 
     def _result(self) -> ContinualResult:
         progress = self._progress
@@ -190,12 +267,16 @@ class ContinualTrainer:
             selection=progress.get("selection"),  # runs of earlier versions have none
         )
 
-    def _read_ahead(self, tasks: list[str], done: int) -> None:
-        """Encodes all that will be needed: what cannot be read fails now, and FSDP has not yet sharded the base."""
+    def _read_ahead(self, tasks: list[str]) -> None:
+        """Encodes everything: what cannot be read fails now, and FSDP has not yet sharded the base.
+
+        What a resumed run needs no more, too: an embedding's last bit depends on what it is computed beside.
+        """
         if distributed.count() > 1:
             self.increments.base_fingerprint = base_fingerprint(self.model)
-        wanted = [(name, "train") for name in tasks[done:]] + [(name, self.args.eval_split) for name in tasks]
+        wanted = [(name, "train") for name in tasks] + [(name, self.args.eval_split) for name in tasks]
         for name, split in wanted:
+            self._watch.check()
             examples = self.data.examples(name, split, self.model)
             queries_of(self.model, examples, self.data.features, [name] * len(examples))
 
@@ -211,11 +292,24 @@ class ContinualTrainer:
         for part in (*parts, self.increments):
             part.to(distributed.device())
 
-    def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> dict[str, Any]:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+    def _begin_files(self) -> None:
+        """From the first file on, the folder says whose it is."""
+        if self._run_file.last is None:
+            self._run_file.write(self._progress)
+
+    def _write_learned(self, increments: Path) -> dict[str, Any]:
         save_pretrained(self.model, increments)
+        self._progress["files"][increments.name] = sums_of(increments)
+        self._run_file.write(self._progress)
+        self._checkpoints.clear()
+        if self.args.keep_increments is not None:
+            for old in sorted(increments.parent.glob("[0-9]*"))[: -self.args.keep_increments]:
+                remove_folder(old)
+        return self._progress
+
+    def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> dict[str, Any]:
         evaluation.write_predictions(self.output_dir / evaluation.PREDICTIONS / increments.name, evaluations)
-        write_text(self.output_dir / RUN, json.dumps(self._progress, indent=2) + "\n")
+        self._run_file.write(self._progress)
         self._write_results()
         return self._progress
 
@@ -236,13 +330,14 @@ class ContinualTrainer:
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
         name = phases[number][0] if len(phases) > 1 else "all"
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-        return self.output_dir / "increments" / f"{number + 1:02d}-{safe}"
+        return self.output_dir / INCREMENTS / f"{number + 1:02d}-{safe}"
 
-    def _learn(self, number: int, names: list[str], events: TaskEvents) -> tuple[Tuned, int]:
-        """Stages and commit of one task (of all tasks, for a joint method)."""
-        increments, args = self.increments, self.args
+    def _learn(self, number: int, phases: list[list[str]], events: TaskEvents) -> Tuned:
+        """Stages and commit of one task (of all tasks, for a joint method), saved at the end."""
+        increments, args, names = self.increments, self.args, phases[number]
         pool, method, title = increments.pool, increments.method, "+".join(names)
         seed = args.seed * 10_000 + number
+        set_seed(seed)
         parts = [self.data.examples(name, "train", self.model) for name in names]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
         owners = [name for name, part in zip(names, parts, strict=True) for _ in part]
@@ -250,17 +345,26 @@ class ContinualTrainer:
         method.open_task(pool, queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
         try:
-            if method.aligns_keys:
+            saver = self._saver(number)
+            if method.aligns_keys and not saver.is_behind("align"):
                 assert queries is not None
                 top_m: int = increments.config.top_m  # type: ignore[attr-defined]
                 with events.stage("align") as measured:
-                    measured["loss"] = align_keys(
-                        pool, queries, top_m, increments.groups, args, seed, f"{title}: align", method.alignment_loss
+                    measured["loss"] = saver.measured["align"] = align_keys(
+                        pool,
+                        queries,
+                        top_m,
+                        increments.groups,
+                        args,
+                        seed,
+                        f"{title}: align",
+                        method.alignment_loss,
+                        saver,
                     )
             with events.stage("tune") as measured:
                 tuned = tune(
                     self.model, examples, queries, self._train_collate, args, seed=seed, title=title,
-                    steps_factor=len(names), callbacks=self.callbacks,
+                    steps_factor=len(names), callbacks=self.callbacks, saver=saver,
                 )  # fmt: skip
                 if tuned.losses:
                     measured["loss"] = tuned.losses[-1]
@@ -270,7 +374,22 @@ class ContinualTrainer:
             # what is committed stays usable, and half a task never is
             pool.drop_block()
             raise
-        return tuned, parameters
+        distributed.on_main(self._begin_files)
+        progress = self._progress
+        progress["losses"][", ".join(names)] = tuned.losses
+        progress["seconds"] += saver.seconds
+        progress["parameters"] = max(progress["parameters"], parameters)
+        self._progress = distributed.on_main(lambda: self._write_learned(self._saved(number, phases)))
+        self._watch.check()
+        return tuned
+
+    def _saver(self, number: int) -> TaskSaver:
+        saved = self._checkpoints.newest(number)
+        if saved is None:
+            distributed.on_main(self._checkpoints.clear)
+        return TaskSaver(
+            self.increments.pool, self.args, self._checkpoints, self._watch, number, saved, self._begin_files
+        )
 
     def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
         return evaluation.evaluate_tasks(
@@ -281,6 +400,7 @@ class ContinualTrainer:
             batch_size=self.args.eval_batch_size,
             max_new_tokens=self.args.max_new_tokens,
             progress=self.args.progress,
+            after_batch=self._watch.check,
         )
 
     def _matrix(self, rows: list[list[float]]) -> list[list[float | None]]:
@@ -306,22 +426,3 @@ def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream)
         "metrics": {task.name: task.metric for task in stream},
         "stream_sha256": [fingerprint(chain(task.train, getattr(task, args.eval_split))) for task in stream],
     }
-
-
-def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """What ``run.json`` says of the run; None where it has not finished a task yet.
-
-    Raises FileExistsError where ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
-    """
-    if not output_dir.exists() or not any(file.name != CONFIG for file in output_dir.iterdir()):
-        return None
-    try:
-        found = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    identity = json.loads(json.dumps(identity))
-    if {key: found.get(key) for key in identity} != identity:
-        raise FileExistsError(f"{output_dir} holds another run or other files; give a new output_dir")
-    if not resume:
-        raise FileExistsError(f"{output_dir} holds this run already; set resume to go on, or a new output_dir")
-    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import math
 import warnings
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments
 from cllava_fast.model.answers import IGNORE, answer_positions
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.checkpoint import GO_ON, STOP, TaskSaver
 from cllava_fast.train.progress import Advance, stage
 
 
@@ -40,6 +44,7 @@ def tune(
     title: str,
     steps_factor: int = 1,
     callbacks: Sequence[TrainerCallback] = (),
+    saver: TaskSaver | None = None,
 ) -> Tuned:
     """Tunes the open block of a patched model; next-token cross entropy on the answers.
 
@@ -48,6 +53,7 @@ def tune(
         title: the task's name; what is logged begins with it.
         steps_factor: multiplies ``args.max_steps`` (joint training takes the steps of all tasks).
         callbacks: of the caller, for transformers' ``Trainer``.
+        saver: keeps the stage on disk, and says from which step it goes on.
 
     Raises:
         FloatingPointError: the loss is NaN or Inf.
@@ -71,7 +77,7 @@ def tune(
             callback = _Losses(title, advance)
             trainer.add_callback(callback)
             model.train()
-            trainer.train()
+            trainer.train_with(saver, callback)
     trainer.release()
     model.eval()
     model.zero_grad(set_to_none=True)
@@ -148,6 +154,40 @@ class TaskTrainer(Trainer):
         if self.is_fsdp_enabled and state.fsdp_plugin.cpu_ram_efficient_loading:
             raise ValueError("fsdp_cpu_ram_efficient_loading is on and would empty the increments; turn it off")
 
+    def train_with(self, saver: TaskSaver | None, losses: _Losses) -> None:
+        """``train`` from where ``saver`` has it, saved on the way.
+
+        Raises:
+            RunStopped: a signal came, and the step it came in is saved.
+        """
+        if saver is None:
+            self.train()
+            return
+        saving = self._saving = _Saving(self, saver, losses)
+        self.add_callback(saving)
+        self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
+        if saving.stopped:
+            saver.stop()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._saving.save()
+
+    def _load_from_checkpoint(self, *args: Any) -> None:
+        """The saver has brought back the block."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            for name in ("optimizer", "lr_scheduler"):
+                getattr(self, name).load_state_dict(self._saving.saved[name])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._saving.saved["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._saving.saver.restore_random_state()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if getattr(self.args, "train_sampling_strategy", "random") != "random":
             return super()._get_train_sampler(train_dataset)
@@ -217,6 +257,50 @@ class _Losses(TrainerCallback):
             raise FloatingPointError(f"{self.task}: tune: the loss is {loss} at step {state.global_step}")
         self.losses.append(loss)
         self.note = f"loss {loss:.4f}"
+
+
+class _Saving(TrainerCallback):
+    """Keeps the state of a ``TaskTrainer`` by a ``TaskSaver``, and brings back what transformers would not."""
+
+    def __init__(self, trainer: TaskTrainer, saver: TaskSaver, losses: _Losses) -> None:
+        self.trainer, self.saver, self.losses, self.stopped = trainer, saver, losses, False
+        self.saved: dict[str, Any] = saver.saved("tune") or {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.saved:
+            return
+        self.losses.losses += self.saved["losses"]
+        for _ in range(self.saved["step"]):
+            self.losses.advance("")
+        # the loss of steps that are not logged yet
+        own = self.saver.own()
+        mine = own[distributed.rank()] if len(own) == distributed.count() else sum(own) / len(own)
+        self.trainer._tr_loss = mine.to(args.device)
+        self.trainer._globalstep_last_logged = self.saved["logged"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return  # the task is about to be saved as a whole
+        action = self.saver.due(state.global_step)
+        control.should_save |= action != GO_ON
+        if action == STOP:
+            self.stopped = control.should_training_stop = True
+
+    def save(self) -> None:
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:
+            return  # its optimizer is in pieces; the task begins anew
+        scaler = trainer.accelerator.scaler
+        self.saver.save(
+            "tune", trainer.state.global_step,
+            {
+                **{name: getattr(trainer, name).state_dict() for name in ("optimizer", "lr_scheduler")},
+                "scaler": None if scaler is None else scaler.state_dict(), "losses": self.losses.losses,
+                "logged": trainer._globalstep_last_logged,
+            },
+            own=trainer._tr_loss.cpu(),
+            files={TRAINER_STATE_NAME: json.dumps(dataclasses.asdict(trainer.state), indent=2)},
+        )  # fmt: skip
 
 
 class _GlobalOrder(Sampler[int]):

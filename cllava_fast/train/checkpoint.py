@@ -1,0 +1,224 @@
+"""Checkpoints within a task: a run that was stopped there goes on from the last one, to the bit.
+
+One is a folder ``checkpoints/0002-tune-000150``: the open block, the optimizer, the schedule, random states, losses.
+Tensors are safetensors, all else is JSON; nothing is pickled. ``checkpoint.json`` names every file with its checksum.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cllava_fast import distributed
+from cllava_fast.atomic import DamagedError, check_sums, new_folder, read_json, remove_folder, signed_json, sums_of
+from cllava_fast.pool import Pool
+from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.signals import Watch
+
+FOLDER, MANIFEST, TENSORS = "checkpoints", "checkpoint.json", "state.safetensors"
+KEPT = 2
+GO_ON, SAVE, STOP = range(3)
+_TENSOR, _ITEMS = "__tensor__", "__items__"
+
+
+class Checkpoints:
+    """The newest ``KEPT`` checkpoints of a run. ``folder`` is that of the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+
+    def names(self) -> list[str]:
+        """Oldest first."""
+        found = self.folder.glob("[0-9]*") if self.folder.is_dir() else ()
+        return sorted((path.name for path in found), key=lambda name: (len(name.partition("-")[0]), name))
+
+    def write(self, number: int, stage: str, step: int, state: dict[str, Any], files: dict[str, str]) -> None:
+        """``state`` may hold tensors anywhere; ``files`` are texts by name, for others to read."""
+        tensors: dict[str, Tensor] = {}
+        values = {"number": number, "stage": stage, "step": step, "state": pack(state, tensors)}
+        contents = {TENSORS: save(tensors), **{name: text.encode() for name, text in files.items()}}
+        with new_folder(self.folder / f"{number + 1:04d}-{stage}-{step:06d}") as folder:
+            for name, content in contents.items():
+                (folder / name).write_bytes(content)
+            manifest = {**values, "files": sums_of(folder)}
+            (folder / MANIFEST).write_text(signed_json(manifest), encoding="utf-8")
+        for old in self.names()[:-KEPT]:
+            remove_folder(self.folder / old)
+
+    def newest(self, number: int) -> dict[str, Any] | None:
+        """The newest whole checkpoint of task ``number``: stage, step, state and, as ``folder``, where it is."""
+        for name in reversed(self.names()):
+            try:
+                values = self.read(name)
+            except (DamagedError, OSError) as error:
+                warnings.warn(f"{error}; going on from what was saved before", stacklevel=2)
+                continue
+            if values["number"] == number:
+                return values
+        return None
+
+    def read(self, name: str) -> dict[str, Any]:
+        folder = self.folder / name
+        values = read_json(folder / MANIFEST)
+        check_sums(folder, values["files"])
+        values["state"] = unpack(values["state"], load((folder / TENSORS).read_bytes()))
+        return {**values, "folder": str(folder)}
+
+    def clear(self) -> None:
+        for name in self.names():
+            remove_folder(self.folder / name)
+
+
+class TaskSaver:
+    """Saves one task while it is learned, and brings it back.
+
+    Args:
+        saved: what ``Checkpoints.newest`` found, None to begin anew.
+        before: called on the main process before anything is written.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        args: ContinualArguments,
+        checkpoints: Checkpoints,
+        watch: Watch,
+        number: int,
+        saved: dict[str, Any] | None,
+        before: Callable[[], None],
+    ) -> None:
+        self.pool, self.args, self.checkpoints, self.watch, self.number = pool, args, checkpoints, watch, number
+        self.before, self._saved = before, saved
+        state: dict[str, Any] = {} if saved is None else saved["state"]
+        self.folder: str | None = None if saved is None else saved["folder"]
+        self.measured: dict[str, float] = state.get("measured", {})  # by finished stages of the task
+        self._begin = time.perf_counter() - state.get("seconds", 0.0)
+        self._last = time.perf_counter()
+        if saved is not None:
+            self._load_block(state["block"])
+
+    def _load_block(self, block: dict[str, Tensor]) -> None:
+        found = dict(self.pool.named_parameters())
+        # in the same order, too: an optimizer's state goes by it
+        if [(n, p.shape) for n, p in found.items()] != [(n, t.shape) for n, t in block.items()]:
+            raise DamagedError(f"{self.folder} holds another block than this task's; remove that folder to begin anew")
+        with torch.no_grad():
+            for name, parameter in found.items():
+                parameter.copy_(block[name])
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the task, in this process and those before it."""
+        return time.perf_counter() - self._begin
+
+    def saved(self, stage: str) -> dict[str, Any] | None:
+        """What ``stage`` gave to ``save``, with its ``step``; None if that was another stage, or nothing."""
+        if self._saved is None or self._saved["stage"] != stage:
+            return None
+        return {**self._saved["state"]["stage"], "step": self._saved["step"]}
+
+    def is_behind(self, stage: str) -> bool:
+        """Whether ``stage`` was finished when the task was saved."""
+        return self._saved is not None and self._saved["stage"] != stage and stage in self.measured
+
+    def due(self, step: int) -> int:
+        """After a step: GO_ON, SAVE or STOP, the same on every process."""
+        every, minutes = self.args.save_steps, self.args.save_minutes
+        save = (every and step % every == 0) or (minutes and time.perf_counter() - self._last >= 60 * minutes)
+        return distributed.highest(STOP if self.watch.requested else SAVE if save else GO_ON)
+
+    def save(self, stage: str, step: int, state: dict[str, Any], own: Any = None, files: Any = None) -> None:
+        """``state`` is every process's; ``own`` and the random state are this one's."""
+        each = distributed.gather({"random": random_state(), "own": own})
+        whole = {
+            "block": {name: parameter.detach() for name, parameter in self.pool.named_parameters()},
+            "stage": state,
+            "each": each,
+            "measured": self.measured,
+            "seconds": self.seconds,
+        }
+
+        def write() -> None:
+            self.before()
+            self.checkpoints.write(self.number, stage, step, whole, files or {})
+
+        distributed.on_main(write)
+        self._last = time.perf_counter()
+
+    def own(self) -> list[Any]:
+        """What every process gave as its own."""
+        return [] if self._saved is None else [each["own"] for each in self._saved["state"]["each"]]
+
+    def restore_random_state(self) -> None:
+        """On another number of processes than before, random numbers cannot go on as they would have."""
+        each = [] if self._saved is None else self._saved["state"]["each"]
+        if len(each) == distributed.count():
+            set_random_state(each[distributed.rank()]["random"])
+
+    def step(self, stage: str, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Saves where it is due, and raises RunStopped where a signal came."""
+        action = self.due(step)
+        if action != GO_ON:
+            self.save(stage, step, state())
+        if action == STOP:
+            self.stop()
+
+    def stop(self) -> None:
+        self.watch.check()
+        raise AssertionError("stopped without a signal")
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, NumPy and torch, on the CPU and on the GPU at hand."""
+    numpy: Any = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON can hold it: its tensors go to ``tensors``, tuples become lists."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        # an optimizer counts its parameters: keys that are no text stay what they are
+        return {_ITEMS: [[key, pack(entry, tensors)] for key, entry in value.items()]}
+    if isinstance(value, list | tuple):
+        return [pack(entry, tensors) for entry in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be saved: {value!r}")
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: unpack(entry, tensors) for key, entry in value[_ITEMS]}
+    return [unpack(entry, tensors) for entry in value] if isinstance(value, list) else value

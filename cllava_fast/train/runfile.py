@@ -1,0 +1,79 @@
+"""``run.json``: what makes a run that run, and how far it has come. The one before stays beside it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, naming, read_json, write_json
+from cllava_fast.config import CONFIG
+from cllava_fast.train.lock import LOCK, check_free
+
+RUN, PREVIOUS = "run.json", "run.previous.json"
+
+
+class RunFile:
+    """``run.json`` of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.previous = folder / RUN, folder / PREVIOUS
+        self.last: str | None = None  # what was read or written last, as JSON
+
+    def read(self) -> dict[str, Any] | None:
+        """What it says; what the one before says, with a warning, if it is damaged. None if there is neither.
+
+        Raises:
+            DamagedError: there is nothing that can be read.
+        """
+        found, trouble = None, ""
+        for path in (self.path, self.previous):
+            try:
+                found = read_json(path)
+                break
+            except (MissingError, DamagedError) as error:
+                trouble = str(error) if path == self.path else f"{trouble}, and {error}"
+        if found is None:
+            if not self.path.exists() and not self.previous.exists():
+                return None
+            raise DamagedError(
+                f"{trouble}; the increments in {self.path.parent / 'increments'} stay usable, "
+                "but the run cannot go on: give a new output_dir"
+            )
+        if trouble:
+            warnings.warn(f"{trouble}; going on from {self.previous.name}, saved before it", stacklevel=3)
+        self.last = json.dumps(found)
+        return found
+
+    def write(self, values: dict[str, Any], keep: bool = True) -> None:
+        """``keep``: what it said stays as the one before."""
+        with naming(self.path):
+            make_folder(self.path.parent)
+        if keep and self.last is not None:
+            write_json(self.previous, json.loads(self.last))
+        write_json(self.path, values)
+        self.last = json.dumps(values)
+
+
+def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What ``run.json`` says of the run; None where it has not begun yet.
+
+    Raises:
+        FileExistsError: ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
+        DamagedError: see ``RunFile``.
+        InUseError: another process runs in it.
+    """
+    check_free(output_dir)
+    if not output_dir.exists():
+        return None
+    ours = (CONFIG, LOCK)
+    if output_dir.is_dir() and all(file.name in ours or PARTIAL in file.name for file in output_dir.iterdir()):
+        return None
+    found = RunFile(output_dir).read() if output_dir.is_dir() else None
+    identity = json.loads(json.dumps(identity))
+    if found is None or {key: found.get(key) for key in identity} != identity:
+        raise FileExistsError(f"{output_dir} holds another run or other files; give a new output_dir")
+    if not resume:
+        raise FileExistsError(f"{output_dir} holds this run already; set resume to go on, or a new output_dir")
+    return found

@@ -1,0 +1,361 @@
+"""Runs that are stopped, killed or damaged go on to the same end, to the bit; `make faults` tries many more."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+import cllava_fast as cf
+from cllava_fast import atomic, cli
+from cllava_fast.atomic import DamagedError, SaveError
+from cllava_fast.demo.base import new_base
+from cllava_fast.model import get_increments
+from cllava_fast.train import checkpoint, lock
+from cllava_fast.train.checkpoint import Checkpoints, TaskSaver, pack, unpack
+from cllava_fast.train.lock import InUseError, run_lock
+from cllava_fast.train.signals import RunStopped, Watch
+from tests.test_train import CONFIG, arguments, stream, trainer
+
+OPTIONS: dict[str, Any] = dict(
+    max_steps=-1, num_train_epochs=2, align_steps=5, align_batch_size=8, logging_steps=2, save_steps=3, save_minutes=0,
+    eval_batch_size=3,
+)  # fmt: skip
+
+
+class At(cf.ContinualCallback):
+    """Does something once, behind a step of a stage of the second task."""
+
+    def __init__(self, stage: str, step: int, do: Callable[[], None]) -> None:
+        self.stage, self.step, self.do, self.now = stage, step, do, ("", -1)
+
+    def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
+        self.now = (stage, number)
+
+    def reached(self, step: int) -> None:
+        if self.now == (self.stage, 1) and step == self.step:
+            self.do()
+
+
+def learned(processor: Any, output: Path, at: At | None = None, config: Any = CONFIG, **values: Any) -> Any:
+    """Runs two tasks on a base with dropout; ``at`` is told of every step and of every batch of evaluation."""
+    model = new_base(processor, seed=0).eval()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    cf.patch(model, config, processor=processor)
+    args = arguments(output, **{**OPTIONS, **values})
+    trainer = cf.ContinualTrainer(model, processor, stream(), args, callbacks=[at] if at else [])
+    due, check, batches = TaskSaver.due, trainer._watch.check, iter(range(1, 100))
+
+    def each_step(self: TaskSaver, step: int) -> int:
+        if at is not None:
+            at.reached(step)
+        return due(self, step)
+
+    def each_batch() -> None:
+        if at is not None and at.now == ("evaluate", 1):
+            at.reached(next(batches))
+        check()
+
+    with patch.object(TaskSaver, "due", each_step), patch.object(trainer._watch, "check", each_batch):
+        result = trainer.train()
+    return result, get_increments(model).pool.state()
+
+
+@pytest.fixture
+def learn(processor: Any) -> Callable[..., Any]:
+    return functools.partial(learned, processor)
+
+
+@pytest.fixture(scope="module")
+def whole(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that nothing happened to."""
+    return learned(processor, tmp_path_factory.mktemp("whole") / "run")
+
+
+def same(found: Any, expected: Any) -> None:
+    (result, state), (other, expected_state) = found, expected
+    assert result.accuracy_matrix == other.accuracy_matrix and result.losses == other.losses
+    assert result.examples == other.examples and result.trainable_parameters == other.trainable_parameters
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(tensor, expected_state[name]) for name, tensor in state.items())
+
+
+def killed() -> None:
+    raise KeyboardInterrupt
+
+
+# steps of tuning: 3 in an epoch, 6 in all; saved at 3, the end of an epoch; losses are logged at 2 and 4
+@pytest.mark.parametrize("stage, step", [("align", 4), ("tune", 2), ("tune", 4), ("tune", 5), ("evaluate", 2)])
+def test_a_killed_run_ends_as_one_that_was_not(
+    stage: str, step: int, learn: Callable[..., Any], whole: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", At(stage, step, killed))
+    told: list[str] = []
+
+    class Told(At):
+        def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
+            told.append(stage)
+
+    same(learn(tmp_path / "cut", Told("", 0, killed), resume=True), whole)
+    # what was finished is not done again
+    first = {"align": "align", "tune": "align" if step < 3 else "tune", "evaluate": "evaluate"}[stage]
+    assert told[0] == first and told[-1] == "evaluate"
+
+
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_within_an_epoch_and_between_two_logs(
+    save_steps: int, learn: Callable[..., Any], whole: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", At("tune", 5, killed), save_steps=save_steps)
+    same(learn(tmp_path / "cut", resume=True, save_steps=save_steps), whole)
+
+
+def test_accumulated_batches_and_workers(learn: Callable[..., Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(
+        per_device_train_batch_size=3, gradient_accumulation_steps=2, dataloader_num_workers=1, save_steps=1
+    )
+    whole = learn(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", At("tune", 6, killed), **options)  # 4 in an epoch
+    same(learn(tmp_path / "cut", resume=True, **options), whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage, step", [("align", 2), ("tune", 2), ("evaluate", 1)])
+def test_a_signal_ends_the_step_and_saves(
+    signum: signal.Signals, stage: str, step: int, learn: Callable[..., Any], whole: Any, tmp_path: Path
+) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    at = At(stage, step, lambda: os.kill(os.getpid(), signum))
+    with pytest.raises(RunStopped, match=f"stopped by {signum.name}") as stopped:
+        learn(tmp_path / "cut", at, save_steps=0)
+    assert stopped.value.exit_code == 128 + signum
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    saved = Checkpoints(tmp_path / "cut").names()
+    assert saved == ([] if stage == "evaluate" else [f"0002-{stage}-{step:06d}"])
+    same(learn(tmp_path / "cut", resume=True), whole)
+    assert not Checkpoints(tmp_path / "cut").names() and not (tmp_path / "cut" / ".lock").exists()
+
+
+@pytest.mark.parametrize("config", [cf.LoraConfig(rank=4, a_std=0.1), cf.JointLoraConfig(rank=4, a_std=0.1)])
+def test_methods_without_keys(config: Any, learn: Callable[..., Any], tmp_path: Path) -> None:
+    whole = learn(tmp_path / "whole", config=config)
+    at = At("tune", 4, killed)
+    if config.method == "joint_lora":
+        at.reached = lambda step: killed() if step == 4 else None  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", at, config=config)
+    same(learn(tmp_path / "cut", config=config, resume=True), whole)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    learn: Callable[..., Any], whole: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", At("tune", 5, killed), save_steps=1)
+    names = Checkpoints(tmp_path / "cut").names()
+    assert names == ["0002-tune-000003", "0002-tune-000004"]
+    weights = tmp_path / "cut" / "checkpoints" / names[-1] / "state.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[random.randrange(len(content))] ^= 1
+    weights.write_bytes(content)
+    with pytest.warns(UserWarning, match="000004/state.safetensors is damaged .*going on from what was saved before"):
+        same(learn(tmp_path / "cut", resume=True), whole)
+
+
+def test_damaged_increments_fall_back_to_the_task_before(learn: Callable[..., Any], whole: Any, tmp_path: Path) -> None:
+    learn(tmp_path / "run")
+    weights = tmp_path / "run" / "increments" / "02-task1" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.warns(
+        UserWarning, match="02-task1/adapter_model.safetensors is damaged .*going on from the task before"
+    ):
+        same(learn(tmp_path / "run", resume=True), whole)
+    for file in (tmp_path / "run" / "increments").glob("*/adapter_config.json"):
+        file.unlink()
+    with warnings.catch_warnings(), pytest.raises(DamagedError, match="holds no increments that can be read"):
+        warnings.simplefilter("ignore")
+        learn(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("name, value", [("keep_increments", 1), ("save_minutes", -1), ("save_steps", -1)])
+def test_arguments_that_make_no_sense(name: str, value: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        arguments(tmp_path, **{name: value})
+
+
+def test_three_tasks_keep_two(llava: Any, processor: Any, tmp_path: Path) -> None:
+    trainer(llava, processor, tmp_path / "run", tasks=3, max_steps=1, align_steps=1, keep_increments=2).train()
+    assert sorted(p.name for p in (tmp_path / "run" / "increments").iterdir()) == ["02-task1", "03-task2"]
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    learn: Callable[..., Any], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_disk = atomic._to_disk
+
+    def full(path: Path) -> None:
+        if "0002-tune" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        to_disk(path)
+
+    monkeypatch.setattr(atomic, "_to_disk", full)
+    with pytest.raises(SaveError, match="0002-tune-000003 cannot be written: No space left on device; what was saved"):
+        learn(tmp_path / "run")
+    monkeypatch.setattr(atomic, "_to_disk", to_disk)
+    same(learn(tmp_path / "run", resume=True), whole)
+
+
+def test_state_goes_through_json_and_safetensors(rng: torch.Generator) -> None:
+    state = {
+        0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 4, generator=rng).T},
+        "betas": (0.9, 0.999), "none": None, "loss": [0.1 + 0.2, float("inf")],
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {}
+    values = json.loads(json.dumps(pack(state, tensors)))
+    again = unpack(values, tensors)
+    assert list(again) == list(state) and again["betas"] == [0.9, 0.999] and again["loss"] == state["loss"]
+    assert torch.equal(again[0]["exp_avg"], state[0]["exp_avg"]) and again["half"].dtype == torch.bfloat16
+    with pytest.raises(TypeError):
+        pack({"fn": killed}, {})
+
+
+def test_random_states_come_back() -> None:
+    def draw() -> list[Any]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+
+    draw()
+    tensors: dict[str, torch.Tensor] = {}
+    values = json.loads(json.dumps(pack(checkpoint.random_state(), tensors)))
+    first = draw()
+    assert draw() != first
+    checkpoint.set_random_state(unpack(values, tensors))
+    assert draw() == first
+
+
+class TestLock:
+    def test_a_second_run_is_refused_and_the_lock_goes(self, tmp_path: Path) -> None:
+        with run_lock(tmp_path / "run"):
+            with pytest.raises(InUseError, match=f"is in use by process {os.getpid()} on "), run_lock(tmp_path / "run"):
+                pass
+        assert not list((tmp_path / "run").iterdir())
+        (tmp_path / "run" / ".lock").write_text("process 1 on a machine that was switched off\n")
+        with run_lock(tmp_path / "run"):
+            pass
+
+    def test_a_fork_does_not_keep_it(self, tmp_path: Path) -> None:
+        """Workers of a data loader outlive a killed run for seconds."""
+        (reader, writer), (here, there) = os.pipe(), os.pipe()
+        descriptor = lock._take(tmp_path / ".lock")
+        child = os.fork()
+        if child == 0:
+            os.write(there, b"x")
+            os.read(reader, 1)
+            os._exit(0)
+        os.read(here, 1)
+        try:
+            assert descriptor is not None
+            lock._held.discard(descriptor)
+            os.close(descriptor)  # as the kernel does for who is killed
+            with run_lock(tmp_path):
+                pass
+        finally:
+            os.write(writer, b"x")
+            os.waitpid(child, 0)
+
+    def test_a_trainer_asks_before_anything_else(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        cf.patch(llava, CONFIG, processor=processor)
+        trainer = cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
+        with run_lock(tmp_path / "run"):
+            with pytest.raises(InUseError):
+                trainer.train()
+            with pytest.raises(InUseError):
+                cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
+
+    def test_a_folder_that_another_run_wrote_to_meanwhile(
+        self, new_llava: Callable, processor: Any, tmp_path: Path
+    ) -> None:
+        first, second = (trainer(new_llava(), processor, tmp_path / "run", max_steps=1) for _ in range(2))
+        first.train()
+        with pytest.raises(FileExistsError, match="was written by another run meanwhile"):
+            second.train()
+
+
+class TestSignals:
+    def test_handlers_of_the_caller_stay(self) -> None:
+        def own(*args: Any) -> None:
+            """Of whoever uses the library."""
+
+        before = signal.signal(signal.SIGTERM, own)
+        try:
+            with Watch().catching():
+                assert signal.getsignal(signal.SIGTERM) is own
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_a_thread_gets_none(self) -> None:
+        seen: list[Any] = []
+
+        def work() -> None:
+            with Watch().catching():
+                seen.append(signal.getsignal(signal.SIGTERM))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert seen == [signal.SIG_DFL]
+
+    def test_the_second_stops_at_once(self) -> None:
+        watch = Watch()
+        with pytest.raises(RunStopped, match="stopped at once by SIGINT"), watch.catching():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert watch.requested == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGINT)
+        with watch.catching():
+            watch.check()  # of an earlier run, nothing stays
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (ValueError("no"), 1, "cllava-fast: no"),
+        (SaveError("the disk is full"), 3, "cllava-fast: the disk is full"),
+        (DamagedError("it is cut off"), 4, "cllava-fast: it is cut off"),
+        (InUseError("it is in use"), 5, "cllava-fast: it is in use"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; what was saved is whole, go on with:\n  python -m cllava_fast.cli train 'a b",
+        ),
+        (RunStopped(signal.SIGTERM), 143, "stopped by SIGTERM; what was saved"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cllava_fast.cli import train
+
+    def run(arguments: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    assert cli.main(["train", "a b.yaml", "--output", "x"]) == code
+    said = capsys.readouterr().err
+    assert words in said and said.rstrip().endswith("--resume") == (code > 100)
