@@ -229,6 +229,13 @@ class Pool(nn.Module):
         """Parameters of the open block, keys included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def committed(self, rows: int, tasks: int) -> dict[str, Tensor]:
+        """What belongs to the first ``rows`` rows and ``tasks`` tasks, by the buffers' names."""
+        found = {}
+        for name, buffer in self.named_buffers():
+            found[name] = buffer[:tasks, :tasks] if name == "context" else buffer[:rows]
+        return found
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:

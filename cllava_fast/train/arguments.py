@@ -51,6 +51,11 @@ class ContinualArguments:
     dataloader_num_workers: int = _option(0, "Processes that make batches beside each training process.")
     logging_steps: int = _option(10, "Steps of tuning between two logged losses.")
     report_to: list[str] = _option([], "Where transformers sends logs, such as wandb or tensorboard; none by default.")
+    on_bad_numbers: Literal["stop", "skip"] = _option(
+        "stop",
+        "What NaN or Inf in tuning, samples without a label and a diverging loss do: stop ends the run before anything "
+        "is committed; skip leaves those steps' updates and those samples out, and reports them.",
+    )
     trainer_options: dict[str, Any] = _option({}, "Further fields of transformers.TrainingArguments.")
 
     eval_split: Literal["test", "validation"] = _option(
@@ -68,6 +73,8 @@ class ContinualArguments:
             raise ValueError("output_dir is empty; name the folder that receives the run")
         if self.eval_split not in ("test", "validation"):
             raise ValueError(f"eval_split is {self.eval_split!r}; expected 'test' or 'validation'")
+        if self.on_bad_numbers not in ("stop", "skip"):
+            raise ValueError(f"on_bad_numbers is {self.on_bad_numbers!r}; expected 'stop' or 'skip'")
         for name in (
             "align_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size",
             "max_new_tokens", "logging_steps",
@@ -88,7 +95,7 @@ class ContinualArguments:
         values = asdict(self)
         for name in (
             "output_dir", "resume", "progress", "image_feature_bytes", "dataloader_num_workers", "logging_steps",
-            "report_to",
+            "report_to", "on_bad_numbers",
         ):  # fmt: skip
             del values[name]
         return values

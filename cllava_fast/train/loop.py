@@ -30,6 +30,7 @@ from cllava_fast.model.files import base_fingerprint
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
+from cllava_fast.train.committed import CommittedRows
 from cllava_fast.train.tune import Tuned, tune
 
 RUN = "run.json"
@@ -41,7 +42,7 @@ class ContinualResult:
 
     ``selection_accuracy`` is the share of selection weight that falls into the right task's block at the end, over
     the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
-    right and wrong ones. See ``cllava_fast.evaluate.metrics`` for the others.
+    right and wrong ones. ``bad_numbers`` say what was skipped (``ContinualArguments.on_bad_numbers``), by task. See ``cllava_fast.evaluate.metrics`` for the others.
     """
 
     task_names: list[str]
@@ -51,6 +52,7 @@ class ContinualResult:
     seconds: float
     losses: dict[str, list[float]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    bad_numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -129,9 +131,9 @@ class ContinualTrainer:
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
         fresh: dict[str, Any] = {
             **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
-            "parameters": 0,
+            "parameters": 0, "bad_numbers": {},
         }  # fmt: skip
-        return fresh if found is None else found
+        return fresh if found is None else {**fresh, **found}
 
     def train(self) -> ContinualResult:
         """Learns all tasks that are not learned yet.
@@ -150,6 +152,7 @@ class ContinualTrainer:
         if done:
             load_pretrained(self.model, self._saved(done - 1, phases))
             distributed.on_main(self._write_results)
+        self._committed = CommittedRows(self.increments.pool)
         self._read_ahead(tasks, done if len(phases) > 1 else 0)
         for number in range(done, len(phases)):
             start = time.perf_counter()
@@ -165,6 +168,8 @@ class ContinualTrainer:
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
             progress["losses"][", ".join(names)] = tuned.losses
+            if tuned.bad_numbers:
+                progress["bad_numbers"][", ".join(names)] = tuned.bad_numbers.to_dict()
             progress["seconds"] += time.perf_counter() - start
             progress["parameters"] = max(progress["parameters"], parameters)
             self._progress = progress = distributed.on_main(
@@ -183,6 +188,7 @@ class ContinualTrainer:
             seconds=progress["seconds"],
             losses=progress["losses"],
             examples=progress["examples"],
+            bad_numbers=progress["bad_numbers"],
         )
 
     def _read_ahead(self, tasks: list[str], done: int) -> None:
@@ -259,6 +265,8 @@ class ContinualTrainer:
                     measured["loss"] = tuned.losses[-1]
             with events.stage("commit"):
                 method.close_task(pool, title, queries, increments.groups)
+                self._committed.check(title)
+                self._committed.note()
         except BaseException:
             # what is committed stays usable, and half a task never is
             pool.drop_block()

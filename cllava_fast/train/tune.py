@@ -17,16 +17,18 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments
-from cllava_fast.model.answers import IGNORE, answer_positions
+from cllava_fast.model.answers import IGNORE, answer_positions, next_labels
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.numbers import BadNumbers, NumberWatch, Samples
 from cllava_fast.train.progress import Advance, stage
 
 
 class Tuned(NamedTuple):
-    """What tuning leaves: the logged losses, and the way to the loggers of ``report_to``."""
+    """What tuning leaves: the logged losses, the way to the loggers of ``report_to``, and what went wrong."""
 
     losses: list[float]
     trainer: TaskTrainer
+    bad_numbers: BadNumbers
 
 
 def tune(
@@ -50,7 +52,9 @@ def tune(
         callbacks: of the caller, for transformers' ``Trainer``.
 
     Raises:
-        FloatingPointError: the loss is NaN or Inf.
+        FloatingPointError: NaN or Inf in the loss or the gradients, or a loss that diverges, unless
+            ``args.on_bad_numbers`` is "skip". Nothing is committed then.
+        ValueError: a sample has no label, likewise.
     """
     increments = get_increments(model)
     increments.pool.train_keys(False)
@@ -60,6 +64,7 @@ def tune(
     with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model):
         trainer = TaskTrainer(
             title,
+            NumberWatch(f"{title}: tune", args.on_bad_numbers, args.logging_steps),
             model=model,
             args=_on_one_device(TrainingArguments(**options)),
             train_dataset=_TuneSet(examples, queries),
@@ -72,10 +77,11 @@ def tune(
             trainer.add_callback(callback)
             model.train()
             trainer.train()
+            bad_numbers = trainer.numbers.finish()
     trainer.release()
     model.eval()
     model.zero_grad(set_to_none=True)
-    return Tuned(callback.losses, trainer)
+    return Tuned(callback.losses, trainer, bad_numbers)
 
 
 def training_options(
@@ -123,9 +129,9 @@ class TaskTrainer(Trainer):
     """Transformers' ``Trainer`` for one task: the same samples in each step on any number of processes, and logs that
     name the task."""
 
-    def __init__(self, task: str, **kwargs: Any) -> None:
+    def __init__(self, task: str, numbers: NumberWatch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.task = task
+        self.task, self.numbers = task, numbers
         self._check_engine()
 
     def _check_engine(self) -> None:
@@ -136,6 +142,8 @@ class TaskTrainer(Trainer):
                 "DeepSpeed ZeRO 3 would leave the model in pieces after a task; FSDP 2 shards the base as well "
                 "(examples/accelerate/fsdp2.yaml), and ZeRO 2 works"
             )
+        if self.is_deepspeed_enabled and self.numbers.policy == "skip":
+            raise ValueError('on_bad_numbers is "skip", but DeepSpeed owns gradients and steps; expected "stop" with it')
         if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and precision != "no":
             raise ValueError(
                 f"mixed precision is {precision}; FSDP and DeepSpeed would round queries or increments: load the base "
@@ -147,6 +155,15 @@ class TaskTrainer(Trainer):
             )
         if self.is_fsdp_enabled and state.fsdp_plugin.cpu_ram_efficient_loading:
             raise ValueError("fsdp_cpu_ram_efficient_loading is on and would empty the increments; turn it off")
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        samples = inputs.pop("samples")
+        step = self.state.global_step + 1
+        loss = self.numbers.after_batch(step, samples, super().training_step(model, inputs, *args, **kwargs))
+        if self.accelerator.sync_gradients:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+            self.numbers.end_step(step, self.model.parameters(), optimizer, self.accelerator.scaler)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if getattr(self.args, "train_sampling_strategy", "random") != "random":
@@ -187,7 +204,7 @@ class TaskTrainer(Trainer):
 
 
 class _Losses(TrainerCallback):
-    """Shows the steps, keeps the losses, and stops a run whose loss is no number."""
+    """Shows the steps and keeps the losses."""
 
     def __init__(self, task: str, advance: Advance) -> None:
         self.task, self.advance, self.note, self.losses = task, advance, "", list[float]()
@@ -199,8 +216,6 @@ class _Losses(TrainerCallback):
         loss = (logs or {}).get(f"{self.task}/loss")
         if loss is None:
             return
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{self.task}: tune: the loss is {loss} at step {state.global_step}")
         self.losses.append(loss)
         self.note = f"loss {loss:.4f}"
 
@@ -232,6 +247,7 @@ class _Item(NamedTuple):
     example: Example
     query: Tensor | None
     counts: bool  # False: fills a batch, and has no part in the loss
+    number: int = 0  # its place among the task's samples
 
 
 class _TuneSet(Dataset[_Item]):
@@ -244,20 +260,28 @@ class _TuneSet(Dataset[_Item]):
     def __getitem__(self, i: int) -> _Item:
         counts = i < len(self)
         i = i if counts else 0
-        return _Item(self.examples[i], None if self.queries is None else self.queries[i], counts)
+        return _Item(self.examples[i], None if self.queries is None else self.queries[i], counts, i)
 
 
 class _TuneCollator:
     def __init__(self, collate: Collator) -> None:
         self.collate = collate
 
-    def __call__(self, items: Sequence[_Item]) -> dict[str, Tensor]:
-        batch = self.collate([item.example for item in items])
+    def __call__(self, items: Sequence[_Item]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collate([item.example for item in items])
         batch["labels"][torch.tensor([not item.counts for item in items])] = IGNORE
         # found here, where reading the labels waits for no device
         batch["answer_positions"] = answer_positions(batch["labels"])
+        batch["samples"] = _samples(items, batch["labels"])
         queries = [item.query for item in items if item.query is not None]
         return {**batch, "query": torch.stack(queries)} if queries else batch
+
+
+def _samples(items: Sequence[_Item], labels: Tensor) -> Samples:
+    learned = (next_labels(labels) != IGNORE).any(1).tolist()  # [B]
+    names = [(item.example.sample.id or f"number {item.number}", item.counts) for item in items]
+    unlabelled = [name for (name, counts), has in zip(names, learned, strict=True) if counts and not has]
+    return Samples([name for name, counts in names if counts], unlabelled)
 
 
 def _on_one_device(args: TrainingArguments) -> TrainingArguments:
