@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cllava_fast import lowrank
+
+PER_TASK = ("mean_A", "mean_B", "context_error")  # buffers with one entry for each task
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -39,18 +43,25 @@ class Factors(nn.Module):
 
     Attributes:
         A, B: ``[N, R, d_in]`` and ``[N, R, d_out]``, the committed rows, in the dtype of the linear's weight.
+        mean_A, mean_B: ``[T, k, d_in]`` and ``[T, k, d_out]``, each committed task's mean increment shortened to rank k,
+            in the same dtype; only where ``context_rank`` (k) is not 0.
         block_A, block_B: ``[n, R, d_in]`` and ``[n, R, d_out]`` float32 parameters of the open block, or None.
     """
 
     A: Tensor
     B: Tensor
+    mean_A: Tensor
+    mean_B: Tensor
 
-    def __init__(self, rank: int, shape: LinearShape) -> None:
+    def __init__(self, rank: int, shape: LinearShape, context_rank: int = 0) -> None:
         super().__init__()
         self.shape = shape
-        self.rank = rank
+        self.rank, self.context_rank = rank, context_rank
         self.register_buffer("A", torch.empty(0, rank, shape.d_in, dtype=shape.dtype, device=shape.device))
         self.register_buffer("B", torch.empty(0, rank, shape.d_out, dtype=shape.dtype, device=shape.device))
+        if context_rank:
+            self.register_buffer("mean_A", self.A.new_empty(0, context_rank, shape.d_in))
+            self.register_buffer("mean_B", self.B.new_empty(0, context_rank, shape.d_out))
         self.block_A: nn.Parameter | None = None
         self.block_B: nn.Parameter | None = None
 
@@ -72,6 +83,17 @@ class Factors(nn.Module):
         self.B = torch.cat([self.B, self.block_B.detach().to(self.B.dtype)])
         self.block_A = self.block_B = None
 
+    def shorten_mean(self, weight: Tensor) -> Tensor:
+        """Appends the mean increment of the newest rows, weighted by ``weight [n]``; returns its relative error."""
+        rows = len(weight)
+        weight = weight.to(self.A.device, torch.float64)
+        A = self.A[-rows:].double().flatten(0, 1)  # [n * R, d_in]
+        B = (self.B[-rows:].double() * weight[:, None, None]).flatten(0, 1)
+        short_A, short_B, _ = lowrank.truncate(A, B, self.context_rank)
+        self.mean_A = torch.cat([self.mean_A, short_A.to(self.A.dtype)[None]])
+        self.mean_B = torch.cat([self.mean_B, short_B.to(self.B.dtype)[None]])
+        return lowrank.relative_error(self.mean_A[-1], self.mean_B[-1], A, B)
+
 
 class Pool(nn.Module):
     """All rows of all tasks, the keys that find them, and what tasks learned about each other.
@@ -80,12 +102,16 @@ class Pool(nn.Module):
         rank: R, columns of one row's factors.
         key_dim: D, width of keys and queries; 0 for methods that select without keys.
         shapes: the adapted linears by their path in the model.
+        context_rank: rank that the mean increment of each committed task is shortened to, below ``rank`` times the
+            rows of a block; 0 keeps none.
 
     Attributes:
         keys: ``[N, D]`` float32, keys of committed rows.
         row_task: ``[N]`` int64, the task that each row belongs to (0-based, ascending).
         row_mean: ``[N]`` float32, ``z``: mean selection weight of the row over its own task's training samples.
         context: ``[T, T]`` float32, ``w``: row = the task that looks back, column = the earlier task.
+        context_error: ``[T]`` float32, relative error (Frobenius) of each task's shortened mean, the largest of all
+            linears; only where ``context_rank`` is not 0.
         block_keys, block_context: the open block's keys ``[n, D]`` and its ``w[t, :]`` ``[t]``, parameters, or None.
         task_names: names of the committed tasks.
     """
@@ -94,21 +120,29 @@ class Pool(nn.Module):
     row_task: Tensor
     row_mean: Tensor
     context: Tensor
+    context_error: Tensor
 
-    def __init__(self, rank: int, key_dim: int, shapes: Mapping[str, LinearShape]) -> None:
+    def __init__(
+        self, rank: int, key_dim: int, shapes: Mapping[str, LinearShape], context_rank: int = 0
+    ) -> None:
         super().__init__()
         if not shapes:
             raise ValueError("the pool needs at least one adapted linear; none matched the targets")
         self.rank = rank
         self.key_dim = key_dim
+        self.context_rank = context_rank
         self.task_names: list[str] = []
         # state-dict keys may not hold dots
-        self.layers = nn.ModuleDict({path.replace(".", "/"): Factors(rank, shape) for path, shape in shapes.items()})
+        self.layers = nn.ModuleDict(
+            {path.replace(".", "/"): Factors(rank, shape, context_rank) for path, shape in shapes.items()}
+        )
         device = next(iter(shapes.values())).device
         self.register_buffer("keys", torch.empty(0, key_dim, device=device))
         self.register_buffer("row_task", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("row_mean", torch.empty(0, device=device))
         self.register_buffer("context", torch.empty(0, 0, device=device))
+        if context_rank:
+            self.register_buffer("context_error", torch.empty(0, device=device))
         self.block_keys: nn.Parameter | None = None
         self.block_context: nn.Parameter | None = None
         self._block_rows = 0
@@ -199,6 +233,9 @@ class Pool(nn.Module):
         for factors in self.layers.values():
             assert isinstance(factors, Factors)
             factors.commit()
+        if self.context_rank:
+            errors = [f.shorten_mean(row_mean).to(self.context_error) for f in self.layers.values()]  # type: ignore
+            self.context_error = torch.cat([self.context_error, torch.stack(errors).max()[None]])
         self.task_names.append(name)
         self.drop_block()
 
@@ -233,7 +270,10 @@ class Pool(nn.Module):
         """What belongs to the first ``rows`` rows and ``tasks`` tasks, by the buffers' names."""
         found = {}
         for name, buffer in self.named_buffers():
-            found[name] = buffer[:tasks, :tasks] if name == "context" else buffer[:rows]
+            if name == "context":
+                found[name] = buffer[:tasks, :tasks]
+            else:
+                found[name] = buffer[: tasks if name.endswith(PER_TASK) else rows]
         return found
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -266,7 +306,8 @@ class Pool(nn.Module):
         expected: dict[str, tuple[list[int], torch.dtype]] = {}
         rows = len(state["row_task"]) if "row_task" in state else 0
         for name, buffer in self.named_buffers():
-            shape = [tasks, tasks] if name == "context" else [rows, *buffer.shape[1:]]
+            first = tasks if name == "context" or name.endswith(PER_TASK) else rows
+            shape = [first, tasks] if name == "context" else [first, *buffer.shape[1:]]
             expected[name] = (shape, buffer.dtype)
         block_rows = max((len(t) for name, t in state.items() if name.endswith(".block_A")), default=0)
         if block_rows:

@@ -35,6 +35,7 @@ class Selection:
         past: pairs over the committed rows, which get no factor gradient; None if none acts.
         context: ``[B, C]`` float32, coefficients of the first C committed rows, which all act on every sample; None if
             none acts.
+        means: the columns of ``context`` stand for the first C tasks' shortened mean increments instead.
         index, weight: ``[B, M]`` the rows that were selected (committed row numbers at inference) and their weights,
             for reports; None for methods that do not select.
         mix: sum the factors before multiplying them (``context="factor"``).
@@ -46,6 +47,7 @@ class Selection:
     index: Tensor | None = None
     weight: Tensor | None = None
     mix: bool = False
+    means: bool = False
 
     @property
     def batch_size(self) -> int:

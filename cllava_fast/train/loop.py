@@ -31,6 +31,7 @@ from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
 from cllava_fast.train.committed import CommittedRows
+from cllava_fast.train.numbers import check_queries
 from cllava_fast.train.tune import Tuned, tune
 
 RUN = "run.json"
@@ -246,6 +247,8 @@ class ContinualTrainer:
         parts = [self.data.examples(name, "train", self.model) for name in names]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
         queries = queries_of(self.model, examples, self.data.features)
+        if queries is not None:
+            check_queries(queries, examples, title)
         method.open_task(pool, queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
         try:
@@ -263,10 +266,12 @@ class ContinualTrainer:
                 )  # fmt: skip
                 if tuned.losses:
                     measured["loss"] = tuned.losses[-1]
-            with events.stage("commit"):
+            with events.stage("commit") as measured:
                 method.close_task(pool, title, queries, increments.groups)
                 self._committed.check(title)
                 self._committed.note()
+                if pool.context_rank:
+                    measured["context_error"] = pool.context_error[-1].item()
         except BaseException:
             # what is committed stays usable, and half a task never is
             pool.drop_block()

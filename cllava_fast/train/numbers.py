@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast import distributed
+from cllava_fast.data.encode import Example, samples_of
 
 Policy = Literal["stop", "skip"]
 
@@ -185,6 +186,15 @@ class NumberWatch:
                 f'began at {start:.3g}; lower learning_rate, or set on_bad_numbers="skip" to go on all the same'
             )
         self.found.diverged_at = step
+
+
+def check_queries(queries: Tensor, examples: Sequence[Example], title: str) -> None:
+    """Raises FloatingPointError, naming samples, for ``queries [n, D]`` that hold NaN or Inf."""
+    fine = torch.isfinite(queries).all(1)
+    if fine.all():
+        return
+    names = [sample.id or f"number {i}" for i, sample in enumerate(samples_of(examples)) if not fine[i]]
+    raise FloatingPointError(f"{title}: queries hold NaN or Inf, of samples {_some(names)}; check the surrogate")
 
 
 def _skip(bad: Tensor, trained: Sequence[Tensor], optimizer: Any) -> None:
