@@ -86,13 +86,20 @@ def evaluate_tasks(
     batch_size: int,
     max_new_tokens: int,
     progress: bool,
+    positions: Mapping[str, Sequence[int]] | None = None,
 ) -> list[TaskEvaluation]:
-    """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given."""
+    """Answers of a patched or a plain model to the tasks' samples, which share batches; no task id is given.
+
+    Args:
+        positions: which samples of each task; None for all.
+    """
     from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
 
     increments = getattr(model, "increments", None)
     features = data.features if increments is not None else None  # a plain model takes pixels alone
     tasks = {name: data.examples(name, split, model if features else None) for name in names}
+    places = {name: range(len(task)) if positions is None else positions[name] for name, task in tasks.items()}
+    tasks = {name: task if positions is None else [task[i] for i in places[name]] for name, task in tasks.items()}
     examples = [example for task in tasks.values() for example in task]
     queries = queries_of(model, examples, data.features)
     batches = -(-len(examples) // batch_size)
@@ -107,7 +114,7 @@ def evaluate_tasks(
         part = slice(start, start + len(task))
         start = part.stop
         selected = None if queries is None else _selected(increments, queries[part], name)
-        evaluations.append(_evaluation(name, task, answers[part], metric_of[name], selected))
+        evaluations.append(_evaluation(name, task, places[name], answers[part], metric_of[name], selected))
     return evaluations
 
 
@@ -128,14 +135,14 @@ def _selected(increments: Any, queries: Tensor, task: str) -> tuple[list[Any], l
 
 
 def _evaluation(
-    name: str, examples: Sequence[Example], answers: Sequence[str], metric: Any, selected: Any
+    name: str, examples: Sequence[Example], places: Sequence[int], answers: Sequence[str], metric: Any, selected: Any
 ) -> TaskEvaluation:
     samples = [example.sample for example in examples]
     scores = metric.each(answers, [references_of(sample) for sample in samples])
     records: list[dict[str, Any]] = []
     for position, (sample, answer, score) in enumerate(zip(samples, answers, scores, strict=True)):
         record = {
-            "id": sample.id or str(position),
+            "id": sample.id or str(places[position]),
             "question": sample.instruction,
             "answers": list(references_of(sample)),
             "prediction": answer,

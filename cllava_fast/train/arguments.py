@@ -63,6 +63,11 @@ class ContinualArguments:
     )
     eval_batch_size: int = _option(32, "Samples in a batch of evaluation, which generates greedily.")
     max_new_tokens: int = _option(16, "Longest answer of evaluation, in tokens.")
+    eval_budget: int | None = _option(
+        None,
+        "Samples measured after each task, over all tasks: beyond it, earlier tasks are measured on a fixed part of "
+        "theirs, except after the last task. By default everything is.",
+    )
     image_feature_bytes: int = _option(
         2 << 30, "Memory for projected image features, computed once; 0 opens images for every batch."
     )
@@ -81,6 +86,8 @@ class ContinualArguments:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.eval_budget is not None and self.eval_budget < 1:
+            raise ValueError(f"eval_budget is {self.eval_budget}; expected at least 1, or null for no limit")
         for name in ("learning_rate", "align_learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

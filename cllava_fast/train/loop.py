@@ -22,6 +22,7 @@ from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.evaluate import evaluation, metrics
+from cllava_fast.evaluate.budget import within_budget
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.methods import MethodConfig
@@ -132,7 +133,7 @@ class ContinualTrainer:
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
         fresh: dict[str, Any] = {
             **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
-            "parameters": 0, "bad_numbers": {},
+            "parameters": 0, "bad_numbers": {}, "evaluated": [],
         }  # fmt: skip
         return fresh if found is None else {**fresh, **found}
 
@@ -166,6 +167,7 @@ class ContinualTrainer:
                 measured.update({f"accuracy/{task.task}": task.score for task in evaluations})
             tuned.trainer.log(dict(events.metrics))
             progress["matrix"].append([task.score for task in evaluations])
+            progress["evaluated"].append({task.task: len(task.records) for task in evaluations})
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
             progress["losses"][", ".join(names)] = tuned.losses
@@ -228,6 +230,7 @@ class ContinualTrainer:
             "split": self.args.eval_split,
             "arguments": self.args.identity(),
             "method_configs": {method["method"]: method},
+            **({} if self.args.eval_budget is None else {"evaluated": self._progress["evaluated"]}),
         }
         results = evaluation.results_of_run(
             self.stream, method["method"], self.args.seed, result.to_dict(), config, result.losses, result.examples
@@ -279,6 +282,9 @@ class ContinualTrainer:
         return tuned, parameters
 
     def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
+        sizes = {task.name: len(getattr(task, self.args.eval_split)) for task in self.stream if task.name in names}
+        # what a run ends with is measured on everything
+        budget = None if len(names) == len(self.stream) else self.args.eval_budget
         return evaluation.evaluate_tasks(
             self.model,
             self.data,
@@ -287,6 +293,7 @@ class ContinualTrainer:
             batch_size=self.args.eval_batch_size,
             max_new_tokens=self.args.max_new_tokens,
             progress=self.args.progress,
+            positions=within_budget(sizes, names[-1], budget),
         )
 
     def _matrix(self, rows: list[list[float]]) -> list[list[float | None]]:
