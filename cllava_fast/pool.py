@@ -43,8 +43,8 @@ class Factors(nn.Module):
 
     Attributes:
         A, B: ``[N, R, d_in]`` and ``[N, R, d_out]``, the committed rows, in the dtype of the linear's weight.
-        mean_A, mean_B: ``[T, k, d_in]`` and ``[T, k, d_out]``, each committed task's mean increment shortened to rank k,
-            in the same dtype; only where ``context_rank`` (k) is not 0.
+        mean_A, mean_B: ``[T, k, d_in]`` and ``[T, k, d_out]``, each committed task's mean increment shortened to rank
+            k, in the same dtype; only where ``context_rank`` (k) is not 0.
         block_A, block_B: ``[n, R, d_in]`` and ``[n, R, d_out]`` float32 parameters of the open block, or None.
     """
 
@@ -122,9 +122,7 @@ class Pool(nn.Module):
     context: Tensor
     context_error: Tensor
 
-    def __init__(
-        self, rank: int, key_dim: int, shapes: Mapping[str, LinearShape], context_rank: int = 0
-    ) -> None:
+    def __init__(self, rank: int, key_dim: int, shapes: Mapping[str, LinearShape], context_rank: int = 0) -> None:
         super().__init__()
         if not shapes:
             raise ValueError("the pool needs at least one adapted linear; none matched the targets")

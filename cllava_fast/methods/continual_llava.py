@@ -165,8 +165,8 @@ class ContinualLlava(Method):
     def _with_context(
         self, pool: Pool, index: Tensor, weight: Tensor, context_rows: int
     ) -> tuple[Pairs, Tensor | None]:
-        """The selected pairs ``[B, M]``, and the coefficients ``[B, C]`` of the first ``context_rows`` rows, or of their
-        tasks' means."""
+        """The selected pairs ``[B, M]``, and the coefficients ``[B, C]`` of the first ``context_rows`` rows, or of
+        their tasks' means."""
         if self.config.context == "none" or not context_rows:
             return Pairs(index, weight), None
         row_task, row_mean, block = pool.row_task, pool.row_mean, pool.block_rows

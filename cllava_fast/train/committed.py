@@ -10,7 +10,6 @@ from torch import Tensor
 from cllava_fast.pool import Pool
 
 CHUNK = 1 << 20  # numbers that are weighted at once
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class CommittedRows:
@@ -47,12 +46,11 @@ class CommittedRows:
 def checksum(tensor: Tensor) -> Tensor:
     """int64 ``[]`` of a tensor's bits and their places, on its device; any single number that changes changes it.
 
-    A polynomial in the chunks' sums of weighted bits, modulo 2^64. The weights are odd, so no difference is lost.
+    A polynomial in the chunks' sums of weighted bits, modulo 2^64. Weights are odd, so no single difference is lost.
     """
     flat = tensor.detach().contiguous().flatten()
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    if bits.element_size() < 8 and not bits.numel() * bits.element_size() % 8:
-        bits = bits.view(torch.int64)
+    # half as wide as the sums, where a flipped sign of every number would cancel out
+    bits = flat.view(torch.int16 if flat.numel() * flat.element_size() % 4 else torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     weights = _weights(tensor.device)
     for start in range(0, bits.numel(), CHUNK):

@@ -44,7 +44,8 @@ class ContinualResult:
 
     ``selection_accuracy`` is the share of selection weight that falls into the right task's block at the end, over
     the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
-    right and wrong ones. ``bad_numbers`` say what was skipped (``ContinualArguments.on_bad_numbers``), by task. See ``cllava_fast.evaluate.metrics`` for the others.
+    right and wrong ones. ``bad_numbers`` say what was skipped, by task (``ContinualArguments.on_bad_numbers``). See
+    ``cllava_fast.evaluate.metrics`` for the others.
     """
 
     task_names: list[str]

@@ -151,8 +151,8 @@ class NumberWatch:
     def _without_label(self, step: int, ids: list[str]) -> None:
         if self.policy == "stop":
             raise ValueError(
-                f"{self.title}: nothing is to be learned from {_some(ids)} in step {step}: all labels are ignored; mend "
-                'or remove the sample, or set on_bad_numbers="skip" to leave such samples out'
+                f"{self.title}: nothing is to be learned from {_some(ids)} in step {step}: all labels are ignored; "
+                'mend or remove the sample, or set on_bad_numbers="skip" to leave such samples out'
             )
         self.found.unlabelled_samples += [name for name in ids if name not in self.found.unlabelled_samples]
 
@@ -182,8 +182,8 @@ class NumberWatch:
             return
         if self.policy == "stop":
             raise FloatingPointError(
-                f"{self.title}: diverges: the loss was above {limit:.3g} for {self._above} steps, up to step {step}, and "
-                f'began at {start:.3g}; lower learning_rate, or set on_bad_numbers="skip" to go on all the same'
+                f"{self.title}: diverges: the loss was above {limit:.3g} for {self._above} steps, up to step {step}, "
+                f'and began at {start:.3g}; lower learning_rate, or set on_bad_numbers="skip" to go on all the same'
             )
         self.found.diverged_at = step
 

@@ -143,7 +143,9 @@ class TaskTrainer(Trainer):
                 "(examples/accelerate/fsdp2.yaml), and ZeRO 2 works"
             )
         if self.is_deepspeed_enabled and self.numbers.policy == "skip":
-            raise ValueError('on_bad_numbers is "skip", but DeepSpeed owns gradients and steps; expected "stop" with it')
+            raise ValueError(
+                'on_bad_numbers is "skip", but DeepSpeed owns gradients and steps; expected "stop" with it'
+            )
         if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and precision != "no":
             raise ValueError(
                 f"mixed precision is {precision}; FSDP and DeepSpeed would round queries or increments: load the base "
