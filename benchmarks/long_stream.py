@@ -1,7 +1,7 @@
 """What a stream of many tasks costs, task by task: `python -m benchmarks.long_stream --tasks 200`.
 
-A tiny model learns many tiny tasks; after each: processor time of a tuning step and of each stage, resident memory, open
-files, and bytes of what was written. Runs differ in how earlier tasks take part (`RUNS`). Processor time on one thread,
+A tiny model learns many tiny tasks; after each: processor time of a tuning step and of each stage, resident memory,
+open files, and bytes of what was written. Runs differ in how earlier tasks take part (`RUNS`). Processor time on one thread,
 so that other programs matter little. Results and their picture go to benchmarks/results/long-stream.json and
 docs/long-streams.png; docs/long-streams.md says what bounds each curve.
 """
@@ -144,7 +144,8 @@ def growth(points: list[dict[str, float]], name: str) -> tuple[float, float]:
 PANELS = (
     ("step_seconds", "tuning step, ms", 1e3), ("evaluate_seconds", "evaluation, s", 1.0),
     ("commit_seconds", "commit, ms", 1e3), ("write_seconds", "writing, ms", 1e3),
-    ("resident_bytes", "resident memory, MiB", 1 / (1 << 20)), ("increments_bytes", "one saved folder, MiB", 1 / (1 << 20)),
+    ("resident_bytes", "resident memory, MiB", 1 / (1 << 20)),
+    ("increments_bytes", "one saved folder, MiB", 1 / (1 << 20)),
     ("all_folders_bytes", "all saved folders, MiB", 1 / (1 << 20)), ("run_json_bytes", "run.json, KiB", 1 / 1024),
 )  # fmt: skip
 

@@ -168,7 +168,8 @@ class ContinualTrainer:
                 measured.update({f"accuracy/{task.task}": task.score for task in evaluations})
             tuned.trainer.log(dict(events.metrics))
             progress["matrix"].append([task.score for task in evaluations])
-            progress["evaluated"].append({task.task: len(task.records) for task in evaluations})
+            if self.args.eval_budget is not None:
+                progress["evaluated"].append({task.task: len(task.records) for task in evaluations})
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
             progress["losses"][", ".join(names)] = tuned.losses
