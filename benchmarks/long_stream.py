@@ -1,9 +1,9 @@
 """What a stream of many tasks costs, task by task: `python -m benchmarks.long_stream --tasks 200`.
 
 A tiny model learns many tiny tasks; after each: processor time of a tuning step and of each stage, resident memory,
-open files, and bytes of what was written. Runs differ in how earlier tasks take part (`RUNS`). Processor time on one thread,
-so that other programs matter little. Results and their picture go to benchmarks/results/long-stream.json and
-docs/long-streams.png; docs/long-streams.md says what bounds each curve.
+open files, and bytes of what was written. Runs differ in how earlier tasks take part (`RUNS`). Processor time on one
+thread, so that other programs matter little. Results go to benchmarks/results/long-stream.json, the picture and the
+table to docs/long-streams.{png,md}, which says what bounds each curve.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import cllava_fast as cf
 from benchmarks import tiny_stream
-from benchmarks.results import FOLDER, ROOT, device_name
+from benchmarks.results import FOLDER, device_name
 from cllava_fast import atomic, ops
 from cllava_fast.environment import environment
 from cllava_fast.model import get_increments
@@ -168,13 +168,61 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100, format="png")
 
 
+def report(results: dict[str, Any], docs: Path) -> int:
+    atomic.write_file(docs.with_suffix(".png"), lambda path: plot(results, path))
+    tiny_stream.fill(docs, "long stream", table(results))
+    return 0
+
+
+ROWS = (
+    ("step_seconds", "tuning step, ms", 1e3), ("tune_seconds", "tuning, s", 1.0),
+    ("evaluate_seconds", "evaluation, s", 1.0), ("evaluated_samples", "samples evaluated", 1.0),
+    ("commit_seconds", "commit, ms", 1e3), ("write_seconds", "writing, ms", 1e3),
+    ("resident_bytes", "resident memory, MiB", 1 / (1 << 20)), ("open_files", "open files", 1.0),
+    ("increments_bytes", "one saved folder, MiB", 1 / (1 << 20)),
+    ("all_folders_bytes", "all saved folders, MiB", 1 / (1 << 20)),
+    ("run_json_bytes", "run.json, KiB", 1 / 1024), ("results_json_bytes", "results.json, KiB", 1 / 1024),
+    ("context_error", "error of a shortened mean", 1.0),
+)  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """First to last tasks of every run; `select` by rows; the guard's speed."""
+    runs = results["runs"]
+    lines = [f"| {results['tasks']} tasks | {' | '.join(runs)} |", "| --- |" + " ---: |" * len(runs)]
+    for name, label, factor in ROWS:
+        cells = []
+        for found in runs.values():
+            ends = found["growth"].get(name)
+            cells.append(f"{factor * ends[0]:.3g} → {factor * ends[1]:.3g}" if ends else "–")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    rows = results["select_seconds"]
+    first = next(iter(runs.values()))
+    speed = first["checksum_bytes"] / first["checksum_seconds"] / 1e9
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "`select`, 4 rows for each of 32 samples, width 384: "
+            + ", ".join(f"{1e3 * seconds:.2f} ms of {int(count):,} rows" for count, seconds in rows.items())
+            + ".",
+            f"Checking that committed rows are unchanged reads {speed:.2g} GB/s.",
+        ]
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; processor time does not mind")
     parser.add_argument("--out", type=Path, default=FOLDER / "long-stream.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "long-streams.png")
+    parser.add_argument(
+        "--docs", type=Path, default=tiny_stream.DOCS, help="page to fill in; the picture lies beside it"
+    )
+    parser.add_argument("--report", action="store_true", help="measure nothing: fill in the page from --out")
     chosen: Any = parser.parse_args(arguments)
+    if chosen.report:
+        return report(json.loads(chosen.out.read_text(encoding="utf-8")), chosen.docs)
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "kind": "long stream", "device": device_name(), "environment": environment(), "tasks": chosen.tasks,
@@ -189,8 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
             for label, (first, last) in results["runs"][name]["growth"].items():
                 times = f"{last / first:.2f}x" if first else ""
                 print(f"  {label:<20} {first:>14.6g} -> {last:>14.6g}  {times}", flush=True)
-    atomic.write_file(chosen.picture, lambda path: plot(results, path))
-    return 0
+    return report(results, chosen.docs)
 
 
 if __name__ == "__main__":

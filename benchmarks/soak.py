@@ -102,6 +102,26 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
+def sentence(results: dict[str, Any]) -> str:
+    memory = "device" if "device_growth" in results else "resident"
+    kind = "allocated on the GPU" if memory == "device" else "resident"
+    last = results["points"][-1]
+    return (
+        f"{results['minutes']:.0f} minutes on {results['device']}: {results['rounds']} rounds, each "
+        f"{results['round']['tasks']} tasks and {results['round']['answers']} answers. After the warm-up, "
+        f"{kind} memory grew by {results[memory + '_growth'] / MIB:.1f} MiB (bound: {results['bound'] / MIB:.0f} MiB) "
+        f"to {last[memory] / MIB:.0f} MiB, open files by {results['files_growth']}: "
+        f"{'passed' if results['passed'] else 'FAILED'}."
+    )
+
+
+def report(results: dict[str, Any], docs: Path) -> int:
+    atomic.write_file(docs.with_name("soak.png"), lambda path: plot(results, path))
+    tiny_stream.fill(docs, "soak", sentence(results))
+    print(sentence(results))
+    return 0 if results["passed"] else 1
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -109,7 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=8.0, help="GiB of address space on a CPU (RLIMIT_AS); 0: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=FOLDER / "soak.json")
+    parser.add_argument(
+        "--docs", type=Path, default=tiny_stream.DOCS, help="page to fill in; the picture lies beside it"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing: fill in the page from --out")
     chosen: Any = parser.parse_args(arguments)
+    if chosen.report:
+        return report(json.loads(chosen.out.read_text(encoding="utf-8")), chosen.docs)
     device = torch.device(chosen.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -137,10 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
                 }  # fmt: skip
                 chosen.out.parent.mkdir(parents=True, exist_ok=True)
                 atomic.write_text(chosen.out, json.dumps(results) + "\n")
-    atomic.write_file(chosen.out.with_suffix(".png"), lambda path: plot(results, path))
-    print(", ".join(f"{name} {results[name]}" for name in ("minutes", "rounds", "resident_growth", "files_growth")))
-    print("passed" if results["passed"] else f"FAILED: memory may grow by {results['bound']} bytes, open files by none")
-    return 0 if results["passed"] else 1
+    return report(results, chosen.docs)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Task k asks for the colour of a plain image in words of its own, and every task 
 from __future__ import annotations
 
 import os
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import cllava_fast as cf
+from cllava_fast import atomic
 from cllava_fast.demo.images import SIZE
 from cllava_fast.demo.tokenizer import PATCH, build_processor
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 THINGS = ("shape", "bar", "digit", "box", "form", "number", "chart", "circle", "square", "picture")
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "long-streams.md"
 METHOD: dict[str, Any] = dict(rows_per_task=8, top_m=4, rank=4, a_std=0.1, scale=4.0, surrogate="backbone")
 
 
@@ -66,3 +69,12 @@ def resident_bytes() -> int:
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def fill(docs: Path, mark: str, body: str) -> None:
+    """Puts ``body`` between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
+    text = docs.read_text(encoding="utf-8")
+    pattern = re.compile(f"<!-- {mark} -->.*?<!-- end -->", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"{docs}: expected one <!-- {mark} --> with an <!-- end -->")
+    atomic.write_text(docs, pattern.sub(lambda _: f"<!-- {mark} -->\n\n{body}\n\n<!-- end -->", text))
