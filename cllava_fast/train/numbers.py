@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -103,7 +103,7 @@ class NumberWatch:
         self._shown = torch.where(torch.isfinite(loss), loss, last)
         return self._shown
 
-    def end_step(self, step: int, parameters: Iterable[Tensor], optimizer: Any, scaler: Any | None) -> None:
+    def end_step(self, step: int, optimizer: Any, scaler: Any | None) -> None:
         """Judges the step whose gradients are complete, before they are clipped.
 
         Args:
@@ -116,10 +116,10 @@ class NumberWatch:
         batches, self._batches = self._batches, []
         loss = torch.stack([batch.loss for batch in batches]).sum()
         distributed.average(loss)
-        trained = [p for p in parameters if p.grad is not None]
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         good = torch.isfinite(loss)
         if scaler is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
             good = good & torch.isfinite(norm).to(good.device)
         if self.policy == "skip" and scaler is None:
             _skip(~good, trained, optimizer)

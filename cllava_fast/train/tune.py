@@ -164,7 +164,7 @@ class TaskTrainer(Trainer):
         loss = self.numbers.after_batch(step, samples, super().training_step(model, inputs, *args, **kwargs))
         if self.accelerator.sync_gradients:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
-            self.numbers.end_step(step, self.model.parameters(), optimizer, self.accelerator.scaler)
+            self.numbers.end_step(step, optimizer, self.accelerator.scaler)
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
