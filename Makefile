@@ -13,11 +13,12 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo demo-base native test lint format mutants faults fuzz kernels bench report gpu tune clean
+.PHONY: help install demo demo-base native test lint format mutants faults fuzz long-stream soak kernels bench report gpu \
+	tune clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo
 	@echo '  PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)  ARGS="..." (passed on to demo, test and bench)'
 
@@ -74,6 +75,12 @@ bench: native ## time the ops against their rivals; results in benchmarks/result
 
 report: $(STAMP) ## draw the benchmarks' results files and fill in benchmarks/README.md
 	$(BIN)/python -m benchmarks.report
+
+long-stream: $(STAMP) ## what 200 tasks cost, one by one (a quarter of an hour); fills in docs/long-streams.md
+	$(BIN)/python -m benchmarks.long_stream --jobs 3 $(ARGS)
+
+soak: $(STAMP) ## train and generate for an hour, and fail if memory or open files grow (ARGS="--minutes 5")
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 gpu: ## check everything on a GPU, with that machine's own Python (PY=python3 OUT=runs/gpu); installs nothing
 	$(PY) tests/gpu.py --out $(OUT) $(ARGS)

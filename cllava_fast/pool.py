@@ -13,6 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cllava_fast import lowrank
+
+PER_TASK = ("mean_A", "mean_B", "context_error")  # buffers with one entry for each task
+PER_ROW = ("A", "B", "row_task", "row_mean")
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -57,22 +62,29 @@ class Factors(_Keeper):
 
     Attributes:
         A, B: ``[N, R, d_in]`` and ``[N, R, d_out]``, the committed rows, in the dtype of the linear's weight.
+        mean_A, mean_B: ``[T, k, d_in]`` and ``[T, k, d_out]``, each committed task's mean increment shortened to rank
+            k, in the same dtype; only where ``context_rank`` (k) is not 0.
         block_A, block_B: ``[n, R, d_in]`` and ``[n, R, d_out]`` float32 parameters of the open block, or None.
         shares_A: all rows have one A: ``A`` and ``block_A`` are ``[1, R, d_in]``.
     """
 
     A: Tensor
     B: Tensor
+    mean_A: Tensor
+    mean_B: Tensor
     block_A: nn.Parameter | None
     block_B: nn.Parameter | None
 
-    def __init__(self, rank: int, shape: LinearShape, shares_A: bool = False) -> None:
+    def __init__(self, rank: int, shape: LinearShape, shares_A: bool = False, context_rank: int = 0) -> None:
         super().__init__()
         self.shape = shape
-        self.rank = rank
+        self.rank, self.context_rank = rank, context_rank
         self.shares_A = shares_A
         self.register_buffer("A", torch.empty(0, rank, shape.d_in, dtype=shape.dtype, device=shape.device))
         self.register_buffer("B", torch.empty(0, rank, shape.d_out, dtype=shape.dtype, device=shape.device))
+        if context_rank:
+            self.register_buffer("mean_A", self.A.new_empty(0, context_rank, shape.d_in))
+            self.register_buffer("mean_B", self.B.new_empty(0, context_rank, shape.d_out))
         # registered in this order, in which an optimizer's saved state counts them
         self.register_parameter("block_A", None)
         self.register_parameter("block_B", None)
@@ -87,7 +99,7 @@ class Factors(_Keeper):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         # committed rows follow the model's dtype; what trains, and what methods keep, does not
-        move, rows = _device_only(fn), (self.A, self.B)
+        move, rows = _device_only(fn), [t for name, t in self.named_buffers() if name in ("A", "B", "mean_A", "mean_B")]
         return super()._apply(lambda t: fn(t) if any(t is row for row in rows) else move(t), recurse)
 
     def reopen(self) -> None:
@@ -101,6 +113,17 @@ class Factors(_Keeper):
         self.A = A if replace or self.shares_A else torch.cat([self.A, A])
         self.B = B if replace else torch.cat([self.B, B])
         self.drop_block()
+
+    def shorten_mean(self, weight: Tensor) -> Tensor:
+        """Appends the mean increment of the newest rows, weighted by ``weight [n]``; returns its relative error."""
+        rows = len(weight)
+        weight = weight.to(self.A.device, torch.float64)
+        A = self.A[-rows:].double().flatten(0, 1)  # [n * R, d_in]
+        B = (self.B[-rows:].double() * weight[:, None, None]).flatten(0, 1)
+        short_A, short_B, _ = lowrank.truncate(A, B, self.context_rank)
+        self.mean_A = torch.cat([self.mean_A, short_A.to(self.A.dtype)[None]])
+        self.mean_B = torch.cat([self.mean_B, short_B.to(self.B.dtype)[None]])
+        return lowrank.relative_error(self.mean_A[-1], self.mean_B[-1], A, B)
 
 
 OwnTensors = dict[str, tuple[list[int], torch.dtype]]
@@ -117,12 +140,16 @@ class Pool(_Keeper):
         own_tensors: shapes and dtypes of what a method keeps beside rows (``Method.own_tensors``).
         shared_rows: every task trains the same rows: a block is a copy of the committed rows, and its commit replaces
             them. Keys are those of tasks, one each.
+        context_rank: rank that the mean increment of each committed task is shortened to, below ``rank`` times the
+            rows of a block; 0 keeps none.
 
     Attributes:
         keys: ``[N, D]`` float32, keys of committed rows; ``[T, D]``, of committed tasks, with ``shared_rows``.
         row_task: ``[N]`` int64, the task that each row belongs to (0-based, ascending); 0 with ``shared_rows``.
         row_mean: ``[N]`` float32, ``z``: mean selection weight of the row over its own task's training samples.
         context: ``[T, T]`` float32, ``w``: row = the task that looks back, column = the earlier task.
+        context_error: ``[T]`` float32, relative error (Frobenius) of each task's shortened mean, the largest of all
+            linears; only where ``context_rank`` is not 0.
         block_keys, block_context: the open block's keys ``[n, D]`` and its ``w[t, :]`` ``[t]``, parameters, or None.
         task_names: names of the committed tasks.
     """
@@ -131,6 +158,7 @@ class Pool(_Keeper):
     row_task: Tensor
     row_mean: Tensor
     context: Tensor
+    context_error: Tensor
     block_keys: nn.Parameter | None
     block_context: nn.Parameter | None
 
@@ -142,6 +170,7 @@ class Pool(_Keeper):
         shares_A: bool = False,
         own_tensors: Callable[[LinearShape | None, int, int, int], OwnTensors] = lambda *sizes: {},
         shared_rows: bool = False,
+        context_rank: int = 0,
     ) -> None:
         super().__init__()
         if not shapes:
@@ -151,15 +180,20 @@ class Pool(_Keeper):
         self.shares_A = shares_A
         self.own_tensors = own_tensors
         self.shared_rows = shared_rows
+        self.context_rank = context_rank
         self.task_names: list[str] = []
         # state-dict keys may not hold dots
-        layers = {path.replace(".", "/"): Factors(rank, shape, shares_A) for path, shape in shapes.items()}
+        layers = {
+            path.replace(".", "/"): Factors(rank, shape, shares_A, context_rank) for path, shape in shapes.items()
+        }
         self.layers = nn.ModuleDict(layers)
         device = next(iter(shapes.values())).device
         self.register_buffer("keys", torch.empty(0, key_dim, device=device))
         self.register_buffer("row_task", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("row_mean", torch.empty(0, device=device))
         self.register_buffer("context", torch.empty(0, 0, device=device))
+        if context_rank:
+            self.register_buffer("context_error", torch.empty(0, device=device))
         self.register_parameter("block_keys", None)
         self.register_parameter("block_context", None)
         self._block_rows = 0
@@ -260,6 +294,9 @@ class Pool(_Keeper):
         for factors in self.layers.values():
             assert isinstance(factors, Factors)
             factors.commit(self.shared_rows)
+        if self.context_rank:
+            errors = [f.shorten_mean(row_mean).to(self.context_error) for f in self.layers.values()]  # type: ignore
+            self.context_error = torch.cat([self.context_error, torch.stack(errors).max()[None]])
         self.task_names.append(name)
         self.drop_block()
 
@@ -305,6 +342,17 @@ class Pool(_Keeper):
         """Parameters of the open block, keys included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def committed(self, rows: int, tasks: int) -> dict[str, Tensor]:
+        """What belongs to the first ``rows`` rows and ``tasks`` tasks and never changes, by the buffers' names."""
+        found = {"context": self.context[:tasks, :tasks], "keys": self.keys[: tasks if self.shared_rows else rows]}
+        for name, buffer in self.named_buffers():
+            leaf = name.rpartition(".")[2]
+            if leaf in PER_TASK:
+                found[name] = buffer[:tasks]
+            elif leaf in PER_ROW and not self.shared_rows:  # rows that tasks share go on learning
+                found[name] = buffer[:rows]
+        return found
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
@@ -346,12 +394,17 @@ class Pool(_Keeper):
             "context": ([tasks, tasks], torch.float32),
             **self.own_tensors(None, tasks, rows, block_rows),
         }
+        if self.context_rank:
+            expected["context_error"] = ([tasks], torch.float32)
         for path, factors in self.layers.items():
             assert isinstance(factors, Factors)
             a_rows, block_a_rows = (min(1, n) if self.shares_A else n for n in (rows, block_rows))
             own = self.own_tensors(factors.shape, tasks, rows, block_rows)
             own["A"] = ([a_rows, *factors.A.shape[1:]], factors.A.dtype)
             own["B"] = ([rows, *factors.B.shape[1:]], factors.B.dtype)
+            if self.context_rank:
+                own["mean_A"] = ([tasks, *factors.mean_A.shape[1:]], factors.A.dtype)
+                own["mean_B"] = ([tasks, *factors.mean_B.shape[1:]], factors.B.dtype)
             if block_rows:
                 own["block_A"] = ([block_a_rows, *factors.A.shape[1:]], torch.float32)
                 own["block_B"] = ([block_rows, *factors.B.shape[1:]], torch.float32)

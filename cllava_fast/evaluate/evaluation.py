@@ -95,14 +95,22 @@ def evaluate_tasks(
     max_new_tokens: int,
     progress: bool,
     after_batch: Callable[[], None] = lambda: None,
+    positions: Mapping[str, Sequence[int]] | None = None,
 ) -> list[TaskEvaluation]:
-    """Answers of a patched or a plain model to all samples of the tasks, which share batches; no task id is given,
-    except to a method with ``uses_task``."""
+    """Answers of a patched or a plain model to tasks' samples, which share batches; no task id is given, except to a
+    method with ``uses_task``.
+
+    Args:
+        after_batch: called between batches; may raise to stop.
+        positions: which samples of each task; None for all.
+    """
     from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
 
     increments = getattr(model, "increments", None)
     features = data.features if increments is not None else None  # a plain model takes pixels alone
     tasks = {name: data.examples(name, split, model if features else None) for name in names}
+    places = {name: range(len(task)) if positions is None else positions[name] for name, task in tasks.items()}
+    tasks = {name: task if positions is None else [task[i] for i in places[name]] for name, task in tasks.items()}
     examples = [example for task in tasks.values() for example in task]
     queries = queries_of(model, examples, data.features, [name for name, task in tasks.items() for _ in task])
     batches = -(-len(examples) // batch_size)
@@ -118,7 +126,7 @@ def evaluate_tasks(
         part = slice(start, start + len(task))
         start = part.stop
         own = selected and _of_task(model.increments.pool, selected[0][part], selected[1][part], name)
-        evaluations.append(_evaluation(name, task, answers[part], metric_of[name], own))
+        evaluations.append(_evaluation(name, task, places[name], answers[part], metric_of[name], own))
     return evaluations
 
 
@@ -161,14 +169,19 @@ def _of_task(pool: Pool, index: Tensor, weight: Tensor, task: str) -> _Selected:
 
 
 def _evaluation(
-    name: str, examples: Sequence[Example], answers: Sequence[str], metric: Any, selected: _Selected | None
+    name: str,
+    examples: Sequence[Example],
+    places: Sequence[int],
+    answers: Sequence[str],
+    metric: Any,
+    selected: _Selected | None,
 ) -> TaskEvaluation:
     samples = [example.sample for example in examples]
     scores = metric.each(answers, [references_of(sample) for sample in samples])
     records: list[dict[str, Any]] = []
     for position, (sample, answer, score) in enumerate(zip(samples, answers, scores, strict=True)):
         record = {
-            "id": sample.id or str(position),
+            "id": sample.id or str(places[position]),
             "question": sample.instruction,
             "answers": list(references_of(sample)),
             "prediction": answer,

@@ -39,6 +39,7 @@ class Selection:
         past: pairs over the committed rows, which get no factor gradient; None if none acts.
         context: ``[B, C]`` float32, coefficients of the first C committed rows, which all act on every sample; None if
             none acts.
+        means: the columns of ``context`` stand for the first C tasks' shortened mean increments instead.
         index, weight: ``[B, M]`` the rows that were selected (committed row numbers at inference) and their weights,
             for reports; None for methods that do not select.
         mix: sum the factors before multiplying them (``context="factor"``).
@@ -59,6 +60,7 @@ class Selection:
     rows: tuple[Tensor, Tensor] | None = None
     first: Tensor | None = None
     memory: dict[Factors, Any] | None = None
+    means: bool = False
 
     @property
     def batch_size(self) -> int:

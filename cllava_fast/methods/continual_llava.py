@@ -47,6 +47,13 @@ class IncrementConfig(MethodConfig):
         },
     )
     context_init: float = field(default=0.25, metadata={"help": "weight of an earlier task's context at birth"})
+    context_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "shortens each earlier task's mean increment, which is its context, to this rank when the task is "
+            "committed, and says what that costs; null is exact, with rows_per_task x rank columns for each task"
+        },
+    )
     surrogate: str = field(
         default="sentence",
         metadata={
@@ -71,6 +78,14 @@ class IncrementConfig(MethodConfig):
                 f"top_m is {self.top_m}; expected 1 to {self.rows_per_task}, since a task's block has "
                 f"{self.rows_per_task} rows (rows_per_task)"
             )
+        if self.context_rank is not None:
+            if self.context != "product":
+                raise ValueError(f"context_rank is set, but context is {self.context!r}; expected 'product' with it")
+            most = self.rows_per_task * self.rank - 1
+            if not 1 <= self.context_rank <= most:
+                raise ValueError(
+                    f"context_rank is {self.context_rank}; expected 1 to {most}, below rows_per_task x rank, or null"
+                )
         for name, choices in (("context", get_args(Context)), ("key_init", get_args(KeyInit))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {list(choices)}")
@@ -111,20 +126,25 @@ class ContinualLlava(Method):
             return None
         top_m = self.config.top_m
         context_rows = 0 if self.config.context == "none" else pool.last_block_start
-        if not context_rows:
+        means = bool(self.config.context_rank)
+        if means or not context_rows:
             index, coefficient, _ = ops.select(query, pool.keys, top_m, groups=groups, check_values=False)
         else:
             tasks = pool.row_task, pool.row_mean, pool.context
             index, coefficient = ops.select_aggregate(
                 query, pool.keys, top_m, *tasks, groups=groups, check_values=False
             )
-        past, context = split(index, coefficient, top_m, context_rows)  # later rows are the context of no one
+        if means:
+            past, context = self._with_context(pool, index, coefficient, context_rows)
+        else:
+            past, context = split(index, coefficient, top_m, context_rows)  # later rows are the context of no one
         return Selection(
             past=past,
             context=context,
             index=past.index,
             weight=past.coefficient,
             mix=self.config.context == "factor",
+            means=means,
         )
 
     def _select_block(self, pool: Pool, query: Tensor, keys: Tensor, groups: int) -> Selection:
@@ -138,6 +158,7 @@ class ContinualLlava(Method):
             index=index + first,
             weight=weight,
             mix=self.config.context == "factor",
+            means=bool(self.config.context_rank),
         )
 
     def task_mean(self, pool: Pool, task: int) -> Selection:
@@ -146,12 +167,13 @@ class ContinualLlava(Method):
             return super().task_mean(pool, task)
         index = (pool.row_task == task).nonzero().t()  # [1, rows_per_task]
         past, context = self._with_context(pool, index, pool.row_mean[index], pool.last_block_start)
-        return Selection(past=past, context=context)
+        return Selection(past=past, context=context, means=bool(self.config.context_rank))
 
     def _with_context(
         self, pool: Pool, index: Tensor, weight: Tensor, context_rows: int
     ) -> tuple[Pairs, Tensor | None]:
-        """The selected pairs ``[B, M]``, and the coefficients ``[B, C]`` of the first ``context_rows`` rows."""
+        """The selected pairs ``[B, M]``, and the coefficients ``[B, C]`` of the first ``context_rows`` rows, or of
+        their tasks' means."""
         if self.config.context == "none" or not context_rows:
             return Pairs(index, weight), None
         row_task, row_mean, block = pool.row_task, pool.row_mean, pool.block_rows
@@ -159,6 +181,13 @@ class ContinualLlava(Method):
             row_task = torch.cat([row_task, row_task.new_full((block,), pool.num_tasks)])
             row_mean = torch.cat([row_mean, row_mean.new_zeros(block)])
         top_m = index.shape[1]
+        if self.config.context_rank:
+            # z is in the means: tasks take the rows' place, and each acts as strongly as those who look back say
+            tasks = pool.num_tasks - (context_rows < pool.num_rows)
+            every = torch.arange(pool.num_tasks + bool(block), device=row_task.device)
+            ones = torch.ones(len(every), device=row_task.device)
+            _, by_task = ops.aggregate(row_task[index], weight, every, ones, pool.context_matrix())
+            return Pairs(index, weight), by_task[:, top_m : top_m + tasks].contiguous()
         index, coefficient = ops.aggregate(index, weight, row_task, row_mean, pool.context_matrix())
         return split(index, coefficient, top_m, context_rows)
 

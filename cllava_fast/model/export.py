@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from cllava_fast.atomic import new_folder
+from cllava_fast.lowrank import truncate
 from cllava_fast.model.card import as_code, peft_card
 from cllava_fast.model.files import CARD, CONFIG, WEIGHTS, base_name
 from cllava_fast.model.merging import acting_rows, choose_one
@@ -83,7 +84,7 @@ def export_peft(
             A = A.double().flatten(0, 1)  # [r, d_in]
             B = B.double() * (coefficient.double() * increments.config.scale)[:, None, None]
             B = B.flatten(0, 1)  # [r, d_out]
-            A, B, errors[linear] = _compressed(A, B, rank)
+            A, B, errors[linear] = truncate(A, B, rank)
         width = len(A)
         tensors[f"base_model.model.{linear}.lora_A.weight"] = A.float().cpu().contiguous()
         tensors[f"base_model.model.{linear}.lora_B.weight"] = B.t().float().cpu().contiguous()
@@ -106,21 +107,6 @@ def export_peft(
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
     return ExportReport(target, width, errors)
-
-
-def _compressed(A: Tensor, B: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """The best ``A [k, d_in]``, ``B [k, d_out]`` of at most that rank for ``B^T A``, and the relative error."""
-    if rank is None or rank >= len(A):
-        return A, B, 0.0
-    # B^T A = Qb (Rb Ra^T) Qa^T, so a decomposition of the small matrix in the middle is enough
-    Qa, Ra = torch.linalg.qr(A.t())  # [d_in, k], [k, r]
-    Qb, Rb = torch.linalg.qr(B.t())
-    U, S, V = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False)  # [k, k], [k], [k, k]
-    lost, whole = torch.linalg.vector_norm(S[rank:]), torch.linalg.vector_norm(S)
-    root = S[:rank].sqrt()
-    A, B = (V[:rank] * root[:, None]) @ Qa.t(), (U[:, :rank] * root).t() @ Qb.t()
-    missing = (0, 0, 0, rank - len(A))  # a linear narrower than the rank
-    return nn.functional.pad(A, missing), nn.functional.pad(B, missing), (lost / whole).item() if whole > 0 else 0.0
 
 
 def _words(task: str | None, instruction: str | None, query: Tensor | None) -> str:

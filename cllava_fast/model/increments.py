@@ -68,6 +68,7 @@ class Increments(nn.Module):
             shares_A=self.method.shares_A,
             own_tensors=self._own_tensors,
             shared_rows=self.method.shared_rows,
+            context_rank=getattr(config, "context_rank", None) or 0,
         )
         self.dropout: float = getattr(config, "dropout", 0.0)
         self.active: Selection | None = None
@@ -308,10 +309,17 @@ class Increments(nn.Module):
             return [(*term, None) for term in terms(selection, factors)]
         context, past = selection.context, None
         if context is not None:
-            rows = context.shape[1]
-            past = ops.Past(factors.A[:rows], factors.B[:rows], context.to(device))
+            past = ops.Past(*context_factors(selection, factors), context.to(device))
         first, *others = selected(selection, factors)
         return [(*first, past), *((*other, None) for other in others)]
+
+
+def context_factors(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:
+    """``A [C, R, d_in]``, ``B [C, R, d_out]`` that the columns of ``selection.context`` stand for."""
+    assert selection.context is not None
+    rows = selection.context.shape[1]
+    A, B = (factors.mean_A, factors.mean_B) if selection.means else (factors.A, factors.B)
+    return A[:rows], B[:rows]
 
 
 def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
@@ -336,7 +344,10 @@ def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, 
     if selection.context is not None:
         every = torch.arange(selection.context.shape[1], device=selection.context.device)
         pairs = Pairs(every.expand(selection.context.shape), selection.context)
-        found.append((factors.A, factors.B, pairs))
+        if selection.means:
+            found.append((factors.mean_A, factors.mean_B, pairs))
+        else:
+            found.append((factors.A, factors.B, pairs))
     return [_mixed(found)] if selection.mix else found
 
 

@@ -160,13 +160,19 @@ def _select(
 def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """What one sample's selection adds to a linear: ``A [P, R, d_in]``, ``B [P, R, d_out]`` and ``coefficient [P]``.
 
-    A row that is selected and is context too stands there once; rows that do not act are left out.
+    A row that is selected and is context too stands there once; rows that do not act are left out. Where rows differ in
+    rank, each of their columns is a row of rank 1.
     """
     totals: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for A, B, pairs in terms(selection, factors):
         _, _, total = totals.setdefault(id(A), (A, B, torch.zeros(len(A), device=A.device)))
         total.index_add_(0, pairs.index[0].to(A.device), pairs.coefficient[0].to(A.device))
     acting = [[rows[total != 0] for rows in (A, B, total)] for A, B, total in totals.values()]
+    if len({A.shape[1] for A, _, _ in acting}) > 1:
+        acting = [
+            [A.flatten(0, 1)[:, None], B.flatten(0, 1)[:, None], total.repeat_interleave(A.shape[1])]
+            for A, B, total in acting
+        ]
     A, B, coefficient = (torch.cat(tensors) for tensors in zip(*acting, strict=True))
     if not len(coefficient):
         raise ValueError("no row acts on this query: nothing of it was learned")

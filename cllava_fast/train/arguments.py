@@ -51,6 +51,11 @@ class ContinualArguments:
     dataloader_num_workers: int = _option(0, "Processes that make batches beside each training process.")
     logging_steps: int = _option(10, "Steps of tuning between two logged losses.")
     report_to: list[str] = _option([], "Where transformers sends logs, such as wandb or tensorboard; none by default.")
+    on_bad_numbers: Literal["stop", "skip"] = _option(
+        "stop",
+        "What NaN or Inf in tuning, samples without a label and a diverging loss do: stop ends the run before anything "
+        "is committed; skip leaves those steps' updates and those samples out, and reports them.",
+    )
     trainer_options: dict[str, Any] = _option({}, "Further fields of transformers.TrainingArguments.")
 
     save_minutes: float = _option(10.0, "A task is saved when so many minutes have passed; 0: not by time.")
@@ -64,6 +69,11 @@ class ContinualArguments:
     )
     eval_batch_size: int = _option(32, "Samples in a batch of evaluation, which generates greedily.")
     max_new_tokens: int = _option(16, "Longest answer of evaluation, in tokens.")
+    eval_budget: int | None = _option(
+        None,
+        "Samples measured after each task, over all tasks: beyond it, earlier tasks are measured on a fixed part of "
+        "theirs, except after the last task. By default everything is.",
+    )
     image_feature_bytes: int = _option(
         2 << 30, "Memory for projected image features, computed once; 0 opens images for every batch."
     )
@@ -74,12 +84,16 @@ class ContinualArguments:
             raise ValueError("output_dir is empty; name the folder that receives the run")
         if self.eval_split not in ("test", "validation"):
             raise ValueError(f"eval_split is {self.eval_split!r}; expected 'test' or 'validation'")
+        if self.on_bad_numbers not in ("stop", "skip"):
+            raise ValueError(f"on_bad_numbers is {self.on_bad_numbers!r}; expected 'stop' or 'skip'")
         for name in (
             "align_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size",
             "max_new_tokens", "logging_steps",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.eval_budget is not None and self.eval_budget < 1:
+            raise ValueError(f"eval_budget is {self.eval_budget}; expected at least 1, or null for no limit")
         for name in ("learning_rate", "align_learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -102,7 +116,7 @@ class ContinualArguments:
         values = asdict(self)
         for name in (
             "output_dir", "resume", "progress", "image_feature_bytes", "dataloader_num_workers", "logging_steps",
-            "report_to", "save_minutes", "save_steps", "keep_increments",
+            "report_to", "save_minutes", "save_steps", "keep_increments", "on_bad_numbers",
         ):  # fmt: skip
             del values[name]
         return values

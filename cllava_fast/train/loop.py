@@ -23,6 +23,7 @@ from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.evaluate import evaluation, metrics
+from cllava_fast.evaluate.budget import within_budget
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.methods import MethodConfig
@@ -32,7 +33,9 @@ from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
 from cllava_fast.train.checkpoint import Checkpoints, TaskSaver
+from cllava_fast.train.committed import CommittedRows
 from cllava_fast.train.lock import run_lock
+from cllava_fast.train.numbers import check_queries
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
 from cllava_fast.train.tune import Tuned, tune
@@ -46,7 +49,8 @@ class ContinualResult:
 
     ``selection_accuracy`` is the share of selection weight that falls into the right task's block at the end, over
     the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
-    right and wrong ones. ``selection`` says which rows the tasks use, see ``cllava_fast.evaluate.selection``. See
+    right and wrong ones. ``selection`` says which rows the tasks use, see ``cllava_fast.evaluate.selection``, and
+    ``bad_numbers`` what was skipped, by task (``ContinualArguments.on_bad_numbers``). See
     ``cllava_fast.evaluate.metrics`` for the others.
     """
 
@@ -58,6 +62,7 @@ class ContinualResult:
     losses: dict[str, list[float]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     selection: dict[str, Any] | None = None
+    bad_numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         numbers = {
@@ -142,7 +147,7 @@ class ContinualTrainer:
         self._run_file.last = None if found is None else json.dumps(found)
         fresh = {
             **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
-            "parameters": 0, "files": {},
+            "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
         }  # fmt: skip
         return json.dumps(fresh)
 
@@ -200,6 +205,7 @@ class ContinualTrainer:
         # of an earlier call that failed, what was not saved does not count
         self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh))
         learned = self._load(phases)
+        self._committed = CommittedRows(self.increments.pool)
         self._read_ahead(tasks)
         for number in range(len(self._progress["matrix"]), len(phases)):
             self._watch.check()
@@ -215,6 +221,8 @@ class ContinualTrainer:
                 tuned.trainer.log(dict(events.metrics))
             progress = self._progress
             progress["matrix"].append([task.score for task in evaluations])
+            if self.args.eval_budget is not None:
+                progress.setdefault("evaluated", []).append({task.task: len(task.records) for task in evaluations})
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
@@ -265,6 +273,7 @@ class ContinualTrainer:
             losses=progress["losses"],
             examples=progress["examples"],
             selection=progress.get("selection"),  # runs of earlier versions have none
+            bad_numbers=progress.get("bad_numbers", {}),
         )
 
     def _read_ahead(self, tasks: list[str]) -> None:
@@ -321,6 +330,7 @@ class ContinualTrainer:
             "split": self.args.eval_split,
             "arguments": self.args.identity(),
             "method_configs": {method["method"]: method},
+            **({} if self.args.eval_budget is None else {"evaluated": self._progress.get("evaluated", [])}),
         }
         results = evaluation.results_of_run(
             self.stream, method["method"], self.args.seed, result.to_dict(), config, result.losses, result.examples
@@ -342,6 +352,8 @@ class ContinualTrainer:
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
         owners = [name for name, part in zip(names, parts, strict=True) for _ in part]
         queries = queries_of(self.model, examples, self.data.features, owners)
+        if queries is not None:
+            check_queries(queries, examples, title)
         method.open_task(pool, queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
         try:
@@ -368,8 +380,12 @@ class ContinualTrainer:
                 )  # fmt: skip
                 if tuned.losses:
                     measured["loss"] = tuned.losses[-1]
-            with events.stage("commit"):
+            with events.stage("commit") as measured:
                 increments.close_task(title, queries)
+                self._committed.check(title)
+                self._committed.note()
+                if pool.context_rank:
+                    measured["context_error"] = pool.context_error[-1].item()
         except BaseException:
             # what is committed stays usable, and half a task never is
             pool.drop_block()
@@ -377,6 +393,8 @@ class ContinualTrainer:
         distributed.on_main(self._begin_files)
         progress = self._progress
         progress["losses"][", ".join(names)] = tuned.losses
+        if tuned.bad_numbers:
+            progress.setdefault("bad_numbers", {})[", ".join(names)] = tuned.bad_numbers.to_dict()
         progress["seconds"] += saver.seconds
         progress["parameters"] = max(progress["parameters"], parameters)
         self._progress = distributed.on_main(lambda: self._write_learned(self._saved(number, phases)))
@@ -392,6 +410,9 @@ class ContinualTrainer:
         )
 
     def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
+        sizes = {task.name: len(getattr(task, self.args.eval_split)) for task in self.stream if task.name in names}
+        # what a run ends with is measured on everything
+        budget = None if len(names) == len(self.stream) else self.args.eval_budget
         return evaluation.evaluate_tasks(
             self.model,
             self.data,
@@ -401,6 +422,7 @@ class ContinualTrainer:
             max_new_tokens=self.args.max_new_tokens,
             progress=self.args.progress,
             after_batch=self._watch.check,
+            positions=within_budget(sizes, names[-1], budget),
         )
 
     def _matrix(self, rows: list[list[float]]) -> list[list[float | None]]:

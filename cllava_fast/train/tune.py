@@ -20,17 +20,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments
-from cllava_fast.model.answers import IGNORE, answer_positions
+from cllava_fast.model.answers import IGNORE, answer_positions, next_labels
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.checkpoint import GO_ON, STOP, TaskSaver
+from cllava_fast.train.numbers import BadNumbers, NumberWatch, Samples
 from cllava_fast.train.progress import Advance, stage
 
 
 class Tuned(NamedTuple):
-    """What tuning leaves: the logged losses, and the way to the loggers of ``report_to``."""
+    """What tuning leaves: the logged losses, the way to the loggers of ``report_to``, and what went wrong."""
 
     losses: list[float]
     trainer: TaskTrainer
+    bad_numbers: BadNumbers
 
 
 def tune(
@@ -56,7 +58,9 @@ def tune(
         saver: keeps the stage on disk, and says from which step it goes on.
 
     Raises:
-        FloatingPointError: the loss is NaN or Inf.
+        FloatingPointError: NaN or Inf in the loss or the gradients, or a loss that diverges, unless
+            ``args.on_bad_numbers`` is "skip". Nothing is committed then.
+        ValueError: a sample has no label, likewise.
     """
     increments = get_increments(model)
     increments.pool.train_keys(False)
@@ -66,6 +70,7 @@ def tune(
     with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model):
         trainer = TaskTrainer(
             title,
+            NumberWatch(f"{title}: tune", args.on_bad_numbers, args.logging_steps),
             model=model,
             args=_on_one_device(TrainingArguments(**options)),
             train_dataset=_TuneSet(examples, queries),
@@ -78,10 +83,11 @@ def tune(
             trainer.add_callback(callback)
             model.train()
             trainer.train_with(saver, callback)
+            bad_numbers = trainer.numbers.finish()
     trainer.release()
     model.eval()
     model.zero_grad(set_to_none=True)
-    return Tuned(callback.losses, trainer)
+    return Tuned(callback.losses, trainer, bad_numbers)
 
 
 def training_options(
@@ -129,9 +135,9 @@ class TaskTrainer(Trainer):
     """Transformers' ``Trainer`` for one task: the same samples in each step on any number of processes, and logs that
     name the task."""
 
-    def __init__(self, task: str, **kwargs: Any) -> None:
+    def __init__(self, task: str, numbers: NumberWatch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.task = task
+        self.task, self.numbers = task, numbers
         self._check_engine()
 
     def _check_engine(self) -> None:
@@ -141,6 +147,10 @@ class TaskTrainer(Trainer):
             raise ValueError(
                 "DeepSpeed ZeRO 3 would leave the model in pieces after a task; FSDP 2 shards the base as well "
                 "(examples/accelerate/fsdp2.yaml), and ZeRO 2 works"
+            )
+        if self.is_deepspeed_enabled and self.numbers.policy == "skip":
+            raise ValueError(
+                'on_bad_numbers is "skip", but DeepSpeed owns gradients and steps; expected "stop" with it'
             )
         if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and precision != "no":
             raise ValueError(
@@ -187,6 +197,15 @@ class TaskTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._saving.saver.restore_random_state()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        samples = inputs.pop("samples")
+        step = self.state.global_step + 1
+        loss = self.numbers.after_batch(step, samples, super().training_step(model, inputs, *args, **kwargs))
+        if self.accelerator.sync_gradients:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+            self.numbers.end_step(step, optimizer, self.accelerator.scaler)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if getattr(self.args, "train_sampling_strategy", "random") != "random":
@@ -241,7 +260,7 @@ class TaskTrainer(Trainer):
 
 
 class _Losses(TrainerCallback):
-    """Shows the steps, keeps the losses, and stops a run whose loss is no number."""
+    """Shows the steps and keeps the losses."""
 
     def __init__(self, task: str, advance: Advance) -> None:
         self.task, self.advance, self.note, self.losses = task, advance, "", list[float]()
@@ -253,8 +272,6 @@ class _Losses(TrainerCallback):
         loss = (logs or {}).get(f"{self.task}/loss")
         if loss is None:
             return
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{self.task}: tune: the loss is {loss} at step {state.global_step}")
         self.losses.append(loss)
         self.note = f"loss {loss:.4f}"
 
@@ -270,6 +287,7 @@ class _Saving(TrainerCallback):
         if not self.saved:
             return
         self.losses.losses += self.saved["losses"]
+        self.trainer.numbers.load_state(self.saved["numbers"])
         for _ in range(self.saved["step"]):
             self.losses.advance("")
         # the loss of steps that are not logged yet
@@ -296,7 +314,7 @@ class _Saving(TrainerCallback):
             {
                 **{name: getattr(trainer, name).state_dict() for name in ("optimizer", "lr_scheduler")},
                 "scaler": None if scaler is None else scaler.state_dict(), "losses": self.losses.losses,
-                "logged": trainer._globalstep_last_logged,
+                "logged": trainer._globalstep_last_logged, "numbers": trainer.numbers.state(),
             },
             own=trainer._tr_loss.cpu(),
             files={TRAINER_STATE_NAME: json.dumps(dataclasses.asdict(trainer.state), indent=2)},
@@ -330,6 +348,7 @@ class _Item(NamedTuple):
     example: Example
     query: Tensor | None
     counts: bool  # False: fills a batch, and has no part in the loss
+    number: int = 0  # its place among the task's samples
 
 
 class _TuneSet(Dataset[_Item]):
@@ -342,20 +361,28 @@ class _TuneSet(Dataset[_Item]):
     def __getitem__(self, i: int) -> _Item:
         counts = i < len(self)
         i = i if counts else 0
-        return _Item(self.examples[i], None if self.queries is None else self.queries[i], counts)
+        return _Item(self.examples[i], None if self.queries is None else self.queries[i], counts, i)
 
 
 class _TuneCollator:
     def __init__(self, collate: Collator) -> None:
         self.collate = collate
 
-    def __call__(self, items: Sequence[_Item]) -> dict[str, Tensor]:
-        batch = self.collate([item.example for item in items])
+    def __call__(self, items: Sequence[_Item]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collate([item.example for item in items])
         batch["labels"][torch.tensor([not item.counts for item in items])] = IGNORE
         # found here, where reading the labels waits for no device
         batch["answer_positions"] = answer_positions(batch["labels"])
+        batch["samples"] = _samples(items, batch["labels"])
         queries = [item.query for item in items if item.query is not None]
         return {**batch, "query": torch.stack(queries)} if queries else batch
+
+
+def _samples(items: Sequence[_Item], labels: Tensor) -> Samples:
+    learned = (next_labels(labels) != IGNORE).any(1).tolist()  # [B]
+    names = [(item.example.sample.id or f"number {item.number}", item.counts) for item in items]
+    unlabelled = [name for (name, counts), has in zip(names, learned, strict=True) if counts and not has]
+    return Samples([name for name, counts in names if counts], unlabelled)
 
 
 def _on_one_device(args: TrainingArguments) -> TrainingArguments:

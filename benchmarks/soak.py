@@ -1,0 +1,170 @@
+"""Training and mixed generation for as long as asked, with memory and open files watched: `python -m benchmarks.soak
+--minutes 60`.
+
+A round is a run of a few small tasks on a fresh model (align, tune, commit, save, evaluate) and answers of the trained
+one, in batches that mix tasks. After a warm-up, resident memory may not grow by more than `--bound` MiB and the number
+of open files not at all; otherwise it ends with 1. On a GPU the bound is on the bytes that torch has allocated there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cllava_fast as cf
+from benchmarks import tiny_stream
+from benchmarks.results import FOLDER, device_name
+from cllava_fast import atomic
+from cllava_fast.environment import environment
+
+TASKS, STEPS, ANSWERS = 3, 4, 6  # of a round
+WARM_UP = 0.2  # share of the time
+MIB = 1 << 20
+
+
+def one_round(number: int, device: torch.device, folder: Path) -> None:
+    """A run from the first task to the last, its files, and generation in batches that mix its tasks."""
+    model, processor = tiny_stream.new_model()
+    model = cf.patch(model.to(device), cf.IncrementConfig(**tiny_stream.METHOD), processor=processor)
+    stream = cf.Stream([tiny_stream.tiny_task((TASKS * number + k) % 200) for k in range(TASKS)])
+    arguments = cf.ContinualArguments(
+        output_dir=str(folder / "run"), max_steps=STEPS, align_steps=STEPS, learning_rate=1e-2, logging_steps=2,
+        per_device_train_batch_size=8, max_new_tokens=3, seed=number, progress=False, on_bad_numbers="stop",
+    )  # fmt: skip
+    trainer = cf.ContinualTrainer(model, processor, stream, arguments)
+    trainer.train()
+    saved = sorted((folder / "run" / "increments").iterdir())[-1]
+    cf.unpatch(model)
+    cf.load_pretrained(model, saved, processor=processor)
+    for turn in range(ANSWERS):
+        samples = [task.test[turn % len(task.test)] for task in stream]
+        texts = [processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": s.instruction}]}],
+            add_generation_prompt=True, tokenize=False,
+        ) for s in samples]  # fmt: skip
+        inputs = processor(
+            text=texts, images=[s.open_image() for s in samples], return_tensors="pt", padding=True, padding_side="left"
+        ).to(device)
+        model.generate(**inputs, max_new_tokens=4, do_sample=turn % 2 == 1)
+    shutil.rmtree(folder / "run")
+
+
+def measure(device: torch.device) -> dict[str, int]:
+    gc.collect()
+    found = {"resident": tiny_stream.resident_bytes(), "files": tiny_stream.open_files()}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.memory_stats(device)["allocated_bytes.all.current"]
+    return found
+
+
+def verdict(points: list[dict[str, Any]], bound: int) -> dict[str, Any]:
+    """What grew after the warm-up: the median of the last fifth of the rounds over that of the first."""
+    begin = WARM_UP * points[-1]["seconds"]
+    warm = [point for point in points if point["seconds"] >= begin]
+    fifth = max(1, len(warm) // 5)
+
+    def growth(name: str) -> int:
+        first, last = (sorted(p[name] for p in part)[fifth // 2] for part in (warm[:fifth], warm[-fifth:]))
+        return last - first
+
+    grown = {f"{name}_growth": growth(name) for name in ("resident", "files", "device") if name in warm[0]}
+    memory = grown.get("device_growth", grown["resident_growth"])
+    return {**grown, "warm_rounds": len(warm), "passed": memory <= bound and grown["files_growth"] <= 0}
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    left = figure.add_subplot()
+    minutes = [point["seconds"] / 60 for point in results["points"]]
+    left.plot(minutes, [point["resident"] / MIB for point in results["points"]], label="resident memory, MiB")
+    if "device" in results["points"][0]:
+        left.plot(minutes, [point["device"] / MIB for point in results["points"]], label="allocated on the GPU, MiB")
+    left.axvline(WARM_UP * minutes[-1], color="grey", linestyle=":", label="end of warm-up")
+    left.set(xlabel="minutes", ylabel="MiB", ylim=(0, None))
+    right = left.twinx()
+    right.plot(minutes, [point["files"] for point in results["points"]], color="tab:red", label="open files")
+    right.set(ylabel="open files", ylim=(0, None))
+    lines = [*left.get_lines(), *right.get_lines()]
+    left.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def sentence(results: dict[str, Any]) -> str:
+    memory = "device" if "device_growth" in results else "resident"
+    kind = "allocated on the GPU" if memory == "device" else "resident"
+    last = results["points"][-1]
+    return (
+        f"{results['minutes']:.0f} minutes on {results['device']}: {results['rounds']} rounds, each "
+        f"{results['round']['tasks']} tasks and {results['round']['answers']} answers. After the warm-up, "
+        f"{kind} memory grew by {results[memory + '_growth'] / MIB:.1f} MiB (bound: {results['bound'] / MIB:.0f} MiB) "
+        f"to {last[memory] / MIB:.0f} MiB, open files by {results['files_growth']}: "
+        f"{'passed' if results['passed'] else 'FAILED'}."
+    )
+
+
+def report(results: dict[str, Any], docs: Path) -> int:
+    atomic.write_file(docs.with_name("soak.png"), lambda path: plot(results, path))
+    tiny_stream.fill(docs, "soak", sentence(results))
+    print(sentence(results))
+    return 0 if results["passed"] else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--bound", type=int, default=32, help="MiB that memory may grow by after the warm-up")
+    parser.add_argument("--limit", type=float, default=8.0, help="GiB of address space on a CPU (RLIMIT_AS); 0: none")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=FOLDER / "soak.json")
+    parser.add_argument(
+        "--docs", type=Path, default=tiny_stream.DOCS, help="page to fill in; the picture lies beside it"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing: fill in the page from --out")
+    chosen: Any = parser.parse_args(arguments)
+    if chosen.report:
+        return report(json.loads(chosen.out.read_text(encoding="utf-8")), chosen.docs)
+    device = torch.device(chosen.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        if chosen.limit:
+            bytes_ = int(chosen.limit * 1024 * MIB)
+            resource.setrlimit(resource.RLIMIT_AS, (bytes_, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    points: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
+        "kind": "soak", "device": device_name(), "environment": environment(), "minutes_asked": chosen.minutes,
+        "bound": chosen.bound * MIB, "limit_gib": chosen.limit if device.type == "cpu" else None,
+        "round": {"tasks": TASKS, "steps": STEPS, "answers": ANSWERS * TASKS}, "warm_up": WARM_UP,
+    }  # fmt: skip
+    start = written = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        while not points or time.monotonic() - start < 60 * chosen.minutes:
+            one_round(len(points), device, Path(folder))
+            now = time.monotonic()
+            points.append({"seconds": round(now - start, 2), **measure(device)})
+            if now - written > 30 or now - start >= 60 * chosen.minutes or len(points) == 1:
+                written = now
+                results |= {
+                    "minutes": round((now - start) / 60, 2), "rounds": len(points),
+                    **verdict(points, results["bound"]), "points": points,
+                }  # fmt: skip
+                chosen.out.parent.mkdir(parents=True, exist_ok=True)
+                atomic.write_text(chosen.out, json.dumps(results) + "\n")
+    return report(results, chosen.docs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
