@@ -28,7 +28,7 @@ HOSTILE_MUTANTS = [
     ("images lie on their side", PIXELS, "turn = TURNS.get(_orientation(image))", "turn = None", IMAGES),
     ("16 bits are cut off", PIXELS, 'value * (1 / 257) + 0.5', "value", IMAGES),
     ("what is transparent is black", PIXELS, 'image.size, "white"', 'image.size, "black"', IMAGES),
-    ("a pipe is opened", UNTRUSTED, "    _check_regular(os.stat(path), path)\n", "", IMAGES),
+    ("a pipe is opened", UNTRUSTED, "if not stat.S_ISREG(status.st_mode):", "if False:", DATA),
     ("an encoder's own code", "cllava_fast/surrogate.py", "        _check_no_code(folder)\n", "", FILES),
     ("a mistyped run is asked of the hub", "cllava_fast/model/hub.py", "if beside and os.path.isdir(beside):", "if False:", FILES),
     ("results of any shape", REPORT, "    check_results(results, str(file))\n", "", FILES),

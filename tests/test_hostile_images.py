@@ -199,6 +199,16 @@ def test_what_is_no_image_is_named(tmp_path: Path, data: bytes) -> None:
         opened(path)
 
 
+@pytest.mark.parametrize("format", ["PCX", "ICO", "SGI", "TGA"])
+def test_a_format_that_nobody_needs_is_not_decoded(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16), "red").save(path, format)
+    with Image.open(path) as image:
+        assert image.format == format, "Pillow would"
+    with pytest.raises(ImageError, match="a.png is none; expected one of BMP, GIF"):
+        opened(path)
+
+
 def test_no_decoder_that_runs_a_program() -> None:
     assert set(FORMATS) == {"BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"}
 
