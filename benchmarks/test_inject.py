@@ -18,8 +18,15 @@ OP = "inject"
 AUTOTUNED = "compiled, max-autotune"
 WAYS = (
     "frozen linear", "inject", "smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch",
-    "PEFT LoRA", "PEFT mixed batch",
+    "PEFT LoRA", "PEFT mixed batch", "expert loop", "one product", "gathered",
 )  # fmt: skip
+# What takes coefficients of tokens, or rows that share one A; and what does not.
+OF_ROUTERS = {
+    "expert loop": baselines.expert_loop,
+    "one product": baselines.one_product,
+    "gathered": baselines.gathered,
+}
+OF_SAMPLES = {"smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch"}  # fmt: skip
 
 
 def points(device, quick):
@@ -46,6 +53,10 @@ def way(name, point, tensors):
     x, weight, A, B, index, coefficient, *past = tensors
     if name == "frozen linear":
         return Way(baselines.frozen, exact_frozen, (x, weight), "the floor", rival=False)
+    if point.case.per_token or point.case.shared:
+        return of_router(name, point, tensors)
+    if name in OF_ROUTERS:
+        raise Unavailable("for routers")
     if name.startswith("PEFT"):
         if importlib.util.find_spec("peft") is None:
             raise Unavailable("peft is not installed")
@@ -70,6 +81,18 @@ def way(name, point, tensors):
     }
     backend = ops.dispatch.AUTO if name in WAYS else name
     return Way(functions.get(name, inject), exact_by_sample, tensors, backend=backend)
+
+
+def of_router(name, point, tensors):
+    case = point.case
+    if name in OF_SAMPLES or name.startswith("PEFT"):
+        raise Unavailable("takes no coefficients of tokens, and no A that rows share")
+    if name in ("expert loop", "one product") and case.selection != "every":
+        raise Unavailable("computes all rows")
+    if name == "gathered" and not case.shared:
+        raise Unavailable("for rows that share one A")
+    backend = ops.dispatch.AUTO if name in WAYS else name
+    return Way(OF_ROUTERS.get(name, inject), exact_of_router, tensors, backend=backend)
 
 
 def compile_options(name, point):
@@ -149,6 +172,17 @@ def exact_by_sample(x, weight, *given):
     return torch.stack(samples)
 
 
+def exact_of_router(x, weight, A, B, index, coefficient):
+    """Pair by pair."""
+    strength = (coefficient if coefficient.dim() == 3 else coefficient.unsqueeze(1)).double()
+    y = x @ weight.t()
+    for pair in range(index.shape[1]):
+        rows = index[:, pair]
+        low = x @ (A if len(A) == 1 else A[rows]).transpose(1, 2)  # [B, S, R]
+        y = y + strength[:, :, pair, None] * (low @ B[rows])
+    return y
+
+
 def exact_by_batch(x, weight, *given):
     first = [tensor[:1] if i in (2, 3, 6) else tensor for i, tensor in enumerate(given)]
     return exact_by_sample(x.flatten(0, 1).unsqueeze(0), weight, *first).view(*x.shape[:2], -1)
@@ -158,13 +192,19 @@ def work(point):
     case, size = point.case, point.dtype.itemsize
     tokens, columns = case.B * case.S, (case.P + case.past) * case.R
     rows = case.past + (case.P if case.selection == "identical" else min(case.N, case.B * case.P))
-    factors = rows * case.R * (case.d_in + case.d_out) * size
+    of_A = 1 + case.past if case.shared else rows
+    factors = (of_A * case.d_in + rows * case.d_out) * case.R * size
     weight = case.d_in * case.d_out
     product = 2 * tokens * weight
-    thin_in, thin_out = 2 * tokens * columns * case.d_in, 2 * tokens * columns * case.d_out
+    # of rows that share one A, x is projected once, and the sum of a sample's B is all that its tokens need
+    once = (1 + case.past) * case.R if case.shared else columns
+    thin_in = 2 * tokens * once * case.d_in
+    thin_out = 2 * tokens * (columns if case.per_token else once) * case.d_out
     forward = Work(tokens * (case.d_in + case.d_out) * size + weight * size + factors, product + thin_in + thin_out)
     # of x, A, B and the coefficients; the past's rows have none
-    trained = 2 * tokens * case.P * case.R * (case.d_in + case.d_out)
+    pairs_in = 1 if case.shared else case.P
+    pairs_out = case.P if case.per_token else pairs_in
+    trained = 2 * tokens * case.R * (pairs_in * case.d_in + pairs_out * case.d_out)
     backward = Work(
         tokens * (2 * case.d_in + case.d_out) * size + weight * size + 2 * factors,
         product + 2 * thin_in + thin_out + trained,

@@ -82,8 +82,18 @@ QUICK = (
     Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform", past=56),
     Case(B=4, S=1, d_in=512, d_out=512, N=64, R=8, P=4, selection="uniform"),
 )
+# Routers over eight experts: MoELoRA, BranchLoRA with one choice a token or a sample.
+_ROUTER = Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=8, selection="every")
+ROUTER_QUICK = (
+    _ROUTER._replace(per_token=True),
+    _ROUTER._replace(per_token=True, shared=True),
+    _ROUTER._replace(shared=True),
+)
+QUICK += ROUTER_QUICK
 BENCH = (
     *QUICK,
+    *(case._replace(S=577, d_in=1024, d_out=1024) for case in ROUTER_QUICK),
+    Case(B=4, S=577, d_in=1024, d_out=1024, N=8, R=8, P=4, selection="uniform", shared=True),
     Case(B=4, S=577, d_in=1024, d_out=1024, N=8, R=8, P=4, selection="uniform"),
     Case(B=4, S=577, d_in=1024, d_out=1024, N=8, R=8, P=4, selection="uniform", past=56),
     Case(B=16, S=64, d_in=1024, d_out=1024, N=64, R=8, P=4, selection="distinct"),
@@ -98,6 +108,7 @@ BENCH_GPU = (
     Case(B=16, S=577, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="distinct"),
     Case(B=4, S=1000, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="zipf"),
     Case(B=1, S=2048, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="identical"),
+    *(case._replace(B=16, S=1024, d_in=4096, d_out=4096) for case in ROUTER_QUICK),
     Case(B=16, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="uniform"),
     Case(B=1, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="identical"),
 )
@@ -121,9 +132,11 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
 
 def select_rows(case: Case, generator: torch.Generator) -> Tensor:  # int64 [B, P]
     """repeats: any rows, also twice; uniform, zipf: without repeats within a sample, some rows as likely as others or
-    not; identical: the same for all samples; distinct: no two samples share one."""
+    not; identical: the same for all samples; distinct: no two samples share one; every: all rows, in order."""
     if case.selection == "repeats":
         return torch.randint(case.N, (case.B, case.P), generator=generator)
+    if case.selection == "every":
+        return torch.arange(case.P).expand(case.B, -1).contiguous()
     if case.selection == "distinct":
         return torch.randperm(case.N, generator=generator)[: case.B * case.P].view(case.B, case.P)
     likely = torch.arange(1, case.N + 1, dtype=torch.float64) ** (-1.0 if case.selection == "zipf" else 0.0)

@@ -82,7 +82,9 @@ def weighed_outer(tiles: Tiles, dtype: torch.dtype) -> Tiles:
 
 
 def weighed_expand(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
-    return _fewer_stages(tiles, tiles.columns * (tiles.tokens * (dtype.itemsize + 4) + tiles.width * factor.itemsize))
+    stage = tiles.columns * (tiles.tokens * (dtype.itemsize + 4) + tiles.width * factor.itemsize)
+    products = tiles.columns * (tiles.tokens + tiles.width) * dtype.itemsize  # what is multiplied, beside the stages
+    return tiles._replace(stages=min(tiles.stages, 1 + (ROOM - products) // stage))
 
 
 def _fewer_stages(tiles: Tiles, stage: int) -> Tiles:
