@@ -129,7 +129,7 @@ def check_decoding(model: Any, config: MethodConfig, processor: Any, rng: torch.
     assert torch.equal(beams, model.generate(**batch, **options, num_beams=2, use_cache=False))
     exact = model(**batch).logits
     half = model.bfloat16()(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()}).logits
-    assert half.dtype == torch.bfloat16 and (half.float() - exact).norm() < 0.1 * exact.norm()
+    assert half.dtype == torch.bfloat16 and (half.float() - exact).norm() < 0.3 * exact.norm()
 
 
 def loss_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
