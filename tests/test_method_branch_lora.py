@@ -133,7 +133,7 @@ def test_the_layer_and_its_gradients(state: str, llava: Any, processor: Any, rng
     rows = []
     for b in range(4):
         logits = routers[b].double() @ x[b, begins[b]]
-        best = sorted(range(5), key=lambda j: -float(logits[j]))[:2]
+        best = sorted(range(5), key=lambda j: -float(logits[j].detach()))[:2]
         gates = logits[best].softmax(0)
         for s in range(6):
             low = A @ x[b, s]
@@ -170,14 +170,17 @@ def test_the_most_active_branches_freeze(rng: torch.Generator) -> None:
             method.route(method.select(pool, torch.randn(4, D, generator=rng), 1, True), factors, x)
             activity *= MOMENTUM
             for sample in x:
-                for j, gate in gates_of(sample[0], factors.block_router, 2).items():
+                for j, gate in gates_of(sample[0], factors.block_router.detach(), 2).items():
                     activity[j] += (1 - MOMENTUM) * gate / 4
         torch.testing.assert_close(method._activity[factors].double(), activity, atol=1e-7, rtol=1e-5)
         frozen |= set(activity.argsort(descending=True)[:2].tolist())
         method.close_task(pool, f"task{pool.num_tasks}", None, 1)
         assert set(factors.frozen.nonzero().flatten().tolist()) == frozen
     assert factors.router.shape == (3, 5, D) and pool.keys.shape == (3, D) and factors.A.shape == (1, 3, D)
-    assert pool.num_rows == 5 and pool.num_tasks == 3
+    assert pool.num_rows == 5 and pool.num_tasks == 3 and pool.row_task.tolist() == [0] * 5
+    for rows, keys, message in ((4, 1, "rows is 4; all tasks share 5 rows"), (5, 5, r"expected \[1, 12\]")):
+        with pytest.raises(ValueError, match=message):
+            pool.open_block(rows, keys=torch.ones(keys, D), a_std=1.0, context_init=None, generator=rng)
 
 
 def test_what_trains_and_what_is_frozen(llava: Any, processor: Any, tmp_path: Path) -> None:

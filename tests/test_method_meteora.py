@@ -75,7 +75,7 @@ def test_the_layer_and_its_gradients(state: str, llava: Any, processor: Any, rng
     rows = []
     for token in x.flatten(0, 1):
         logits = gate @ token
-        kept = [float(weight) > 0 for weight in weights_of(token, gate, 2, training)]
+        kept = [float(weight) > 0 for weight in weights_of(token.detach(), gate.detach(), 2, training)]
         weights = logits.masked_fill(~torch.tensor(kept), -torch.inf).softmax(0)
         increment = sum(weight * (b.T @ (a @ token)) for weight, a, b in zip(weights, A, B, strict=True))
         rows.append(linear.weight @ token + 1.5 * increment)

@@ -134,7 +134,7 @@ class BranchLora(Method):
 
     @torch.no_grad()
     def _observe(self, factors: Factors, chosen: Pairs) -> None:
-        """Recomputed layers tell the same twice, which changes no order of branches."""
+        """Keeps the running mean of gates. A layer that is recomputed is seen twice, as with a lower momentum."""
         gates = chosen.coefficient.new_zeros(len(chosen.index), self.config.branches)  # [B, N]
         share = gates.scatter_(1, chosen.index, chosen.coefficient).mean(0).float()
         self._activity.setdefault(factors, torch.zeros_like(share)).lerp_(share, 1 - MOMENTUM)
