@@ -10,6 +10,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class Checkpoints:
     def clear(self) -> None:
         for name in self.names():
             remove_folder(self.folder / name)
+        with suppress(OSError):  # there is none, or somebody put something else into it
+            self.folder.rmdir()
 
 
 class TaskSaver:
