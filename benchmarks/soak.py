@@ -93,10 +93,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if "device" in results["points"][0]:
         left.plot(minutes, [point["device"] / MIB for point in results["points"]], label="allocated on the GPU, MiB")
     left.axvline(WARM_UP * minutes[-1], color="grey", linestyle=":", label="end of warm-up")
-    left.set(xlabel="minutes", ylabel="MiB", ylim=(0, None))
+    left.set(xlabel="minutes", ylabel="MiB")
+    left.set_ylim(0, 1.2 * left.get_ylim()[1])
     right = left.twinx()
     right.plot(minutes, [point["files"] for point in results["points"]], color="tab:red", label="open files")
-    right.set(ylabel="open files", ylim=(0, None))
+    right.set(ylabel="open files", ylim=(0, 2 * max(point["files"] for point in results["points"])))
     lines = [*left.get_lines(), *right.get_lines()]
     left.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110, format="png")
