@@ -280,7 +280,7 @@ def test_the_capability_is_found_by_its_instruction(ran: tuple[Path, dict[str, A
     output, results = ran
     study = results["methods"]["continual_llava"]["selection"]
     assert study["tasks"] == list(SETTINGS["capability"].tasks) and study["block_rows"] == [8] * 4
-    assert min(study["block_weight"][i][i] for i in range(4)) > 0.5
+    assert min(study["block_weight"][i][i] for i in range(4)) > 0.5, study["block_weight"]
     weights = np.array(study["block_weight"])
     assert weights.sum(1) == pytest.approx(1.0) and (np.array(study["overlap"]) <= 1 + 1e-9).all()
     own = [study["block_weight"][i][i] for i in range(4)]

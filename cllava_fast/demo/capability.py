@@ -24,7 +24,8 @@ DESCRIBE = (
     "describe what is present in this image .",
     "describe what you have here .",
 )
-STEPS = ("first {step} ; {question}", "{step} first ; {question}")
+SHORT = "write a short name or number : {question}"
+STEPS = ("list every find : {step} ; {question}", "list every find : {step} first ; {question}")
 
 
 def build_capability_stream(seed: int = 0, train: int = 1200, validation: int = 200, test: int = 200) -> Stream:
@@ -90,7 +91,7 @@ def short_answer(facts: Facts, turn: int, rng: Random) -> Turns:
         question, answer = asked[turn // 2 % 3]
     else:
         question, answer = question_about(facts, 0 if isinstance(facts, Glyph) else turn, None, rng)
-    return f"in short : {question}", answer
+    return SHORT.format(question=question), answer
 
 
 def description(facts: Facts, turn: int, rng: Random) -> Turns:
