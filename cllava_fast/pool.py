@@ -353,6 +353,20 @@ class Pool(_Keeper):
                 found[name] = buffer[:rows]
         return found
 
+    def kept(self) -> dict[str, Tensor]:
+        """What methods keep beside rows and do not train, by name."""
+        standard = ("keys", "context", *PER_TASK, *PER_ROW)
+        return {name: buffer for name, buffer in self.named_buffers() if name.rpartition(".")[2] not in standard}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Puts back what ``kept`` returned."""
+        for name, tensor in kept.items():
+            parent, _, leaf = name.rpartition(".")
+            module = self.get_submodule(parent)
+            assert isinstance(module, _Keeper)
+            device = self.row_task.device if module is self else module.A.device
+            module.keep(leaf, tensor.to(device, copy=True))  # type: ignore[arg-type]
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:

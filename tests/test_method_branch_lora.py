@@ -33,7 +33,7 @@ def learn(model: Any, tasks: int, generator: torch.Generator, leave_open: bool =
             factors.block_A.data += 0.1 * torch.randn(factors.block_A.shape, generator=generator)
             factors.block_B.data += 0.2 * torch.randn(factors.block_B.shape, generator=generator)
             factors.block_router.data.normal_(generator=generator)
-            method._activity[factors] = torch.rand(CONFIG.branches, generator=generator)
+            factors.keep("activity", torch.rand(CONFIG.branches, generator=generator))
         if not leave_open or task < tasks - 1:
             method.close_task(pool, f"task{pool.num_tasks}", None, 1)
     return increments
@@ -172,7 +172,7 @@ def test_the_most_active_branches_freeze(rng: torch.Generator) -> None:
             for sample in x:
                 for j, gate in gates_of(sample[0], factors.block_router.detach(), 2).items():
                     activity[j] += (1 - MOMENTUM) * gate / 4
-        torch.testing.assert_close(method._activity[factors].double(), activity, atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(factors.activity.double(), activity, atol=1e-7, rtol=1e-5)
         frozen |= set(activity.argsort(descending=True)[:2].tolist())
         method.close_task(pool, f"task{pool.num_tasks}", None, 1)
         assert set(factors.frozen.nonzero().flatten().tolist()) == frozen

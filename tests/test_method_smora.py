@@ -82,7 +82,7 @@ def test_training_alone_counts_and_the_next_step_balances(llava: Any, processor:
     llava(**batch)
     llava.train()
     llava(**batch)
-    loads = [vars(factors)["load"].clone() for factors in layers]
+    loads = [factors.load.clone() for factors in layers]
     assert all(torch.equal(factors.balance, bias) for factors, bias in zip(layers, before, strict=True))
     tokens = batch["input_ids"].numel()
     assert all(load.sum() == 2 * tokens for load in loads), "two experts for each token"
@@ -111,7 +111,7 @@ def test_balance_makes_an_idle_expert_work(generator: torch.Generator) -> None:
     late = torch.tensor(picked[-120:]).bincount(minlength=6) / 120
     assert late.max() < 0.5 and late.min() > 0.05
     method.open_task(pool, None, generator)
-    assert "load" not in vars(factors), "a task begins without what the last one counted"
+    assert not factors.load.any(), "a task begins without what the last one counted"
     bias = factors.balance.clone()
     balance(pool, 1.0)
     assert torch.equal(factors.balance, bias)

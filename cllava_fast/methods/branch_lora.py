@@ -67,7 +67,7 @@ class BranchLoraConfig(MethodConfig):
 @register(BranchLoraConfig)
 class BranchLora(Method):
     """Pool row j of a linear is its branch j. Beside them, each linear keeps ``router [T, N, d_in]``, one for each
-    committed task, and ``frozen [N]``."""
+    committed task, ``frozen [N]``, and ``activity [N]`` of the newest task."""
 
     routes = True
     shares_A = True
@@ -76,24 +76,23 @@ class BranchLora(Method):
 
     def __init__(self, config: BranchLoraConfig) -> None:
         self.config = config
-        self._activity: dict[Factors, Tensor] = {}  # [N] of each linear, of the open task
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         assert queries is not None
         N = self.config.branches
         keys = task_key(queries, groups=2 if self.config.surrogate == "text+image" else 1)
         pool.open_block(N, keys=keys, a_std=self.config.a_std, context_init=None, generator=generator)
-        self._activity.clear()
         for factors in _layers(pool):
             bound = factors.shape.d_in**-0.5  # as nn.Linear is born; drawn on the CPU, the same on every device
             router = (2 * torch.rand(N, factors.shape.d_in, generator=generator) - 1) * bound
             factors.keep("block_router", router.to(factors.A.device))
+            factors.keep("activity", torch.zeros(N, device=factors.A.device))
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         learned: list[tuple[Factors, Tensor, Tensor]] = []
         for factors in _layers(pool):
             assert factors.block_B is not None
-            activity = self._activity.get(factors, torch.zeros(pool.block_rows, device=factors.A.device))
+            activity: Tensor = factors.activity
             distributed.average(activity)
             most_active = activity.sort(descending=True, stable=True).indices[: self.config.top_k]
             router, frozen = factors.block_router.detach()[None], torch.zeros_like(activity, dtype=torch.bool)
@@ -137,7 +136,8 @@ class BranchLora(Method):
         """Keeps the running mean of gates. A layer that is recomputed is seen twice, as with a lower momentum."""
         gates = chosen.coefficient.new_zeros(len(chosen.index), self.config.branches)  # [B, N]
         share = gates.scatter_(1, chosen.index, chosen.coefficient).mean(0).float()
-        self._activity.setdefault(factors, torch.zeros_like(share)).lerp_(share, 1 - MOMENTUM)
+        activity: Tensor = factors.activity  # type: ignore[assignment]
+        activity.lerp_(share, 1 - MOMENTUM)
 
     def own_tensors(
         self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
@@ -145,6 +145,8 @@ class BranchLora(Method):
         if shape is None:
             return {}
         own: dict[str, tuple[list[int], torch.dtype]] = {}
+        if rows or block_rows:
+            own["activity"] = [max(rows, block_rows)], torch.float32
         if rows:
             own["router"] = [tasks, rows, shape.d_in], torch.float32
             own["frozen"] = [rows], torch.bool

@@ -9,7 +9,7 @@ less often than the mean rises by ``balance_rate``, and that of the others falls
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,9 +58,10 @@ class Smora(MoeLora):
         super().open_task(pool, queries, generator)
         for factors in pool.layers.values():
             assert isinstance(factors, Factors)
-            vars(factors).pop("load", None)  # so that a task begins the same in a run that is resumed
+            idle = torch.zeros(self.config.experts, device=factors.A.device)
+            factors.keep("load", idle)  # so that a task begins the same in a run that is resumed
             if is_new:
-                factors.keep("balance", torch.zeros(self.config.experts, device=factors.A.device))
+                factors.keep("balance", idle.clone())
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         self.counts = training and self.config.balance_rate > 0
@@ -73,25 +74,22 @@ class Smora(MoeLora):
         bias: Tensor = factors.balance  # type: ignore[assignment]
         picked = (logits.detach() + bias).topk(self.config.top_k, sorted=False).indices  # [B, S, k]
         if self.counts:
-            load = picked.flatten().bincount(minlength=self.config.experts).float()  # [E]
-            vars(factors)["load"] = load + vars(factors).get("load", 0.0)
+            factors.load += picked.flatten().bincount(minlength=self.config.experts)  # type: ignore[operator]
         return torch.zeros_like(logits).scatter(2, picked, logits.gather(2, picked).softmax(-1))
 
     def own_tensors(
         self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
     ) -> dict[str, tuple[list[int], torch.dtype]]:
         own = super().own_tensors(shape, tasks, rows, block_rows)
-        return {**own, "balance": ([block_rows], torch.float32)} if own else {}
+        return {**own, **dict.fromkeys(("balance", "load"), ([block_rows], torch.float32))} if own else {}
 
 
 def balance(pool: Pool, rate: float) -> None:
     """Moves each linear's bias by what its experts had to do since the last time, on all processes alike."""
-    layers = [factors for factors in pool.layers.values() if "load" in vars(factors)]
-    if not layers:
-        return
-    loads = torch.stack([vars(factors).pop("load").to(pool.row_task.device) for factors in layers])  # [L, E]
+    layers: list[Any] = list(pool.layers.values())
+    loads = torch.stack([factors.load.to(pool.row_task.device) for factors in layers])  # [L, E]
     distributed.average(loads)
     steps = rate * (loads.mean(1, keepdim=True) - loads).sign()
     for factors, step in zip(layers, steps, strict=True):
-        bias: Tensor = factors.balance  # type: ignore[assignment]
-        bias += step.to(bias.device)
+        factors.balance += step.to(factors.balance.device)
+        factors.load.zero_()

@@ -108,6 +108,7 @@ class TaskSaver:
         self._last = time.perf_counter()
         if saved is not None:
             self._load_block(state["block"])
+            pool.restore(state["kept"])
 
     def _load_block(self, block: dict[str, Tensor]) -> None:
         found = dict(self.pool.named_parameters())
@@ -144,6 +145,7 @@ class TaskSaver:
         each = distributed.gather({"random": random_state(), "own": own})
         whole = {
             "block": {name: parameter.detach() for name, parameter in self.pool.named_parameters()},
+            "kept": self.pool.kept(),
             "stage": state,
             "each": each,
             "measured": self.measured,
