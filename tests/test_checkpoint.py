@@ -23,6 +23,8 @@ import cllava_fast as cf
 from cllava_fast import atomic, cli
 from cllava_fast.atomic import DamagedError, SaveError
 from cllava_fast.demo.base import new_base
+from cllava_fast.methods.branch_lora import BranchLoraConfig
+from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
 from cllava_fast.train import checkpoint, lock
 from cllava_fast.train.checkpoint import Checkpoints, TaskSaver, pack, unpack
@@ -153,8 +155,17 @@ def test_a_signal_ends_the_step_and_saves(
     assert not Checkpoints(tmp_path / "cut").names() and not (tmp_path / "cut" / ".lock").exists()
 
 
-@pytest.mark.parametrize("config", [cf.LoraConfig(rank=4, a_std=0.1), cf.JointLoraConfig(rank=4, a_std=0.1)])
-def test_methods_without_keys(config: Any, learn: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        cf.LoraConfig(rank=4, a_std=0.1), cf.JointLoraConfig(rank=4, a_std=0.1),
+        # with what no gradient trains
+        SmoraConfig(experts=6, a_std=0.1, scale=4.0, balance_rate=0.1),
+        BranchLoraConfig(rank=4, a_std=0.1, surrogate="sentence"),
+    ],
+    ids=lambda config: config.method,
+)  # fmt: skip
+def test_other_methods(config: Any, learn: Callable[..., Any], tmp_path: Path) -> None:
     whole = learn(tmp_path / "whole", config=config)
     at = At("tune", 4, killed)
     if config.method == "joint_lora":
