@@ -181,7 +181,8 @@ def _acting(
     per_token = coefficient.dim() == 3
     if per_token and x.shape[1] == 1:  # decoding: of the one token is of the sample
         coefficient, per_token = coefficient.squeeze(1), False
-    whole = plan(x.device.type, *index.shape, rows, rank, per_token, A.shape[0] != rows) == "whole"
+    samples, pairs = index.shape
+    whole = plan(x.device.type, samples, pairs, rows, rank, per_token, A.shape[0] != rows) == "whole"
     save = autograd.save_for(A, B, coefficient, past_coefficient)
     return A, B, index, coefficient, past_A, past_B, past_coefficient, scale, whole, save
 

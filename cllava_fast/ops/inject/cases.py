@@ -77,11 +77,6 @@ ODD = (
     Case(B=0, S=3, d_in=8, d_out=12, N=4, R=2, P=2, past=2),
     Case(B=2, S=66, d_in=70, d_out=130, N=4, R=1, P=3, past=40, Q=3),
 )
-QUICK = (
-    Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform"),
-    Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform", past=56),
-    Case(B=4, S=1, d_in=512, d_out=512, N=64, R=8, P=4, selection="uniform"),
-)
 # Routers over eight experts: MoELoRA, BranchLoRA with one choice a token or a sample.
 _ROUTER = Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=8, selection="every")
 ROUTER_QUICK = (
@@ -89,7 +84,12 @@ ROUTER_QUICK = (
     _ROUTER._replace(per_token=True, shared=True),
     _ROUTER._replace(shared=True),
 )
-QUICK += ROUTER_QUICK
+QUICK = (
+    Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform"),
+    Case(B=4, S=64, d_in=512, d_out=512, N=8, R=8, P=4, selection="uniform", past=56),
+    Case(B=4, S=1, d_in=512, d_out=512, N=64, R=8, P=4, selection="uniform"),
+    *ROUTER_QUICK,
+)
 BENCH = (
     *QUICK,
     *(case._replace(S=577, d_in=1024, d_out=1024) for case in ROUTER_QUICK),

@@ -140,7 +140,10 @@ def inject_backward(
         low_grad = shrink(grad, acting.B, acting)  # [B, S, K], of all rows if they share one A
         if need_coefficient and not mix:
             to_coefficient = _coefficient_grad(low_grad, low, given, shared)
-        low_grad = folded(low_grad, strengths, grad.dtype) if shared else times(low_grad, strengths, grad.dtype)
+        if shared:
+            low_grad = folded(low_grad, strengths, given.A.shape[1], grad.dtype)
+        else:
+            low_grad = times(low_grad, strengths, grad.dtype)
         if need_A:
             assert x is not None
             to_A = _sum_over_tokens(low_grad, x, given.A, given, shared)
@@ -186,10 +189,9 @@ def times(low: Tensor, strength: Tensor, dtype: torch.dtype, shared: bool = Fals
     return as_dtype(_weighed(by_row, strength).flatten(2), dtype)
 
 
-def folded(low_grad: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:
+def folded(low_grad: Tensor, strength: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """The gradient of what all rows share: [B, S, rows * R] to [B, S, R]."""
-    rows = strength.shape[2]
-    by_row = low_grad.view(*low_grad.shape[:2], rows, low_grad.shape[2] // rows if rows else 0)
+    by_row = low_grad.view(*low_grad.shape[:2], strength.shape[2], rank)
     return as_dtype(_weighed(by_row, strength).sum(2), dtype)
 
 

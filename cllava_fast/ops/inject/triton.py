@@ -56,18 +56,18 @@ def _increments(
     x: Tensor, given: Acting, save: bool, *, bias: Tensor | None = None, base: Tensor | None = None
 ) -> Result:
     """A new y = bias + base + increments, and what the backward pass needs."""
+    low: Tensor | None
     if given.whole and not given.shared:
         low = _project(x, given.A, given.past_A)
         scaled = launch.weigh(low, None, given, scale_low=True).low
         assert scaled is not None
         y = _expand(scaled, given.B, given.past_B, bias=bias, base=base)
         return y, low if save else x.new_empty(0), x.new_empty(0)
-    low: Tensor | None
     if given.shared:
         low = _project(x, given.A)  # [B, S, R]
         if given.per_token:
-            weighed = {"coefficient": given.coefficient, "scale": given.scale}
-            y = launch.expand(low, given.B, given.index, **weighed, bias=bias, base=base)
+            of_tokens = given.coefficient
+            y = launch.expand(low, given.B, given.index, coefficient=of_tokens, scale=given.scale, bias=bias, base=base)
         else:
             mix = reference.mixed(given)
             y = launch.expand(low, mix.B, mix.index, bias=bias, base=base)
@@ -122,8 +122,9 @@ def _backward_gather(
             tiles, left = one_pass_tiles(grad.dtype), low
         other = low if need_coefficient and not given.per_token else None
         bare = need_coefficient and given.per_token
-        asked = {"scaled": need_x or need_A, "bare": bare, "other": other, "left": left}
-        low_grad = launch.shrink(grad, given.B, given, tiles, **asked)
+        low_grad = launch.shrink(
+            grad, given.B, given, tiles, scaled=need_x or need_A, bare=bare, other=other, left=left
+        )
         if low_grad.outer is not None:
             to_B = launch.sum_by_row(low_grad.outer, given.B, given, scaled=given.per_token)
             low_grad = low_grad._replace(outer=None)  # up to half of grad's bytes: free before the next are taken
