@@ -35,7 +35,7 @@ class BranchLoraConfig(MethodConfig):
 
     method: ClassVar[str] = "branch_lora"
     title: ClassVar[str] = "BranchLoRA"
-    demo = {"targets": ("self_attn.o_proj",)}  # as the other methods there
+    demo = {"targets": ("self_attn.o_proj",), "rank": 32}  # as sequential LoRA there: one A is all the rank there is
 
     branches: int = field(default=8, metadata={"help": "branches B of each linear, all tasks together"})
     top_k: int = field(
