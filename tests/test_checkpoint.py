@@ -333,6 +333,10 @@ class TestSignals:
         thread.join()
         assert seen == [signal.SIG_DFL]
 
+    def test_one_behind_the_last_step_is_not_lost(self) -> None:
+        with pytest.raises(RunStopped, match="stopped by SIGINT"), Watch().catching():
+            os.kill(os.getpid(), signal.SIGINT)
+
     def test_the_second_stops_at_once(self) -> None:
         watch = Watch()
         with pytest.raises(RunStopped, match="stopped at once by SIGINT"), watch.catching():

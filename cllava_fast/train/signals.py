@@ -49,6 +49,8 @@ class Watch:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+        if self.requested:  # behind the last step: whoever called must not go on either
+            raise RunStopped(self.requested)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a data loader's worker: Ctrl-C is its parent's, and SIGTERM ends it
