@@ -69,14 +69,15 @@ def measure(device: torch.device) -> dict[str, int]:
 
 
 def verdict(points: list[dict[str, Any]], bound: int) -> dict[str, Any]:
-    """What grew after the warm-up: the median of the last fifth of the rounds over that of the first."""
+    """What grew after the warm-up: the median of the last third of the rounds over that of the first."""
     begin = WARM_UP * points[-1]["seconds"]
     warm = [point for point in points if point["seconds"] >= begin]
-    fifth = max(1, len(warm) // 5)
+    third = max(1, len(warm) // 3)
 
     def growth(name: str) -> int:
-        first, last = (sorted(p[name] for p in part)[fifth // 2] for part in (warm[:fifth], warm[-fifth:]))
-        return last - first
+        first, last = (sorted(p[name] for p in part) for part in (warm[:third], warm[-third:]))
+        # a leak lifts the least number of open files; a file may be open for a moment
+        return last[0] - first[0] if name == "files" else last[third // 2] - first[third // 2]
 
     grown = {f"{name}_growth": growth(name) for name in ("resident", "files", "device") if name in warm[0]}
     memory = grown.get("device_growth", grown["resident_growth"])
@@ -150,20 +151,22 @@ def main(arguments: list[str] | None = None) -> int:
         "bound": chosen.bound * MIB, "limit_gib": chosen.limit if device.type == "cpu" else None,
         "round": {"tasks": TASKS, "steps": STEPS, "answers": ANSWERS * TASKS}, "warm_up": WARM_UP,
     }  # fmt: skip
+
+    def save() -> None:
+        minutes = round(points[-1]["seconds"] / 60, 2)
+        results.update(minutes=minutes, rounds=len(points), **verdict(points, results["bound"]), points=points)
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(chosen.out, json.dumps(results) + "\n")
+
     start = written = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         while not points or time.monotonic() - start < 60 * chosen.minutes:
             one_round(len(points), device, Path(folder))
-            now = time.monotonic()
-            points.append({"seconds": round(now - start, 2), **measure(device)})
-            if now - written > 30 or now - start >= 60 * chosen.minutes or len(points) == 1:
-                written = now
-                results |= {
-                    "minutes": round((now - start) / 60, 2), "rounds": len(points),
-                    **verdict(points, results["bound"]), "points": points,
-                }  # fmt: skip
-                chosen.out.parent.mkdir(parents=True, exist_ok=True)
-                atomic.write_text(chosen.out, json.dumps(results) + "\n")
+            points.append({"seconds": round(time.monotonic() - start, 2), **measure(device)})
+            if time.monotonic() - written > 30:
+                written = time.monotonic()
+                save()
+    save()
     return report(results, chosen.docs)
 
 

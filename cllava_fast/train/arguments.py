@@ -72,7 +72,7 @@ class ContinualArguments:
     eval_budget: int | None = _option(
         None,
         "Samples measured after each task, over all tasks: beyond it, earlier tasks are measured on a fixed part of "
-        "theirs, except after the last task. By default everything is.",
+        "theirs, one sample each at least, except after the last task. By default everything is.",
     )
     image_feature_bytes: int = _option(
         2 << 30, "Memory for projected image features, computed once; 0 opens images for every batch."
