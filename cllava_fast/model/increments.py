@@ -312,7 +312,8 @@ class Increments(nn.Module):
         selection, queries = self._selection_for(x), self.queries
         self.queries = None  # those of this attention are not the next one's
         assert queries is not None
-        return self.method.read(selection, factors, x, queries.to(x.device))
+        x, queries = x.to(factors.A.device), queries.to(factors.A.device)
+        return self.method.read(selection, factors, x, queries)
 
     def _selection_for(self, x: Tensor) -> Selection:
         assert self.active is not None
