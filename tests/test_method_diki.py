@@ -45,10 +45,14 @@ def patched(
         queries = functional.normalize(queries)
         method.open_task(pool, queries, rng)
         for factors in pool.layers.values():
-            factors.block_B.data.normal_(generator=rng)
+            factors.block_B.data.normal_(std=4, generator=rng)
         if not leave_open or task < tasks - 1:
             increments.close_task(f"task{task}", queries)
     return increments
+
+
+def language_hooks(model: Any) -> dict[str, int]:
+    return {name: len(module._forward_hooks) for name, module in model.model.language_model.named_modules()}
 
 
 def near(pool: Pool, tasks: list[int], rng: torch.Generator) -> Tensor:
@@ -77,10 +81,7 @@ def test_every_layer_and_its_gradients(name: str, training: bool, rng: torch.Gen
     """In float64, with grouped queries, biases and normed queries, in the first layer alone or in both."""
     processor = new_processor(name)
     model = new_model(name, processor).double()
-    # names as they run on, so that what is adapted does not tell itself which they are
-    attentions = [
-        module for path, module in model.named_modules() if path.endswith("self_attn") and "vision" not in path
-    ]
+    attentions = paths.attentions(model)
     layers = 1 if name == "Qwen2ForCausalLM" else 2
     increments = patched(model, processor, 3, rng, leave_open=training, layers=layers, scale=1.5)
     pool = increments.pool
@@ -109,12 +110,14 @@ def test_every_layer_and_its_gradients(name: str, training: bool, rng: torch.Gen
             ]
             joined = joined + 1.5 * strength[:, :, None].double() * torch.stack(branch)
         expected = functional.linear(joined, attention.o_proj.weight, attention.o_proj.bias)
-        torch.testing.assert_close(found["y"], expected, atol=1e-9, rtol=1e-7)
+        # coefficients are float32
+        torch.testing.assert_close(found["y"], expected, atol=1e-6 * expected.abs().max().item(), rtol=1e-6)
         if not training or number >= layers:
             continue
         probe = torch.randn(expected.shape, generator=rng, dtype=torch.float64)
-        wanted = torch.autograd.grad((expected * probe).sum(), [A, B, found["q"]], retain_graph=True)
-        gradients = torch.autograd.grad((found["y"] * probe).sum(), [A, B, found["q"]], retain_graph=True)
+        leaves = [A, B] if number == 0 else [A, B, found["q"]]  # nothing learns before the first layer's queries
+        wanted = torch.autograd.grad((expected * probe).sum(), leaves, retain_graph=True)
+        gradients = torch.autograd.grad((found["y"] * probe).sum(), leaves, retain_graph=True)
         for gradient, want in zip(gradients, wanted, strict=True):
             assert want.abs().max() > 1e-6
             torch.testing.assert_close(gradient, want, atol=1e-5 * want.abs().max().item(), rtol=1e-5)
@@ -140,12 +143,13 @@ def test_the_likeliest_task_acts(strength: str, rng: torch.Generator) -> None:
     for sample, index, weight in zip(query.double(), selection.index, selection.weight, strict=True):
         found = [float(gaussian.log_prob(sample)) / D for gaussian in gaussians]
         best = max(range(3), key=lambda t: found[t])
-        power = found[best] - 1
+        above = found[best] - 1
         if strength == "familiarity":
-            power = (found[best] - levels[best] + MARGIN) / TEMPERATURE
+            above = (found[best] - levels[best] + MARGIN) / TEMPERATURE
         assert int(index) == best
+        expected = torch.tensor(above, dtype=torch.float64).sigmoid()
         # the Gaussian is kept in float32
-        torch.testing.assert_close(float(weight), 1 / (1 + math.exp(-power)), atol=2e-2, rtol=0)
+        torch.testing.assert_close(weight[0].double(), expected, atol=1e-2, rtol=0)
     assert selection.index[:15, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert (selection.weight[:15].min() > selection.weight[15:].max()).all()
     assert torch.equal(selection.past.index, selection.index) and selection.block is None
@@ -197,6 +201,7 @@ def test_samples_of_a_batch_read_their_own_tasks_prompts(llava: Any, processor: 
 def test_layers_computed_again_read_the_same(llava: Any, processor: Any, rng: torch.Generator) -> None:
     increments = patched(llava, processor, 2, rng, leave_open=True)
     batch = {**inputs(processor, QUESTIONS[:2], rng), "query": torch.randn(2, 384, generator=rng)}
+    increments.pool.train_keys(False)
     llava.train()
     again = copy.deepcopy(llava)
     # the name in transformers 5.23 and after, and before
@@ -204,9 +209,9 @@ def test_layers_computed_again_read_the_same(llava: Any, processor: Any, rng: to
     enable({"use_reentrant": False})
     for _ in range(2):
         expected, found = loss_gradients(llava, batch), loss_gradients(again, batch)
-        assert len(found) == 2 * 3 + 1 or set(found) == set(expected)
+        assert len(found) == 2 * 3
         for name, gradient in expected.items():
-            assert name.endswith("keys") or gradient.abs().max() > 0, name
+            assert gradient.abs().max() > 0, name
             torch.testing.assert_close(found[name], gradient, atol=0, rtol=0, msg=name)
     assert increments.queries is None and get_increments(again).queries is None
 
@@ -218,7 +223,7 @@ def test_life_cycle(new_llava: Callable[[], Any], processor: Any, tmp_path: Path
 def test_files_copies_and_unpatch(
     llava: Any, new_llava: Callable[[], Any], processor: Any, tmp_path: Path, rng: torch.Generator
 ) -> None:
-    hooks = {name: len(module._forward_hooks) for name, module in llava.named_modules()}
+    hooks = language_hooks(llava)
     increments = patched(llava, processor, 2, rng, layers=2)
     batch = inputs(processor, QUESTIONS[:3], rng)
     cf.save_pretrained(llava, tmp_path / "out")
@@ -232,12 +237,10 @@ def test_files_copies_and_unpatch(
         assert torch.equal(llava(**batch, query=query).logits, logits)
         with cf.scale_layers(llava, alpha=2.0, beta=0.0):
             torch.testing.assert_close(llava(**batch, query=query).logits, copied(**batch, query=query).logits)
-    for act in (
-        lambda: cf.merge(loaded, task="task0"),
-        lambda: cf.export_peft(loaded, tmp_path / "peft", task="task0"),
-    ):
-        with pytest.raises(ValueError, match="no one selection"):
-            act()
+    with pytest.raises(ValueError, match="no one selection"):
+        cf.merge(loaded, task="task0")
+    with pytest.raises(ValueError, match="no one selection"):
+        cf.export_peft(loaded, tmp_path / "peft", task="task0")
     state = increments.pool.state()
     with pytest.raises(ValueError, match="query_level"):
         increments.pool.load_state({n: t for n, t in state.items() if n != "query_level"}, ["task0", "task1"])
@@ -252,7 +255,7 @@ def test_files_copies_and_unpatch(
     assert increments.queries is None and increments.active is None
     with torch.no_grad():
         assert torch.equal(cf.unpatch(llava)(**batch).logits, new_llava()(**batch).logits)
-    assert {name: len(module._forward_hooks) for name, module in llava.named_modules()} == hooks
+    assert language_hooks(llava) == hooks
 
 
 def test_an_attention_without_queries_of_its_own_is_refused(llava: Any, processor: Any, rng: torch.Generator) -> None:
