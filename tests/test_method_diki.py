@@ -96,7 +96,7 @@ def test_every_layer_and_its_gradients(name: str, training: bool, rng: torch.Gen
     query = near(pool, [task % pool.num_tasks for task in tasks], rng)
     model(input_ids=torch.randint(5, 60, (3, 5), generator=rng), query=query)
     selection = increments.method.select(pool, query, 1, training)
-    strength = torch.ones(3, 1) if training else selection.weight
+    strength = torch.ones(3, 1) if training else selection.past.coefficient
     assert training or (selection.index[:, 0].tolist() == tasks and (strength < 1).all() and (strength > 0.1).all())
     for number, (attention, found) in enumerate(zip(attentions, seen, strict=True)):
         joined = found["x"]
@@ -140,7 +140,7 @@ def test_the_likeliest_task_acts(strength: str, rng: torch.Generator) -> None:
         levels.append(float(gaussians[-1].log_prob(exact).mean()) / D)
     query = torch.cat([*(t[:5] for t in tasks), functional.normalize(torch.randn(5, D, generator=rng))])
     selection = method.select(pool, query, 1, False)
-    for sample, index, weight in zip(query.double(), selection.index, selection.weight, strict=True):
+    for sample, index, weight in zip(query.double(), selection.index, selection.past.coefficient, strict=True):
         found = [float(gaussian.log_prob(sample)) / D for gaussian in gaussians]
         best = max(range(3), key=lambda t: found[t])
         above = found[best] - 1
@@ -151,7 +151,8 @@ def test_the_likeliest_task_acts(strength: str, rng: torch.Generator) -> None:
         # the Gaussian is kept in float32
         torch.testing.assert_close(weight[0].double(), expected, atol=1e-2, rtol=0)
     assert selection.index[:15, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    assert (selection.weight[:15].min() > selection.weight[15:].max()).all()
+    strengths = selection.past.coefficient
+    assert strengths[:15].min() > strengths[15:].max() and (selection.weight == 1).all()
     assert torch.equal(selection.past.index, selection.index) and selection.block is None
 
 

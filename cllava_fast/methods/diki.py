@@ -106,7 +106,7 @@ class Diki(Method):
             strength = calibration.score(above.gather(1, task))
         else:
             strength = torch.sigmoid(likelihood - 1)
-        return Selection(past=Pairs(task, strength), index=task, weight=strength)
+        return Selection(past=Pairs(task, strength), index=task, weight=torch.ones_like(strength))
 
     def read(self, selection: Selection, factors: Factors, x: Tensor, queries: Tensor) -> Tensor:
         if selection.block is not None:
