@@ -150,6 +150,8 @@ class Method(ABC):
     routes: ClassVar[bool] = False  # ``route`` looks at activations, so no one selection can be merged or exported
     shares_A: ClassVar[bool] = False  # a pool's rows have one A, ``[1, R, d_in]``
     shared_rows: ClassVar[bool] = False  # every task trains the same rows, and keys are those of tasks (``Pool``)
+    remembers_queries: ClassVar[bool] = False  # the pool keeps a Gaussian of each task's queries (``calibration``)
+    reads: ClassVar[bool] = False  # ``read`` changes what ``o_proj`` is handed; no increments are added behind it
 
     @abstractmethod
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
@@ -166,6 +168,15 @@ class Method(ABC):
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         """What acts in one linear, on activations ``x [B, S, d_in]``; by default the same in every one."""
         return selection
+
+    def row_shape(self, linear: LinearShape) -> LinearShape:
+        """Widths of a row of one linear: ``A [R, d_in]`` and ``B [R, d_out]``; by default the linear's own."""
+        return linear
+
+    def read(self, selection: Selection, factors: Factors, x: Tensor, queries: Tensor) -> Tensor:
+        """What an ``o_proj`` reads in place of ``x [B, S, d_in]``, its attention's heads side by side, for methods with
+        ``reads``. ``queries [B, S, H, head_dim]`` are those of the same attention, before positions are added."""
+        return x
 
     def own_tensors(
         self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int

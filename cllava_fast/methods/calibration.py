@@ -70,8 +70,19 @@ def log_likelihood(query: Tensor, mean: Tensor, directions: Tensor, variances: T
     return -0.5 * ((distance + volume) / width + math.log(2 * math.pi))
 
 
+def likelihoods(pool: Pool, query: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B, T]`` each: log-likelihoods of queries ``[B, D]`` divided by D, and how far they lie above ``m_t``."""
+    mean, directions, variances, level = (getattr(pool, name) for name in own_tensors(0, 0))
+    found = log_likelihood(query.float(), mean, directions, variances)
+    return found, found - level
+
+
+def score(above: Tensor) -> Tensor:
+    """In 0..1, of likelihoods above their task's own level."""
+    return torch.sigmoid((above + MARGIN) / TEMPERATURE)
+
+
 def familiarity(pool: Pool, query: Tensor) -> Tensor:
     """``[B]`` in 0..1: how much queries ``[B, D]`` are like those of any learned task."""
-    mean, directions, variances, level = (getattr(pool, name) for name in own_tensors(0, 0))
-    above = log_likelihood(query.float(), mean, directions, variances) - level  # [B, T]
-    return torch.sigmoid((above + MARGIN) / TEMPERATURE).amax(1)
+    _, above = likelihoods(pool, query)
+    return score(above).amax(1)

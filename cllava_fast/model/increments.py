@@ -43,6 +43,7 @@ class Increments(nn.Module):
         pool: the rows; the only state.
         active: what acts on the batch that is in the layers right now.
         pending: what acts during the ``generate`` that is under way.
+        queries: ``[B, S, H, head_dim]`` of the attention that is computed right now, where the method reads them.
         pristine: the frozen weight of each linear that ``merge`` replaced, by path; empty while nothing is merged.
         base_fingerprint: of the frozen model, kept where a process may lose parts of it (FSDP); otherwise None.
     """
@@ -62,9 +63,7 @@ class Increments(nn.Module):
         self.pool = Pool(
             rank=config.rank,
             key_dim=self.surrogate.dim if self.surrogate else 0,
-            shapes={
-                path: _shape(linear, model) for path, linear in paths.adapted_linears(model, config.targets).items()
-            },
+            shapes={path: self.method.row_shape(_shape(linear, model)) for path, linear in self.linears(model).items()},
             shares_A=self.method.shares_A,
             own_tensors=self._own_tensors,
             shared_rows=self.method.shared_rows,
@@ -73,25 +72,35 @@ class Increments(nn.Module):
         self.dropout: float = getattr(config, "dropout", 0.0)
         self.active: Selection | None = None
         self.pending: Selection | None = None
+        self.queries: Tensor | None = None
         self.pristine: dict[str, Tensor] = {}
         self.base_fingerprint: str | None = None
         self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
 
+    def linears(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The adapted linears of ``model`` by path."""
+        return paths.adapted_linears(model, self.config.targets, getattr(self.config, "layers", None))
+
     @property
     def calibrates(self) -> bool:
-        """Whether tasks keep a Gaussian of their queries, by which coefficients are scaled at inference."""
+        """Whether coefficients are scaled at inference by what tasks remember of their queries."""
         return self.surrogate is not None and getattr(self.config, "calibrate", False)
+
+    @property
+    def remembers_queries(self) -> bool:
+        """Whether each task keeps a Gaussian of its queries."""
+        return self.calibrates or (self.surrogate is not None and self.method.remembers_queries)
 
     def _own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         own = self.method.own_tensors(shape, tasks, rows, block_rows)
-        if shape is None and tasks and self.calibrates:
+        if shape is None and tasks and self.remembers_queries:
             own = {**own, **calibration.own_tensors(self.pool.key_dim, tasks)}
         return own
 
     def close_task(self, name: str, queries: Tensor | None) -> None:
         """Freezes what the open block learned as task ``name``; ``queries [n, D]`` are its training instructions."""
         self.method.close_task(self.pool, name, queries, self.groups)
-        if self.calibrates and queries is not None:
+        if self.remembers_queries and queries is not None:
             calibration.remember(self.pool, queries)
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
@@ -120,7 +129,7 @@ class Increments(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model is in no forward pass, and caches know the original alone
-        return {**self.__dict__, "active": None, "pending": None, "_by_cache": WeakKeyDictionary()}
+        return {**self.__dict__, "active": None, "pending": None, "queries": None, "_by_cache": WeakKeyDictionary()}
 
     @property
     def groups(self) -> int:
@@ -276,10 +285,7 @@ class Increments(nn.Module):
             base: its output ``[B, S, d_out]`` where it is any other kind of layer.
             factors: the layer's rows.
         """
-        selection = self.active
-        assert selection is not None
-        if x.dim() != 3 or x.shape[0] != selection.batch_size:
-            raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{selection.batch_size}, S, d_in]")
+        selection = self._selection_for(x)
         y = base
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
@@ -300,6 +306,20 @@ class Increments(nn.Module):
                 y = inject_add_unchecked(y, x, A, B, index, coefficient, self.config.scale, past)
         assert y is not None
         return y
+
+    def read(self, x: Tensor, factors: Factors) -> Tensor:
+        """What an ``o_proj`` is handed in place of ``x [B, S, d_in]``, by a method with ``reads``."""
+        selection, queries = self._selection_for(x), self.queries
+        self.queries = None  # those of this attention are not the next one's
+        assert queries is not None
+        x, queries = x.to(factors.A.device), queries.to(factors.A.device)
+        return self.method.read(selection, factors, x, queries)
+
+    def _selection_for(self, x: Tensor) -> Selection:
+        assert self.active is not None
+        if x.dim() != 3 or x.shape[0] != self.active.batch_size:
+            raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{self.active.batch_size}, S, d_in]")
+        return self.active
 
     def _pools(
         self, selection: Selection, factors: Factors, device: torch.device

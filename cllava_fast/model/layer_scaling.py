@@ -87,10 +87,7 @@ def scale_layers(model: Any, *, alpha: float, beta: float) -> LayerScaling:
         raise ValueError("nothing has been learned yet")
     layers = paths.base_of(model).layers
     last = max(len(list(model.get_submodule(layers).children())) - 1, 1)
-    numbers = {
-        path: int(path.removeprefix(f"{layers}.").partition(".")[0])
-        for path in paths.adapted_linears(model, increments.config.targets)
-    }
+    numbers = {path: int(path.removeprefix(f"{layers}.").partition(".")[0]) for path in increments.linears(model)}
     return LayerScaling(model, {path: alpha + beta * number / last for path, number in numbers.items()})
 
 

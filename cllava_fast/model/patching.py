@@ -83,16 +83,22 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     attentions = paths.attentions(model)
     config = IncrementConfig() if config is None else config
     increments = Increments(model, config, _find_processor(model) if processor is None else processor)
+    linears = increments.linears(model)
+    readers = attentions[: len(linears)] if increments.method.reads else []  # an o_proj each
+    projections = [paths.query_projection(attention) for attention in readers]
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     record = _Patch(requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
     model.requires_grad_(False)
-    for path, linear in paths.adapted_linears(model, config.targets).items():
+    for path, linear in linears.items():
         linear.__dict__["_adapter"] = _Adapter(increments, increments.pool.factors(path))
         _shadow(linear, "forward", _linear_forward)
     for attention in attentions:
         receive = functools.partial(_receive_selection, increments)
         record.hooks.append(attention.register_forward_pre_hook(receive, with_kwargs=True))
+    for attention, projection in zip(readers, projections, strict=True):
+        catch = functools.partial(_catch_queries, increments, attention.head_dim)
+        record.hooks.append(projection.register_forward_hook(catch))
     for linear in record.kept_from_repacking:
         linear.support_avx512bf16_for_cpu = False
     if paths.base_of(model).takes_features:
@@ -113,7 +119,7 @@ def unpatch(model: Any) -> Any:
         ValueError: the model is not patched, something else was patched over it since, or a selection is merged.
     """
     increments = get_increments(model)
-    linears = paths.adapted_linears(model, increments.config.targets)
+    linears = increments.linears(model)
     check_not_merged(increments)
     shadowed = [(model, "forward"), (model, "generate"), (model, "save_pretrained")]
     shadowed += [(model.model, "get_image_features")] if paths.base_of(model).takes_features else []
@@ -190,6 +196,8 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
     increments = adapter.increments
     if increments.active is None:
         return original(x)
+    if increments.method.reads:
+        return original(increments.read(x, adapter.factors))
     # what other libraries put on this instance (offloading, say) must keep its part
     if paths.is_plain(linear) and getattr(linear.__dict__["forward"], "_original", 0) is None:
         return increments.inject(x, linear, None, adapter.factors)
@@ -199,6 +207,11 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
 def _receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     increments.active = kwargs.pop(SELECTION, None)
     return args, kwargs
+
+
+def _catch_queries(increments: Increments, head_dim: int, module: nn.Module, args: Any, output: Tensor) -> None:
+    if increments.active is not None:
+        increments.queries = output.reshape(*output.shape[:2], -1, head_dim)
 
 
 def _get_image_features(llava: Any, original: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +243,7 @@ def _forward(
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
-        increments.active = None
+        increments.active = increments.queries = None
     if increments.pending is None:
         increments.remember(_cache_of(output), selection)
     return output

@@ -79,8 +79,8 @@ def repacked_on_cpu(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
 
 
-def adapted_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The linears that ``targets`` name in every language layer, by path.
+def adapted_linears(model: nn.Module, targets: tuple[str, ...], first: int | None = None) -> dict[str, nn.Module]:
+    """The linears that ``targets`` name in every language layer, or in the ``first`` ones alone, by path.
 
     A target is the path behind the layer's number (``"self_attn.o_proj"``), a shell-style pattern of such paths
     (``"self_attn.*_proj"``, ``"mlp.*"``), or a linear's own name (``"q_proj"``). Only language layers are searched: the
@@ -91,7 +91,7 @@ def adapted_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.
     """
     found: dict[str, nn.Module] = {}
     layers = base_of(model).layers
-    for number, layer in enumerate(model.get_submodule(layers).children()):
+    for number, layer in enumerate(list(model.get_submodule(layers).children())[:first]):
         modules = dict(layer.named_modules())
         linears = [path for path, module in modules.items() if _is_linear(module)]
         for target in targets:
@@ -136,6 +136,18 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     if missing:
         raise TypeError(f"language layers are {missing[0]}s without a self_attn; expected Llama-like layers")
     return [layer.get_submodule("self_attn") for layer in layers.children()]
+
+
+def query_projection(attention: nn.Module) -> nn.Module:
+    """The module of an attention that puts out its queries, before positions are added.
+
+    Raises TypeError for an attention that projects queries, keys and values by one linear.
+    """
+    if not hasattr(attention, "q_proj"):
+        names = [name for name, _ in attention.named_children()]
+        raise TypeError(f"a {type(attention).__name__} has no q_proj, but {names}; expected a linear for queries alone")
+    # a norm of queries belongs to them
+    return attention.get_submodule("q_norm" if hasattr(attention, "q_norm") else "q_proj")
 
 
 def output_head(model: nn.Module) -> nn.Module:
