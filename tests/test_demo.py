@@ -13,7 +13,8 @@ import torch
 import cllava_fast as cf
 from cllava_fast.demo.base import load_base
 from cllava_fast.demo.run import DEFAULT, DemoConfig, run_demo
-from cllava_fast.evaluate.report import METRICS, load_results
+from cllava_fast.evaluate.report import load_results
+from cllava_fast.evaluate.results import METRICS
 
 TASKS = ["chart", "document", "icon", "digit"]
 

@@ -205,7 +205,7 @@ def test_a_format_that_nobody_needs_is_not_decoded(tmp_path: Path, format: str) 
     Image.new("RGB", (16, 16), "red").save(path, format)
     with Image.open(path) as image:
         assert image.format == format, "Pillow would"
-    with pytest.raises(ImageError, match="a.png is none; expected one of BMP, GIF"):
+    with pytest.raises(ImageError, match="a.png cannot be read as an image; expected one of BMP, GIF"):
         opened(path)
 
 

@@ -315,8 +315,8 @@ def test_one_run_is_not_compared(results: dict) -> None:
         ("shape", "is not 2 x 2"),
         ("example", r"an example of 'joint_lora' on 'chart' lacks \['score'\]"),
         ("metrics", "expected one for each task"),
-        ("orders", "does not hold the tasks"),
-        ("selection", "the selection of 'joint_lora'"),
+        ("orders", "expected the tasks of the stream"),
+        ("selection", "selection of 'joint_lora'"),
     ],
 )
 def test_a_wrong_results_file_is_refused(damage: str, message: str, results: dict, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _damage_is_named(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageError(f"image {name} is none; expected one of {', '.join(FORMATS)}") from None
+        raise ImageError(f"image {name} cannot be read as an image; expected one of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         _refuse_size(name, "far too many")
     except Exception as error:

@@ -129,13 +129,13 @@ def check_encoded(processor: Any, encoder: Encoder, reader: InstructionReader, s
 
 def results(data: bytes, folder: Path) -> None:
     from cllava_fast.evaluate.page import html_page
-    from cllava_fast.evaluate.report import _csv, _markdown, explanations, table
+    from cllava_fast.evaluate.report import _csv, _markdown, explanations, selection_table, table
 
     path = folder / "results.json"
     path.write_bytes(data)
     read = refused_or(lambda: load_results(path), str(path))
     if read is not None:
-        page = html_page(read, table(read), explanations(read), {})
+        page = html_page(read, table(read), explanations(read), {}, selection_table(read))
         assert "<script" not in page
         (page + _csv(read) + _markdown(read, {})).encode()
 
