@@ -109,12 +109,11 @@ class Diki(Method):
         return Selection(past=Pairs(task, strength), index=task, weight=torch.ones_like(strength))
 
     def read(self, selection: Selection, factors: Factors, x: Tensor, queries: Tensor) -> Tensor:
+        keys, values, chosen = factors.A, factors.B, selection.past
         if selection.block is not None:
+            assert factors.block_A is not None and factors.block_B is not None
             keys, values, chosen = factors.block_A, factors.block_B, selection.block
-        else:
-            assert selection.past is not None
-            keys, values, chosen = factors.A, factors.B, selection.past
-        assert keys is not None and values is not None
+        assert chosen is not None
         task, strength = chosen.index[:, 0].to(x.device), chosen.coefficient[:, :, None].to(x.device)  # [B], [B, 1, 1]
         found = attend(queries, keys[task], values[task])
         return x + (self.config.scale * strength * found).to(x.dtype)
