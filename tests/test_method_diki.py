@@ -287,7 +287,7 @@ def test_attend_is_torchs_attention_for_each_head(rng: torch.Generator) -> None:
     ],
 )
 def test_a_config_refuses_what_it_cannot_do(fields: dict, message: str) -> None:
-    config = DikiConfig(layers=3, strength="familiarity")
+    config = DikiConfig(layers=3, strength="likelihood")
     assert config_from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match=message):
         DikiConfig(**fields)
