@@ -38,7 +38,8 @@ def patched(
     model: Any, processor: Any, tasks: int, rng: torch.Generator, leave_open: bool = False, **fields: Any
 ) -> Any:
     """Tasks with random prompts; each remembers queries around one of its own."""
-    increments = get_increments(cf.patch(model, DikiConfig(rank=3, **fields), processor=processor))
+    config = DikiConfig(rank=3, strength="likelihood", **fields)
+    increments = get_increments(cf.patch(model, config, processor=processor))
     pool, method = increments.pool, increments.method
     for task in range(tasks):
         queries = torch.randn(1, pool.key_dim, generator=rng) + 0.1 * torch.randn(20, pool.key_dim, generator=rng)

@@ -7,8 +7,8 @@ A task trains prompts of its own in the first layers. ``P_v`` is born zero, so t
 
     lambda = sigmoid(log p / D - 1)
 
-That is ``strength="likelihood"``. The Gaussians of a few wordings are so wide here (``calibration.NOISE``) that it hardly
-falls for what is like no task, so by default ``lambda`` is calibration's score, which knows the task's own level.
+That is ``strength="likelihood"``. Here, Gaussians are so wide (``calibration.NOISE``) that it hardly falls for what is
+like no task, so by default ``lambda`` is calibration's score, which knows the task's own level.
 
 The paper puts the branch into both towers of a CLIP; here it is in the language layers, and the features are the
 surrogate's queries. ``q`` is taken before positions are added: prompts have none.
@@ -113,11 +113,11 @@ class Diki(Method):
 
     def read(self, selection: Selection, factors: Factors, x: Tensor, queries: Tensor) -> Tensor:
         if selection.block is not None:
-            keys, values, chosen = factors.block_A, factors.block_B, selection.block
+            assert factors.block_A is not None and factors.block_B is not None
+            keys, values, chosen = factors.block_A.to(x), factors.block_B.to(x), selection.block
         else:
             assert selection.past is not None
             keys, values, chosen = factors.A, factors.B, selection.past
-        assert keys is not None and values is not None
         task, strength = chosen.index[:, 0].to(x.device), chosen.coefficient[:, :, None].to(x.device)  # [B], [B, 1, 1]
         found = attend(queries, keys[task], values[task])
         return x + (self.config.scale * strength * found).to(x.dtype)
