@@ -36,7 +36,7 @@ class DikiConfig(MethodConfig):
 
     method: ClassVar[str] = "diki"
     title: ClassVar[str] = "DIKI"
-    demo = {"scale": 64.0, "a_std": 4.0, "rank": 32}  # few steps at its learning rate move prompts by less than 1
+    demo = {"scale": 64.0, "a_std": 4.0, "rank": 64}  # few steps at its learning rate move prompts by less than 1
 
     layers: int = field(default=8, metadata={"help": "language layers with prompts, from the first on"})
     rank: int = field(default=8, metadata={"help": "prompts of a task in each of these layers"})
