@@ -38,7 +38,8 @@ def patched(
     model: Any, processor: Any, tasks: int, rng: torch.Generator, leave_open: bool = False, **fields: Any
 ) -> Any:
     """Tasks with random prompts; each remembers queries around one of its own."""
-    increments = get_increments(cf.patch(model, DikiConfig(rank=3, **fields), processor=processor))
+    config = DikiConfig(rank=3, strength="likelihood", **fields)
+    increments = get_increments(cf.patch(model, config, processor=processor))
     pool, method = increments.pool, increments.method
     for task in range(tasks):
         queries = torch.randn(1, pool.key_dim, generator=rng) + 0.1 * torch.randn(20, pool.key_dim, generator=rng)
@@ -287,7 +288,7 @@ def test_attend_is_torchs_attention_for_each_head(rng: torch.Generator) -> None:
     ],
 )
 def test_a_config_refuses_what_it_cannot_do(fields: dict, message: str) -> None:
-    config = DikiConfig(layers=3, strength="familiarity")
+    config = DikiConfig(layers=3, strength="likelihood")
     assert config_from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match=message):
         DikiConfig(**fields)

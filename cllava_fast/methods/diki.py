@@ -7,6 +7,9 @@ A task trains prompts of its own in the first layers. ``P_v`` is born zero, so t
 
     lambda = sigmoid(log p / D - 1)
 
+That is ``strength="likelihood"``. Here, Gaussians are so wide (``calibration.NOISE``) that it hardly falls for what is
+like no task, so by default ``lambda`` is calibration's score, which knows the task's own level.
+
 The paper puts the branch into both towers of a CLIP; here it is in the language layers, and the features are the
 surrogate's queries. ``q`` is taken before positions are added: prompts have none.
 """
@@ -29,11 +32,11 @@ STRENGTHS = ("likelihood", "familiarity")
 
 @dataclass(frozen=True)
 class DikiConfig(MethodConfig):
-    """DIKI with the defaults of its code; each field's help says what it is."""
+    """DIKI with the defaults of its code, except for ``strength``; each field's help says what it is."""
 
     method: ClassVar[str] = "diki"
     title: ClassVar[str] = "DIKI"
-    demo = {"scale": 1.0, "a_std": 3**-0.5}
+    demo = {"scale": 64.0, "a_std": 4.0, "rank": 64}  # few steps at its learning rate move prompts by less than 1
 
     layers: int = field(default=8, metadata={"help": "language layers with prompts, from the first on"})
     rank: int = field(default=8, metadata={"help": "prompts of a task in each of these layers"})
@@ -46,10 +49,10 @@ class DikiConfig(MethodConfig):
         default=("self_attn.o_proj",), metadata={"help": "where the branch joins its attention; no choice"}
     )
     strength: str = field(
-        default="likelihood",
+        default="familiarity",
         metadata={
-            "help": "how strongly the likeliest task acts: likelihood, the paper's lambda, or familiarity, which knows "
-            "how likely the task's own training samples are (methods/calibration.py)"
+            "help": "how strongly the likeliest task acts: familiarity, which knows how likely the task's own training "
+            "samples are (methods/calibration.py), or likelihood, the paper's lambda"
         },
     )
     surrogate: str = field(
@@ -112,7 +115,7 @@ class Diki(Method):
         keys, values, chosen = factors.A, factors.B, selection.past
         if selection.block is not None:
             assert factors.block_A is not None and factors.block_B is not None
-            keys, values, chosen = factors.block_A, factors.block_B, selection.block
+            keys, values, chosen = factors.block_A.to(x), factors.block_B.to(x), selection.block
         assert chosen is not None
         task, strength = chosen.index[:, 0].to(x.device), chosen.coefficient[:, :, None].to(x.device)  # [B], [B, 1, 1]
         found = attend(queries, keys[task], values[task])

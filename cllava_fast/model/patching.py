@@ -209,7 +209,7 @@ def _receive_selection(increments: Increments, module: nn.Module, args: Any, kwa
     return args, kwargs
 
 
-def _catch_queries(increments: Increments, head_dim: int, module: nn.Module, args: Any, output: Tensor) -> None:
+def _catch_queries(increments: Increments, head_dim: Any, module: nn.Module, args: Any, output: Tensor) -> None:
     if increments.active is not None:
         increments.queries = output.reshape(*output.shape[:2], -1, head_dim)
 
