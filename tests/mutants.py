@@ -117,20 +117,20 @@ MUTANTS = [
         "if False:", INJECT_TESTS,
     ),
     Mutant(
-        "context of too many rows", "cllava_fast/model/increments.py", "factors.A[:rows], factors.B[:rows]",
-        "factors.A[-rows:], factors.B[-rows:]", MODEL,
+        "context of too many rows", "cllava_fast/model/increments.py", "return A[:rows], B[:rows]",
+        "return A[-rows:], B[-rows:]", MODEL,
     ),
     Mutant(
         "context lost in a layer", "cllava_fast/model/increments.py", "return [(*first, past),",
         "return [(*first, None),", MODEL,
     ),
     Mutant(
-        "past keys drift", "cllava_fast/pool.py", "torch.cat([self.keys, self.block_keys.detach()])",
-        "torch.cat([self.keys * 0.999, self.block_keys.detach()])", MODEL,
+        "past keys drift", "cllava_fast/pool.py", "torch.cat([self.keys, keys])",
+        "torch.cat([self.keys * 0.999, keys])", MODEL,
     ),
     Mutant(
-        "past rows drift", "cllava_fast/pool.py", "torch.cat([self.B, self.block_B.detach()",
-        "torch.cat([self.B * 0.99, self.block_B.detach()", MODEL,
+        "past rows drift", "cllava_fast/pool.py", "torch.cat([self.B, B])",
+        "torch.cat([self.B * 0.99, B])", MODEL,
     ),
     Mutant(
         "untrained rows at inference", "cllava_fast/methods/continual_llava.py",
@@ -167,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: another task's block is right", "cllava_fast/evaluate/evaluation.py",
-        "pool.row_task[index] == pool", "pool.row_task[index] != pool", EVALUATION,
+        "owner[index] == pool", "owner[index] != pool", EVALUATION,
     ),
     Mutant(
         "evaluation: answers in the wrong task", "cllava_fast/evaluate/evaluation.py", "start = part.stop", "start = 0",

@@ -97,7 +97,7 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
         receive = functools.partial(_receive_selection, increments)
         record.hooks.append(attention.register_forward_pre_hook(receive, with_kwargs=True))
     for attention, projection in zip(readers, projections, strict=True):
-        catch = functools.partial(_catch_queries, increments, attention.head_dim)  # type: ignore[arg-type]
+        catch = functools.partial(_catch_queries, increments, attention.head_dim)
         record.hooks.append(projection.register_forward_hook(catch))
     for linear in record.kept_from_repacking:
         linear.support_avx512bf16_for_cpu = False
