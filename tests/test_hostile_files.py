@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from rich.console import Console
 from safetensors.torch import save_file
 
 import cllava_fast as cf
@@ -21,6 +23,7 @@ from cllava_fast.model import files, hub
 from cllava_fast.model.card import is_repo_id
 from cllava_fast.ops import tuned
 from cllava_fast.surrogate import SentenceSurrogate, find_sentence_model
+from cllava_fast.train.progress import stage
 from tests.fuzz.readers import seeds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,3 +312,12 @@ def test_the_package_calls_nothing_that_runs_what_it_reads() -> None:
             if isinstance(node, ast.Import) and path.name != "distributed.py":  # errors between processes of one run
                 assert "pickle" not in [alias.name for alias in node.names], path
     assert found == ALLOWED
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_task_name_is_shown_as_it_is_while_it_is_learned(terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100)
+    with stage("[red]a[/red]\x1b[2J: tune", 1, console=console) as advance:
+        advance("loss [1]")
+    assert "[red]a[/red]\\x1b[2J: tune" in out.getvalue() and "loss [1]" in out.getvalue()

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cllava_fast import distributed
+from cllava_fast.untrusted import printable
 
 Advance = Callable[[str], None]
 
@@ -24,13 +25,13 @@ def stage(title: str, total: int, show: bool = True, console: Console | None = N
     if not (show and distributed.is_main()):
         yield lambda note: None
         return
-    last = ""
+    last, title = "", printable(title)
     columns = (
-        TextColumn("{task.description:<34}"),
+        TextColumn("{task.description:<34}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, note="")
@@ -41,4 +42,4 @@ def stage(title: str, total: int, show: bool = True, console: Console | None = N
             progress.update(task, advance=1, note=note)
 
         yield advance
-    console.print(f"{title:<34} {total:>5} steps  {last}", highlight=False)
+    console.print(f"{title:<34} {total:>5} steps  {last}", highlight=False, markup=False)
