@@ -15,6 +15,8 @@ from cllava_fast.untrusted import printable
 # Okabe and Ito's colours, told apart by colour-blind readers too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
+DASHES = ("-", "--", ":")  # where there are more methods than colours
+METHOD = 30  # characters of a method's title
 
 
 def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
@@ -73,9 +75,9 @@ def plot_selection(results: Mapping[str, Any], path: Path) -> None:
     for (blocks, shared), (name, study) in zip(grid, studies.items(), strict=True):
         tasks = [_plain(task) for task in study["tasks"]]
         _heat_map(blocks, study["block_weight"], tasks, tasks)
-        blocks.set_title(f"{_plain(title_of(name))}\nweight in rows of", fontsize=11)
+        blocks.set_title(f"{_plain(title_of(name), METHOD)}\nweight in rows of", fontsize=11)
         _heat_map(shared, study["overlap"], tasks, tasks)
-        shared.set_title(f"{_plain(title_of(name))}\nweight shared with", fontsize=11)
+        shared.set_title(f"{_plain(title_of(name), METHOD)}\nweight shared with", fontsize=11)
         blocks.set_ylabel("questions of")
     figure.supxlabel("% of the selection weight", fontsize=10)
     _save(figure, path)
@@ -103,7 +105,8 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
             curve = _curve_since(results, result, task) if several else _curve(results, result, task)
             steps = list(curve)
             line = [middle for middle, _ in curve.values()]
-            axes.plot(steps, line, color=color, marker=marker, markersize=5, label=_plain(title_of(method)), zorder=3)
+            dashes, label = DASHES[number // len(COLORS) % len(DASHES)], _plain(title_of(method), METHOD)
+            axes.plot(steps, line, dashes, color=color, marker=marker, markersize=5, label=label, zorder=3)
             if any(len(spread) > 1 for _, spread in curve.values()):
                 low, high = ([limit(spread) for _, spread in curve.values()] for limit in (min, max))
                 axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
@@ -160,7 +163,7 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
             start = steps.stop
             label = _plain(task) if len(losses) > 1 else "all tasks"
             axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.4, marker=".", label=label)
-        axes.set_title(_plain(title_of(method)), fontsize=11)
+        axes.set_title(_plain(title_of(method), METHOD), fontsize=11)
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -170,16 +173,16 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, longest: int = 20) -> str:
     """A stranger's text on one short line; between two dollars matplotlib would read mathematics."""
     text = printable(" ".join(text.split()))
-    text = text if len(text) <= 20 else text[:19] + "…"
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
     return text.replace("$", r"\$")
 
 
 def _with_average(name: str, result: Mapping[str, Any]) -> str:
     average = result["average_accuracy"]
-    title = _plain(title_of(name))
+    title = _plain(title_of(name), METHOD)
     return title if average is None else f"{title}\naverage {100 * average:.1f} %"
 
 

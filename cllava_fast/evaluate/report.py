@@ -81,7 +81,8 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
-    """The brief table on the terminal, a method a row where that fits, otherwise a task a row.
+    """The brief table on the terminal, a method a row where that fits or there are more methods than columns, otherwise
+    a task a row.
 
     80 columns hold streams of four tasks.
     """
@@ -95,13 +96,13 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     lines = [[name.replace(" ", "\n") for name in header]]
     lines += [row if row[0] != METRIC_ROW else [cell.replace(" ", "\n") for cell in row] for row in rows]
     widths = [max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
-    if sum(widths) + len(widths) > console.width:
+    if sum(widths) + len(widths) > console.width and len(rows) < len(header):
         lines = [list(column) for column in zip(header, *rows, strict=True)]
     after = "after the last task" if finished(results) else "so far"
     title = f"{quantity(results)} in % {after}, {over_runs(results)}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for position, name in enumerate(lines[0]):
-        shown.add_column(escape(printable(name)), justify="left" if position == 0 else "right", no_wrap=True)
+        shown.add_column(escape(printable(name)), justify="left" if position == 0 else "right", no_wrap=position > 0)
     for line in lines[1:]:
         shown.add_row(*(escape(printable(cell)) for cell in line))
     console.print(shown)
