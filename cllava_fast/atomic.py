@@ -153,7 +153,10 @@ def make_folder(path: Path) -> None:
     """Makes a folder and those above it, for good."""
     if not path.is_dir():
         make_folder(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
         _to_disk(path.parent)
 
 
