@@ -18,6 +18,7 @@ from cllava_fast.ops.inject import cases as inject_cases  # noqa: E402
 from cllava_fast.ops.select import cases as select_cases  # noqa: E402
 
 INJECT = inject_cases.Case(B=3, S=7, d_in=17, d_out=33, N=3, R=3, P=11)
+ROUTED = [INJECT._replace(per_token=True), INJECT._replace(shared=True), INJECT._replace(per_token=True, shared=True)]
 SELECT = (
     select_cases.Case(B=5, N=33, D=48, M=3, groups=4, allowed="row"),
     select_cases.Case(B=3, N=24, D=32, M=4, allowed="sample", reduce="batch"),
@@ -56,9 +57,13 @@ def run_all(device, backend, dtypes=(torch.float32, torch.float16, torch.bfloat1
             pairs = A, B, index, coefficient
             past_A, past_B, past_coefficient = moved(inject_cases.make_past(INJECT._replace(past=5), dtype, generator))
             past = past_A.detach(), past_B.detach(), past_coefficient
-            for _ in ways(backend):
+            routed = [moved(inject_cases.make(case, dtype, generator)) for case in ROUTED]
+            for way in ways(backend):
                 y = ops.inject(x, weight.detach(), *pairs, bias.detach(), past=past)
                 backward([ops.inject_add(y, x, *pairs)], x, A, B, coefficient, past_coefficient)
+                for own, frozen, *rows, free in routed if way != "whole" else routed[:1]:  # a shared A is gathered
+                    y = ops.inject(own, frozen.detach(), *rows, free.detach(), past=past)
+                    backward([y], own, rows[0], rows[1], rows[3])
             if backend != "triton":
                 ops.merge(weight, A, B, index[0], coefficient[0])
         index, weight, row_task, row_mean, context = moved(aggregate_cases.make(AGGREGATE, torch.float32, generator))
