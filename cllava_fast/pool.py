@@ -17,6 +17,7 @@ from cllava_fast import lowrank
 
 PER_TASK = ("mean_A", "mean_B", "context_error")  # buffers with one entry for each task
 PER_ROW = ("A", "B", "row_task", "row_mean")
+STANDARD = ("keys", "context", *PER_TASK, *PER_ROW)  # all that is no method's own
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,15 @@ class Pool(_Keeper):
             assert isinstance(factors, Factors)
             factors.drop_block()
         self._block_rows = 0
+        if not self.num_rows:  # tasks that shared the block alone are forgotten with it
+            self.task_names, self.context = [], self.context.new_empty(0, 0)
+        # what a method kept for the block goes with it
+        owners = [(self, self.own_tensors(None, self.num_tasks, self.num_rows, 0))]
+        for factors in self.layers.values():
+            owners.append((factors, self.own_tensors(factors.shape, self.num_tasks, self.num_rows, 0)))  # type: ignore
+        for module, own in owners:
+            for name in [name for name in module._buffers if name not in (*STANDARD, *own)]:
+                delattr(module, name)
 
     def context_matrix(self) -> Tensor:
         """``[T, T]``, or ``[T + 1, T + 1]`` with the open block's row, through which gradients reach ``w[t, :]``."""
@@ -355,8 +365,7 @@ class Pool(_Keeper):
 
     def kept(self) -> dict[str, Tensor]:
         """What methods keep beside rows and do not train, by name."""
-        standard = ("keys", "context", *PER_TASK, *PER_ROW)
-        return {name: buffer for name, buffer in self.named_buffers() if name.rpartition(".")[2] not in standard}
+        return {name: buffer for name, buffer in self.named_buffers() if name.rpartition(".")[2] not in STANDARD}
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
         """Puts back what ``kept`` returned."""

@@ -117,8 +117,8 @@ MUTANTS = [
         "if False:", INJECT_TESTS,
     ),
     Mutant(
-        "context of too many rows", "cllava_fast/model/increments.py", "return A[:rows], B[:rows]",
-        "return A[-rows:], B[-rows:]", MODEL,
+        "context of too many rows", "cllava_fast/model/increments.py", "ops.Past(A[:rows], B[:rows],",
+        "ops.Past(A[-rows:], B[-rows:],", MODEL,
     ),
     Mutant(
         "context lost in a layer", "cllava_fast/model/increments.py", "return [(*first, past),",

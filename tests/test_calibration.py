@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import cllava_fast as cf
+from cllava_fast.demo.skills import build_skills
+from cllava_fast.demo.stream import build_stream
 from cllava_fast.methods import Pairs, Selection, calibration
 from cllava_fast.methods.calibration import MARGIN, NOISE, TEMPERATURE
 from cllava_fast.pool import LinearShape, Pool
@@ -115,3 +117,31 @@ def test_strange_instruction_leaves_the_frozen_model_alone(
     again = cf.load_pretrained(new_llava(), tmp_path / "saved", processor=processor)
     with torch.no_grad():
         assert torch.equal(again(**inputs, query=query).logits, with_)
+
+
+def above_level(fit: Tensor, asked: Tensor) -> Tensor:
+    """``l(e) - m`` of queries ``asked`` under the Gaussian of ``fit``."""
+    pool = Pool(rank=2, key_dim=fit.shape[1], shapes={"o": LinearShape(6, 5)})
+    calibration.remember(pool, fit)
+    return calibration.likelihoods(pool, asked)[1][:, 0]
+
+
+def test_the_margin_lies_between_the_demos_tasks_and_what_the_base_knew(llava: Any, processor: Any) -> None:
+    increments = cf.patch(llava, processor=processor).increments
+
+    def queries(samples: Any) -> Tensor:
+        return increments.surrogate.query([increments.reader.canonical(sample.instruction) for sample in samples])
+
+    known, left_out = [], []
+    skills = queries(build_skills(processor, seed=0, size=100).stream.tasks[0].test)
+    familiar = torch.full((len(skills),), -torch.inf)
+    for task in build_stream(0, train=240, validation=60, test=1):
+        train = queries(task.train)
+        known.append(above_level(train, queries(task.validation)))
+        familiar = torch.maximum(familiar, above_level(train, skills))
+        wordings, which = torch.unique(train, dim=0, return_inverse=True)
+        for number in range(0, len(wordings), 4):
+            left_out.append(above_level(train[which != number], wordings[number : number + 1]))
+    assert torch.cat(known).min() > -0.75 * MARGIN and torch.cat(known).median() > -0.1
+    assert torch.cat(left_out).quantile(0.8) > -MARGIN
+    assert familiar.max() < -MARGIN and familiar.median() < -2 * MARGIN

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.methods import (
+    METHODS,
     ContinualLlava,
     IncrementConfig,
     JointLoraConfig,
@@ -196,3 +197,28 @@ def test_configs_round_trip(config: IncrementConfig) -> None:
 def test_a_foreign_config_is_refused() -> None:
     with pytest.raises(TypeError, match="config is a dict; expected one of"):
         make_method({})
+
+
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if name not in ("continual_llava", "slm", "diki")))
+def test_a_task_that_fails_leaves_what_can_be_saved(name: str, generator: torch.Generator) -> None:
+    config_class, policy = METHODS[name]
+    config = config_class(targets=("o",))
+    method = policy(config)
+    key_dim = D if getattr(config, "surrogate", None) else 0
+
+    def new_pool() -> Pool:
+        return Pool(
+            config.rank, key_dim, {"o": LinearShape(6, 5)}, shares_A=method.shares_A, own_tensors=method.own_tensors,
+            shared_rows=method.shared_rows,
+        )  # fmt: skip
+
+    pool, queries = new_pool(), torch.randn(8, D, generator=generator)
+    method.open_task(pool, queries, generator)
+    method.close_task(pool, "first", queries, 1)
+    method.open_task(pool, queries, generator)
+    pool.drop_block()
+    again = new_pool()
+    again.load_state(pool.state(), pool.task_names)
+    assert again.task_names == pool.task_names and again.state().keys() == pool.state().keys()
+    for key, tensor in again.state().items():
+        assert torch.equal(tensor, pool.state()[key]), key

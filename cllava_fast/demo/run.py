@@ -155,13 +155,15 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
     details: dict[str, dict[str, Any]] = {}  # of the last seed, in the first order
     scored_by: dict[str, str] = {}
+    skills: dict[int, tuple[cf.PreparedStream, float]] = {}  # of each seed, and how able the frozen base is
     for seed, number in product(range(config.seeds), range(len(orders))):
         stream = in_order(config.stream(seed), orders[number])
         scored_by = {task.name: task.metric for task in stream}
         data: cf.PreparedStream | None = None
-        plain, processor = load_base()
-        skills = build_skills(processor, seed)
-        able = base_ability(plain, skills)
+        if seed not in skills:
+            plain, processor = load_base()
+            asked = build_skills(processor, seed)
+            skills[seed] = asked, base_ability(plain, asked)
         where = {"seed": seed, "order": number} if len(orders) > 1 else {}
         run = f"seed{seed}-order{number}" if len(orders) > 1 else f"seed{seed}"
         for name in config.methods:
@@ -176,7 +178,8 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
                 cf.patch(model, config.method_config(name), processor=processor)
                 arguments = config.arguments(output / "methods" / name / run, seed)
                 result = cf.ContinualTrainer(model, processor, data, arguments).train()
-            kept = base_ability(model, skills) / able if able else None
+            asked, able = skills[seed]
+            kept = (1.0 if name == "frozen" else base_ability(model, asked) / able) if able else None
             runs[name].append({**result.to_dict(), "base_kept": kept, **where})
             if number == 0:
                 details[name] = {"losses": result.losses, "examples": result.examples}

@@ -199,6 +199,11 @@ class Method(ABC):
         raise ValueError(f"{self.config.method} keeps no mean of a task; name an instruction instead")
 
 
+def layers_of(pool: Pool) -> list[Any]:
+    """The ``Factors`` of every linear; what methods keep in them (``Factors.keep``), no type knows."""
+    return list(pool.layers.values())
+
+
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {}  # config and policy by the config's ``method``
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast import distributed, ops
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
+from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, layers_of, register
 from cllava_fast.pool import Factors, LinearShape, Pool
 
 MOMENTUM = 0.99  # of a branch's activity: about the last hundred batches count, in which the router has found its form
@@ -82,7 +82,7 @@ class BranchLora(Method):
         N = self.config.branches
         keys = task_key(queries, groups=2 if self.config.surrogate == "text+image" else 1)
         pool.open_block(N, keys=keys, a_std=self.config.a_std, context_init=None, generator=generator)
-        for factors in _layers(pool):
+        for factors in layers_of(pool):
             bound = factors.shape.d_in**-0.5  # as nn.Linear is born; drawn on the CPU, the same on every device
             router = (2 * torch.rand(N, factors.shape.d_in, generator=generator) - 1) * bound
             factors.keep("block_router", router.to(factors.A.device))
@@ -90,7 +90,7 @@ class BranchLora(Method):
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         learned: list[tuple[Factors, Tensor, Tensor]] = []
-        for factors in _layers(pool):
+        for factors in layers_of(pool):
             assert factors.block_B is not None
             activity: Tensor = factors.activity
             distributed.average(activity)
@@ -189,7 +189,3 @@ def _first(x: Tensor, first: Tensor | None) -> Tensor:  # [B, S, d_in] -> [B, d_
     if first is None:
         return x[:, 0]
     return x[torch.arange(len(x), device=x.device), first.to(x.device).clamp(max=x.shape[1] - 1)]
-
-
-def _layers(pool: Pool) -> list[Any]:
-    return list(pool.layers.values())

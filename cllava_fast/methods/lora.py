@@ -1,4 +1,7 @@
-"""Sequential and joint LoRA (Hu et al., arXiv 2106.09685) as one row that acts on every sample: the yardsticks."""
+"""Sequential and joint LoRA (Hu et al., arXiv 2106.09685) as one row that acts on every sample: the yardsticks.
+
+``LoraForEachTask`` is what methods with a LoRA of its own for each task begin with.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,19 @@ class JointLoraConfig(LoraConfig):
 
     method: ClassVar[str] = "joint_lora"
     title: ClassVar[str] = "Joint LoRA"
+
+
+class LoraForEachTask(Method):
+    """Pool row t is task t's LoRA, frozen behind its task. What acts is for ``select`` to say."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
+        pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+
+    def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
+        pool.commit(name, torch.ones(1))
 
 
 @register(LoraConfig)

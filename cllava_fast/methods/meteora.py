@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
+from cllava_fast.methods.base import MethodConfig, Pairs, Selection, layers_of, register
+from cllava_fast.methods.lora import LoraForEachTask
 from cllava_fast.pool import Factors, LinearShape, Pool
 
 
@@ -45,24 +46,21 @@ class MeteoraConfig(MethodConfig):
 
 
 @register(MeteoraConfig)
-class Meteora(Method):
+class Meteora(LoraForEachTask):
     """Pool row t is task t's LoRA; each linear keeps ``gate [T, d_in]`` beside them."""
 
     uses_query = False
     routes = True
     config: MeteoraConfig
 
-    def __init__(self, config: MeteoraConfig) -> None:
-        self.config = config
-
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
-        pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
-        for factors in _layers(pool):
+        super().open_task(pool, queries, generator)
+        for factors in layers_of(pool):
             factors.keep("block_gate", torch.zeros(1, factors.shape.d_in, device=factors.A.device))
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
-        gates = {factors: _gate(factors).detach() for factors in _layers(pool)}
-        pool.commit(name, torch.ones(1))
+        gates = {factors: _gate(factors).detach() for factors in layers_of(pool)}
+        super().close_task(pool, name, queries, groups)
         for factors, gate in gates.items():
             factors.keep("gate", gate)
 
@@ -112,7 +110,3 @@ def _gate(factors: Any) -> Tensor:
 def _all_rows(rows: int, device: torch.device) -> Pairs | None:
     index = torch.arange(rows, device=device)[None]  # [1, rows]
     return Pairs(index, torch.ones(index.shape, device=device)) if rows else None
-
-
-def _layers(pool: Pool) -> list[Any]:
-    return list(pool.layers.values())

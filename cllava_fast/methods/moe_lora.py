@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cllava_fast.methods.base import MethodConfig, Pairs, Selection, register
+from cllava_fast.methods.base import MethodConfig, Pairs, Selection, layers_of, register
 from cllava_fast.methods.lora import SequentialLora
 from cllava_fast.pool import Factors, LinearShape, Pool
 
@@ -60,8 +60,7 @@ class MoeLora(SequentialLora):
             return
         experts = self.config.experts
         pool.open_block(experts, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
-        for factors in pool.layers.values():
-            assert isinstance(factors, Factors)
+        for factors in layers_of(pool):
             factors.keep("block_router", new_router(experts, factors, generator))
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
+from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, layers_of, register
 from cllava_fast.ops import checks
 from cllava_fast.pool import Factors, LinearShape, Pool
 
@@ -72,8 +72,8 @@ class MtlLora(Method):
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         pool.count_task(name)
         for factors in layers_of(pool):
-            factors.keep("lambdas", torch.cat([factors.lambdas, factors.block_lambda]))  # type: ignore[list-item]
-            factors.keep("weights", torch.cat([factors.weights, factors.block_weights]))  # type: ignore[list-item]
+            factors.keep("lambdas", torch.cat([factors.lambdas, factors.block_lambda]))
+            factors.keep("weights", torch.cat([factors.weights, factors.block_weights]))
             begin(factors, torch.zeros(1, self.config.ups))
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
@@ -102,10 +102,6 @@ class MtlLora(Method):
         sizes = {"lambdas": [tasks, rank, rank], "weights": [tasks, block_rows]}
         sizes |= {"block_lambda": [1, rank, rank], "block_weights": [1, block_rows]}
         return {name: (size, torch.float32) for name, size in sizes.items()}
-
-
-def layers_of(pool: Pool) -> list[Factors]:
-    return list(pool.layers.values())  # type: ignore[arg-type]
 
 
 def begin(factors: Factors, weights: Tensor) -> None:

@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
-from cllava_fast.pool import Factors, Pool
+from cllava_fast.methods.base import MethodConfig, Pairs, Selection, layers_of, register
+from cllava_fast.methods.lora import LoraForEachTask
+from cllava_fast.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,11 @@ class OLoraConfig(MethodConfig):
 
 
 @register(OLoraConfig)
-class OLora(Method):
-    """Pool row t is task t's LoRA; every row acts on every sample."""
+class OLora(LoraForEachTask):
+    """Every row acts on every sample."""
 
     uses_query = False
     config: OLoraConfig
-
-    def __init__(self, config: OLoraConfig) -> None:
-        self.config = config
-
-    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
-        pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
-
-    def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
-        pool.commit(name, torch.ones(1))
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         rows, device = pool.num_rows, pool.row_task.device
@@ -78,8 +70,7 @@ class OLora(Method):
 
     def penalty(self, pool: Pool) -> Tensor | None:
         config, terms = self.config, []
-        for factors in pool.layers.values():
-            assert isinstance(factors, Factors) and factors.block_A is not None and factors.block_B is not None
+        for factors in layers_of(pool):
             if config.lambda_1 and pool.num_rows:
                 overlap = factors.A.float().flatten(0, 1) @ factors.block_A[0].t()  # [tasks * R, R]
                 terms.append(config.lambda_1 * overlap.abs().sum())

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cllava_fast.methods.base import Method, Pairs, Selection, register
-from cllava_fast.methods.lora import LoraConfig
+from cllava_fast.methods.base import Pairs, Selection, register
+from cllava_fast.methods.lora import LoraConfig, LoraForEachTask
 from cllava_fast.ops import checks
 from cllava_fast.pool import Pool
 
@@ -23,19 +23,10 @@ class PerTaskLoraConfig(LoraConfig):
 
 
 @register(PerTaskLoraConfig)
-class PerTaskLora(Method):
-    """Pool row t is task t's LoRA. A number that no learned task has gets the frozen model."""
+class PerTaskLora(LoraForEachTask):
+    """The row of the task that is told. A number that no learned task has gets the frozen model."""
 
     uses_task = True
-
-    def __init__(self, config: PerTaskLoraConfig) -> None:
-        self.config = config
-
-    def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
-        pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
-
-    def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
-        pool.commit(name, torch.ones(1))
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         """``query [B, 1]`` holds task numbers. Raises ValueError for one that is not whole (on a GPU, where looking

@@ -9,13 +9,13 @@ less often than the mean rises by ``balance_rate``, and that of the others falls
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cllava_fast import distributed
-from cllava_fast.methods.base import Selection, register
+from cllava_fast.methods.base import Selection, layers_of, register
 from cllava_fast.methods.moe_lora import MoeLora, MoeLoraConfig
 from cllava_fast.pool import Factors, LinearShape, Pool
 
@@ -56,8 +56,7 @@ class Smora(MoeLora):
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         is_new = not pool.block_rows
         super().open_task(pool, queries, generator)
-        for factors in pool.layers.values():
-            assert isinstance(factors, Factors)
+        for factors in layers_of(pool):
             idle = torch.zeros(self.config.experts, device=factors.A.device)
             factors.keep("load", idle)  # so that a task begins the same in a run that is resumed
             if is_new:
@@ -86,7 +85,7 @@ class Smora(MoeLora):
 
 def balance(pool: Pool, rate: float) -> None:
     """Moves each linear's bias by what its experts had to do since the last time, on all processes alike."""
-    layers: list[Any] = list(pool.layers.values())
+    layers = layers_of(pool)
     loads = torch.stack([factors.load.to(pool.row_task.device) for factors in layers])  # [L, E]
     distributed.average(loads)
     steps = rate * (loads.mean(1, keepdim=True) - loads).sign()

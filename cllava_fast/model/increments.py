@@ -329,17 +329,16 @@ class Increments(nn.Module):
             return [(*term, None) for term in terms(selection, factors)]
         context, past = selection.context, None
         if context is not None:
-            past = ops.Past(*context_factors(selection, factors), context.to(device))
+            A, B = context_rows(selection, factors)
+            rows = context.shape[1]
+            past = ops.Past(A[:rows], B[:rows], context.to(device))
         first, *others = selected(selection, factors)
         return [(*first, past), *((*other, None) for other in others)]
 
 
-def context_factors(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:
-    """``A [C, R, d_in]``, ``B [C, R, d_out]`` that the columns of ``selection.context`` stand for."""
-    assert selection.context is not None
-    rows = selection.context.shape[1]
-    A, B = (factors.mean_A, factors.mean_B) if selection.means else (factors.A, factors.B)
-    return A[:rows], B[:rows]
+def context_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` whose first rows the columns of ``selection.context`` stand for."""
+    return (factors.mean_A, factors.mean_B) if selection.means else (factors.A, factors.B)
 
 
 def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
@@ -364,10 +363,7 @@ def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, 
     if selection.context is not None:
         every = torch.arange(selection.context.shape[1], device=selection.context.device)
         pairs = Pairs(every.expand(selection.context.shape), selection.context)
-        if selection.means:
-            found.append((factors.mean_A, factors.mean_B, pairs))
-        else:
-            found.append((factors.A, factors.B, pairs))
+        found.append((*context_rows(selection, factors), pairs))
     return [_mixed(found)] if selection.mix else found
 
 

@@ -98,7 +98,7 @@ def unmerge(model: Any) -> Any:
 
 def _plain_linears(model: Any, increments: Increments) -> dict[str, nn.Linear]:
     linears = {}
-    for path, module in paths.adapted_linears(model, increments.config.targets).items():
+    for path, module in increments.linears(model).items():
         if not paths.is_plain(module):
             kind = type(module if type(module) is not nn.Linear else module.weight).__name__
             raise TypeError(
