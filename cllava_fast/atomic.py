@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = values.pop(CHECKSUM)
     except FileNotFoundError as error:
         raise MissingError(f"{path} is missing") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged (it is not whole)") from error
     if found != checksum(values):
         raise DamagedError(f"{path} is damaged (its checksum differs)")

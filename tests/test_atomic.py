@@ -174,3 +174,10 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     remove_folder(tmp_path / "out")
     remove_folder(tmp_path / "nothing")
     assert contents(tmp_path) == {"kept/b.txt": "new", ".mine": "keep"}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "3", '{"a": 1}', "", "\ufeff{}"])
+def test_what_is_no_saved_json_is_damaged(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DamagedError, match="a.json is damaged"):
+        read_json(tmp_path / "a.json")
