@@ -45,7 +45,7 @@ class _Keeper(nn.Module):
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Adds or replaces a tensor. It trains, in float32, if its name begins with ``block_``, until the block is
-        committed or dropped; any other is frozen and stays."""
+        committed or dropped; any other is frozen, and stays as long as ``Pool.own_tensors`` names it."""
         if name.startswith("block_"):
             setattr(self, name, nn.Parameter(tensor.detach().float()))
         elif name in self._buffers:

@@ -19,7 +19,7 @@ from cllava_fast.methods import calibration, config_from_dict, make_method
 from cllava_fast.methods.calibration import MARGIN, NOISE, TEMPERATURE
 from cllava_fast.methods.diki import DikiConfig, attend
 from cllava_fast.model import get_increments, paths
-from cllava_fast.pool import LinearShape, Pool
+from cllava_fast.pool import LinearShape, OwnTensors, Pool
 from tests.base_models import new_model, new_processor
 from tests.helpers import QUESTIONS, inputs, take
 from tests.method_helpers import check_life_cycle
@@ -124,11 +124,16 @@ def test_every_layer_and_its_gradients(name: str, training: bool, rng: torch.Gen
             torch.testing.assert_close(gradient, want, atol=1e-5 * want.abs().max().item(), rtol=1e-5)
 
 
+def own_tensors(shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
+    """As those of a patched model's pool."""
+    return calibration.own_tensors(D, tasks) if shape is None else {}
+
+
 @pytest.mark.parametrize("strength", ["likelihood", "familiarity"])
 def test_the_likeliest_task_acts(strength: str, rng: torch.Generator) -> None:
     """Its Gaussian written out as a full covariance, in float64, sample by sample."""
     method, tasks = make_method(DikiConfig(strength=strength)), [clusters(rng) for _ in range(3)]
-    pool = Pool(rank=8, key_dim=D, shapes={"o": LinearShape(6, 6)})
+    pool = Pool(rank=8, key_dim=D, shapes={"o": LinearShape(6, 6)}, own_tensors=own_tensors)
     gaussians, levels = [], []
     for number, queries in enumerate(tasks):
         method.open_task(pool, queries, rng)
