@@ -205,6 +205,21 @@ def test_damaged_increments_fall_back_to_the_task_before(learn: Callable[..., An
         learn(tmp_path / "run", resume=True)
 
 
+def test_a_run_that_died_before_it_tidied_up_does_so_when_it_goes_on(learn: Callable[..., Any], tmp_path: Path) -> None:
+    clear, run = Checkpoints.clear, tmp_path / "run"
+
+    def die(self: Checkpoints, *tasks: int) -> None:
+        if any(name.startswith("0002") for name in self.names()):
+            raise KeyboardInterrupt
+        clear(self, *tasks)
+
+    with patch.object(Checkpoints, "clear", die), pytest.raises(KeyboardInterrupt):
+        learn(run)
+    assert list((run / "checkpoints").iterdir())
+    learn(run, resume=True)
+    assert not (run / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("name, value", [("keep_increments", 1), ("save_minutes", -1), ("save_steps", -1)])
 def test_arguments_that_make_no_sense(name: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):

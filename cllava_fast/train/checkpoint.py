@@ -74,9 +74,11 @@ class Checkpoints:
         values["state"] = unpack(values["state"], load((folder / TENSORS).read_bytes()))
         return {**values, "folder": str(folder)}
 
-    def clear(self) -> None:
+    def clear(self, tasks: int | None = None) -> None:
+        """Removes those of the first ``tasks`` tasks, or all."""
         for name in self.names():
-            remove_folder(self.folder / name)
+            if tasks is None or int(name.partition("-")[0]) <= tasks:
+                remove_folder(self.folder / name)
         with suppress(OSError):  # there is none, or somebody put something else into it
             self.folder.rmdir()
 

@@ -253,6 +253,7 @@ class ContinualTrainer:
             distributed.on_main(
                 lambda: self._go_back(progress, [self._saved(i, phases) for i in range(good, len(phases))])
             )
+        distributed.on_main(lambda: self._tidy(good))  # a process may have died before it did so
         if progress["matrix"]:
             distributed.on_main(self._write_results)
         return good
@@ -310,11 +311,15 @@ class ContinualTrainer:
         save_pretrained(self.model, increments)
         self._progress["files"][increments.name] = sums_of(increments)
         self._run_file.write(self._progress)
-        self._checkpoints.clear()
-        if self.args.keep_increments is not None:
-            for old in sorted(increments.parent.glob("[0-9]*"))[: -self.args.keep_increments]:
-                remove_folder(old)
+        self._tidy(len(self._progress["losses"]))
         return self._progress
+
+    def _tidy(self, learned: int) -> None:
+        """Removes what the first ``learned`` tasks need no more."""
+        self._checkpoints.clear(learned)
+        if self.args.keep_increments is not None:
+            for old in sorted((self.output_dir / INCREMENTS).glob("[0-9]*"))[: -self.args.keep_increments]:
+                remove_folder(old)
 
     def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> dict[str, Any]:
         evaluation.write_predictions(self.output_dir / evaluation.PREDICTIONS / increments.name, evaluations)
