@@ -60,7 +60,7 @@ mutants: $(STAMP) ## break the code in many ways and see the tests go red (ARGS=
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 faults: $(STAMP) ## kill, stop and damage runs, resume them, compare to the bit; results in benchmarks/results/faults.json
-	$(BIN)/python tests/faults.py --out benchmarks/results/faults.json $(ARGS)
+	$(BIN)/python tests/faults.py --kills 58 --out benchmarks/results/faults.json $(ARGS)
 
 kernels: $(STAMP) ## compile every kernel for sm_80 and sm_90 (Triton, nvcc), no GPU needed: registers, shared memory, spills
 	$(BIN)/python -m cllava_fast.ops.kernel_table
