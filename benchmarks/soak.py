@@ -117,9 +117,11 @@ def sentence(results: dict[str, Any]) -> str:
     )
 
 
-def report(results: dict[str, Any], docs: Path) -> int:
-    atomic.write_file(docs.with_name("soak.png"), lambda path: plot(results, path))
-    tiny_stream.fill(docs, "soak", sentence(results))
+def report(results: dict[str, Any], docs: Path | None) -> int:
+    if docs is not None:
+        picture = docs.with_name("soak.png")
+        atomic.write_file(picture, lambda path: plot(results, path))
+        tiny_stream.fill(docs, "soak", sentence(results))
     print(sentence(results))
     return 0 if results["passed"] else 1
 
@@ -132,8 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=FOLDER / "soak.json")
     parser.add_argument(
-        "--docs", type=Path, default=tiny_stream.DOCS, help="page to fill in; the picture lies beside it"
-    )
+        "--docs", type=lambda name: Path(name) if name else None, default=tiny_stream.DOCS,
+        help="page to fill in; the picture lies beside it (default: %(default)s; empty: none)",
+    )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing: fill in the page from --out")
     chosen: Any = parser.parse_args(arguments)
     if chosen.report:

@@ -1,10 +1,11 @@
 """Everything that can be checked on a machine with a GPU, in one go: ``make gpu PY=python3 OUT=runs/gpu``.
 
 Needs that machine's own Python with torch >= 2.11, triton >= 3.6, transformers and pytest; installs nothing. Each step
-runs in a process of its own under a time limit, and one that fails or hangs does not stop the others; the tests of the
-backends run side by side, since most of their time goes into compiling. OUT gets a log for each step, env.json, the
-JUnit files of the tests, and summary.json. All of it ends within eight minutes: no step runs longer than what is left
-of them, whatever its own limit. `tune` (`make tune`) takes six alone and runs only when named: --steps build tune.
+runs in a process of its own under a time limit, and one that fails or hangs does not stop the others; the tests run
+side by side, and with pytest-xdist on several cores each, since most of their time goes into compiling. The benchmarks
+have the machine to themselves. OUT gets a log for each step, env.json, the JUnit files of the tests, and summary.json.
+All of it ends within eight minutes: no step runs longer than what is left of them, whatever its own limit. `tune`
+(`make tune`) takes six alone and runs only when named: --steps build tune.
 
 Exits with 1 if a step failed, with 2 if there is no CUDA device and a step that was asked for needs one.
 """
@@ -62,14 +63,16 @@ def steps(out: Path) -> list[Step]:
 
     python = sys.executable
     pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
+    # of each of the five largest steps, which run beside each other
+    workers = min(3, (os.cpu_count() or 1) // 5) if installed("xdist") else 0
     no_pytest = "" if installed("pytest") else "pytest is not installed"
     op_tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_op*.py")}
     op_tests = sorted(op_tests - {"tests/test_ops_gpu.py"} | {"tests/test_memory.py"})
 
-    def ops(name: str, seconds: int, *tests: str, beside: bool = True) -> Step:
+    def test(name: str, *tests: str, workers: int = workers) -> Step:
         junit = f"{name}.xml"
-        command = [*pytest, *tests, f"--junitxml={out / junit}"]
-        return Step(name, command, seconds, missing=no_pytest, junit=junit, beside=beside)
+        command = [*pytest, *tests, f"--junitxml={out / junit}", *(["-n", str(workers)] if workers > 1 else [])]
+        return Step(name, command, 240, missing=no_pytest, junit=junit, beside=True)
 
     builder = load_builder()
     found = [
@@ -79,24 +82,18 @@ def steps(out: Path) -> list[Step]:
         ),
         Step("environment", [python, "tests/gpu.py", "--environment", str(out / "env.json")], 60, gpu=False),
         # graphs, streams, memory: what only a GPU shows
-        ops("gpu-only", 150, "tests/test_ops_gpu.py", beside=False),
+        test("gpu-only", "tests/test_ops_gpu.py", workers=0),
+        test("model", "tests/test_gpu_model.py", workers=0),
         # a kernel that breaks the device's context must not take the other backends with it
-        ops("native", 240, *op_tests, "-k", "cuda or cpu"),
-        ops("select", 240, *op_tests, "-k", "triton and select"),
-        ops("aggregate", 240, *op_tests, "-k", "triton and (aggregate or mix) and not select"),
-        ops("inject", 240, *op_tests, "-k", "triton and not (select or aggregate or mix)"),
-        ops("reference", 240, *op_tests, "-k", "not (triton or cuda or cpu)"),
+        test("native", *op_tests, "-k", "cuda or cpu"),
+        test("select", *op_tests, "-k", "triton and select"),
+        test("aggregate", *op_tests, "-k", "triton and (aggregate or mix) and not select"),
+        test("inject", *op_tests, "-k", "triton and not (select or aggregate or mix)"),
+        test("reference", *op_tests, "-k", "not (triton or cuda or cpu)"),
         Step(
-            "kernels", [python, "-m", "cllava_fast.ops.kernel_table"], 150, gpu=False,
-            missing="" if installed("triton") else "triton is not installed",
-        ),
-        Step(
-            "benchmarks",
-            [
-                *pytest, "benchmarks", f"--junitxml={out / 'benchmarks.xml'}",
-                f"--results={out / 'benchmarks.json'}",
-            ],
-            300, missing=no_pytest, junit="benchmarks.xml",
+            "soak",
+            [python, "-m", "benchmarks.soak", "--minutes=1.5", f"--out={out / 'soak.json'}", "--docs="],
+            150, beside=True,
         ),
     ]  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")
@@ -109,6 +106,16 @@ def steps(out: Path) -> list[Step]:
     # libraries other than ours read uninitialised memory now and then: a log to look at, no verdict
     command = [sanitizer or "", "--tool", "initcheck", python, "tests/every_kernel.py"]
     found.append(Step("initcheck", command, 180, missing="" if sanitizer else "no compute-sanitizer", beside=True))
+    found.append(
+        Step(
+            "benchmarks",
+            [
+                *pytest, "benchmarks", f"--junitxml={out / 'benchmarks.xml'}",
+                f"--results={out / 'benchmarks.json'}",
+            ],
+            300, missing=no_pytest, junit="benchmarks.xml",
+        )
+    )  # fmt: skip
     command = [python, "-m", "benchmarks.tune", f"--out={out / 'tuned.json'}"]
     found.append(
         Step("tune", command, 420, missing="" if installed("triton") else "triton is not installed", named=True)

@@ -52,9 +52,11 @@ class At(cf.ContinualCallback):
             self.do()
 
 
-def learned(processor: Any, output: Path, at: At | None = None, config: Any = CONFIG, **values: Any) -> Any:
+def learned(
+    processor: Any, output: Path, at: At | None = None, config: Any = CONFIG, device: str = "cpu", **values: Any
+) -> Any:
     """Runs two tasks on a base with dropout; ``at`` is told of every step and of every batch of evaluation."""
-    model = new_base(processor, seed=0).eval()
+    model = new_base(processor, seed=0).eval().to(device)
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.2
     cf.patch(model, config, processor=processor)

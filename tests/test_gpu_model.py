@@ -1,0 +1,158 @@
+"""A patched model on a GPU: as on the CPU, on every backend, captured in a graph, trained, and resumed to the bit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cllava_fast as cf
+from cllava_fast import ops
+from cllava_fast.model import get_increments
+from tests.helpers import QUESTIONS, inputs, learn, take
+from tests.test_checkpoint import At, killed, learned, same
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0, surrogate="backbone")
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def pair(llava: Any, processor: Any, generator: torch.Generator) -> tuple[Any, Any, dict[str, Tensor]]:
+    """The same model in the middle of its third task on CPU and GPU, and a batch."""
+    llava.set_attn_implementation("eager")
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator, commit_last=False)
+    get_increments(llava).pool.train_keys(False)
+    return llava, copy.deepcopy(llava).to("cuda"), inputs(processor, QUESTIONS, generator)
+
+
+def on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to("cuda") for name, value in batch.items()}
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    found = {name: g.cpu() for name, g in zip(trained, gradients, strict=True) if g is not None}
+    return {"loss": loss.detach().cpu(), **found}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda,triton", "reference"])
+@pytest.mark.parametrize("training", [True, False])
+def test_same_as_on_the_cpu(backend: str, training: bool, pair: Any) -> None:
+    model, moved, batch = pair
+    for one in pair[:2]:
+        one.train(training)
+    with ops.backend(backend):
+        found = loss_and_gradients(moved, on_gpu(batch)) if training else {"logits": logits(moved, on_gpu(batch))}
+    with ops.backend("reference"):
+        wanted = loss_and_gradients(model, batch) if training else {"logits": logits(model, batch)}
+    assert found.keys() == wanted.keys() and (len(found) > 6 or not training)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4 * float(tensor.abs().max()), rtol=1e-3, msg=name)
+
+
+def logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_of_a_batch_are_those_alone(dtype: torch.dtype, pair: Any) -> None:
+    _, model, batch = pair
+    model.eval().to(dtype)
+    batch = on_gpu(batch)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    together = logits(model, batch).float()
+    for i in range(len(QUESTIONS)):
+        alone = logits(model, take(batch, i)).float()
+        limit = 1e-3 if dtype == torch.float32 else 0.1
+        assert (alone[0, -1] - together[i, -1]).abs().max() < limit * together[i, -1].abs().max()
+    options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
+    assert model.generate(**batch, **options).shape[0] == len(QUESTIONS)
+
+
+def test_autocast_and_layers_computed_again(pair: Any) -> None:
+    _, model, batch = pair
+    model.train()
+    batch = on_gpu(batch)
+    exact = loss_and_gradients(model, batch)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    again = loss_and_gradients(model, batch)
+    for name, tensor in exact.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = loss_and_gradients(model, batch)
+    for name, tensor in exact.items():
+        assert (half[name].float() - tensor).norm() < 0.15 * tensor.norm(), name
+
+
+def test_one_layer_is_captured_in_a_graph_forward_and_backward(pair: Any) -> None:
+    """What a CUDA graph of training needs of a patched linear: nothing waits, no size depends on data."""
+    _, model, _ = pair
+    model.train()
+    increments = get_increments(model)
+    layer = model.model.language_model.layers[0].self_attn.o_proj
+    x = torch.randn(len(QUESTIONS), 33, layer.in_features, device="cuda", requires_grad=True)
+    query = torch.randn(len(QUESTIONS), increments.pool.key_dim, device="cuda")
+    factors = [p for p in increments.pool.parameters() if p.requires_grad and p.dim() == 3][:2]
+
+    def step() -> list[Tensor]:
+        increments.active = increments.method.select(increments.pool, query, increments.groups, True)
+        return list(torch.autograd.grad(layer(x).square().sum(), [x, *factors]))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+        query.normal_()
+    graph.replay()
+    for replayed, eager in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, eager)
+
+
+@pytest.mark.parametrize("stage, step", [("align", 4), ("tune", 4), ("evaluate", 2)])
+def test_a_killed_run_ends_as_one_that_was_not(
+    stage: str, step: int, processor: Any, tmp_path: Path, deterministic: None
+) -> None:
+    def run(folder: str, at: Any = None, **more: Any) -> Any:
+        return learned(processor, tmp_path / folder, at, CONFIG, "cuda", **more)
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", At(stage, step, killed))
+    same(run("cut", resume=True), whole)
+
+
+def test_learns_in_bfloat16(new_llava: Callable[[], Any], processor: Any, tmp_path: Path) -> None:
+    from tests.test_train import arguments, stream
+
+    model = cf.patch(new_llava().to("cuda", torch.bfloat16), dataclasses.replace(CONFIG, rank=4), processor=processor)
+    result = cf.ContinualTrainer(model, processor, stream(), arguments(tmp_path / "run", max_steps=60)).train()
+    assert all(loss[-1] < 0.8 * loss[0] for loss in result.losses.values())
+    assert result.accuracy_matrix[1][0] == result.accuracy_matrix[0][0], "the first task must not be forgotten"
