@@ -50,6 +50,8 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def dtype(request, backend):
+    if request.param == torch.bfloat16 and not ON_GPU and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("products of bfloat16 take minutes on this CPU")
     return request.param
 
 
@@ -82,7 +84,7 @@ def frozen_peak(dtype):
     """What the frozen linear alone takes, forward and backward to x."""
     x, weight, upstream = new_layer(dtype)
     took, (y, _) = measure(lambda: backward(F.linear(x, weight), upstream, x))
-    assert took.peak >= x.nbytes + y.nbytes
+    assert took.peak >= x.nbytes + y.nbytes, (took, x.nbytes)
     return took.peak
 
 

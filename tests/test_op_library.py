@@ -126,7 +126,8 @@ def test_compiles_whole_with_dynamic_shapes(autocast, backend, rng):
 @everywhere
 @pytest.mark.parametrize("factor", [False, True], ids=["product", "factor"])
 def test_a_patched_layer_compiles_whole_with_dynamic_shapes(factor, backend, new_llava, processor, rng):
-    config = cf.IncrementConfig(a_std=0.1, rank=4, context="factor" if factor else "product")
+    context = "factor" if factor else "product"
+    config = cf.IncrementConfig(a_std=0.1, rank=4, context=context, surrogate="backbone")
     llava = cf.patch(new_llava(), config, processor=processor)
     increments = learn(llava, 3, rng, commit_last=False)
     llava.to(backend.device)

@@ -37,7 +37,9 @@ def shrink_tiles(dtype: torch.dtype, samples: int, tokens: int, columns: int) ->
     enough = samples * cdiv(tokens, 64) * cdiv(columns, k) >= ENOUGH_PROGRAMS // 2
     if not enough or tokens <= 16:
         return Tiles(16, k, 32 if exact else 64, 4, 3)
-    return Tiles(64, k, 32, 8, 3) if exact else Tiles(64, k, 64, 4, 3)
+    if exact:
+        return Tiles(64, k, 32, 8, 3)
+    return Tiles(64, k, 128, 4, 4 if k == 32 else 3)
 
 
 def expand_tiles(dtype: torch.dtype, samples: int, tokens: int, columns: int) -> Tiles:
@@ -45,13 +47,15 @@ def expand_tiles(dtype: torch.dtype, samples: int, tokens: int, columns: int) ->
         return Tiles(16, 32, 64, 4, 3)
     if dtype == torch.float32:
         return Tiles(64, 32, 64, 8, 2)
-    return Tiles(128, 32 if columns <= 32 else 64, 128, 8, 3)
+    if columns <= 64:
+        return Tiles(64, 32, 128, 4, 3) if columns <= 32 else Tiles(64, 64, 64, 4, 2)
+    return Tiles(128, 64, 128, 8, 3)
 
 
 def outer_tiles(dtype: torch.dtype, samples: int, tokens: int, columns: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, 32, 64, 4, 3)
-    return Tiles(64, 32, 128, 4, 3) if columns <= 32 else Tiles(64, 64, 128, 8, 3)
+    return Tiles(64, 32, 128, 4, 3) if columns <= 32 else Tiles(64, 64, 64, 4, 5)
 
 
 def one_pass_tiles(dtype: torch.dtype) -> Tiles:
@@ -74,19 +78,6 @@ def beside(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
     return _fewer_stages(tiles, stage) if factor.itemsize > dtype.itemsize else tiles
 
 
-# Where coefficients of tokens, float32, come in with what they weigh.
-
-
-def weighed_outer(tiles: Tiles, dtype: torch.dtype) -> Tiles:
-    return _fewer_stages(tiles, tiles.tokens * (tiles.columns * (dtype.itemsize + 4) + tiles.width * dtype.itemsize))
-
-
-def weighed_expand(tiles: Tiles, dtype: torch.dtype, factor: torch.dtype) -> Tiles:
-    stage = tiles.columns * (tiles.tokens * (dtype.itemsize + 4) + tiles.width * factor.itemsize)
-    products = tiles.columns * (tiles.tokens + tiles.width) * dtype.itemsize  # what is multiplied, beside the stages
-    return tiles._replace(stages=min(tiles.stages, 1 + (ROOM - products) // stage))
-
-
 def _fewer_stages(tiles: Tiles, stage: int) -> Tiles:
     """As many as there is room for, of so many bytes each."""
     return tiles._replace(stages=max(1, min(tiles.stages, ROOM // stage)))
@@ -101,7 +92,7 @@ ALTERNATIVES = {
     ("shrink", 2): (
         Tiles(16, 32, 128, 4, 4),
         Tiles(32, 32, 128, 4, 4),
-        Tiles(64, 32, 128, 4, 3),
+        Tiles(64, 32, 64, 4, 3),
         Tiles(128, 32, 64, 4, 4),
         Tiles(128, 64, 64, 8, 3),
         Tiles(64, 128, 64, 4, 3),
@@ -109,14 +100,14 @@ ALTERNATIVES = {
     ("shrink", 4): (Tiles(32, 32, 32, 4, 3), Tiles(64, 64, 32, 8, 2)),
     ("expand", 2): (
         Tiles(16, 32, 128, 4, 3),
-        Tiles(64, 32, 128, 4, 3),
+        Tiles(128, 32, 128, 8, 3),
         Tiles(64, 32, 256, 8, 3),
         Tiles(64, 64, 128, 4, 3),
     ),
     ("expand", 4): (Tiles(32, 32, 64, 4, 2), Tiles(64, 32, 128, 8, 2)),
     ("outer", 2): (
         Tiles(128, 32, 128, 8, 2),
-        Tiles(64, 64, 64, 4, 4),
+        Tiles(64, 64, 128, 8, 3),
         Tiles(64, 64, 256, 8, 2),
     ),
     ("outer", 4): (Tiles(32, 32, 128, 4, 3), Tiles(32, 64, 64, 4, 3)),

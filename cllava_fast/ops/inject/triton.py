@@ -4,8 +4,8 @@ Pairs are gathered inside the kernels, a thin product per sample; a whole pool a
 products, and a kernel multiplies by the coefficients, which are 0 where a row is not selected. Either way the
 increments are written first and the library's product with the frozen weight accumulates on top of them.
 
-Rows that share one A are gathered: a library product projects x on its R columns, which kernels scale for each row as
-they read them, or, with coefficients of samples, meet one sum of rows of B (`reference.mixed`).
+Rows that share one A are gathered: a library product projects x on its R columns, which a kernel scales for each row
+and token, or which, with coefficients of samples, meet one sum of rows of B (`reference.mixed`).
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ def _increments(
     if given.shared:
         low = _project(x, given.A)  # [B, S, R]
         if given.per_token:
-            of_tokens = given.coefficient
-            y = launch.expand(low, given.B, given.index, coefficient=of_tokens, scale=given.scale, bias=bias, base=base)
+            y = launch.expand(launch.weigh_pairs(low, given), given.B, given.index, bias=bias, base=base)
         else:
             mix = reference.mixed(given)
             y = launch.expand(low, mix.B, mix.index, bias=bias, base=base)
@@ -131,7 +130,7 @@ def _backward_gather(
         if low_grad.bare is not None:
             to_coefficient, _ = launch.of_tokens(low, low_grad.bare, given)
         if low_grad.products is not None:
-            to_coefficient = low_grad.products.sum(1).view(*given.index.shape, -1).sum(2) * given.scale
+            to_coefficient = launch.sum_products(low_grad.products, None, given.A.shape[1], given.scale)
         if need_A:
             assert x is not None and low_grad.scaled is not None
             to_A = launch.sum_by_row(launch.outer(low_grad.scaled, x), given.A, given, scaled=True)
@@ -177,7 +176,7 @@ def _backward_shared(
 
 def _sum_of_B(low: Tensor, grad: Tensor, given: Acting) -> Tensor:
     """Coefficients of samples may come after the sum over tokens."""
-    partial = launch.outer(low, grad, per_token=given if given.per_token else None)
+    partial = launch.outer(launch.weigh_pairs(low, given) if given.per_token else low, grad)
     return launch.sum_by_row(partial, given.B, given, scaled=given.per_token)
 
 
@@ -192,7 +191,9 @@ def _past_backward(
     past = launch.weigh(known, past_grad, given, past_only=True, scale_grad=to_x is not None, multiply=need_past)
     if past.grad is not None and to_x is not None:
         to_x.flatten(0, 1).addmm_(past.grad.flatten(0, 1), columns(given.past_A, grad.dtype))
-    return None if past.products is None else _by_row(past.products, given.past_A.shape[1]) * given.scale
+    if past.products is None:
+        return None
+    return launch.sum_products(past.products, None, given.past_A.shape[1], given.scale)
 
 
 def _backward_whole(
@@ -209,11 +210,10 @@ def _backward_whole(
         to_coefficient, _ = launch.of_tokens(low, low_grad, given)
     weighed = launch.weigh(known, low_grad, given, scale_low=need_B, scale_grad=need_x or need_A, multiply=multiply)
     if weighed.products is not None:
-        if not given.per_token:
-            by_row = _by_row(weighed.products[..., :of_pool], given.A.shape[1])  # [B, N]
-            to_coefficient = by_row.gather(1, given.index) * given.scale
+        if need_coefficient and not given.per_token:
+            to_coefficient = launch.sum_products(weighed.products, given.index, given.A.shape[1], given.scale)
         if need_past and given.past_A is not None:
-            to_past = _by_row(weighed.products[..., of_pool:], given.past_A.shape[1]) * given.scale
+            to_past = launch.sum_products(weighed.products, None, given.past_A.shape[1], given.scale, of_pool)
     if weighed.low is not None:
         to_B = _outer(weighed.low[..., :of_pool], grad, given.B)
     if weighed.grad is not None:
@@ -240,10 +240,6 @@ def _nothing(x: Tensor, given: Acting) -> bool:
     """Whether a kernel would have nothing to do; plain PyTorch takes care of what remains."""
     sizes = (*x.shape, *given.A.shape, *given.B.shape, given.index.shape[1])
     return 0 in sizes or (given.past_A is not None and given.past_A.numel() == 0)
-
-
-def _by_row(products: Tensor, rank: int) -> Tensor:  # [B, token tiles, C] -> [B, C / rank]
-    return products.sum(1).view(len(products), -1, rank).sum(2)
 
 
 def _project(x: Tensor, factor: Tensor, past: Tensor | None = None) -> Tensor:  # [B, S, d] -> [B, S, C]

@@ -116,10 +116,9 @@ def shrink(
 
 @triton.jit
 def expand(
-    low,  # [B, S, K]; [B, S, R] if coefficient is given
+    low,  # [B, S, K]
     factor,  # [N, R, width]
     index,  # [B, P]
-    coefficient,  # [B, S, P], or None: low holds them already
     bias,  # [width], or None
     base,  # [B, S, width], or None
     out,  # [B, S, width]
@@ -130,7 +129,6 @@ def expand(
     f_stride_r,
     base_stride_b,
     base_stride_s,
-    scale,
     R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -149,18 +147,12 @@ def expand(
     in_s = s < tokens
     inside = in_s[:, None] & in_d[None, :]
     index += b * pairs
-    low_rows = low + (b * tokens + s) * (columns if coefficient is None else R)
+    low_rows = low + (b * tokens + s) * columns
     total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for start in range(0, columns, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < columns
-        if coefficient is None:
-            low_tile = tl.load(low_rows[:, None] + k[None, :], mask=in_s[:, None] & in_k[None, :], other=0.0)
-        else:
-            acts = in_s[:, None] & in_k[None, :]
-            low_tile = tl.load(low_rows[:, None] + (k % R)[None, :], mask=acts, other=0.0)
-            of_token = coefficient + (b * tokens + s)[:, None] * pairs + (k // R)[None, :]
-            low_tile = _weighed(low_tile, tl.load(of_token, mask=acts, other=0.0) * scale).to(low.dtype.element_ty)
+        low_tile = tl.load(low_rows[:, None] + k[None, :], mask=in_s[:, None] & in_k[None, :], other=0.0)
         f_rows = _factor_rows(factor, index, k, columns, f_stride_n, f_stride_r, R)
         f_tile = tl.load(f_rows[:, None] + d[None, :], mask=in_k[:, None] & in_d[None, :], other=0.0)
         total = _dot(low_tile, f_tile.to(low_tile.dtype), total)
@@ -175,8 +167,7 @@ def expand(
 
 @triton.jit
 def outer(
-    left,  # [B, S, K]; [B, S, R] if SHARED
-    coefficient,  # [B, S, P], or None: left holds them already, or they come later
+    left,  # [B, S, K]
     right,  # [B, S, width]
     partial,  # out float32 [B, segments, K, width]
     tokens,
@@ -186,14 +177,11 @@ def outer(
     segment_tiles,
     right_stride_b,
     right_stride_s,
-    scale,
-    SHARED: tl.constexpr,
-    R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """partial[b, g, k, d] = sum over the tokens of segment g of left[b, s, k] * strength * right[b, s, d]."""
+    """partial[b, g, k, d] = sum over the tokens of segment g of left[b, s, k] * right[b, s, d]."""
     d_tiles = tl.cdiv(width, BLOCK_D)
     k_tiles = tl.cdiv(columns, BLOCK_K)
     pid = tl.program_id(0)
@@ -203,9 +191,7 @@ def outer(
     b = segment // segments
     in_d = d < width
     in_k = k < columns
-    left_columns = R if SHARED else columns
-    left_k = k % R if SHARED else k
-    left += b * tokens * left_columns
+    left += b * tokens * columns
     right += b * right_stride_b
     first = (segment % segments) * segment_tiles * BLOCK_S
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -213,10 +199,7 @@ def outer(
         s = first + step * BLOCK_S + tl.arange(0, BLOCK_S)
         in_s = s < tokens
         acts = in_s[None, :] & in_k[:, None]
-        left_tile = tl.load(left + s[None, :] * left_columns + left_k[:, None], mask=acts, other=0.0)
-        if coefficient is not None:
-            of_token = coefficient + (b * tokens + s)[None, :] * (columns // R) + (k // R)[:, None]
-            left_tile = _weighed(left_tile, tl.load(of_token, mask=acts, other=0.0) * scale).to(left.dtype.element_ty)
+        left_tile = tl.load(left + s[None, :] * columns + k[:, None], mask=acts, other=0.0)
         right_at = s[:, None] * right_stride_s + d[None, :]
         right_tile = tl.load(right + right_at, mask=in_s[:, None] & in_d[None, :], other=0.0)
         total = _dot(left_tile, right_tile, total)
@@ -236,6 +219,8 @@ def sum_by_row(
     segments,
     scale,
     BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
     """out[n] = sum of what the pairs with row n left in `partial`, times coefficients: samples, then pairs in order."""
     tiles = tl.cdiv(size, BLOCK)
@@ -244,13 +229,21 @@ def sum_by_row(
     at = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
-    for pair in range(0, all_pairs):
-        if tl.load(index + pair) == row:
-            first = (pair // pairs) * segments * pairs + pair % pairs
+    j = tl.arange(0, PAIRS)
+    g = tl.arange(0, SEGMENTS)
+    # loads that do not wait for each other: of a block of pairs at once which are the row's, and of segments their sums
+    for start in range(0, all_pairs, PAIRS):
+        here = tl.load(index + start + j, mask=start + j < all_pairs, other=-1) == row
+        for _ in range(0, tl.sum(here.to(tl.int32), 0)):
+            next_one = tl.min(tl.where(here, j, PAIRS), 0)
+            here = here & (j != next_one)
+            pair = start + next_one
             of_pair = tl.zeros([BLOCK], tl.float32)
-            for segment in range(0, segments):
-                offset = (first + segment * pairs).to(tl.int64) * size
-                of_pair += tl.load(partial + offset + at, mask=inside, other=0.0)
+            for segment in range(0, segments, SEGMENTS):
+                part = (pair // pairs * segments + segment + g) * pairs + pair % pairs
+                mask = inside[None, :] & (segment + g < segments)[:, None]
+                tile = tl.load(partial + part.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
+                of_pair += tl.sum(tile, 0)
             if coefficient is not None:
                 strength = tl.load(coefficient + pair) * scale
                 of_pair = tl.where(strength != 0.0, of_pair * strength, 0.0)
@@ -317,6 +310,56 @@ def weigh(
         tl.store(scaled_grad + at, value.to(scaled_grad.dtype.element_ty), mask=inside)
     if products is not None:
         tl.store(products + tile * columns + k, tl.sum(low_tile * grad_tile, 0), mask=in_k)
+
+
+@triton.jit
+def sum_products(
+    products,  # float32 [B, token tiles, C]
+    index,  # [B, P]: pair p has the R columns from first + index * R on; or None: from first + p * R on
+    out,  # float32 [B, P]
+    tiles,  # of tokens
+    columns,
+    pairs,
+    first,
+    scale,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A pair's sum over tokens and ranks: the gradient of its coefficient."""
+    at = tl.program_id(0).to(tl.int64)
+    row = at % pairs
+    if index is not None:
+        row = tl.load(index + at)
+    products += at // pairs * tiles * columns + first + row * R
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        inside = (tile < tiles)[:, None] & (r < R)[None, :]
+        total += tl.load(products + tile[:, None] * columns + r[None, :], mask=inside, other=0.0)
+    tl.store(out + at, tl.sum(tl.sum(total, 1), 0) * scale)
+
+
+@triton.jit
+def weigh_pairs(
+    low,  # [B, S, K]; [B, S, R] if SHARED
+    coefficient,  # [B, S, P]
+    out,  # [B, S, K]
+    size,  # B * S * K
+    pairs,
+    scale,
+    SHARED: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Projections times their pair's coefficient for the token."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    low_at = at // (pairs * R) * R + at % R if SHARED else at
+    strength = tl.load(coefficient + at // R, mask=inside, other=0.0) * scale
+    value = _weighed(tl.load(low + low_at, mask=inside, other=0.0), strength)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -22,8 +22,6 @@ from cllava_fast.ops.inject.tiling import (
     choose,
     defaults,
     one_pass_tiles,
-    weighed_expand,
-    weighed_outer,
 )
 from cllava_fast.ops.triton_backend import Shipped
 from cllava_fast.ops.tuned import power_of_two
@@ -31,10 +29,15 @@ from cllava_fast.ops.tuned import power_of_two
 # Arguments of the kernels that are sizes or strides.
 INTEGERS = frozenset(
     "tokens width pairs all_pairs columns low_columns pool_columns past_rows past_rank segments segment_tiles size"
+    " tiles first"
     " x_stride_b x_stride_s f_stride_n f_stride_r base_stride_b base_stride_s right_stride_b right_stride_s".split()
 )
-# Elements of a row of a factor that one program of `sum_by_row` adds up.
-SUM_BLOCK = 512
+# Elements of a row of a factor that one program of `sum_by_row` adds up, and what it looks at in one go.
+SUM_BLOCK, SUM_PAIRS, SUM_SEGMENTS = 512, 32, 4
+# Elements that one program of `weigh_pairs` has.
+PAIRS_BLOCK = 1024
+# Token tiles that `sum_products` adds up in one go.
+PRODUCTS_BLOCK = 32
 # Elements that one program of `of_tokens` has at a time.
 TOKENS_BLOCK = 512
 
@@ -57,6 +60,8 @@ class Weighed(NamedTuple):
 
 
 SUM_TILES = Tiles(0, 0, SUM_BLOCK, 4, 3)
+PRODUCTS_TILES = Tiles(0, 8, 0, 1, 3)
+PAIRS_TILES = Tiles(0, 0, PAIRS_BLOCK, 4, 3)
 
 
 def shrink(
@@ -93,64 +98,48 @@ def shrink(
 
 
 def expand(
-    low: Tensor,  # [B, S, K], contiguous; [B, S, R] if coefficient is given
+    low: Tensor,  # [B, S, K], contiguous
     factor: Tensor,  # [N, R, width]
     index: Tensor,  # [B, P], contiguous
     *,
-    coefficient: Tensor | None = None,  # [B, S, P], contiguous
-    scale: float = 1.0,  # of coefficient
     bias: Tensor | None = None,  # [width]
     base: Tensor | None = None,  # [B, S, width]
     tiles: Tiles | None = None,
 ) -> Tensor:
     factor = _dense_rows(factor)
-    samples, tokens, _ = low.shape
+    samples, tokens, columns = low.shape
     _, rank, width = factor.shape
-    columns = index.shape[1] * rank
     tiles = tiles or choose("expand", low, columns)
-    tiles = tiles if coefficient is None else weighed_expand(tiles, low.dtype, factor.dtype)
     bias = None if bias is None else bias.contiguous()
     base = None if base is None else _dense_rows(base)
     base_strides = (0, 0) if base is None else base.stride()[:2]
     out = low.new_empty(samples, tokens, width)
-    sizes = (tokens, width, index.shape[1], *factor.stride()[:2], *base_strides, scale)
+    sizes = (tokens, width, index.shape[1], *factor.stride()[:2], *base_strides)
     programs = samples * cdiv(tokens, tiles.tokens) * cdiv(width, tiles.width)
-    arguments = (low, factor, index, coefficient, bias, base, out)
+    arguments = (low, factor, index, bias, base, out)
     _launch(kernels.expand, programs, tiles, *arguments, *sizes, R=rank, **_blocks(tiles))
     return out
 
 
 def outer(
-    left: Tensor,  # [B, S, K], contiguous; or, of rows that share one A, [B, S, R]
+    left: Tensor,  # [B, S, K], contiguous
     right: Tensor,  # [B, S, d]
     *,
-    per_token: Acting | None = None,  # whose coefficients left is weighed by
     tiles: Tiles | None = None,
 ) -> Tensor:
     """float32 [B, segments, K, d], to be summed over segments."""
     right = _dense_rows(right)
     samples, tokens, columns = left.shape
     width = right.shape[2]
-    coefficient, scale, rank, shared = None, 1.0, 1, False
-    if per_token is not None:
-        coefficient, scale, rank, shared = (
-            per_token.coefficient,
-            per_token.scale,
-            per_token.A.shape[1],
-            per_token.shared,
-        )
-        columns = per_token.index.shape[1] * rank
     tiles = tiles or choose("outer", left, columns)
-    tiles = tiles if coefficient is None else weighed_outer(tiles, left.dtype)
     s_tiles = cdiv(tokens, tiles.tokens)
     across = samples * cdiv(columns, tiles.columns) * cdiv(width, tiles.width)
     # As few as fill the GPU, so the sums stay small: beyond one segment a sample, a few MB.
     segment_tiles = cdiv(s_tiles, min(s_tiles, cdiv(2 * tiling.ENOUGH_PROGRAMS, across)))
     segments = cdiv(s_tiles, segment_tiles)
     partial = left.new_empty(samples, segments, columns, width, dtype=torch.float32)
-    sizes = (tokens, width, columns, segments, segment_tiles, *right.stride()[:2], scale)
-    constants = {"SHARED": shared, "R": rank, **_blocks(tiles)}
-    _launch(kernels.outer, across * segments, tiles, left, coefficient, right, partial, *sizes, **constants)
+    sizes = (tokens, width, columns, segments, segment_tiles, *right.stride()[:2])
+    _launch(kernels.outer, across * segments, tiles, left, right, partial, *sizes, **_blocks(tiles))
     return partial
 
 
@@ -162,7 +151,37 @@ def sum_by_row(partial: Tensor, factor: Tensor, given: Acting, *, scaled: bool) 
     coefficient = None if scaled else given.coefficient
     sizes = (rank * width, given.index.shape[1], given.index.numel(), partial.shape[1], given.scale)
     programs = rows * cdiv(rank * width, SUM_BLOCK)
-    _launch(kernels.sum_by_row, programs, SUM_TILES, partial, given.index, coefficient, out, *sizes, BLOCK=SUM_BLOCK)
+    constants = {"BLOCK": SUM_BLOCK, "PAIRS": SUM_PAIRS, "SEGMENTS": SUM_SEGMENTS}
+    _launch(kernels.sum_by_row, programs, SUM_TILES, partial, given.index, coefficient, out, *sizes, **constants)
+    return out
+
+
+def sum_products(
+    products: Tensor,  # float32 [B, token tiles, C]
+    index: Tensor | None,  # [B, P], contiguous: which of the rows; or None: all of them, in order
+    rank: int,
+    scale: float,
+    first: int = 0,  # column of the rows
+) -> Tensor:
+    """float32 [B, P], the coefficients' gradient."""
+    samples, s_tiles, columns = products.shape
+    pairs = (columns - first) // rank if index is None else index.shape[1]
+    out = products.new_empty(samples, pairs)
+    constants = {"R": rank, "BLOCK_T": PRODUCTS_BLOCK, "BLOCK_R": power_of_two(rank)}
+    sizes = (s_tiles, columns, pairs, first, scale)
+    _launch(kernels.sum_products, samples * pairs, PRODUCTS_TILES, products, index, out, *sizes, **constants)
+    return out
+
+
+def weigh_pairs(low: Tensor, given: Acting) -> Tensor:
+    """[B, S, K], or [B, S, R] of rows that share one A, contiguous -> [B, S, K]: times the coefficients of tokens."""
+    samples, tokens, pairs = given.coefficient.shape
+    rank = given.A.shape[1]
+    out = low.new_empty(samples, tokens, pairs * rank)
+    constants = {"SHARED": given.shared, "R": rank, "BLOCK": PAIRS_BLOCK}
+    sizes = (out.numel(), pairs, given.scale)
+    programs = cdiv(out.numel(), PAIRS_BLOCK)
+    _launch(kernels.weigh_pairs, programs, PAIRS_TILES, low, given.coefficient, out, *sizes, **constants)
     return out
 
 
@@ -258,25 +277,24 @@ def shipped() -> list[Shipped]:
             found.append(_ship(kernels.shrink, one_pass_tiles(dtype), name, types, "other products", PER_TOKEN=True))
             for tiles in candidates("expand", dtype):
                 if tiles in defaults("expand", dtype):
-                    found.append(_ship(kernels.expand, tiles, name, types, "coefficient base"))
-                found.append(_ship(kernels.expand, tiles, name, types, "coefficient bias"))
-                fitting = weighed_expand(tiles, dtype, dtypes[factor])
-                found.append(_ship(kernels.expand, fitting, name, types, "bias"))
+                    found.append(_ship(kernels.expand, tiles, name, types, "base"))
+                found.append(_ship(kernels.expand, tiles, name, types, "bias"))
             if factor == name:
-                for tiles in candidates("outer", dtype):
-                    found.append(_ship(kernels.outer, tiles, name, types, "coefficient"))
-                    fitting = weighed_outer(tiles, dtype)
-                    found += [_ship(kernels.outer, fitting, name, types, SHARED=shared) for shared in (False, True)]
+                found += [_ship(kernels.outer, tiles, name, types) for tiles in candidates("outer", dtype)]
                 found += [_ship(kernels.weigh, WEIGH_TILES, name, types, PER_TOKEN=own) for own in (False, True)]
                 found.append(_ship(kernels.of_tokens, tokens_tiles(8), name, types, "folded"))
                 found.append(_ship(kernels.of_tokens, tokens_tiles(8), name, types, "index", SHARED=True))
+                found += [_ship(kernels.weigh_pairs, PAIRS_TILES, name, types, SHARED=one) for one in (False, True)]
                 found.append(_ship(kernels.sum_by_row, SUM_TILES, name, types))
+    rows = {"products": "fp32", "index": "i64", "out": "fp32"}
+    found += [_ship(kernels.sum_products, PRODUCTS_TILES, "fp32", rows, unused) for unused in ("", "index")]
     return found
 
 
 def _ship(kernel: Any, tiles: Tiles, dtype: str, types: dict[str, str], unused: str = "", **variant: bool) -> Shipped:
     """`types` of the pointers that do not have the activations' `dtype`; pointers in `unused` are None."""
-    known = {"R": 8, "BLOCK": SUM_BLOCK, "BLOCK_R": tiles.columns, **_blocks(tiles)} | dict.fromkeys(unused.split())
+    known = {"R": 8, "BLOCK": tiles.width, "BLOCK_R": tiles.columns, **_blocks(tiles)} | dict.fromkeys(unused.split())
+    known |= {"PAIRS": SUM_PAIRS, "SEGMENTS": SUM_SEGMENTS, "BLOCK_T": PRODUCTS_BLOCK}
     known |= {"PER_TOKEN": False, "SHARED": False} | variant
     constants = {argument: known[argument] for argument in kernel.arg_names if argument in known}
     signature = {}
@@ -287,5 +305,5 @@ def _ship(kernel: Any, tiles: Tiles, dtype: str, types: dict[str, str], unused: 
             signature[argument] = "i32"
         elif argument not in constants:
             signature[argument] = f"*{types.get(argument, dtype)}"
-    dots = dtype != "fp32" and kernel not in (kernels.weigh, kernels.sum_by_row, kernels.of_tokens)
+    dots = dtype != "fp32" and kernel in (kernels.shrink, kernels.expand, kernels.outer)
     return Shipped(kernel, signature, constants, tiles.warps, tiles.stages, dots)
