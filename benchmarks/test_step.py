@@ -18,7 +18,8 @@ OP, OWN = "step", "patched"
 WAYS = ("frozen step", "patched", "dense offset", "PEFT LoRA")
 BACKENDS = ("reference",)
 TUNE, CHECKPOINTING = "tune", "tune, checkpointing"
-LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1e-1}  # of gradients: 32 layers forth and back
+# Of gradients, 32 layers forth and back: in bfloat16 the frozen step alone is 0.1 off; what is wrong is off by 1.
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 0.4}
 BROKEN_DOWN = ("patched", "frozen step")
 LORA_RANK = models.TOP_M * models.RANK  # as many columns as a sample's own rows have
 
