@@ -122,5 +122,6 @@ def token_error(model: Any, inputs: Mapping[str, Tensor], sequences: Tensor) -> 
     whole = {"input_ids": sequences, "attention_mask": torch.ones_like(sequences)}
     with _tf32():
         logits = model(**whole, pixel_values=inputs["pixel_values"], logits_to_keep=answer.shape[1] + 1).logits[:, :-1]
+    logits[..., model.config.image_token_id] = logits.amin()  # which is suppressed
     below = logits.amax(2) - logits.gather(2, answer[:, :, None])[:, :, 0]  # [B, n]
     return (below.max() / logits.abs().max()).item()

@@ -83,8 +83,10 @@ def base(size: Size, dtype: torch.dtype, device: str) -> Any:
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
-    # an answer without an end has a fixed length
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=image_token + 1, eos_token_id=None)
+    # an answer without an end has a fixed length; random weights may say the image's token
+    model.generation_config = GenerationConfig(
+        do_sample=False, pad_token_id=image_token + 1, eos_token_id=None, suppress_tokens=[image_token]
+    )
     return model.requires_grad_(False).eval()
 
 

@@ -302,7 +302,7 @@ struct Bound {
     Kernels::mix_factors_backward(call, index);
   }
 
-  // The factors of inject_add and merge, whose last dimension alone need lie without gaps.
+  // The factors of inject_add, whose last dimension alone need lie without gaps.
   template <typename Call>
   static void factors(Call& call, const Tensor& A, const Tensor& B, const Tensor& on) {
     call.N = A.size(0), call.R = A.size(1), call.d_in = A.size(2), call.d_out = B.size(2);
@@ -341,28 +341,6 @@ struct Bound {
     Kernels::inject_add(call, x);
   }
 
-  static void merge(
-      const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& index, const Tensor& coefficient,
-      double scale, const Tensor& result) {
-    Merge call{};
-    call.type = type_of("weight", weight);
-    factors(call, A, B, weight);
-    call.P = index.size(0);
-    expect("weight", weight, weight.scalar_type(), {call.d_out, call.d_in}, weight, 1);
-    expect("index", index, Dtype::Long, {call.P}, weight);
-    expect_within("index", index, call.N, "N");
-    expect("coefficient", coefficient, Dtype::Float, {call.P}, weight);
-    expect("out", result, weight.scalar_type(), {call.d_out, call.d_in}, weight);
-    if (call.d_out * call.d_in * call.P * call.R == 0) refuse("merge: an empty call has no increment");
-    call.weight = weight.data_ptr();
-    call.weight_stride = weight.stride(0);
-    call.index = in<int64_t>(index);
-    call.coefficient = in<float>(coefficient);
-    call.scale = static_cast<float>(scale);
-    call.out = result.data_ptr();
-    Kernels::merge(call, weight);
-  }
-
   template <typename Library>
   static void implement(Library& library) {  // on every device
     library.impl("select", TORCH_BOX(&Bound::select));
@@ -377,7 +355,6 @@ struct Bound {
   template <typename Library>
   static void implement_on_gpu(Library& library) {  // what the CPU does otherwise
     library.impl("select_aggregate", TORCH_BOX(&Bound::select_aggregate));
-    library.impl("merge", TORCH_BOX(&Bound::merge));
   }
 };
 

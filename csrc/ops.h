@@ -110,20 +110,4 @@ struct InjectAdd {
   int64_t A_stride_n, A_stride_r, B_stride_n, B_stride_r;
 };
 
-// out = W0 + scale * sum_p coefficient[p] * B[index[p]]^T A[index[p]], summed in float32 or better, rounded once.
-struct Merge {
-  const void* weight;        // W0 [d_out, d_in]
-  const void* A;             // [N, R, d_in]
-  const void* B;             // [N, R, d_out]
-  const int64_t* index;      // [P]
-  const float* coefficient;  // [P]
-  void* out;                 // out [d_out, d_in]
-  Type type;                 // of weight and out
-  Type factor_type;          // of A and B: type, or float32
-  float scale;
-  int64_t d_in, d_out, N, R, P;
-  int64_t weight_stride;
-  int64_t A_stride_n, A_stride_r, B_stride_n, B_stride_r;
-};
-
 }  // namespace cllava

@@ -31,9 +31,6 @@ inline void define(torch::stable::detail::StableLibrary& library) {
   library.def(
       "inject_add(Tensor x, Tensor A, Tensor B, Tensor index, Tensor coefficient, float scale, Tensor(a!) y) -> "
       "()");
-  library.def(
-      "merge(Tensor weight, Tensor A, Tensor B, Tensor index, Tensor coefficient, float scale, Tensor(a!) out) "
-      "-> ()");
 }
 
 }  // namespace cllava

@@ -64,8 +64,6 @@ def run_all(device, backend, dtypes=(torch.float32, torch.float16, torch.bfloat1
                 for own, frozen, *rows, free in routed if way != "whole" else routed[:1]:  # a shared A is gathered
                     y = ops.inject(own, frozen.detach(), *rows, free.detach(), past=past)
                     backward([y], own, rows[0], rows[1], rows[3])
-            if backend != "triton":
-                ops.merge(weight, A, B, index[0], coefficient[0])
         index, weight, row_task, row_mean, context = moved(aggregate_cases.make(AGGREGATE, torch.float32, generator))
         backward(ops.aggregate(index, weight, row_task, row_mean.detach(), context)[1:], weight, context)
 

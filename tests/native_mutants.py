@@ -44,6 +44,4 @@ NATIVE_MUTANTS = [
     ("inject: scale lost", "cuda/inject_add.cu", "k < K ? p.coefficient[pair] * p.scale", "k < K ? p.coefficient[pair]", INJECT),
     ("inject: only the first split", "cuda/inject_add.cu", "split < splits.count; split++", "split < 1; split++", INJECT),
     ("inject: rank is not read", "cuda/inject_add.cu", "p.index[pair], k % R, p.B_stride_n", "p.index[pair], 0, p.B_stride_n", INJECT),
-    ("merge: scale lost", "cuda/merge.cu", "p.coefficient[pair] * p.scale", "p.coefficient[pair]", INJECT),
-    ("merge: rounded without the weight", "cuda/merge.cu", "value[j] += total", "value[j] = total", INJECT),
 ]  # fmt: skip

@@ -408,34 +408,6 @@ def test_inject_add(sizes, odd, dtype, factor_dtype, kernels, rng):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(("dtype", "factor_dtype"), FACTORS, ids=str)
-@pytest.mark.parametrize("odd", [False, True])
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 1), (132, 68, 5, 8, 4), (260, 130, 3, 3, 7), (64, 128, 40, 8, 20)], ids=str
-)
-def test_merge(sizes, odd, dtype, factor_dtype, kernels, rng):
-    d_in, d_out, rows, rank, count = sizes
-    weight = torch.randn(d_out, d_in, generator=rng).to(dtype)
-    A = torch.randn(rows, rank, d_in, generator=rng).to(factor_dtype)
-    B = torch.randn(rows, rank, d_out, generator=rng).to(factor_dtype)
-    index, coefficient, unread = pairs(1, count, rows, rng)
-
-    def formula(t):
-        strength = coefficient[0].to(t) * 0.5
-        return weight.to(t) + torch.einsum("p,pro,pri->oi", strength, B.to(t)[index[0]], A.to(t)[index[0]])
-
-    exact, plain = formula(torch.float64), formula(torch.float32).to(dtype)
-    A[unread] = B[unread] = float("nan")
-    A, B, weight = wide(A, odd), wide(B, odd), wide(weight, odd)
-    output = Guarded((d_out, d_in), dtype, int(odd))
-    library.call(
-        kernels, "Merge", {"out": output}, weight=weight, A=A, B=B, index=index, coefficient=coefficient, type=dtype,
-        factor_type=factor_dtype, scale=0.5, d_in=d_in, d_out=d_out, N=rows, R=rank, P=count,
-        weight_stride=weight.stride(0), **factor_strides(A, B),
-    )  # fmt: skip
-    assert error(output.tensor, exact) <= (4 if d_out == 1 else 1) * limit(dtype, error(plain, exact), 2)
-
-
 def test_a_failed_launch_names_the_kernel(kernels):
     nobody = torch.empty(0, 1)
     with pytest.raises(RuntimeError, match=r"aggregate coefficients: launch failed: invalid config.*grid 0 x 1"):

@@ -129,7 +129,8 @@ def test_a_patched_layer_compiles_whole_with_dynamic_shapes(factor, backend, new
     context = "factor" if factor else "product"
     config = cf.IncrementConfig(a_std=0.1, rank=4, context=context, surrogate="backbone")
     llava = cf.patch(new_llava(), config, processor=processor)
-    increments = learn(llava, 3, rng, commit_last=False)
+    with ops.backend("auto"):
+        increments = learn(llava, 3, rng, commit_last=False)
     llava.to(backend.device)
     increments.pool.train_keys(False)
     linear = next(iter(adapted_linears(llava, config.targets).values()))

@@ -88,7 +88,6 @@ struct Cuda {
     at_most("P * R", call.P * call.R, 0x7fffffff);
     run(cllava::cuda::inject_add, call, on);
   }
-  static void merge(const cllava::Merge& call, const Tensor& on) { run(cllava::cuda::merge, call, on); }
 };
 
 }  // namespace

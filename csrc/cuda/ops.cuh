@@ -34,6 +34,4 @@ void mix_factors_backward(const MixFactorsBackward&, cudaStream_t);
 int64_t inject_add_workspace(const InjectAdd&);
 void inject_add(const InjectAdd&, cudaStream_t);
 
-void merge(const Merge&, cudaStream_t);
-
 }  // namespace cllava::cuda

@@ -5,11 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from cllava_fast.ops import checks, dispatch
-from cllava_fast.ops import native as native_backend
-from cllava_fast.ops.merge import autograd, native, reference
+from cllava_fast.ops.merge import autograd, reference
 
 dispatch.register("reference", {"merge": reference.merge})
-native_backend.register("cuda", {"merge": native.merge}, native.accepts)
 
 
 def merge(
