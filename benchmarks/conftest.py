@@ -31,7 +31,7 @@ from benchmarks import breakdown, measure, results
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-SUBJECTS = ("aggregate", "inject", "merge", "mix_factors", "select", "align", "step", "generate")  # in this order
+SUBJECTS = ("inject", "select", "aggregate", "merge", "mix_factors", "align", "generate", "step")  # in this order
 UNAVAILABLE = (measure.Unavailable, measure.ops.BackendError, torch.OutOfMemoryError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = {"cpu": 5.0, "cuda": 0.6}  # of a comparison

@@ -44,7 +44,8 @@ def points(device, quick):
     elif device == "cpu":
         chosen = [(1, 7, TUNE), (1, 7, CHECKPOINTING), (1, 0, TUNE), (4, 7, TUNE)]
     else:
-        chosen = [(B, 7, direction) for B in (1, 4, 16) for direction in (TUNE, CHECKPOINTING)] + [(4, 0, TUNE)]
+        chosen = [(4, 7, TUNE), (16, 7, CHECKPOINTING), (4, 0, TUNE), (4, 7, CHECKPOINTING)]
+        chosen += [(1, 7, TUNE), (1, 7, CHECKPOINTING), (16, 7, TUNE)]
     dtype, launch = (torch.float32, measure.HOST) if device == "cpu" else (torch.bfloat16, measure.IDLE)
     return [Point(Case(size, B, past), dtype, direction, launch) for B, past, direction in chosen]
 

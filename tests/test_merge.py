@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import cllava_fast as cf
 from cllava_fast.model import get_increments, paths
+from cllava_fast.ops.merge.reference import add_product
 from tests.helpers import QUESTIONS, inputs, learn
 
 CONFIG = cf.IncrementConfig(a_std=0.1, rank=4)
@@ -183,7 +185,8 @@ def test_two_bfloat16_terms_lose_nothing(rng: torch.Generator) -> None:
     exact = weight.double() + scaled.double().t() @ A.double()
     in_float32 = torch.addmm(weight.float(), scaled.t(), A.float()).bfloat16()
     # the products as a GPU makes them: of bfloat16, added up in float32
-    product = lambda weight, left, right: torch.addmm(weight.float(), left.float(), right.float()).bfloat16()  # noqa: E731
+    addmm = torch.addmm
+    product = lambda weight, left, right: addmm(weight.float(), left.float(), right.float()).bfloat16()  # noqa: E731
     with patch.object(torch, "addmm", product):
         found = add_product(weight, A, scaled)
         rounded_first = torch.addmm(weight, scaled.bfloat16().t(), A)
