@@ -219,7 +219,7 @@ def test_whole_steps_from_the_command_line_to_the_report(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(file.read_text())
     rows = content["rows"]
-    assert list(dict.fromkeys(row["op"] for row in rows)) == ["align", "step", "generate"]
+    assert list(dict.fromkeys(row["op"] for row in rows)) == ["align", "generate", "step"]
     assert not any("wrong" in row for row in rows)
     ways = {(row["op"], row["way"]) for row in rows if row.get("ours")}
     assert ways == {("align", "align"), ("step", "patched"), ("generate", "patched")}
