@@ -227,7 +227,7 @@ def test_whole_steps_from_the_command_line_to_the_report(tmp_path: Path) -> None
     assert {row["direction"] for row in steps} == {"tune", "tune, checkpointing"}
     assert all(row["tokens"] == 80 and row["median"] > 0 and row["extra_memory"] > 0 for row in steps)
     assert [(entry["op"], entry["way"]) for entry in content["breakdowns"]] == [
-        ("step", "patched"), ("step", "frozen step"), ("generate", "patched"), ("generate", "unpatched model"),
+        ("generate", "patched"), ("generate", "unpatched model"), ("step", "patched"), ("step", "frozen step"),
     ]  # fmt: skip
     assert [entry["ours"] > 0 for entry in content["breakdowns"]] == [True, False, True, False]
     readme = tmp_path / "README.md"

@@ -14,18 +14,8 @@ def merge(
     coefficient: Tensor,  # [P]
     scale: float,
 ) -> Tensor:
+    # Products of bfloat16 are six times as fast on an H100, and round the sum twice.
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     strength = (coefficient.to(exact) * scale).repeat_interleave(A.shape[1]).unsqueeze(1)  # [K, 1]
-    columns_A, columns_B = (f.index_select(0, index).flatten(0, 1) for f in (A, B))  # [K, d]
-    scaled = strength * columns_B.to(exact)
-    if weight.is_cuda and weight.dtype == columns_A.dtype == torch.bfloat16:
-        return add_product(weight, columns_A, scaled)
-    return torch.addmm(weight.to(exact), scaled.t(), columns_A.to(exact)).to(weight.dtype)
-
-
-def add_product(weight: Tensor, columns_A: Tensor, scaled: Tensor) -> Tensor:
-    """weight + scaled^T columns_A on tensor cores, which multiply bfloat16 exactly and add up in float32: float32
-    `scaled [K, d_out]` goes in as two bfloat16 terms, whose sum is off by 2^-17 of it where the result is by 2^-9."""
-    high = scaled.bfloat16()
-    low = (scaled - high).bfloat16()
-    return torch.addmm(weight, torch.cat([high, low]).t(), torch.cat([columns_A, columns_A]))
+    columns_A, columns_B = (f.index_select(0, index).to(exact).flatten(0, 1) for f in (A, B))  # [K, d]
+    return torch.addmm(weight.to(exact), (strength * columns_B).t(), columns_A).to(weight.dtype)
