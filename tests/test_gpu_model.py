@@ -89,6 +89,22 @@ def test_answers_of_a_batch_are_those_alone(dtype: torch.dtype, pair: Any) -> No
     assert model.generate(**batch, **options).shape[0] == len(QUESTIONS)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+def test_token_by_token_as_all_at_once(backend: str, pair: Any) -> None:
+    _, model, batch = pair
+    model.eval()
+    query = torch.randn(len(QUESTIONS), get_increments(model).pool.key_dim)
+    batch = on_gpu(batch | {"query": query})
+    with torch.no_grad(), ops.backend(backend):
+        whole = model(**batch).logits
+        ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
+        first = model(input_ids=ids[:, :-3], attention_mask=mask[:, :-3], **batch, use_cache=True)
+        for i in (-3, -2, -1):
+            seen = mask[:, : mask.shape[1] + i + 1]
+            step = model(input_ids=ids[:, i:][:, :1], attention_mask=seen, past_key_values=first.past_key_values)
+            torch.testing.assert_close(step.logits[:, 0], whole[:, i], atol=1e-4, rtol=1e-3)
+
+
 def test_autocast_and_layers_computed_again(pair: Any) -> None:
     _, model, batch = pair
     model.train()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cllava_fast as cf
 from cllava_fast.model import get_increments
+from cllava_fast.model import increments as increments_module
 from tests.helpers import QUESTIONS, inputs, learn, take
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
@@ -39,6 +40,32 @@ def selected(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
     finally:
         del increments.inject
     return seen[0]
+
+
+def test_a_context_that_goes_as_more_pairs_is_the_same(
+    llava: Any, processor: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does where a GPU decodes; here told to, on the CPU."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator)
+    batch = inputs(processor, QUESTIONS, generator)
+    apart = last_logits(llava, batch)
+    monkeypatch.setattr(increments_module, "_few_tokens", lambda x, selection, factors: selection.joined is not None)
+    seen: list[tuple[int, bool]] = []
+    inject = increments_module.inject_unchecked
+
+    def spy(*args: Any) -> Tensor:
+        seen.append((args[4].shape[1], args[-1] is None))
+        return inject(*args)
+
+    monkeypatch.setattr(increments_module, "inject_unchecked", spy)
+    together = last_logits(llava, batch)
+    pool = get_increments(llava).pool
+    earlier = pool.num_rows - CONFIG.rows_per_task  # of all tasks but the last
+    assert set(seen) == {(CONFIG.top_m + earlier, True)}
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    plain = last_logits(cf.unpatch(llava), batch)
+    assert (together - plain).abs().max() > 100 * (together - apart).abs().max()
 
 
 def test_bit_equal_until_a_task_is_learned(llava: Any, processor: Any, generator: torch.Generator) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -67,6 +68,15 @@ class Selection:
         pairs = self.block or self.past
         assert pairs is not None
         return pairs.index.shape[0]
+
+    @cached_property
+    def joined(self) -> Pairs | None:
+        """``past`` and ``context`` in one list, where they are all that acts and both count the committed rows."""
+        if self.past is None or self.context is None or self.block is not None or self.mix or self.means:
+            return None
+        every = torch.arange(self.context.shape[1], device=self.past.index.device).expand(self.context.shape)
+        index = torch.cat([self.past.index, every], 1)
+        return Pairs(index, torch.cat([self.past.coefficient, self.context], 1))
 
     def expand(self, batch: int) -> Selection:
         """Repeats every sample for its beams or returned sequences: ``[B, ...]`` to ``[batch, ...]``."""

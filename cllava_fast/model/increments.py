@@ -15,8 +15,9 @@ from cllava_fast import ops
 from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
 from cllava_fast.model import paths
 from cllava_fast.model.instructions import InstructionReader, text_ids
-from cllava_fast.ops import checks
+from cllava_fast.ops import checks, native
 from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
+from cllava_fast.ops.inject.native import CUDA_TOKENS
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, make_surrogate
 
@@ -296,7 +297,7 @@ class Increments(nn.Module):
                 check_frozen(linear.weight, linear.bias)
                 y = functional.linear(x, linear.weight, linear.bias)
             x = functional.dropout(x, self.dropout)
-        for A, B, pairs, past in self._pools(selection, factors, x.device):
+        for A, B, pairs, past in self._pools(selection, factors, x):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:
                 assert linear is not None
@@ -322,18 +323,36 @@ class Increments(nn.Module):
         return self.active
 
     def _pools(
-        self, selection: Selection, factors: Factors, device: torch.device
+        self, selection: Selection, factors: Factors, x: Tensor
     ) -> list[tuple[Tensor, Tensor, Pairs, ops.Past | None]]:
         """The context goes with the first pool that is selected from."""
+        if _few_tokens(x, selection, factors):
+            assert selection.joined is not None
+            return [(factors.A, factors.B, selection.joined, None)]
         if selection.mix:
             return [(*term, None) for term in terms(selection, factors)]
         context, past = selection.context, None
         if context is not None:
             A, B = context_rows(selection, factors)
             rows = context.shape[1]
-            past = ops.Past(A[:rows], B[:rows], context.to(device))
+            past = ops.Past(A[:rows], B[:rows], context.to(x.device))
         first, *others = selected(selection, factors)
         return [(*first, past), *((*other, None) for other in others)]
+
+
+# Bytes of factors that native decoding may read, sample by sample, before matrix products with the context are better.
+JOINED_BYTES = 2**28
+
+
+def _few_tokens(x: Tensor, selection: Selection, factors: Factors) -> bool:
+    """Whether a GPU decodes: its time goes into launches, of which the context as more pairs takes none."""
+    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A:
+        return False
+    joined = selection.joined
+    if joined is None or joined.coefficient.dim() != 2 or native.cuda_usable() is not None:
+        return False
+    row = factors.A[0].nbytes + factors.B[0].nbytes
+    return joined.index.numel() * row <= JOINED_BYTES
 
 
 def context_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:
