@@ -72,15 +72,15 @@ def test_the_learned_increments_load_again(run: tuple[Path, dict[str, Any]]) -> 
 
 
 def test_the_same_config_gives_the_same_numbers(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """In processes of their own, too."""
     _, results = run
     threads = torch.get_num_threads()
-    again = run_demo(short(tmp_path / "again", methods=("continual_llava",)))
-    assert torch.get_num_threads() == threads
-    first = results["methods"]["continual_llava"]["per_seed"][0]
-    second = again["methods"]["continual_llava"]["per_seed"][0]
-    for metric in METRICS:
-        if metric != "seconds":
-            assert first[metric] == second[metric], metric
+    again = run_demo(short(tmp_path / "again", methods=("continual_llava", "frozen"), jobs=2))
+    assert torch.get_num_threads() == threads and list(again["methods"]) == ["continual_llava", "frozen"]
+    for method in again["methods"]:
+        first, second = (found["methods"][method]["per_seed"][0] for found in (results, again))
+        assert [metric for metric in METRICS if metric != "seconds" and first[metric] != second[metric]] == []
+    assert list((tmp_path / "again" / "methods" / "continual_llava" / "seed0").rglob("*.safetensors"))
 
 
 def test_what_is_in_the_way_stays(tmp_path: Path) -> None:

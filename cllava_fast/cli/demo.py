@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 EXAMPLE = "example: cllava-fast demo --setting capability --seeds 3 --orders 3 --output runs/capability"
 
@@ -39,9 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", default="test", choices=("test", "validation"),
         help="what is measured; choose hyperparameters on validation (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, metavar="N",
+        help="runs at the same time, each in a process of its own (default: one for each CPU core; one on a GPU)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import torch
     from transformers.utils import logging
 
     from cllava_fast.demo.run import DEFAULT, DemoConfig, run_demo
@@ -61,7 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
         train=arguments.train,
         test=arguments.test,
         overwrite=arguments.overwrite,
+        jobs=1 if arguments.jobs is None else arguments.jobs,
     )
+    if arguments.jobs is None and not torch.cuda.is_available():
+        runs = config.seeds * config.orders * len(config.methods)
+        config = replace(config, jobs=min(torch.get_num_threads(), runs))
     logging.disable_progress_bar()  # ours tell more
     results = run_demo(config)
     print_table(results)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import cllava_fast as cf
 from cllava_fast.atomic import check_replaceable, new_folder
@@ -54,6 +60,7 @@ class DemoConfig:
         train, test: samples of each task.
         overwrite: replace an earlier demo in ``output``.
         progress: show what is going on.
+        jobs: runs at the same time, each in a process and on as many threads as it then has cores; 1: in this one.
     """
 
     output: str = "runs/demo"
@@ -70,6 +77,7 @@ class DemoConfig:
     test: int = 200
     overwrite: bool = False
     progress: bool = True
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         if self.methods == ("all",):
@@ -80,11 +88,9 @@ class DemoConfig:
         if self.setting not in SETTINGS:
             raise ValueError(f"setting is {self.setting!r}; {nearest(str(self.setting), SETTINGS)}")
         task_orders(SETTINGS[self.setting].tasks, self.orders)
-        if self.seeds < 1 or self.steps < 1:
-            raise ValueError(f"seeds is {self.seeds} and steps is {self.steps}; expected at least 1 of each")
-        for name in ("train", "test"):
+        for name in ("seeds", "steps", "train", "test", "jobs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number of samples")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0.0 <= self.ambiguous <= 1.0:
             raise ValueError(f"ambiguous is {self.ambiguous}; expected a share in 0..1")
         if self.ambiguous and self.setting != "domain":
@@ -98,7 +104,7 @@ class DemoConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the results: all but where they go and how the work is shown."""
         values = asdict(self)
-        for name in ("output", "overwrite", "progress"):
+        for name in ("output", "overwrite", "progress", "jobs"):
             del values[name]
         return values
 
@@ -148,41 +154,30 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     return results
 
 
+class _Run(NamedTuple):
+    """One method on one order of one seed's tasks."""
+
+    seed: int
+    order: int
+    method: str
+
+    def folder(self, orders: int) -> str:
+        return f"seed{self.seed}-order{self.order}" if orders > 1 else f"seed{self.seed}"
+
+
 def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
-    console = Console(stderr=True)
     start = time.perf_counter()
     orders = task_orders(SETTINGS[config.setting].tasks, config.orders)
+    every = [_Run(*one) for one in product(range(config.seeds), range(len(orders)), config.methods)]
+    found = dict(_each(config, output, every))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
     details: dict[str, dict[str, Any]] = {}  # of the last seed, in the first order
-    scored_by: dict[str, str] = {}
-    skills: dict[int, tuple[cf.PreparedStream, float]] = {}  # of each seed, and how able the frozen base is
-    for seed, number in product(range(config.seeds), range(len(orders))):
-        stream = in_order(config.stream(seed), orders[number])
-        scored_by = {task.name: task.metric for task in stream}
-        data: cf.PreparedStream | None = None
-        if seed not in skills:
-            plain, processor = load_base()
-            asked = build_skills(processor, seed)
-            skills[seed] = asked, base_ability(plain, asked)
-        where = {"seed": seed, "order": number} if len(orders) > 1 else {}
-        run = f"seed{seed}-order{number}" if len(orders) > 1 else f"seed{seed}"
-        for name in config.methods:
-            if config.progress:
-                console.rule(f"{title_of(name)}, {run.replace('-', ', ')}", align="left")
-            # a fresh base for each: no method sees what another left
-            model, processor = load_base()
-            data = data or cf.PreparedStream(stream, processor)
-            if name == "frozen":
-                result = _frozen(model, data, config)
-            else:
-                cf.patch(model, config.method_config(name), processor=processor)
-                arguments = config.arguments(output / "methods" / name / run, seed)
-                result = cf.ContinualTrainer(model, processor, data, arguments).train()
-            asked, able = skills[seed]
-            kept = (1.0 if name == "frozen" else base_ability(model, asked) / able) if able else None
-            runs[name].append({**result.to_dict(), "base_kept": kept, **where})
-            if number == 0:
-                details[name] = {"losses": result.losses, "examples": result.examples}
+    for run in every:
+        result = found[run]
+        where = {"seed": run.seed, "order": run.order} if len(orders) > 1 else {}
+        runs[run.method].append({**result["result"], "base_kept": result["base_kept"], **where})
+        if run.order == 0:
+            details[run.method] = result["details"]
     methods = {
         name: {**metrics.mean_over_orders(values, orders, orders[0]), "per_seed": values, **details[name]}
         for name, values in runs.items()
@@ -190,13 +185,85 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
     return {
         "stream": orders[0],
         **({"orders": orders} if len(orders) > 1 else {}),
-        "metrics": scored_by,
+        "metrics": found[every[-1]]["metrics"],
         "note": "Hyperparameters were chosen on the validation split, never on the test split.",
         "seeds": list(range(config.seeds)),
         "methods": methods,
         "environment": environment(),
-        "config": {**config.identity(), "seconds_in_all": time.perf_counter() - start, **_method_settings(config)},
-    }
+        "config": {
+            **config.identity(), "jobs": config.jobs, "seconds_in_all": time.perf_counter() - start,
+            **_method_settings(config),
+        },
+    }  # fmt: skip
+
+
+def _each(config: DemoConfig, output: Path, runs: list[_Run]) -> Iterator[tuple[_Run, dict[str, Any]]]:
+    """Each run's outcome, in whatever order they end."""
+    console = Console(stderr=True)
+    if config.jobs == 1:
+        for run in runs:
+            if config.progress:
+                name = run.folder(config.orders).replace("-", ", ")
+                console.rule(f"{title_of(run.method)}, {name}", align="left")
+            yield run, _one(config, output, run)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    threads = max(1, torch.get_num_threads() // config.jobs)
+    quiet, spawn = replace(config, progress=False), multiprocessing.get_context("spawn")
+    with (
+        Progress(*columns, console=console, disable=not config.progress) as bar,
+        ProcessPoolExecutor(config.jobs, spawn, _in_a_process, (threads,)) as pool,
+    ):
+        shown = bar.add_task("runs", total=len(runs))
+        started = {pool.submit(_one, quiet, output, run): run for run in runs}
+        try:
+            for future in as_completed(started):
+                run = started[future]
+                yield run, future.result()
+                bar.console.print(f"{title_of(run.method)}, {run.folder(config.orders)}: done")
+                bar.advance(shown)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _in_a_process(threads: int) -> None:
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+
+
+def _one(config: DemoConfig, output: Path, run: _Run) -> dict[str, Any]:
+    data, scored_by = _tasks(config, run.seed, run.order)
+    # a fresh base for each: no method sees what another left
+    model, processor = load_base()
+    if run.method == "frozen":
+        result = _frozen(model, data, config)
+    else:
+        cf.patch(model, config.method_config(run.method), processor=processor)
+        folder = output / "methods" / run.method / run.folder(config.orders)
+        result = cf.ContinualTrainer(model, processor, data, config.arguments(folder, run.seed)).train()
+    asked, able = _skills(run.seed)
+    kept = (1.0 if run.method == "frozen" else base_ability(model, asked) / able) if able else None
+    details = {"losses": result.losses, "examples": result.examples}
+    return {"result": result.to_dict(), "base_kept": kept, "details": details, "metrics": scored_by}
+
+
+@functools.lru_cache(maxsize=1)
+def _tasks(config: DemoConfig, seed: int, order: int) -> tuple[cf.PreparedStream, dict[str, str]]:
+    """A seed's tasks in one order, prepared, and what each is scored by."""
+    orders = task_orders(SETTINGS[config.setting].tasks, config.orders)
+    stream = in_order(config.stream(seed), orders[order])
+    return cf.PreparedStream(stream, load_base()[1]), {task.name: task.metric for task in stream}
+
+
+@functools.lru_cache(maxsize=1)
+def _skills(seed: int) -> tuple[cf.PreparedStream, float]:
+    """Questions of what the base was trained on, and how able the frozen base is."""
+    plain, processor = load_base()
+    asked = build_skills(processor, seed)
+    return asked, base_ability(plain, asked)
 
 
 def _method_settings(config: DemoConfig) -> dict[str, Any]:
