@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import cllava_fast as cf
+from cllava_fast.methods import Pairs, Selection
 from cllava_fast.model import get_increments
 from cllava_fast.model import increments as increments_module
+from cllava_fast.ops import native
 from tests.helpers import QUESTIONS, inputs, learn, take
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
@@ -42,30 +45,58 @@ def selected(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
     return seen[0]
 
 
-def test_a_context_that_goes_as_more_pairs_is_the_same(
+def test_native_decoding_is_the_same(
     llava: Any, processor: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it does where a GPU decodes; here told to, on the CPU."""
+    """Where a GPU decodes, the context goes as more pairs straight to the kernel; here told to, on the CPU."""
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 3, generator)
     batch = inputs(processor, QUESTIONS, generator)
     apart = last_logits(llava, batch)
-    monkeypatch.setattr(increments_module, "_few_tokens", lambda x, selection, factors: selection.joined is not None)
-    seen: list[tuple[int, bool]] = []
-    inject = increments_module.inject_unchecked
+    monkeypatch.setattr(increments_module, "_native_pairs", lambda x, selection, factors: selection.joined)
+    seen: list[int] = []
+    decode = increments_module.decode
 
     def spy(*args: Any) -> Tensor:
-        seen.append((args[4].shape[1], args[-1] is None))
-        return inject(*args)
+        seen.append(args[5].shape[1])
+        return decode(*args)
 
-    monkeypatch.setattr(increments_module, "inject_unchecked", spy)
+    monkeypatch.setattr(increments_module, "decode", spy)
     together = last_logits(llava, batch)
-    pool = get_increments(llava).pool
-    earlier = pool.num_rows - CONFIG.rows_per_task  # of all tasks but the last
-    assert set(seen) == {(CONFIG.top_m + earlier, True)}
+    earlier = get_increments(llava).pool.num_rows - CONFIG.rows_per_task  # of all tasks but the last
+    assert set(seen) == {CONFIG.top_m + earlier} and len(seen) == 3
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     plain = last_logits(cf.unpatch(llava), batch)
     assert (together - plain).abs().max() > 100 * (together - apart).abs().max()
+
+
+@pytest.mark.skipif(not native.EMULATED and not torch.cuda.is_available(), reason="needs the CUDA kernels")
+def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every condition turned around once, on tensors that say they are on a GPU."""
+    rows, samples = torch.zeros(4, 2, 8), 3
+    pairs = Pairs(torch.zeros(samples, 2, dtype=torch.int64), torch.ones(samples, 2))
+    factors: Any = SimpleNamespace(A=rows, B=rows, shares_A=False)
+    there = SimpleNamespace(is_cuda=True, shape=(samples, 1, 8), device=pairs.index.device)
+    selection = Selection(past=pairs, context=torch.ones(samples, 4))
+
+    def found(x: Any = there, selection: Any = selection, factors: Any = factors) -> Pairs | None:
+        return increments_module._native_pairs(x, selection, factors)
+
+    assert found() is None, "gradients are on"
+    with torch.no_grad():
+        joined = found()
+        assert joined is selection.joined and joined is not None and joined.index.shape == (samples, 6)
+        assert found(SimpleNamespace(**{**vars(there), "is_cuda": False})) is None
+        assert found(SimpleNamespace(**{**vars(there), "shape": (samples, 17, 8)})) is None
+        assert found(SimpleNamespace(**{**vars(there), "device": torch.device("meta")})) is None
+        assert found(factors=SimpleNamespace(A=rows, B=rows, shares_A=True)) is None
+        assert found(selection=Selection(past=pairs)) is pairs
+        assert found(selection=Selection(block=pairs)) is None
+        assert found(selection=Selection(past=pairs, context=torch.ones(samples, 4), means=True)) is None
+        with cf.ops.backend("reference"):
+            assert found() is None
+        monkeypatch.setattr(increments_module, "NATIVE_BYTES", 1)
+        assert found() is None
 
 
 def test_bit_equal_until_a_task_is_learned(llava: Any, processor: Any, generator: torch.Generator) -> None:

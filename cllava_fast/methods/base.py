@@ -72,8 +72,10 @@ class Selection:
     @cached_property
     def joined(self) -> Pairs | None:
         """``past`` and ``context`` in one list, where they are all that acts and both count the committed rows."""
-        if self.past is None or self.context is None or self.block is not None or self.mix or self.means:
+        if self.past is None or self.block is not None or self.mix or self.means:
             return None
+        if self.context is None:
+            return self.past
         every = torch.arange(self.context.shape[1], device=self.past.index.device).expand(self.context.shape)
         index = torch.cat([self.past.index, every], 1)
         return Pairs(index, torch.cat([self.past.coefficient, self.context], 1))

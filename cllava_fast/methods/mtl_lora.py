@@ -25,6 +25,7 @@ class MtlLoraConfig(MethodConfig):
 
     method: ClassVar[str] = "mtl_lora"
     title: ClassVar[str] = "MTL-LoRA (told the task)"
+    demo = {"dropout": 0.0}  # a few hundred steps do not overfit
 
     ups: int = field(default=3, metadata={"help": "projections up, B, that a task weighs"})
     rank: int = field(default=8, metadata={"help": "rank of A and of each B"})

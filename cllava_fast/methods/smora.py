@@ -26,7 +26,7 @@ class SmoraConfig(MoeLoraConfig):
 
     method: ClassVar[str] = "smora"
     title: ClassVar[str] = "SMoRA"
-    demo = {"experts": 32, "top_k": 8}
+    demo = {"experts": 32, "top_k": 8, "dropout": 0.0}  # a few hundred steps do not overfit
 
     experts: int = field(default=64, metadata={"help": "experts of each linear: the rank of the LoRA that they are"})
     rank: int = field(default=1, metadata={"help": "rank of one expert"})

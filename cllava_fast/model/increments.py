@@ -15,9 +15,9 @@ from cllava_fast import ops
 from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
 from cllava_fast.model import paths
 from cllava_fast.model.instructions import InstructionReader, text_ids
-from cllava_fast.ops import checks, native
+from cllava_fast.ops import checks, dispatch, native
 from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
-from cllava_fast.ops.inject.native import CUDA_TOKENS
+from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, make_surrogate
 
@@ -291,13 +291,18 @@ class Increments(nn.Module):
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         selection = self.method.route(selection, factors, x)
+        pairs = _native_pairs(x, selection, factors)
+        if pairs is not None and linear is not None:
+            return decode(
+                x, linear.weight, linear.bias, factors.A, factors.B, pairs.index, pairs.coefficient, self.config.scale
+            )
         if self.dropout and self.training and self.pool.block_rows:
             if y is None:
                 assert linear is not None
                 check_frozen(linear.weight, linear.bias)
                 y = functional.linear(x, linear.weight, linear.bias)
             x = functional.dropout(x, self.dropout)
-        for A, B, pairs, past in self._pools(selection, factors, x):
+        for A, B, pairs, past in self._pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:
                 assert linear is not None
@@ -323,36 +328,36 @@ class Increments(nn.Module):
         return self.active
 
     def _pools(
-        self, selection: Selection, factors: Factors, x: Tensor
+        self, selection: Selection, factors: Factors, device: torch.device
     ) -> list[tuple[Tensor, Tensor, Pairs, ops.Past | None]]:
         """The context goes with the first pool that is selected from."""
-        if _few_tokens(x, selection, factors):
-            assert selection.joined is not None
-            return [(factors.A, factors.B, selection.joined, None)]
         if selection.mix:
             return [(*term, None) for term in terms(selection, factors)]
         context, past = selection.context, None
         if context is not None:
             A, B = context_rows(selection, factors)
             rows = context.shape[1]
-            past = ops.Past(A[:rows], B[:rows], context.to(x.device))
+            past = ops.Past(A[:rows], B[:rows], context.to(device))
         first, *others = selected(selection, factors)
         return [(*first, past), *((*other, None) for other in others)]
 
 
 # Bytes of factors that native decoding may read, sample by sample, before matrix products with the context are better.
-JOINED_BYTES = 2**28
+NATIVE_BYTES = 2**28
 
 
-def _few_tokens(x: Tensor, selection: Selection, factors: Factors) -> bool:
-    """Whether a GPU decodes: its time goes into launches, of which the context as more pairs takes none."""
-    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A:
-        return False
-    joined = selection.joined
-    if joined is None or joined.coefficient.dim() != 2 or native.cuda_usable() is not None:
-        return False
-    row = factors.A[0].nbytes + factors.B[0].nbytes
-    return joined.index.numel() * row <= JOINED_BYTES
+def _native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | None:
+    """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
+    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or torch.is_grad_enabled() or factors.shares_A:
+        return None
+    pairs = selection.joined
+    if pairs is None or pairs.coefficient.dim() != 2 or native.cuda_usable() is not None:
+        return None
+    if not dispatch.automatic() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+        return None
+    _, rank, d_in = factors.A.shape
+    row = rank * (d_in + factors.B.shape[2]) * factors.A.element_size()
+    return pairs if pairs.index.numel() * row <= NATIVE_BYTES and pairs.index.device == x.device else None
 
 
 def context_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,23 @@ def add_(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
     return reference.lows(low, past_low, given, save)
 
 
+def decode(
+    x: Tensor,  # [B, S, d_in], S of a few
+    weight: Tensor,  # [d_out, d_in]
+    bias: Tensor | None,
+    A: Tensor,  # [N, R, d_in]
+    B: Tensor,  # [N, R, d_out]
+    index: Tensor,  # [B, P]
+    coefficient: Tensor,  # [B, P]
+    scale: float,
+) -> Tensor:
+    """`inject` without gradients by the native kernel and nothing around it, for a GPU that waits for each launch."""
+    y = F.linear(x, weight, bias).contiguous()
+    A, B = factors(A, B, x.dtype)
+    torch.ops.cllava_fast_native.inject_add(dense_rows(x), A, B, index, coefficient, scale, y)
+    return y
+
+
 def cpu_inject(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Acting, save: bool) -> Result:
     if few(x.shape[1]):
         return inject(library, x, weight, bias, given, save)
