@@ -113,7 +113,7 @@ def steps(out: Path) -> list[Step]:
                 *pytest, "benchmarks", f"--junitxml={out / 'benchmarks.xml'}",
                 f"--results={out / 'benchmarks.json'}",
             ],
-            300, missing=no_pytest, junit="benchmarks.xml",
+            340, missing=no_pytest, junit="benchmarks.xml",
         )
     )  # fmt: skip
     command = [python, "-m", "benchmarks.tune", f"--out={out / 'tuned.json'}"]
