@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
 import cllava_fast as cf
 from cllava_fast import ops
@@ -172,3 +173,19 @@ def test_learns_in_bfloat16(new_llava: Callable[[], Any], processor: Any, tmp_pa
     result = cf.ContinualTrainer(model, processor, stream(), arguments(tmp_path / "run", max_steps=60)).train()
     assert all(loss[-1] < 0.8 * loss[0] for loss in result.losses.values())
     assert result.accuracy_matrix[1][0] == result.accuracy_matrix[0][0], "the first task must not be forgotten"
+
+
+def test_decoding_is_replayed_as_a_graph(pair: Any) -> None:
+    _, model, batch = pair
+    model.eval().set_attn_implementation("sdpa")
+    batch = on_gpu(batch)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options["suppress_tokens"] = [model.config.image_token_id]
+    expected = model.generate(**batch, **options)
+    for backend in ("cudagraphs", "inductor"):
+        torch._dynamo.reset()
+        compiling = CompileConfig(backend=backend, mode="reduce-overhead" if backend == "inductor" else None)
+        for _ in range(2):  # captured, and replayed for the next request
+            found = model.generate(**batch, **options, cache_implementation="static", compile_config=compiling)
+            assert torch.equal(found, expected), backend
+    torch._dynamo.reset()

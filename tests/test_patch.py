@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 import cllava_fast as cf
 from cllava_fast.methods import Pairs, Selection
@@ -516,3 +518,21 @@ class TestRefusals:
         with pytest.raises(TypeError, match="expected a list with one text"):
             run(**batch, instructions="what?")
         assert increments.active is None and increments.pending is None
+
+
+def test_decoding_compiles_into_one_graph(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """With a static cache, as transformers compiles it by itself on a GPU, where it is replayed as a CUDA graph."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator)
+    batch = inputs(processor, QUESTIONS[:3], generator)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options["suppress_tokens"] = [llava.config.image_token_id]  # random weights may say it
+    expected = llava.generate(**batch, **options)
+    assert torch.equal(llava.generate(**batch, **options, cache_implementation="static"), expected)
+    compiling = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiling._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    found = llava.generate(**batch, **options, cache_implementation="static", compile_config=compiling)
+    torch._dynamo.reset()
+    assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1
