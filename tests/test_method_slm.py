@@ -193,9 +193,13 @@ def test_evaluation_reports_what_each_batch_selected(
     cf.evaluate_stream(llava, processor, data, tmp_path / "eval", batch_size=5, max_new_tokens=2, progress=False)
     lines = [(tmp_path / "eval" / "predictions" / f"task{k}.jsonl").read_text().splitlines() for k in range(2)]
     records = [json.loads(line) for task in lines for line in task]
-    examples = [example for k in range(2) for example in data.examples(f"task{k}", "test", llava)]
-    assert len(seen) == 3 and len(records) == 12
-    for rows, (index, weight) in zip(batches_of(examples, 5), seen, strict=True):
+    tasks = [list(data.examples(f"task{k}", "test", llava)) for k in range(2)]
+    if reduce == "batch":  # one selection for a batch presumes that its questions come from one task
+        batches = [[6 * k + row for row in rows] for k in range(2) for rows in batches_of(tasks[k], 5)]
+    else:
+        batches = batches_of(tasks[0] + tasks[1], 5)
+    assert len(seen) == len(batches) == (4 if reduce == "batch" else 3) and len(records) == 12
+    for rows, (index, weight) in zip(batches, seen, strict=True):
         assert [records[row]["rows"] for row in rows] == index.tolist()
         for row, wanted in zip(rows, weight.tolist(), strict=True):
             assert records[row]["weights"] == pytest.approx(wanted, abs=1e-3)

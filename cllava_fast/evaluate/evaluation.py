@@ -97,8 +97,8 @@ def evaluate_tasks(
     after_batch: Callable[[], None] = lambda: None,
     positions: Mapping[str, Sequence[int]] | None = None,
 ) -> list[TaskEvaluation]:
-    """Answers of a patched or a plain model to tasks' samples, which share batches; no task id is given, except to a
-    method with ``uses_task``.
+    """Answers of a patched or a plain model to tasks' samples, which share batches, except of a method that selects
+    ``by_batch``; no task id is given, except to one with ``uses_task``.
 
     Args:
         after_batch: called between batches; may raise to stop.
@@ -107,6 +107,10 @@ def evaluate_tasks(
     from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
 
     increments = getattr(model, "increments", None)
+    if increments is not None and increments.method.by_batch and len(names) > 1:
+        options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
+        options |= {"after_batch": after_batch, "positions": positions}
+        return [found for name in names for found in evaluate_tasks(model, data, [name], split, **options)]
     features = data.features if increments is not None else None  # a plain model takes pixels alone
     tasks = {name: data.examples(name, split, model if features else None) for name in names}
     places = {name: range(len(task)) if positions is None else positions[name] for name, task in tasks.items()}

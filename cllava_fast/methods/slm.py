@@ -77,6 +77,7 @@ class Slm(Method):
 
     def __init__(self, config: SlmConfig) -> None:
         self.config = config
+        self.by_batch = config.reduce == "batch"
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         config = self.config
