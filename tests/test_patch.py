@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,33 +73,41 @@ def test_native_decoding_is_the_same(
     assert (together - plain).abs().max() > 100 * (together - apart).abs().max()
 
 
-@pytest.mark.skipif(not native.EMULATED and not torch.cuda.is_available(), reason="needs the CUDA kernels")
+@pytest.mark.skipif(not native.EMULATED, reason="needs the emulated CUDA kernels")
 def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every condition turned around once, on tensors that say they are on a GPU."""
+    """On tensors that say they are on a GPU; what else decides is turned around, one after the other."""
     rows, samples = torch.zeros(4, 2, 8), 3
     pairs = Pairs(torch.zeros(samples, 2, dtype=torch.int64), torch.ones(samples, 2))
     factors: Any = SimpleNamespace(A=rows, B=rows, shares_A=False)
-    there = SimpleNamespace(is_cuda=True, shape=(samples, 1, 8), device=pairs.index.device)
-    selection = Selection(past=pairs, context=torch.ones(samples, 4))
+    context = torch.ones(samples, 4)
+    selection = Selection(past=pairs, context=context)
 
-    def found(x: Any = there, selection: Any = selection, factors: Any = factors) -> Pairs | None:
-        return increments_module._native_pairs(x, selection, factors)
+    def found(selection: Any = selection, factors: Any = factors, **changes: Any) -> Pairs | None:
+        there = {"is_cuda": True, "shape": (samples, 1, 8), "device": rows.device, "dtype": torch.float32}
+        return increments_module._native_pairs(SimpleNamespace(**{**there, **changes}), selection, factors)
 
-    assert found() is None, "gradients are on"
+    with cf.ops.backend("cuda"):  # whose emulation runs only when asked for
+        assert found() is None, "gradients are on"
     with torch.no_grad():
-        joined = found()
-        assert joined is selection.joined and joined is not None and joined.index.shape == (samples, 6)
-        assert found(SimpleNamespace(**{**vars(there), "is_cuda": False})) is None
-        assert found(SimpleNamespace(**{**vars(there), "shape": (samples, 17, 8)})) is None
-        assert found(SimpleNamespace(**{**vars(there), "device": torch.device("meta")})) is None
-        assert found(factors=SimpleNamespace(A=rows, B=rows, shares_A=True)) is None
-        assert found(selection=Selection(past=pairs)) is pairs
-        assert found(selection=Selection(block=pairs)) is None
-        assert found(selection=Selection(past=pairs, context=torch.ones(samples, 4), means=True)) is None
-        with cf.ops.backend("reference"):
+        assert found() is None, "the native kernels are not what runs here"
+        with cf.ops.backend("cuda"):
+            joined = found()
+            assert joined is selection.joined and joined is not None and joined.index.shape == (samples, 6)
+            assert found(Selection(past=pairs)) is pairs
+            assert found(is_cuda=False) is None and found(shape=(samples, 17, 8)) is None
+            assert found(device=torch.device("meta")) is None
+            assert found(factors=SimpleNamespace(A=rows, B=rows, shares_A=True)) is None
+            for other in (
+                Selection(block=pairs), replace(selection, block=pairs), replace(selection, mix=True),
+                replace(selection, means=True), replace(selection, past=Pairs(pairs.index, torch.ones(samples, 1, 2))),
+            ):  # fmt: skip
+                assert found(other) is None, other
+            for where, name in ((torch.compiler, "is_compiling"), (torch, "is_autocast_enabled")):
+                with monkeypatch.context() as patched:
+                    patched.setattr(where, name, lambda *_: True)
+                    assert found() is None, name
+            monkeypatch.setattr(increments_module, "NATIVE_BYTES", 1)
             assert found() is None
-        monkeypatch.setattr(increments_module, "NATIVE_BYTES", 1)
-        assert found() is None
 
 
 def test_bit_equal_until_a_task_is_learned(llava: Any, processor: Any, generator: torch.Generator) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+MOST_JOBS = 8  # unless more are asked for: each takes about a GB
 EXAMPLE = "example: cllava-fast demo --setting capability --seeds 3 --orders 3 --output runs/capability"
 
 
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, metavar="N",
-        help="runs at the same time, each in a process of its own (default: one for each CPU core; one on a GPU)",
+        help=f"runs at the same time, each in a process of its own (default: one for each CPU core, up to {MOST_JOBS}; "
+        "one on a GPU)",
     )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.jobs is None and not torch.cuda.is_available():
         runs = config.seeds * config.orders * len(config.methods)
-        config = replace(config, jobs=min(torch.get_num_threads(), runs))
+        config = replace(config, jobs=min(torch.get_num_threads(), runs, MOST_JOBS))
     logging.disable_progress_bar()  # ours tell more
     results = run_demo(config)
     print_table(results)

@@ -80,8 +80,7 @@ class DemoConfig:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        if self.methods == ("all",):
-            object.__setattr__(self, "methods", METHODS)
+        object.__setattr__(self, "methods", METHODS if list(self.methods) == ["all"] else tuple(self.methods))
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"methods is {list(self.methods)}; expected some of {list(METHODS)}")
@@ -102,7 +101,8 @@ class DemoConfig:
         check_surrogate(self.surrogate)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the results: all but where they go and how the work is shown."""
+        """What decides the results: all but where they go and how the work is shown and shared (up to the order in
+        which threads sum)."""
         values = asdict(self)
         for name in ("output", "overwrite", "progress", "jobs"):
             del values[name]
@@ -149,7 +149,11 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     _check_output(output, config.overwrite)
     with new_folder(output) as folder:
         (folder / MARK).write_text('{"format": 1}\n')
-        results = _run_methods(config, folder)
+        try:
+            results = _run_methods(config, folder)
+        finally:
+            _tasks.cache_clear()
+            _skills.cache_clear()
         write_report(results, folder)
     return results
 
@@ -208,11 +212,12 @@ def _each(config: DemoConfig, output: Path, runs: list[_Run]) -> Iterator[tuple[
             yield run, _one(config, output, run)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    threads = max(1, torch.get_num_threads() // config.jobs)
+    jobs = min(config.jobs, len(runs))
+    threads = max(1, torch.get_num_threads() // jobs)
     quiet, spawn = replace(config, progress=False), multiprocessing.get_context("spawn")
     with (
         Progress(*columns, console=console, disable=not config.progress) as bar,
-        ProcessPoolExecutor(config.jobs, spawn, _in_a_process, (threads,)) as pool,
+        ProcessPoolExecutor(jobs, spawn, _in_a_process, (threads,)) as pool,
     ):
         shown = bar.add_task("runs", total=len(runs))
         started = {pool.submit(_one, quiet, output, run): run for run in runs}
@@ -222,8 +227,9 @@ def _each(config: DemoConfig, output: Path, runs: list[_Run]) -> Iterator[tuple[
                 yield run, future.result()
                 bar.console.print(f"{title_of(run.method)}, {run.folder(config.orders)}: done")
                 bar.advance(shown)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # what else would run to its end before the pool is left
+            for process in list(pool._processes.values()):
+                process.terminate()
             raise
 
 

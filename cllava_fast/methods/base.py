@@ -72,7 +72,7 @@ class Selection:
     @cached_property
     def joined(self) -> Pairs | None:
         """``past`` and ``context`` in one list, where they are all that acts and both count the committed rows."""
-        if self.past is None or self.block is not None or self.mix or self.means:
+        if self.past is None or self.past.coefficient.dim() != 2 or self.block is not None or self.mix or self.means:
             return None
         if self.context is None:
             return self.past

@@ -15,8 +15,8 @@ from cllava_fast import ops
 from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
 from cllava_fast.model import paths
 from cllava_fast.model.instructions import InstructionReader, text_ids
-from cllava_fast.ops import checks, dispatch, native
-from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
+from cllava_fast.ops import checks, dispatch
+from cllava_fast.ops.inject import autograd, check_frozen, inject_add_unchecked, inject_unchecked
 from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, make_surrogate
@@ -351,13 +351,14 @@ def _native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | 
     if not x.is_cuda or x.shape[1] > CUDA_TOKENS or torch.is_grad_enabled() or factors.shares_A:
         return None
     pairs = selection.joined
-    if pairs is None or pairs.coefficient.dim() != 2 or native.cuda_usable() is not None:
-        return None
-    if not dispatch.automatic() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+    if pairs is None or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
         return None
     _, rank, d_in = factors.A.shape
     row = rank * (d_in + factors.B.shape[2]) * factors.A.element_size()
-    return pairs if pairs.index.numel() * row <= NATIVE_BYTES and pairs.index.device == x.device else None
+    if pairs.index.numel() * row > NATIVE_BYTES or pairs.index.device != x.device:
+        return None
+    site = autograd.site(x, None, None, factors.A, factors.B, pairs.index, pairs.coefficient)
+    return pairs if dispatch.choose("inject", site).backend == "cuda" else None
 
 
 def context_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:

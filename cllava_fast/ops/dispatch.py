@@ -117,11 +117,6 @@ def choose(op: str, site: Site) -> Choice:
     return _choose(op, site, _asked[-1] if _asked else os.environ.get(VARIABLE) or AUTO)
 
 
-def automatic() -> bool:
-    """Whether nobody has asked for a backend by name."""
-    return not _asked and VARIABLE not in os.environ
-
-
 @lru_cache(maxsize=8192)
 def _choose(op: str, site: Site, asked: str) -> Choice:
     if asked != AUTO:

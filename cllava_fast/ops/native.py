@@ -73,13 +73,13 @@ def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: A
     library = torch.ops.cllava_fast_emulated if emulated else torch.ops.cllava_fast_native
     dispatch.register(
         backend,
-        {op: functools.partial(_run, run, library) for op, run in kernels.items()},
+        {op: functools.partial(call, run, library) for op, run in kernels.items()},
         usable=cpu_usable if backend == "cpu" else cuda_usable,
         accepts=functools.partial(accepts_on, backend, accepts),
     )
 
 
-def _run(run: Callable[..., Any], library: Any, *arguments: Any) -> Any:
+def call(run: Callable[..., Any], library: Any, *arguments: Any) -> Any:
     try:
         return run(library, *arguments)
     except RuntimeError as error:

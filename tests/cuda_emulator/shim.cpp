@@ -36,6 +36,5 @@ EXPORT(MixFactorsBackward, mix_factors_backward)
 EXPORT_WORKSPACE(MixFactorsBackward, mix_factors_backward_workspace)
 EXPORT(InjectAdd, inject_add)
 EXPORT_WORKSPACE(InjectAdd, inject_add_workspace)
-EXPORT(Merge, merge)
 
 extern "C" void emulator_seed(unsigned seed) { emulator::machine.random.seed(seed); }

@@ -165,7 +165,7 @@ def plan(
     """How activations are projected. "whole": on all rows of the pool, by library products, while it is small and
     samples would gather no fewer rows than it has; what is not selected is multiplied by 0. "gather": on each sample's
     own rows, which on a CPU is never slower (benchmarks/README.md), but where routers weigh all rows of the pool. On a
-    GPU rows that share one A are gathered: kernels scale x's projection for each row as they read it."""
+    GPU rows that share one A are gathered: a kernel scales x's projection for each row and token."""
     if device != "cuda":
         return "whole" if (per_token or shared) and rows <= pairs else "gather"
     small = not shared and rows * rank <= WHOLE_COLUMNS and rows <= samples * pairs

@@ -22,7 +22,7 @@ _ACTING = (
 )
 
 
-def _site(
+def site(
     x: Tensor, _: Any, __: Any, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *rest: Any
 ) -> dispatch.Site:
     names = ("N", "R", "d_in", "d_out", "P", "B", "S")
@@ -37,7 +37,7 @@ def _site(
 
 
 def _add_site(y: Tensor, x: Tensor, *increments: Any) -> dispatch.Site:
-    return _site(x, None, None, *increments)
+    return site(x, None, None, *increments)
 
 
 def _pack(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
@@ -81,7 +81,7 @@ def _backward_fake(grad: Tensor, x: Tensor | None, weight: Tensor | None, *rest:
 INJECT = library.define(
     "inject",
     f"(Tensor x, Tensor weight, Tensor? bias, {_ACTING}, bool save) -> (Tensor y, Tensor low, Tensor past_low)",
-    site=_site,
+    site=site,
     fake=_fake,
     pack=_pack,
     autocast=("x", "weight", "bias"),
@@ -98,7 +98,7 @@ BACKWARD = library.define(
     "inject_backward",
     f"(Tensor grad, Tensor? x, Tensor? weight, {_ACTING}, Tensor low, Tensor past_low, bool[5] needed)"
     " -> (Tensor x, Tensor A, Tensor B, Tensor coefficient, Tensor past_coefficient)",
-    site=_site,
+    site=site,
     fake=_backward_fake,
     pack=_pack,
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cllava_fast.ops import dispatch
+from cllava_fast.ops import dispatch, native
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject.reference import Acting, Lows
 from cllava_fast.ops.native import dense_rows, factors
@@ -78,7 +78,14 @@ def add_(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
     return reference.lows(low, past_low, given, save)
 
 
-def decode(
+def decode(*arguments: Any) -> Tensor:
+    """`inject` without gradients by the native kernel and nothing around it, for a GPU that waits for each launch."""
+    y: Tensor = native.call(_decode, torch.ops.cllava_fast_native, *arguments)
+    return y
+
+
+def _decode(
+    library: Any,
     x: Tensor,  # [B, S, d_in], S of a few
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,
@@ -88,10 +95,9 @@ def decode(
     coefficient: Tensor,  # [B, P]
     scale: float,
 ) -> Tensor:
-    """`inject` without gradients by the native kernel and nothing around it, for a GPU that waits for each launch."""
     y = F.linear(x, weight, bias).contiguous()
     A, B = factors(A, B, x.dtype)
-    torch.ops.cllava_fast_native.inject_add(dense_rows(x), A, B, index, coefficient, scale, y)
+    library.inject_add(dense_rows(x), A, B, index, coefficient, scale, y)
     return y
 
 

@@ -14,7 +14,7 @@ def merge(
     coefficient: Tensor,  # [P]
     scale: float,
 ) -> Tensor:
-    # Products of bfloat16 are six times as fast on an H100, and round the sum twice.
+    # A GPU's products of bfloat16 are several times as fast, and round the sum twice.
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     strength = (coefficient.to(exact) * scale).repeat_interleave(A.shape[1]).unsqueeze(1)  # [K, 1]
     columns_A, columns_B = (f.index_select(0, index).to(exact).flatten(0, 1) for f in (A, B))  # [K, d]
