@@ -261,7 +261,7 @@ def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[
         axes.invert_yaxis()
         own = [height for height, row in zip(heights, timed.values(), strict=True) if row["ours"]]
         end = min(max(heights), 4 * max(own, default=math.inf))  # what is longer is cut off, and its number says so
-        axes.set_xlim(0, 1.2 * end)
+        axes.set_xlim(0, 1.2 * end or 1)
         for i, height in enumerate(heights):
             cut = {"backgroundcolor": "white"} if height > end else {}
             axes.text(min(height, end), i, f" {height:.3g}", va="center", fontsize=7, **cut)
