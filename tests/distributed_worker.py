@@ -20,6 +20,8 @@ from transformers import TrainerCallback
 import cllava_fast as cf
 from cllava_fast import distributed
 from cllava_fast.evaluate.predict import queries_of
+from cllava_fast.methods.branch_lora import BranchLoraConfig
+from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
 from cllava_fast.train.signals import RunStopped
 
@@ -42,13 +44,20 @@ def stream() -> cf.Stream:
     return cf.Stream([cf.Task(f"task{task}", samples(task, 22), samples(task, 7)) for task in range(2)])
 
 
-def new_model() -> tuple[Any, Any]:
+CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
+# what they count over a step's tokens decides which rows freeze, or how a router is balanced
+ROUTERS: dict[str, Any] = {
+    "branch_lora": BranchLoraConfig(branches=4, rank=4, a_std=0.1, scale=4.0, targets=("self_attn.o_proj",)),
+    "smora": SmoraConfig(experts=8, top_k=2, a_std=0.1, scale=4.0, dropout=0.0),
+}
+
+
+def new_model(config: Any) -> tuple[Any, Any]:
     from cllava_fast.demo.base import new_base
     from cllava_fast.demo.tokenizer import build_processor
 
     processor = build_processor()
     model = new_base(processor, seed=0).eval()
-    config = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
     return cf.patch(model, config, processor=processor), processor
 
 
@@ -62,8 +71,8 @@ class GradientNorms(TrainerCallback):
         self.norms += [value for name, value in logs.items() if name.endswith("/grad_norm")]
 
 
-def trainer(output: Path, callbacks: Any = (), **values: Any) -> cf.ContinualTrainer:
-    model, processor = new_model()
+def trainer(output: Path, callbacks: Any = (), config: Any = CONFIG, **values: Any) -> cf.ContinualTrainer:
+    model, processor = new_model(config)
     options: dict[str, Any] = dict(
         num_train_epochs=2, align_steps=6, learning_rate=2e-2, lr_scheduler_type="linear", warmup_steps=1,
         per_device_train_batch_size=GLOBAL_BATCH // distributed.count(), logging_steps=1, eval_batch_size=4,
@@ -73,19 +82,19 @@ def trainer(output: Path, callbacks: Any = (), **values: Any) -> cf.ContinualTra
     return cf.ContinualTrainer(model, processor, stream(), arguments, callbacks=callbacks)
 
 
-def learn(output: Path, report: Path, **values: Any) -> Any:
+def learn(output: Path, report: Path, config: Any = CONFIG, **values: Any) -> Any:
     """Runs the stream; leaves what this process ended with as ``report`` (JSON) and its state beside it."""
     gradients = GradientNorms()
-    run = trainer(output, [gradients], **values)
+    run = trainer(output, [gradients], config, **values)
     result = run.train()
     increments = get_increments(run.model)
     examples = [e for name in ("task0", "task1") for e in run.data.examples(name, "test", run.model)]
     queries = queries_of(run.model, examples, run.data.features)
-    assert queries is not None
     selection = increments.method.select(increments.pool, queries, increments.groups, training=False)
-    assert selection is not None and selection.index is not None
+    assert selection is not None
     save_file(increments.pool.state(), report.with_suffix(".safetensors"))
-    found = {**result.to_dict(), "losses": result.losses, "selected": selection.index.tolist(),
+    found = {**result.to_dict(), "losses": result.losses, 
+             "selected": None if selection.index is None else selection.index.tolist(),
              "gradients": gradients.norms}  # fmt: skip
     report.write_text(json.dumps({**found, "files": sorted(str(p.relative_to(output)) for p in output.rglob("*"))}))
     return run.model
@@ -175,6 +184,8 @@ if __name__ == "__main__":
     learn(folder / "run", folder / f"rank{rank}.json")
     learn(folder / "accumulated", folder / f"accumulated{rank}.json", per_device_train_batch_size=2,
           gradient_accumulation_steps=2)  # fmt: skip
+    for name, config in ROUTERS.items():
+        learn(folder / name, folder / f"{name}{rank}.json", config, num_train_epochs=1)
     ended = stopped(folder / "stopped")
     learn(folder / "stopped", folder / f"stopped{rank}.json", resume=True)
     with fsdp(version="1"):

@@ -63,6 +63,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     distributed_worker.learn(folder / "run", folder / "rank0.json")
+    for name, config in distributed_worker.ROUTERS.items():
+        distributed_worker.learn(folder / name, folder / f"{name}0.json", config, num_train_epochs=1)
     return folder
 
 
@@ -81,6 +83,23 @@ def test_two_processes_learn_what_one_learns(one: Path, two: Path, report: str) 
         exact = name in ("keys", "row_mean", "row_task")
         bound = 1e-6 if exact else 5e-5 * tensor.abs().max().item()
         assert (tensor - other[name]).abs().max().item() <= bound, name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", distributed_worker.ROUTERS)
+def test_routers_learn_what_they_learn_on_one(one: Path, two: Path, name: str, rank: int) -> None:
+    (expected, state), (found, other) = read(one / f"{name}0.json"), read(two / f"{name}{rank}.json")
+    assert found["selected"] == expected["selected"] and found["files"] == expected["files"]
+    for task, losses in expected["losses"].items():
+        assert found["losses"][task] == pytest.approx(losses, rel=1e-4)
+    assert state.keys() == other.keys()
+    for key, tensor in state.items():
+        if key.endswith(".balance"):  # moves by steps; each process's batch has padding of its own, which is counted
+            assert (tensor - other[key]).abs().max() <= 2 * distributed_worker.ROUTERS["smora"].balance_rate, key
+        elif tensor.is_floating_point() and tensor.numel():
+            assert (tensor - other[key]).abs().max() <= 2e-4 * tensor.abs().max(), key
+        else:
+            assert torch.equal(tensor, other[key]), key
 
 
 def test_both_processes_end_with_the_same_bits(two: Path) -> None:

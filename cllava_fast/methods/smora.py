@@ -62,6 +62,11 @@ class Smora(MoeLora):
             if is_new:
                 factors.keep("balance", idle.clone())
 
+    def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
+        for factors in layers_of(pool):
+            factors.load.zero_()  # what the last step left is each process's own, and would be in its files
+        super().close_task(pool, name, queries, groups)
+
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         self.counts = training and self.config.balance_rate > 0
         if self.counts:
