@@ -205,7 +205,27 @@ MUTANTS = [
         "scatter_add_(1, index, weight)", "scatter_add_(1, index, weight.new_ones(weight.shape))", SETTINGS,
     ),
     Mutant(
-        "demo: every order is the first", "cllava_fast/demo/run.py", "orders[number])", "orders[0])", SETTINGS,
+        "demo: every order is the first", "cllava_fast/demo/run.py", "orders[order])", "orders[0])", SETTINGS,
+    ),
+    Mutant(
+        "demo: a failed run lets the others end", "cllava_fast/demo/run.py", "process.terminate()", "pass",
+        ("tests/test_demo.py",),
+    ),
+    Mutant(
+        "decoding: context lost", "cllava_fast/model/increments.py", "    pairs = selection.joined\n",
+        "    pairs = selection.past\n", ("tests/test_patch.py",),
+    ),
+    Mutant(
+        "decoding: gradients lost", "cllava_fast/model/increments.py", " or torch.is_grad_enabled() or factors.shares_A",
+        " or factors.shares_A", ("tests/test_patch.py",),
+    ),
+    Mutant(
+        "evaluation: batches that are selected for mix tasks", "cllava_fast/evaluate/evaluation.py",
+        "increments.method.by_batch and len(names) > 1", "False", ("tests/test_method_slm.py",),
+    ),
+    Mutant(
+        "smora: one process's counts are in the files", "cllava_fast/methods/smora.py",
+        "            factors.load.zero_()  # what", "            pass  # what", ("tests/test_distributed.py",),
     ),
     Mutant(
         "demo: the smaller one is bigger", "cllava_fast/demo/capability.py", "bigger = max(", "bigger = min(", SETTINGS,
