@@ -101,22 +101,22 @@ def learn(output: Path, report: Path, config: Any = CONFIG, **values: Any) -> An
 
 
 class Stop(TrainerCallback):
-    """SIGTERM to this process alone, in the first task's third step."""
+    """SIGTERM to this process alone, in a step of the first task."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, at: int) -> None:
+        self.steps, self.at = 0, at
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
-        if self.steps == 3 and not distributed.is_main():
+        if self.steps == self.at and not distributed.is_main():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stopped(output: Path) -> dict[str, Any]:
+def stopped(output: Path, at: int = 3, **values: Any) -> dict[str, Any]:
     """How a run ends when one of its processes gets a signal."""
-    stop = Stop()
+    stop = Stop(at)
     try:
-        trainer(output, [stop]).train()
+        trainer(output, [stop], **values).train()
     except RunStopped as error:
         saved = sorted(path.name for path in (output / "checkpoints").iterdir())
         return {"code": error.exit_code, "steps": stop.steps, "saved": saved}
@@ -186,6 +186,9 @@ if __name__ == "__main__":
           gradient_accumulation_steps=2)  # fmt: skip
     for name, config in ROUTERS.items():
         learn(folder / name, folder / f"{name}{rank}.json", config, num_train_epochs=1)
+    smora: dict[str, Any] = {"config": ROUTERS["smora"], "num_train_epochs": 1}
+    assert stopped(folder / "counted", at=2, **smora)["steps"] == 2
+    learn(folder / "counted", folder / f"counted{rank}.json", resume=True, **smora)
     ended = stopped(folder / "stopped")
     learn(folder / "stopped", folder / f"stopped{rank}.json", resume=True)
     with fsdp(version="1"):

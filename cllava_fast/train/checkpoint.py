@@ -110,7 +110,9 @@ class TaskSaver:
         self._last = time.perf_counter()
         if saved is not None:
             self._load_block(state["block"])
-            pool.restore(state["kept"])
+            each = state["each"]
+            several = len(each) == distributed.count() > 1
+            pool.restore({**state["kept"], **(each[distributed.rank()].get("kept", {}) if several else {})})
 
     def _load_block(self, block: dict[str, Tensor]) -> None:
         found = dict(self.pool.named_parameters())
@@ -143,8 +145,10 @@ class TaskSaver:
         return distributed.highest(STOP if self.watch.requested else SAVE if save else GO_ON)
 
     def save(self, stage: str, step: int, state: dict[str, Any], own: Any = None, files: Any = None) -> None:
-        """``state`` is every process's; ``own`` and the random state are this one's."""
-        each = distributed.gather({"random": random_state(), "own": own})
+        """``state`` is every process's; ``own``, the random state and what the method keeps are this one's."""
+        # what a method counts within a task is each process's own until it is summed
+        kept = {name: tensor.cpu() for name, tensor in self.pool.kept().items()} if distributed.count() > 1 else {}
+        each = distributed.gather({"random": random_state(), "own": own, "kept": kept})
         whole = {
             "block": {name: parameter.detach() for name, parameter in self.pool.named_parameters()},
             "kept": self.pool.kept(),
