@@ -102,7 +102,7 @@ def test_routers_learn_what_they_learn_on_one(one: Path, two: Path, name: str, r
             assert torch.equal(tensor, other[key]), key
 
 
-def test_counts_within_a_task_go_on_as_each_process_left_them(two: Path) -> None:
+def test_a_router_that_was_stopped_goes_on_to_the_same_bits(two: Path) -> None:
     for rank in range(2):
         (expected, state), (found, other) = read(two / f"smora{rank}.json"), read(two / f"counted{rank}.json")
         assert found["losses"] == expected["losses"]
