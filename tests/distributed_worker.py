@@ -187,7 +187,8 @@ if __name__ == "__main__":
     for name, config in ROUTERS.items():
         learn(folder / name, folder / f"{name}{rank}.json", config, num_train_epochs=1)
     smora: dict[str, Any] = {"config": ROUTERS["smora"], "num_train_epochs": 1}
-    assert stopped(folder / "counted", at=2, **smora)["steps"] == 2
+    # behind a step whose counts differ between the processes: those of the second are the same on both
+    assert stopped(folder / "counted", at=1, **smora)["steps"] == 1
     learn(folder / "counted", folder / f"counted{rank}.json", resume=True, **smora)
     ended = stopped(folder / "stopped")
     learn(folder / "stopped", folder / f"stopped{rank}.json", resume=True)
