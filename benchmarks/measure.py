@@ -207,7 +207,7 @@ def _runner(way: Way, point: Point) -> Callable[[], tuple[Tensor, ...]]:
         return _outputs(way.function(*way.inputs))
 
     if point.launch == GRAPH:
-        return _captured(forward)
+        return captured(forward)
     if point.direction == FORWARD:
         return forward
     output = forward()[0]
@@ -217,7 +217,7 @@ def _runner(way: Way, point: Point) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: torch.autograd.grad(forward()[0], leaves, upstream)
 
 
-def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+def captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

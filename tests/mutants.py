@@ -212,12 +212,16 @@ MUTANTS = [
         ("tests/test_demo.py",),
     ),
     Mutant(
+        "resume: one process's counts for all", "cllava_fast/train/checkpoint.py", "if several else {}", "if False else {}",
+        ("tests/test_distributed.py",),
+    ),
+    Mutant(
         "decoding: context lost", "cllava_fast/model/increments.py", "    pairs = selection.joined\n",
-        "    pairs = selection.past\n", ("tests/test_patch.py",),
+        "    pairs = selection.past\n", ("tests/test_decoding.py",),
     ),
     Mutant(
         "decoding: gradients lost", "cllava_fast/model/increments.py", " or torch.is_grad_enabled() or", " or",
-        ("tests/test_patch.py",),
+        ("tests/test_decoding.py",),
     ),
     Mutant(
         "evaluation: batches that are selected for mix tasks", "cllava_fast/evaluate/evaluation.py",

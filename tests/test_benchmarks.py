@@ -338,3 +338,17 @@ def test_the_readme_shows_the_results_files() -> None:
     for stem, content in found.items():
         for name, _ in report.pictures(content):
             assert (results.FOLDER / f"{stem}-{name}.png").is_file(), "run: make report"
+
+
+def test_the_bounds_of_whole_steps_in_bfloat16_tell_right_from_wrong() -> None:
+    """A wrong selection, and tokens drawn at random, are beyond them."""
+    setup = test_step.Setup(test_step.Case(models.TINY, 4, 2), torch.bfloat16, "cpu")
+    found = test_step.step(setup.patched, setup.batch, lambda: setup.trained)()
+    limit = test_step.LIMITS[torch.bfloat16]
+    assert measure.error(found, setup.right_by_sample) < limit < 0.5 * measure.error(found, setup.right_by_batch)
+    setup = test_generate.Setup(test_generate.Case(models.TINY, 4, 4), torch.float32, "cpu")
+    drawn = torch.randint(
+        3, models.TINY.vocabulary - models.SPECIAL, (4, 4), generator=torch.Generator().manual_seed(0)
+    )
+    error = setup.token_error(None)(torch.cat([setup.batch["input_ids"], drawn], 1))
+    assert error > 4 * test_generate.LIMITS[torch.bfloat16]

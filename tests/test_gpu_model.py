@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 import cllava_fast as cf
+from benchmarks import measure
 from cllava_fast import ops
 from cllava_fast.model import get_increments
 from tests.helpers import QUESTIONS, inputs, learn, take
@@ -132,24 +133,15 @@ def test_one_layer_is_captured_in_a_graph_forward_and_backward(pair: Any) -> Non
     query = torch.randn(len(QUESTIONS), increments.pool.key_dim, device="cuda")
     factors = [p for p in increments.pool.parameters() if p.requires_grad and p.dim() == 3][:2]
 
-    def step() -> list[Tensor]:
+    def step() -> tuple[Tensor, ...]:
         increments.active = increments.method.select(increments.pool, query, increments.groups, True)
-        return list(torch.autograd.grad(layer(x).square().sum(), [x, *factors]))
+        return torch.autograd.grad(layer(x).square().sum(), [x, *factors])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = measure.captured(step)
     with torch.no_grad():
         x.normal_()
         query.normal_()
-    graph.replay()
-    for replayed, eager in zip(captured, step(), strict=True):
+    for replayed, eager in zip(replay(), step(), strict=True):
         assert torch.equal(replayed, eager)
 
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 import cllava_fast as cf
-from cllava_fast.methods import Pairs, Selection
 from cllava_fast.model import get_increments
-from cllava_fast.model import increments as increments_module
-from cllava_fast.ops import native
 from tests.helpers import QUESTIONS, inputs, learn, take
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
@@ -46,68 +39,6 @@ def selected(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
     finally:
         del increments.inject
     return seen[0]
-
-
-def test_native_decoding_is_the_same(
-    llava: Any, processor: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a GPU decodes, the context goes as more pairs straight to the kernel; here told to, on the CPU."""
-    cf.patch(llava, CONFIG, processor=processor)
-    learn(llava, 3, generator)
-    batch = inputs(processor, QUESTIONS, generator)
-    apart = last_logits(llava, batch)
-    monkeypatch.setattr(increments_module, "_native_pairs", lambda x, selection, factors: selection.joined)
-    seen: list[int] = []
-    decode = increments_module.decode
-
-    def spy(*args: Any) -> Tensor:
-        seen.append(args[5].shape[1])
-        return decode(*args)
-
-    monkeypatch.setattr(increments_module, "decode", spy)
-    together = last_logits(llava, batch)
-    earlier = get_increments(llava).pool.num_rows - CONFIG.rows_per_task  # of all tasks but the last
-    assert set(seen) == {CONFIG.top_m + earlier} and len(seen) == 3
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
-    plain = last_logits(cf.unpatch(llava), batch)
-    assert (together - plain).abs().max() > 100 * (together - apart).abs().max()
-
-
-@pytest.mark.skipif(not native.EMULATED, reason="needs the emulated CUDA kernels")
-def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors that say they are on a GPU; what else decides is turned around, one after the other."""
-    rows, samples = torch.zeros(4, 2, 8), 3
-    pairs = Pairs(torch.zeros(samples, 2, dtype=torch.int64), torch.ones(samples, 2))
-    factors: Any = SimpleNamespace(A=rows, B=rows, shares_A=False)
-    context = torch.ones(samples, 4)
-    selection = Selection(past=pairs, context=context)
-
-    def found(selection: Any = selection, factors: Any = factors, **changes: Any) -> Pairs | None:
-        there = {"is_cuda": True, "shape": (samples, 1, 8), "device": rows.device, "dtype": torch.float32}
-        return increments_module._native_pairs(SimpleNamespace(**{**there, **changes}), selection, factors)
-
-    with cf.ops.backend("cuda"):  # whose emulation runs only when asked for
-        assert found() is None, "gradients are on"
-    with torch.no_grad():
-        assert found() is None, "the native kernels are not what runs here"
-        with cf.ops.backend("cuda"):
-            joined = found()
-            assert joined is selection.joined and joined is not None and joined.index.shape == (samples, 6)
-            assert found(Selection(past=pairs)) is pairs
-            assert found(is_cuda=False) is None and found(shape=(samples, 17, 8)) is None
-            assert found(device=torch.device("meta")) is None
-            assert found(factors=SimpleNamespace(A=rows, B=rows, shares_A=True)) is None
-            for other in (
-                Selection(block=pairs), replace(selection, block=pairs), replace(selection, mix=True),
-                replace(selection, means=True), replace(selection, past=Pairs(pairs.index, torch.ones(samples, 1, 2))),
-            ):  # fmt: skip
-                assert found(other) is None, other
-            for where, name in ((torch.compiler, "is_compiling"), (torch, "is_autocast_enabled")):
-                with monkeypatch.context() as patched:
-                    patched.setattr(where, name, lambda *_: True)
-                    assert found() is None, name
-            monkeypatch.setattr(increments_module, "NATIVE_BYTES", 1)
-            assert found() is None
 
 
 def test_bit_equal_until_a_task_is_learned(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -527,21 +458,3 @@ class TestRefusals:
         with pytest.raises(TypeError, match="expected a list with one text"):
             run(**batch, instructions="what?")
         assert increments.active is None and increments.pending is None
-
-
-def test_decoding_compiles_into_one_graph(llava: Any, processor: Any, generator: torch.Generator) -> None:
-    """With a static cache, as transformers compiles it by itself on a GPU, where it is replayed as a CUDA graph."""
-    cf.patch(llava, CONFIG, processor=processor)
-    learn(llava, 3, generator)
-    batch = inputs(processor, QUESTIONS[:3], generator)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    options["suppress_tokens"] = [llava.config.image_token_id]  # random weights may say it
-    expected = llava.generate(**batch, **options)
-    assert torch.equal(llava.generate(**batch, **options, cache_implementation="static"), expected)
-    compiling = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    compiling._compile_all_devices = True
-    torch._dynamo.reset()
-    counters.clear()
-    found = llava.generate(**batch, **options, cache_implementation="static", compile_config=compiling)
-    torch._dynamo.reset()
-    assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1

@@ -162,6 +162,7 @@ class Method(ABC):
     routes: ClassVar[bool] = False  # ``route`` looks at activations, so no one selection can be merged or exported
     shares_A: ClassVar[bool] = False  # a pool's rows have one A, ``[1, R, d_in]``
     shared_rows: ClassVar[bool] = False  # every task trains the same rows, and keys are those of tasks (``Pool``)
+    counted: ClassVar[frozenset[str]] = frozenset()  # kept tensors that are each process's own within a task
     by_batch: bool = False  # one selection for all samples of a batch, so evaluation mixes no tasks
     remembers_queries: ClassVar[bool] = False  # the pool keeps a Gaussian of each task's queries (``calibration``)
     reads: ClassVar[bool] = False  # ``read`` changes what ``o_proj`` is handed; no increments are added behind it

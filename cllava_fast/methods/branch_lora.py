@@ -73,6 +73,7 @@ class BranchLora(Method):
     shares_A = True
     shared_rows = True
     config: BranchLoraConfig
+    counted = frozenset({"activity"})
 
     def __init__(self, config: BranchLoraConfig) -> None:
         self.config = config

@@ -51,6 +51,7 @@ class Smora(MoeLora):
     """A token's top-k experts act on it; all others have a coefficient of zero."""
 
     config: SmoraConfig
+    counted = frozenset({"load"})
     counts: bool = False  # whether the forward pass under way is one of training
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:

@@ -89,6 +89,7 @@ class TaskSaver:
     Args:
         saved: what ``Checkpoints.newest`` found, None to begin anew.
         before: called on the main process before anything is written.
+        counted: names of the pool's tensors that are each process's own within a task (``Method.counted``).
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class TaskSaver:
         number: int,
         saved: dict[str, Any] | None,
         before: Callable[[], None],
+        counted: frozenset[str] = frozenset(),
     ) -> None:
+        self.counted = counted
         self.pool, self.args, self.checkpoints, self.watch, self.number = pool, args, checkpoints, watch, number
         self.before, self._saved = before, saved
         state: dict[str, Any] = {} if saved is None else saved["state"]
@@ -112,7 +115,7 @@ class TaskSaver:
             self._load_block(state["block"])
             each = state["each"]
             several = len(each) == distributed.count() > 1
-            pool.restore({**state["kept"], **(each[distributed.rank()].get("kept", {}) if several else {})})
+            pool.restore({**state["kept"], **(each[distributed.rank()].get("counted", {}) if several else {})})
 
     def _load_block(self, block: dict[str, Tensor]) -> None:
         found = dict(self.pool.named_parameters())
@@ -145,13 +148,13 @@ class TaskSaver:
         return distributed.highest(STOP if self.watch.requested else SAVE if save else GO_ON)
 
     def save(self, stage: str, step: int, state: dict[str, Any], own: Any = None, files: Any = None) -> None:
-        """``state`` is every process's; ``own``, the random state and what the method keeps are this one's."""
-        # what a method counts within a task is each process's own until it is summed
-        kept = {name: tensor.cpu() for name, tensor in self.pool.kept().items()} if distributed.count() > 1 else {}
-        each = distributed.gather({"random": random_state(), "own": own, "kept": kept})
+        """``state`` is every process's; ``own``, the random state and what the method counts are this one's."""
+        kept = self.pool.kept()
+        counted = {name: tensor.cpu() for name, tensor in kept.items() if name.rpartition(".")[2] in self.counted}
+        each = distributed.gather({"random": random_state(), "own": own, "counted": counted})
         whole = {
             "block": {name: parameter.detach() for name, parameter in self.pool.named_parameters()},
-            "kept": self.pool.kept(),
+            "kept": kept,
             "stage": state,
             "each": each,
             "measured": self.measured,

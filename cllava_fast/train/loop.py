@@ -411,8 +411,9 @@ class ContinualTrainer:
         if saved is None:
             distributed.on_main(self._checkpoints.clear)
         return TaskSaver(
-            self.increments.pool, self.args, self._checkpoints, self._watch, number, saved, self._begin_files
-        )
+            self.increments.pool, self.args, self._checkpoints, self._watch, number, saved, self._begin_files,
+            self.increments.method.counted,
+        )  # fmt: skip
 
     def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
         sizes = {task.name: len(getattr(task, self.args.eval_split)) for task in self.stream if task.name in names}
