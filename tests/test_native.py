@@ -45,9 +45,12 @@ def test_native_kernels_are_chosen_on_the_cpu() -> None:
     for op, sizes in (("select", {"N": 64}), ("aggregate", {}), ("mix_factors_backward", {})):
         site = ops.dispatch.Site(torch.device("cpu"), torch.float32, tuple(sizes.items()))
         assert ops.dispatch.choose(op, site).backend == "cpu"
-    for tokens, pairs, rows, backend in ((1, 4, 1000, "cpu"), (577, 4, 1000, "reference"), (4, 56, 56, "reference")):
-        inject = (("S", tokens), ("P", pairs), ("N", rows), ("R", 8))
-        site = ops.dispatch.Site(torch.device("cpu"), torch.float32, inject)
+    for tokens, pairs, dtype, backend in (
+        (1, 4, torch.float32, "cpu"), (577, 4, torch.float32, "reference"), (4, 56, torch.float32, "reference"),
+        (1, 36, torch.float32, "cpu"), (1, 4, torch.bfloat16, "cpu"), (1, 5, torch.bfloat16, "reference"),
+    ):  # fmt: skip
+        inject = (("S", tokens), ("P", pairs), ("N", 1000), ("R", 8))
+        site = ops.dispatch.Site(torch.device("cpu"), dtype, inject)
         assert ops.dispatch.choose("inject", site).backend == backend
         if tokens == 1:  # its gradient gathers
             assert ops.dispatch.choose("inject_backward", site).backend == "reference"

@@ -26,14 +26,15 @@ KIND = (
     "what is the kind of the drink in this chart?",
 )
 BAR = ("which bar is the {rank} for this drink?", "what is the color of the {rank} bar of this drink?")
+# the choices are named, as in ScienceQA: easy-VQA asks for colors too, and wordings are all that a sentence tells
 TILE = (
-    "what color does this picture show?",
-    "which color do you find in this picture?",
-    "which color is the picture?",
-    "what is the color of this picture?",
+    "is this picture black or brown or gray or teal?",
+    "black or brown or gray or teal : which is this picture?",
+    "what does this picture show : black or brown or gray or teal?",
+    "which do you find in this picture : black or brown or gray or teal?",
 )
 SAYS = ("what does the sign say?", "what is written on this sign?", "what do you read on the sign?")
-FRAME = ("what color is the sign?", "which color has this sign?", "what is the color of the sign?")
+FRAME = ("which tint has this sign?", "in which tint is the sign drawn?")
 
 WINE = {6: "red", 12: "yellow", 11: "blue", 0: "green", 9: "black"}  # the columns that tell most, and their bars
 SIGNS = tuple(

@@ -18,8 +18,9 @@ from cllava_fast.ops.inject.reference import Acting, Lows
 from cllava_fast.ops.native import dense_rows, factors
 
 CUDA_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
-# On a CPU gathering is as fast beyond: benchmarks/native_cpu.py.
+# On a CPU, PyTorch is as fast beyond these, or not 1.2 times slower: benchmarks/native_cpu.py.
 CPU_TOKENS = 1
+CPU_COLUMNS_OF_HALF = 32  # of bfloat16 and float16; float32 has no such bound
 
 Result = tuple[Tensor, Tensor, Tensor]
 
@@ -31,9 +32,14 @@ def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     sizes = dict(site.sizes)
     refusal = _beyond_pairs(sizes)
-    if refusal is not None or asked or (op != "inject_backward" and few(sizes["S"])):
+    if refusal is not None or asked:
         return refusal
-    return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
+    if op == "inject_backward" or not few(sizes["S"]):
+        return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
+    columns = sizes["P"] * sizes["R"]
+    if site.dtype in (torch.bfloat16, torch.float16) and columns > CPU_COLUMNS_OF_HALF:
+        return f"{columns} columns of {str(site.dtype).removeprefix('torch.')}: plain PyTorch is as fast"
+    return None
 
 
 def _beyond_pairs(sizes: dict[str, int]) -> str | None:
