@@ -43,6 +43,7 @@ TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
+CLIP = ("tests/test_clip.py",)
 RESUME, ATOMIC = ("tests/test_checkpoint.py",), ("tests/test_atomic.py",)
 
 MUTANTS = [
@@ -290,6 +291,12 @@ MUTANTS = [
         "atomic: folders are not written", "cllava_fast/atomic.py",
         "os.replace(temporary, path)\n            _to_disk(path.parent)", "os.replace(temporary, path)", ATOMIC,
     ),
+    Mutant("clip: all images have the first one's task", "cllava_fast/clip.py", "pair[n : n + 1]", "pair[:1]", CLIP),
+    Mutant(
+        "clip: texts are the frozen tower's", "cllava_fast/clip.py",
+        "self._acting(selection and selection.expand(len(input_ids)))", "self._acting(None)", CLIP,
+    ),
+    Mutant("clip: half a task stays open", "cllava_fast/clip.py", "self.pool.drop_block()", "pass", CLIP),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(

@@ -10,8 +10,8 @@ A task trains prompts of its own in the first layers. ``P_v`` is born zero, so t
 That is ``strength="likelihood"``. Here, Gaussians are so wide (``calibration.NOISE``) that it hardly falls for what is
 like no task, so by default ``lambda`` is calibration's score, which knows the task's own level.
 
-The paper puts the branch into both towers of a CLIP; here it is in the language layers, and the features are the
-surrogate's queries. ``q`` is taken before positions are added: prompts have none.
+The paper puts the branch into both towers of a CLIP, which is ``cllava_fast.clip``. ``patch`` puts it into the language
+layers, and the features are the surrogate's queries. ``q`` is taken before positions are added: prompts have none.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 LIBRARY = "cllava-fast"
+FOLDER = "path/of/this/folder"
 
 
 def increments_card(config: dict[str, Any], rows: int, location: str | None = None) -> str:
@@ -19,6 +20,26 @@ def increments_card(config: dict[str, Any], rows: int, location: str | None = No
         rows: rows in the pool.
         location: name that the folder is loaded by, where one is known.
     """
+    base = ", model=base" if config["base_model_name_or_path"] is None else ""
+    load = f'import cllava_fast as cf\n\nmodel = cf.from_pretrained("{location or FOLDER}"{base})'
+    what = (
+        "# Increments for a frozen LLaVA\n\n"
+        "What a LLaVA learned, task after task, as low-rank increments. The frozen base model is not in here."
+    )
+    return _learned_card(config, rows, what, load, "image-text-to-text")
+
+
+def clip_card(config: dict[str, Any], rows: int, location: str | None = None) -> str:
+    """The card of a folder that ``PromptedClip.save`` wrote; as ``increments_card``."""
+    load = f'from cllava_fast.clip import PromptedClip\n\nmodel = PromptedClip.load(base, "{location or FOLDER}")'
+    what = (
+        "# Prompts for a frozen CLIP\n\n"
+        "What a CLIP learned, task after task, as prompts of its attentions. The frozen base model is not in here."
+    )
+    return _learned_card(config, rows, what, load, "zero-shot-image-classification")
+
+
+def _learned_card(config: dict[str, Any], rows: int, what: str, load: str, pipeline: str) -> str:
     method = config["config"]
     facts = {
         "base model": f"{_base(config)}, {config['base_dtype']}",
@@ -29,15 +50,9 @@ def increments_card(config: dict[str, Any], rows: int, location: str | None = No
         "surrogate": as_code(method["surrogate"]) if "surrogate" in method else "none",
         "SHA-256 of the weights": as_code(config["weights_sha256"]),
     }
-    base = ", model=base" if config["base_model_name_or_path"] is None else ""
-    load = f'model = cf.from_pretrained("{location or "path/of/this/folder"}"{base})'
-    text = (
-        "# Increments for a frozen LLaVA\n\n"
-        "What a LLaVA learned, task after task, as low-rank increments. The frozen base model is not in here.\n\n"
-        f"{_table(facts)}\n\n## Load\n\n"
-        f"```python\nimport cllava_fast as cf\n\n{load}\n```\n"
-    )
-    return _card(config["base_model_name_or_path"], LIBRARY, [LIBRARY, "continual-learning", method["method"]], text)
+    text = f"{what}\n\n{_table(facts)}\n\n## Load\n\n```python\n{load}\n```\n"
+    tags = [LIBRARY, "continual-learning", method["method"]]
+    return _card(config["base_model_name_or_path"], LIBRARY, tags, text, pipeline)
 
 
 def peft_card(config: dict[str, Any], selection: str, error: float, targets: tuple[str, ...]) -> str:
@@ -67,12 +82,14 @@ def peft_card(config: dict[str, Any], selection: str, error: float, targets: tup
     return _card(config["base_model_name_or_path"], "peft", [LIBRARY, "lora"], text)
 
 
-def _card(base_model: str | None, library: str, tags: list[str], text: str) -> str:
+def _card(
+    base_model: str | None, library: str, tags: list[str], text: str, pipeline: str = "image-text-to-text"
+) -> str:
     # a hub refuses metadata that names a folder
     base: dict[str, Any] = (
         {"base_model": base_model, "base_model_relation": "adapter"} if is_repo_id(base_model) else {}
     )
-    data = ModelCardData(library_name=library, pipeline_tag="image-text-to-text", tags=tags, **base)
+    data = ModelCardData(library_name=library, pipeline_tag=pipeline, tags=tags, **base)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 

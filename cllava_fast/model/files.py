@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
+from torch import Tensor
 
 from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, new_folder
 from cllava_fast.methods import MethodConfig, config_from_dict
@@ -18,6 +20,7 @@ from cllava_fast.model import paths
 from cllava_fast.model.card import increments_card, is_repo_id
 from cllava_fast.model.patching import check_not_merged, get_increments, patch, unpatch
 from cllava_fast.names import brief
+from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
 from cllava_fast.untrusted import parse_json, read_file
 
@@ -65,7 +68,21 @@ def save_pretrained(
     """
     increments = get_increments(model)
     check_not_merged(increments)
-    pool, target = increments.pool, Path(path)
+    surrogate = increments.surrogate.fingerprint if increments.surrogate else None
+    return write_increments(model, increments.pool, increments.config, surrogate, Path(path), base_model, repo_id)
+
+
+def write_increments(
+    model: Any,
+    pool: Pool,
+    config: MethodConfig,
+    surrogate: str | None,
+    target: Path,
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    card: Callable[..., str] = increments_card,
+) -> Path:
+    """What ``save_pretrained`` does with a pool of ``model``'s; ``surrogate`` is its fingerprint."""
     # a folder with nothing but a README.md is somebody else's
     saved_before = (target / CONFIG).exists()
     check_replaceable(target, FILES if saved_before else (), "saved increments")
@@ -76,21 +93,21 @@ def save_pretrained(
         if repo_id is not None and not is_repo_id(base_model):
             base_model = None
     weights = save({f"pool.{name}": tensor for name, tensor in pool.state().items()}, metadata={"format": "pt"})
-    config = {
+    values = {
         "format": FORMAT,
-        "config": increments.config.to_dict(),
+        "config": config.to_dict(),
         "tasks": pool.task_names,
         "base_model_name_or_path": base_model,
         "base_dtype": str(model.dtype).removeprefix("torch."),
         "base_fingerprint": base_fingerprint(model),
-        "surrogate_fingerprint": increments.surrogate.fingerprint if increments.surrogate else None,
+        "surrogate_fingerprint": surrogate,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     with new_folder(target) as folder:
         (folder / WEIGHTS).write_bytes(weights)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        card = increments_card(config, rows=pool.num_rows + pool.block_rows, location=repo_id)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        text = card(values, rows=pool.num_rows + pool.block_rows, location=repo_id)
+        (folder / CARD).write_text(text, encoding="utf-8")
     return target
 
 
@@ -109,17 +126,11 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
         DamagedError: a file was cut off or changed, which is a ValueError, too.
     """
     folder = Path(path)
-    saved = read_config(folder)
-    _check_header(folder / WEIGHTS)
     paths.check_supported(model)
     was_patched = hasattr(model, "increments")
     if was_patched:
         check_not_merged(get_increments(model))
-    _check_base(model, saved, folder)
-    weights = (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != saved.weights_sha256:
-        raise DamagedError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
-    state = {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
+    saved, state = read_increments(model, folder)
     patch(model, saved.config, processor=processor)
     increments = get_increments(model)
     try:
@@ -134,6 +145,20 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
             unpatch(model)
         raise
     return model
+
+
+def read_increments(model: Any, folder: Path) -> tuple[Saved, dict[str, Tensor]]:
+    """What ``write_increments`` wrote for this very base, and the pool's tensors by name.
+
+    Raises what ``load_pretrained`` does for files.
+    """
+    saved = read_config(folder)
+    _check_header(folder / WEIGHTS)
+    _check_base(model, saved, folder)
+    weights = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != saved.weights_sha256:
+        raise DamagedError(f"{folder / WEIGHTS} was changed since it was saved (its checksum differs)")
+    return saved, {name.removeprefix("pool."): tensor for name, tensor in load(weights).items()}
 
 
 def read_config(folder: Path) -> Saved:
