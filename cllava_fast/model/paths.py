@@ -150,6 +150,11 @@ def query_projection(attention: nn.Module) -> nn.Module:
     return attention.get_submodule("q_norm" if hasattr(attention, "q_norm") else "q_proj")
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The module that holds the language layers."""
+    return model.get_submodule(base_of(model).layers.rpartition(".")[0])
+
+
 def output_head(model: nn.Module) -> nn.Module:
     return model.get_output_embeddings()  # type: ignore[operator]
 

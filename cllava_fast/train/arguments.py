@@ -48,6 +48,7 @@ class ContinualArguments:
     bf16: bool = _option(False, "Tune in bfloat16 by autocast; increments stay float32.")
     fp16: bool = _option(False, "Tune in float16 by autocast, on a GPU with a gradient scaler.")
     activation_checkpointing: bool = _option(False, "Recompute activations in the backward pass, to save memory.")
+    liger: bool = _option(False, "Tune with Liger's fused norms and SwiGLU in the language layers, on a GPU.")
     dataloader_num_workers: int = _option(0, "Processes that make batches beside each training process.")
     logging_steps: int = _option(10, "Steps of tuning between two logged losses.")
     report_to: list[str] = _option([], "Where transformers sends logs, such as wandb or tensorboard; none by default.")
@@ -105,6 +106,11 @@ class ContinualArguments:
         if self.keep_increments is not None and self.keep_increments < 2:
             raise ValueError(
                 f"keep_increments is {self.keep_increments}; expected at least 2: the last, and one to fall back to"
+            )
+        if self.trainer_options.get("use_liger_kernel"):
+            raise ValueError(
+                "trainer_options has use_liger_kernel, which would replace the forward that carries increments; use "
+                "liger instead"
             )
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one of them")

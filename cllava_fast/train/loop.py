@@ -29,6 +29,7 @@ from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import base_fingerprint
+from cllava_fast.model.liger import kernels_for
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
@@ -141,6 +142,8 @@ class ContinualTrainer:
             )
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
+        if self.args.liger:
+            kernels_for(self.model)
         identity = run_identity(self.increments.config, self.args, self.stream)
         distributed.check_equal(identity, "the method, the arguments or the stream")
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))

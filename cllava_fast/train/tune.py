@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments
 from cllava_fast.model.answers import IGNORE, answer_positions, next_labels
+from cllava_fast.model.liger import fused
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.checkpoint import GO_ON, STOP, TaskSaver
 from cllava_fast.train.numbers import BadNumbers, NumberWatch, Samples
@@ -82,7 +83,8 @@ def tune(
             callback = _Losses(title, advance)
             trainer.add_callback(callback)
             model.train()
-            trainer.train_with(saver, callback)
+            with fused(model) if args.liger else nullcontext():
+                trainer.train_with(saver, callback)
             bad_numbers = trainer.numbers.finish()
     trainer.release()
     model.eval()
