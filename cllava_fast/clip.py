@@ -5,16 +5,18 @@ With the prompts of task t, which act with strength lambda, an image's logits ar
     logits_c = exp(s) cos(f_v(image; t, lambda), f_t(text_c; t, lambda)),    t = argmax_t log p_t(f_v(image))
 
 for the texts of all classes c, CLIP's learned temperature s, and the Gaussian ``p_t`` of the frozen, L2-normalised
-features of task t's training images. What a prompt does in an attention, and lambda, are in ``methods/diki.py``. The
-public code has the commonest task and the mean lambda of a batch act on all its texts; here each image has its own.
+features of task t's training images, mean and full covariance. What a prompt does in an attention is in
+``methods/diki.py``; lambda is ``sigmoid(log p_t / D - 1)``, and 1 in training. The public code has the commonest task
+and the mean lambda of a batch act on all its texts; here each image has its own.
 
 This is for a CLIP alone. Where the language layers of a LLaVA are to be prompted, patch it with ``DikiConfig``.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,14 +29,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPModel
 
-from cllava_fast.methods import Selection, calibration, make_method
+from cllava_fast.methods import Pairs, Selection, make_method
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model.card import clip_card
 from cllava_fast.model.files import read_increments, write_increments
+from cllava_fast.model.increments import linear_shape
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.train.progress import stage
 
 TOWERS = ("vision_model", "text_model")
+MEAN, FACTOR = (
+    "image_mean",
+    "image_factor",
+)  # of each task's Gaussian: its mean, and the Cholesky factor of its covariance
+NOISE = 1e-7  # variance that every direction has beside what was seen, as in the public code
 Images = Dataset[tuple[Tensor, int]]  # ([3, H, W], class)
 
 
@@ -42,10 +50,11 @@ class PromptedClip(nn.Module):
     """A frozen CLIP with a pool of prompts, one row of ``Pool`` for each task and layer.
 
     Args:
-        clip: is frozen and gets hooks, in place; outputs stay equal to the bit until a task is learned. ``remove``
-            takes the hooks away again.
-        config: ``layers`` of each tower get prompts; ``surrogate`` is not read, since the CLIP's own image features
-            tell tasks apart.
+        clip: is frozen, put into evaluation mode and given hooks, in place; what it computes by itself stays equal to
+            the bit. The pool is its ``increments``, and goes with it to other devices and dtypes. ``remove`` takes both
+            away.
+        config: ``layers`` of each tower get prompts. Two fields are not read: ``surrogate``, since the CLIP's own image
+            features tell tasks apart, and ``strength``, which is the paper's.
 
     Raises:
         TypeError: ``clip`` is no ``transformers.CLIPModel``.
@@ -56,41 +65,43 @@ class PromptedClip(nn.Module):
         super().__init__()
         if not isinstance(clip, CLIPModel):
             raise TypeError(f"clip is a {type(clip).__name__}; expected a transformers.CLIPModel")
-        if getattr(clip, "has_prompts", False):
+        if hasattr(clip, "increments"):
             raise ValueError("the CLIP has prompts already; remove() them before others")
         recomputes = ("activation_checkpointing", "gradient_checkpointing")  # its name in older transformers
         if any(getattr(module, name, False) for module in clip.modules() for name in recomputes):
             raise ValueError("the CLIP recomputes activations; gradient_checkpointing_disable() it first")
-        self.config = replace(config or DikiConfig(), surrogate="image")
+        self.config = replace(config or DikiConfig(), surrogate="image", strength="likelihood")
         self.method: Any = make_method(self.config)
         layers: list[tuple[str, Any]] = [
-            (f"{tower}.encoder.layers.{number}.self_attn.out_proj", layer.self_attn)
+            (f"{tower}.encoder.layers.{number}.self_attn", layer.self_attn)
             for tower in TOWERS
             for number, layer in enumerate(clip.get_submodule(f"{tower}.encoder.layers").children())
             if number < self.config.layers
         ]
         clip.requires_grad_(False)
         self.clip = clip.eval()
-        self.pool = Pool(
-            self.config.rank,
-            cast(int, clip.projection_dim),
-            {path: _shape(attention) for path, attention in layers},
-            own_tensors=self._own_tensors,
-        )
-        clip.__dict__["has_prompts"] = True
+        shapes = {
+            f"{path}.out_proj": self.method.row_shape(linear_shape(attention.out_proj, clip))
+            for path, attention in layers
+        }
+        width = cast(int, clip.projection_dim)
+        self.pool = clip.increments = Pool(self.config.rank, width, shapes, own_tensors=self._own_tensors)
         self._active: Selection | None = None
         self._queries: Tensor | None = None
         self._hooks: list[Any] = []
         for path, attention in layers:
-            factors, head_dim = self.pool.factors(path), attention.head_dim
+            factors = self.pool.factors(f"{path}.out_proj")
             self._hooks += [
-                attention.q_proj.register_forward_hook(partial(self._keep_queries, head_dim)),
+                attention.q_proj.register_forward_hook(partial(self._keep_queries, attention.head_dim)),
                 attention.out_proj.register_forward_pre_hook(partial(self._branch, factors)),
             ]
         self.eval()
 
     def _own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
-        return calibration.own_tensors(self.pool.key_dim, tasks) if shape is None and tasks else {}
+        if shape is not None or not tasks:
+            return {}
+        width = self.pool.key_dim
+        return {MEAN: ([tasks, width], torch.float32), FACTOR: ([tasks, width, width], torch.float32)}
 
     def train(self, mode: bool = True) -> PromptedClip:
         super().train(mode)
@@ -98,11 +109,11 @@ class PromptedClip(nn.Module):
         return self
 
     def remove(self) -> CLIPModel:
-        """Takes the hooks away and returns the CLIP as it came, still frozen."""
+        """Takes hooks and pool away and returns the CLIP, still frozen. This object can answer nothing any more."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.clip.__dict__["has_prompts"] = False
+        del self.clip.increments
         return self.clip
 
     # -- in the towers -------------------------------------------------------------------------------------------
@@ -118,7 +129,9 @@ class PromptedClip(nn.Module):
         return cast(Tensor, self.method.read(self._active, factors, args[0], queries))
 
     @contextmanager
-    def _acting(self, selection: Selection | None) -> Any:
+    def _acting(self, selection: Selection | None) -> Iterator[None]:
+        if not self._hooks:
+            raise RuntimeError("the prompts were taken out of the CLIP by remove()")
         self._active = selection
         try:
             yield
@@ -128,42 +141,56 @@ class PromptedClip(nn.Module):
     def _images(self, pixel_values: Tensor, selection: Selection | None) -> Tensor:
         """Unit features ``[B, D]``."""
         with self._acting(selection):
-            return F.normalize(self.clip.get_image_features(pixel_values).pooler_output, dim=-1)
+            return _unit(self.clip.get_image_features(pixel_values).pooler_output)
 
     def _texts(self, input_ids: Tensor, attention_mask: Tensor | None, selection: Selection | None) -> Tensor:
         """Unit features ``[C, D]``."""
         with self._acting(selection and selection.expand(len(input_ids))):
-            features = self.clip.get_text_features(input_ids, attention_mask=attention_mask)
-            return F.normalize(features.pooler_output, dim=-1)
+            return _unit(self.clip.get_text_features(input_ids, attention_mask=attention_mask).pooler_output)
 
     # -- what is asked -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def query(self, pixel_values: Tensor) -> Tensor:
         """``[B, D]`` float32: the frozen CLIP's image features, of length 1, which tell tasks apart."""
-        return F.normalize(self._images(pixel_values, None).double(), dim=-1).float()
+        return self._images(pixel_values, None).float()
+
+    def select(self, query: Tensor) -> Selection | None:
+        """The likeliest task of each image and how strongly it acts, from ``query [B, D]``; None before the first."""
+        if not self.pool.num_tasks:
+            return None
+        mean, factor = (getattr(self.pool, name).double() for name in (MEAN, FACTOR))  # [T, D], [T, D, D]
+        off = query.to(mean.device).double()[:, None] - mean  # [B, T, D]
+        scaled = torch.linalg.solve_triangular(factor, off.permute(1, 2, 0), upper=False)  # [T, D, B]
+        volume = factor.diagonal(dim1=1, dim2=2).log().mean(1)  # [T]
+        likelihood = -(0.5 * scaled.square().mean(1).t() + volume + 0.5 * math.log(2 * math.pi))  # [B, T], over D
+        best, task = likelihood.max(1, keepdim=True)
+        strength = torch.sigmoid(best - 1).float()
+        return Selection(past=Pairs(task, strength), index=task, weight=torch.ones_like(strength))
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``[B, C]`` of images ``[B, 3, H, W]`` for classes whose texts are ``input_ids [C, L]``.
+        """Logits ``[B, C]``, float32, of images ``[B, 3, H, W]`` for classes whose texts are ``input_ids [C, L]``.
 
         At inference each image finds its own task, and all texts are encoded with the prompts of each. In training
         mode, while a task is being learned, that task's prompts act on all.
         """
-        scale = self.clip.logit_scale.exp()
-        if self.training and self.pool.block_rows:
-            learning = self.method.select(self.pool, pixel_values.new_zeros(1, 1), 1, True)
-            images = self._images(pixel_values, learning.expand(len(pixel_values)))
-            return scale * images @ self._texts(input_ids, attention_mask, learning).t()
-        query = self.query(pixel_values).to(self.pool.keys.device)
-        selection = self.method.select(self.pool, query, 1, False)
-        images = self._images(pixel_values, selection)
-        if selection is None:
-            return scale * images @ self._texts(input_ids, attention_mask, None).t()
-        logits = []
-        for number, image in enumerate(images):  # one image's texts at a time are a batch of C
+        device = self.clip.device
+        pixel_values = pixel_values.to(device, self.clip.dtype)
+        input_ids = input_ids.to(device)
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
+        scale = self.clip.logit_scale.float().exp()
+        learning = self.training and self.pool.block_rows > 0
+        selection = self.method.select(self.pool, pixel_values.new_zeros(1, 1), 1, True) if learning else None
+        if not learning:
+            selection = self.select(self.query(pixel_values))
+        images = self._images(pixel_values, selection and selection.expand(len(pixel_values)))
+        if selection is None or learning:
+            return scale * images @ self._texts(input_ids, attention_mask, selection).t()
+        logits = images.new_empty(len(images), len(input_ids))
+        for number, image in enumerate(images):  # the texts of one image at a time
             own = Selection(past=selection.past.map(lambda pair, n=number: pair[n : n + 1]))
-            logits.append(scale * self._texts(input_ids, attention_mask, own) @ image)
-        return torch.stack(logits)
+            logits[number] = scale * self._texts(input_ids, attention_mask, own) @ image
+        return logits
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -192,28 +219,30 @@ class PromptedClip(nn.Module):
             The loss of each step.
 
         Raises:
-            ValueError: no image, a class without a text, or a name that is taken. Nothing is changed then.
-            FloatingPointError: the loss is NaN or Inf. Nothing of the task is kept then.
+            ValueError: no image, an image of NaN, a class without a text, no epoch, or a name that is taken. Nothing of
+                the task is kept then.
+            FloatingPointError: the loss is NaN or Inf, likewise.
         """
-        size = len(cast(Sized, images))
-        if not size:
-            raise ValueError(f"task {name!r} has no image")
         if name in self.pool.task_names:
             raise ValueError(f"task {name!r} was learned already; learned: {self.pool.task_names}")
-        device = self.clip.device
-        input_ids = input_ids.to(device)
-        attention_mask = None if attention_mask is None else attention_mask.to(device)
-        order = torch.Generator().manual_seed(seed)
-        in_order = DataLoader(images, batch_size)
-        queries = torch.cat([self.query(self._pixels(pixels)).cpu() for pixels, _ in in_order])
-        self.method.open_task(self.pool, queries, torch.Generator().manual_seed(seed))
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}; expected at least 1")
+        queries = []
+        for pixels, classes in _batches(images, batch_size):
+            _check_classes(classes, input_ids)
+            queries.append(self.query(pixels.to(self.clip.device, self.clip.dtype)).cpu())
+        query = torch.cat(queries)  # [n, D]
+        if not torch.isfinite(query).all():
+            raise ValueError(f"task {name!r} has images whose features are NaN or Inf; are their pixels?")
+        gaussian = _gaussian(query)
+        self.method.open_task(self.pool, query, torch.Generator().manual_seed(seed))
         try:
-            losses = self._tune(
-                name, DataLoader(images, batch_size, shuffle=True, generator=order), input_ids, attention_mask,
-                epochs, learning_rate, progress,
-            )  # fmt: skip
-            self.method.close_task(self.pool, name, queries, 1)
-            calibration.remember(self.pool, queries)
+            order = torch.Generator().manual_seed(seed)
+            shuffled = DataLoader(images, batch_size, shuffle=True, generator=order)
+            losses = self._tune(name, shuffled, input_ids, attention_mask, epochs, learning_rate, progress)
+            self.method.close_task(self.pool, name, query, 1)
+            for field, value in gaussian.items():  # nothing that may fail lies between
+                self.pool.keep_for_task(field, value)
         except BaseException:
             # what is committed stays usable, and half a task never is
             self.pool.drop_block()
@@ -236,13 +265,8 @@ class PromptedClip(nn.Module):
         with stage(f"{name}: tune", steps, progress) as advance:
             for _ in range(epochs):
                 for pixels, classes in batches:
-                    if not 0 <= int(classes.min()) <= int(classes.max()) < len(input_ids):
-                        raise ValueError(
-                            f"task {name!r} has classes {int(classes.min())} to {int(classes.max())}; expected 0 to "
-                            f"{len(input_ids) - 1}, one text each"
-                        )
-                    logits = self(self._pixels(pixels), input_ids, attention_mask)
-                    loss = F.cross_entropy(logits.float(), classes.to(logits.device))
+                    logits = self(pixels, input_ids, attention_mask)
+                    loss = F.cross_entropy(logits, classes.to(logits.device))
                     losses.append(loss.item())
                     if not torch.isfinite(loss):
                         raise FloatingPointError(f"task {name!r}: loss is {losses[-1]} at step {len(losses)}")
@@ -257,17 +281,16 @@ class PromptedClip(nn.Module):
     def accuracy(
         self, images: Images, input_ids: Tensor, attention_mask: Tensor | None = None, batch_size: int = 128
     ) -> float:
-        """Share of images whose class has the highest logit, each with the task that it finds itself."""
-        self.eval()
-        device, right = self.clip.device, 0
-        for pixels, classes in DataLoader(images, batch_size):
-            mask = None if attention_mask is None else attention_mask.to(device)
-            found = self(self._pixels(pixels), input_ids.to(device), mask).argmax(1).cpu()
-            right += int((found == classes).sum())
-        return right / len(cast(Sized, images))
+        """Share of images whose class has the highest logit, each with the task that it finds itself.
 
-    def _pixels(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.clip.device, self.clip.dtype)
+        Raises ValueError for no image, or a class without a text.
+        """
+        self.eval()
+        right = 0
+        for pixels, classes in _batches(images, batch_size):
+            _check_classes(classes, input_ids)
+            right += int((self(pixels, input_ids, attention_mask).argmax(1).cpu() == classes).sum())
+        return right / len(cast(Sized, images))
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -293,6 +316,29 @@ class PromptedClip(nn.Module):
         return prompted
 
 
-def _shape(attention: Any) -> LinearShape:
-    weight = attention.out_proj.weight
-    return LinearShape(weight.shape[1], weight.shape[1], weight.dtype, weight.device)
+def _unit(features: Tensor) -> Tensor:
+    # in half precision, cosines of many classes would tie
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def _batches(images: Images, batch_size: int) -> DataLoader[Any]:
+    if not len(cast(Sized, images)):
+        raise ValueError("there is no image in the dataset; expected at least one")
+    return DataLoader(images, batch_size)
+
+
+def _check_classes(classes: Tensor, input_ids: Tensor) -> None:
+    if not 0 <= int(classes.min()) <= int(classes.max()) < len(input_ids):
+        raise ValueError(
+            f"the dataset has classes {int(classes.min())} to {int(classes.max())}; expected 0 to "
+            f"{len(input_ids) - 1}, one text each"
+        )
+
+
+def _gaussian(query: Tensor) -> dict[str, Tensor]:
+    """Mean, and Cholesky factor of the covariance, of ``query [n, D]``, for one task each."""
+    exact = query.double()
+    off = exact - exact.mean(0)
+    covariance = off.t() @ off / max(1, len(exact) - 1)
+    covariance.diagonal().add_(NOISE)
+    return {MEAN: exact.mean(0)[None].float(), FACTOR: torch.linalg.cholesky(covariance)[None].float()}

@@ -107,10 +107,14 @@ class Factors(_Keeper):
         """Opens a block that is a copy of the committed rows."""
         self.block_A, self.block_B = nn.Parameter(self.A.float().clone()), nn.Parameter(self.B.float().clone())
 
+    def as_committed(self) -> tuple[Tensor, Tensor]:
+        """The block's rows in the dtype of committed ones, where large numbers may be Inf."""
+        assert self.block_A is not None and self.block_B is not None
+        return self.block_A.detach().to(self.A.dtype), self.block_B.detach().to(self.B.dtype)
+
     def commit(self, replace: bool = False) -> None:
         """The block's rows follow the committed ones, or replace them."""
-        assert self.block_A is not None and self.block_B is not None
-        A, B = self.block_A.detach().to(self.A.dtype), self.block_B.detach().to(self.B.dtype)
+        A, B = self.as_committed()
         self.A = A if replace or self.shares_A else torch.cat([self.A, A])
         self.B = B if replace else torch.cat([self.B, B])
         self.drop_block()
@@ -312,8 +316,15 @@ class Pool(_Keeper):
         if name in self.task_names:
             raise ValueError(f"task {name!r} is in the pool already; the pool holds {self.task_names}")
 
+    def keep_for_task(self, name: str, value: Tensor) -> None:
+        """Appends ``value [1, ...]``, the newest task's, to what is kept of all tasks under ``name``."""
+        before = getattr(self, name, None)
+        value = value.to(self.row_task.device)
+        self.keep(name, value if before is None else torch.cat([before, value]))
+
     def _check_finite(self, name: str) -> None:
-        if not all(torch.isfinite(p).all() for p in self.parameters()):
+        rounded = [block for factors in self.layers.values() for block in factors.as_committed()]  # type: ignore
+        if not all(torch.isfinite(p).all() for p in (*self.parameters(), *rounded)):
             raise ValueError(f"task {name!r} left NaN or Inf in its increments; nothing was committed")
 
     def drop_block(self) -> None:

@@ -296,6 +296,10 @@ MUTANTS = [
         "clip: texts are the frozen tower's", "cllava_fast/clip.py",
         "self._acting(selection and selection.expand(len(input_ids)))", "self._acting(None)", CLIP,
     ),
+    Mutant(
+        "clip: hooks stay behind a file that is refused", "cllava_fast/clip.py",
+        "            prompted.remove()\n            raise", "            raise", CLIP,
+    ),
     Mutant("clip: half a task stays open", "cllava_fast/clip.py", "self.pool.drop_block()", "pass", CLIP),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),

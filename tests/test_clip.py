@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from transformers import CLIPConfig, CLIPModel
 
 import cllava_fast as cf
+from cllava_fast import clip as clip_module
 from cllava_fast.atomic import DamagedError
 from cllava_fast.clip import PromptedClip
-from cllava_fast.methods import calibration
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import files
 from tests.base_models import new_model, new_processor
@@ -65,7 +64,7 @@ def random_tasks(prompted: PromptedClip, count: int, rng: torch.Generator, keep_
     found = []
     dtype = prompted.clip.dtype
     for number in range(count):
-        images = 3 * torch.randn(1, 3, SIDE, SIDE, generator=rng) + torch.randn(20, 3, SIDE, SIDE, generator=rng)
+        images = 3 * torch.randn(1, 3, SIDE, SIDE, generator=rng) + torch.randn(60, 3, SIDE, SIDE, generator=rng)
         images = images.to(dtype)
         queries = prompted.query(images)
         prompted.method.open_task(prompted.pool, queries, rng)
@@ -73,9 +72,21 @@ def random_tasks(prompted: PromptedClip, count: int, rng: torch.Generator, keep_
             factors.block_B.data.normal_(std=3, generator=rng)
         if not keep_open or number < count - 1:
             prompted.method.close_task(prompted.pool, f"task{number}", queries, 1)
-            calibration.remember(prompted.pool, queries)
+            for name, value in clip_module._gaussian(queries).items():
+                prompted.pool.keep_for_task(name, value)
         found.append(images)
     return found
+
+
+def log_likelihood(prompted: PromptedClip, tasks: list[Tensor], asked: Tensor) -> Tensor:
+    """``[B, T]``, by torch's own Gaussian, of what each task's images are."""
+    found = []
+    for images in tasks:
+        features = functional.normalize(prompted.query(images).double(), dim=1)
+        covariance = features.t().cov() + 1e-7 * torch.eye(20, dtype=torch.float64)
+        gaussian = torch.distributions.MultivariateNormal(features.mean(0), covariance)
+        found.append(gaussian.log_prob(prompted.query(asked).double()))
+    return torch.stack(found, 1)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -90,7 +101,7 @@ def test_every_attention_of_both_towers(training: bool, rng: torch.Generator) ->
             # before the prompts' own hook, and behind it
             module.out_proj.register_forward_pre_hook(lambda _, args, found=found: found.update(x=args[0]))
             module.out_proj.register_forward_hook(lambda _, args, y, found=found: found.update(y=y))
-    prompted = PromptedClip(clip, DikiConfig(layers=2, rank=3, scale=1.5, strength="likelihood"))
+    prompted = PromptedClip(clip, DikiConfig(layers=2, rank=3, scale=1.5))
     images = random_tasks(prompted, 2, rng, keep_open=training)
     assert len(prompted.pool.layers) == 4 and len(seen) == 6
     prompted.train(training)
@@ -98,11 +109,11 @@ def test_every_attention_of_both_towers(training: bool, rng: torch.Generator) ->
     task = 0 if training else 1
     strength = 1.0
     if not training:
-        likelihood, _ = calibration.likelihoods(prompted.pool, prompted.query(images[1][:1]))
-        assert likelihood[0].argmax() == task
-        prompted(images[1][:1], texts(2, 3, 4))  # the query went through the hooks above, too
-        strength = torch.sigmoid(likelihood[0, task] - 1).item()
-        assert 0.1 < strength < 0.95
+        likelihood = log_likelihood(prompted, images, images[1][:1])[0] / 20
+        assert likelihood.argmax() == task
+        prompted(images[1][:1], texts(2, 3, 4))  # what asked for features went through the hooks above, too
+        strength = torch.sigmoid(likelihood[task] - 1).item()
+        assert 0.1 < strength < 0.99
     for path, found in seen.items():
         joined = found["x"]
         if int(path.split(".")[-2]) < 2:
@@ -119,13 +130,37 @@ def test_every_attention_of_both_towers(training: bool, rng: torch.Generator) ->
 
 def test_until_a_task_is_learned_nothing_changes(rng: torch.Generator) -> None:
     images = torch.randn(3, 3, SIDE, SIDE, generator=rng)
-    expected = new_clip()(input_ids=texts(2, 3), pixel_values=images).logits_per_image
+    asked = {"input_ids": texts(2, 3), "pixel_values": images}
+    expected = new_clip()(**asked).logits_per_image
     prompted = PromptedClip(new_clip())
     torch.testing.assert_close(prompted(images, texts(2, 3)), expected)
     prompted.method.open_task(prompted.pool, prompted.query(images), rng)
     prompted.train()
     torch.testing.assert_close(prompted(images, texts(2, 3)), expected)  # values are born zero
     assert not prompted.clip.training
+    assert torch.equal(prompted.clip(**asked).logits_per_image, expected), "what the CLIP computes by itself"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, rng: torch.Generator, tmp_path: Path) -> None:
+    """The pool goes with the CLIP; features are compared in float32."""
+    prompted = PromptedClip(new_clip(), DikiConfig(rank=3))
+    images = random_tasks(prompted, 2, rng)
+    mixed = torch.stack([images[0][0], images[1][0]])
+    exact = prompted(mixed, texts(2, 3, 4))
+    prompted.clip.to(dtype)
+    found = prompted(mixed, texts(2, 3, 4))
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.1 * exact.abs().max()
+    saved = prompted.save(tmp_path / "prompts")
+    assert torch.equal(PromptedClip.load(new_clip(dtype), saved)(mixed, texts(2, 3, 4)), found)
+
+
+def test_what_would_be_inf_in_the_dtype_of_the_clip_is_not_committed(tasks: Any) -> None:
+    images, _, ids = tasks[0]
+    prompted = PromptedClip(new_clip(torch.float16))
+    with pytest.raises(ValueError, match="NaN or Inf in its increments; nothing was committed"):
+        prompted.learn("huge", Subset(images, range(2)), ids, **{**LEARN, "epochs": 1, "learning_rate": 1e9})
+    assert prompted.pool.num_tasks == prompted.pool.block_rows == 0
 
 
 def test_each_image_has_its_own_task_whatever_else_is_asked(rng: torch.Generator) -> None:
@@ -135,7 +170,7 @@ def test_each_image_has_its_own_task_whatever_else_is_asked(rng: torch.Generator
     together = prompted(mixed, texts(2, 3, 4))
     for image, logits in zip(mixed, together, strict=True):
         torch.testing.assert_close(prompted(image[None], texts(2, 3, 4))[0], logits, atol=1e-4, rtol=1e-4)
-    selection = prompted.method.select(prompted.pool, prompted.query(mixed), 1, False)
+    selection = prompted.select(prompted.query(mixed))
     assert selection.index[:, 0].tolist() == [0, 1, 0]
     frozen = new_clip()(input_ids=texts(2, 3, 4), pixel_values=mixed).logits_per_image
     assert ((together - frozen).abs().amax(1) > 0.1).all()
@@ -145,13 +180,32 @@ def test_what_is_like_no_task_gets_the_frozen_clip(rng: torch.Generator) -> None
     prompted = PromptedClip(new_clip(), DikiConfig(rank=3))
     known = random_tasks(prompted, 1, rng)[0]
     strange = -known[:2]
-    strength = prompted.method.select(prompted.pool, prompted.query(strange), 1, False).past.coefficient
+    strength = prompted.select(prompted.query(strange)).past.coefficient
     assert (strength < 1e-4).all()
     frozen = new_clip()(input_ids=texts(2, 3), pixel_values=strange).logits_per_image
     torch.testing.assert_close(prompted(strange, texts(2, 3)), frozen, atol=1e-3, rtol=1e-3)
 
 
-LEARN: dict[str, Any] = {"epochs": 12, "batch_size": 16, "learning_rate": 2.0, "progress": False}
+def test_what_the_gaussians_know_of_wide_features(rng: torch.Generator) -> None:
+    """As wide as a CLIP's own: of images that are like no task, less is left than of a task's own."""
+    prompted, width = PromptedClip(new_clip()), 512
+    directions = torch.randn(width, width, generator=rng) / torch.arange(1, width + 1)[:, None].sqrt()
+    own, other = (torch.randn(1, width, generator=rng) for _ in range(2))
+
+    def features(mean: Tensor, count: int) -> Tensor:
+        spread = torch.randn(count, width, generator=rng) @ directions
+        return functional.normalize(mean + 0.7 * functional.normalize(spread) * mean.norm())
+
+    prompted.pool.key_dim, prompted.pool.keys = width, torch.empty(0, width)
+    prompted.method.open_task(prompted.pool, features(own, 1500), rng)
+    prompted.method.close_task(prompted.pool, "own", None, 1)
+    for name, value in clip_module._gaussian(features(own, 1500)).items():
+        prompted.pool.keep_for_task(name, value)
+    mine, others = (prompted.select(features(mean, 50)).past.coefficient.mean() for mean in (own, other))
+    assert mine > 0.7 and others < 0.2
+
+
+LEARN: dict[str, Any] = {"epochs": 20, "batch_size": 16, "learning_rate": 5.0, "progress": False}
 
 
 def test_tasks_are_learned_and_not_forgotten(tasks: Any, tmp_path: Path) -> None:
@@ -159,7 +213,7 @@ def test_tasks_are_learned_and_not_forgotten(tasks: Any, tmp_path: Path) -> None
     first, second = tasks
     before = prompted.accuracy(first[1], first[2])
     losses = prompted.learn("bright", first[0], first[2], **LEARN)
-    assert len(losses) == 12 * 4 and losses[-1] < 0.5 * losses[0]
+    assert len(losses) == 20 * 4 and losses[-1] < 0.5 * losses[0]
     learned = prompted.accuracy(first[1], first[2])
     logits = prompted(first[1].tensors[0], first[2])
     assert before < 0.8 and learned > 0.95
@@ -198,14 +252,20 @@ def test_what_cannot_be_learned_is_refused(tasks: Any, rng: torch.Generator) -> 
     with pytest.raises(ValueError, match="has prompts already"):
         PromptedClip(clip)
     prompted.remove()
+    with pytest.raises(RuntimeError, match="taken out of the CLIP"):
+        prompted(images.tensors[0][:1], ids)
     prompted = PromptedClip(clip)
     options = {**LEARN, "epochs": 1}
-    with pytest.raises(ValueError, match="no image"):
-        prompted.learn("bright", TensorDataset(torch.empty(0, 3, SIDE, SIDE), torch.empty(0)), ids, **options)
-    with pytest.raises(ValueError, match="has classes 0 to 1; expected 0 to 0"):
-        prompted.learn("bright", images, ids[:1], **options)
+    nothing = TensorDataset(torch.empty(0, 3, SIDE, SIDE), torch.empty(0))
+    for work in (prompted.accuracy, lambda *given: prompted.learn("bright", *given, **options)):
+        with pytest.raises(ValueError, match="there is no image"):
+            work(nothing, ids)
+        with pytest.raises(ValueError, match="has classes 0 to 1; expected 0 to 0"):
+            work(images, ids[:1])
+    with pytest.raises(ValueError, match="epochs is 0"):
+        prompted.learn("bright", images, ids, **{**LEARN, "epochs": 0})
     broken = TensorDataset(torch.full((4, 3, SIDE, SIDE), float("nan")), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises((ValueError, FloatingPointError), match="NaN"):
+    with pytest.raises(ValueError, match="task 'bright' has images whose features are NaN"):
         prompted.learn("bright", broken, ids, **options)
     with pytest.raises(FloatingPointError, match="loss is"):
         prompted.learn("bright", images, ids, **{**options, "learning_rate": 1e30, "epochs": 9})
@@ -230,14 +290,19 @@ def test_files_of_others_are_refused(tasks: Any, rng: torch.Generator, tmp_path:
         PromptedClip.load(other, saved)
     with pytest.raises(TypeError, match="CLIPModel; expected transformers.Llava"):
         cf.load_pretrained(new_clip(), saved)
+    clip, config = new_clip(), saved / files.CONFIG
+    written = config.read_text()
+    config.write_text(written.replace('"layers": 8', '"layers": 1'))
+    with pytest.raises(ValueError, match="unexpected"):
+        PromptedClip.load(clip, saved)
+    config.write_text(written)
+    assert torch.equal(PromptedClip.load(clip, saved).pool.keys, prompted.pool.keys), "no hook was left behind"
     weights = saved / files.WEIGHTS
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
-    clip = new_clip()
     with pytest.raises(DamagedError, match="checksum"):
-        PromptedClip.load(clip, saved)
-    PromptedClip(copy.deepcopy(clip))  # no hook was left behind
+        PromptedClip.load(new_clip(), saved)
 
 
 def test_the_page_on_methods_runs(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

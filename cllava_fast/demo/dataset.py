@@ -26,7 +26,8 @@ KIND = (
     "what is the kind of the drink in this chart?",
 )
 BAR = ("which bar is the {rank} for this drink?", "what is the color of the {rank} bar of this drink?")
-# the choices are named, as in ScienceQA: easy-VQA asks for colors too, and wordings are all that a sentence tells
+# Three data sets ask for a color, and a sentence surrogate sees wordings alone: photos name their choices, as ScienceQA
+# does, and signs have a tint.
 TILE = (
     "is this picture black or brown or gray or teal?",
     "black or brown or gray or teal : which is this picture?",

@@ -39,6 +39,11 @@ def own_tensors(width: int, tasks: int) -> OwnTensors:
 
 def remember(pool: Pool, queries: Tensor) -> None:
     """Adds the newest task's Gaussian, of its training queries ``[n, D]``, to what the pool keeps."""
+    keep(pool, gaussian(queries))
+
+
+def gaussian(queries: Tensor) -> list[Tensor]:
+    """What is to be remembered of queries ``[n, D]``, in the order of ``own_tensors``, of one task."""
     exact = queries.double().cpu()
     mean = exact.mean(0)  # [D]
     covariance = (exact - mean).t() @ (exact - mean) / len(exact)
@@ -51,11 +56,13 @@ def remember(pool: Pool, queries: Tensor) -> None:
     variances = rest.expand(DIRECTIONS + 1).clone()
     variances[:known] = top + NOISE
     one = [tensor[None].float() for tensor in (mean, directions, variances)]
-    level = log_likelihood(exact.float(), *one).mean(0)  # [1]
-    for name, value in zip(own_tensors(width, 1), (*one, level), strict=True):
-        before = getattr(pool, name, None)
-        value = value.to(pool.row_task.device)
-        pool.keep(name, value if before is None else torch.cat([before, value]))
+    return [*one, log_likelihood(exact.float(), *one).mean(0)]
+
+
+def keep(pool: Pool, remembered: list[Tensor]) -> None:
+    """Adds what ``gaussian`` found for the newest task."""
+    for name, value in zip(own_tensors(0, 1), remembered, strict=True):
+        pool.keep_for_task(name, value)
 
 
 def log_likelihood(query: Tensor, mean: Tensor, directions: Tensor, variances: Tensor) -> Tensor:

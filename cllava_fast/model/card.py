@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -26,32 +27,42 @@ def increments_card(config: dict[str, Any], rows: int, location: str | None = No
         "# Increments for a frozen LLaVA\n\n"
         "What a LLaVA learned, task after task, as low-rank increments. The frozen base model is not in here."
     )
-    return _learned_card(config, rows, what, load, "image-text-to-text")
+    method = config["config"]
+    facts = {
+        "rows": f"{rows} of rank {method['rank']}",
+        "adapted linears": ", ".join(as_code(target) for target in method["targets"]),
+        "surrogate": as_code(method["surrogate"]) if "surrogate" in method else "none",
+    }
+    return _learned_card(config, facts, what, load, "image-text-to-text")
 
 
 def clip_card(config: dict[str, Any], rows: int, location: str | None = None) -> str:
     """The card of a folder that ``PromptedClip.save`` wrote; as ``increments_card``."""
-    load = f'from cllava_fast.clip import PromptedClip\n\nmodel = PromptedClip.load(base, "{location or FOLDER}")'
+    base = json.dumps(config["base_model_name_or_path"] or "path/of/the/base")
+    load = (
+        "from transformers import CLIPModel\n\nfrom cllava_fast.clip import PromptedClip\n\n"
+        f'model = PromptedClip.load(CLIPModel.from_pretrained({base}), "{location or FOLDER}")'
+    )
     what = (
         "# Prompts for a frozen CLIP\n\n"
         "What a CLIP learned, task after task, as prompts of its attentions. The frozen base model is not in here."
     )
-    return _learned_card(config, rows, what, load, "zero-shot-image-classification")
-
-
-def _learned_card(config: dict[str, Any], rows: int, what: str, load: str, pipeline: str) -> str:
     method = config["config"]
+    facts = {"prompts": f"{method['rank']} a task in each of the first {method['layers']} layers of both towers"}
+    return _learned_card(config, facts, what, load, "zero-shot-image-classification")
+
+
+def _learned_card(config: dict[str, Any], facts: dict[str, str], what: str, load: str, pipeline: str) -> str:
+    method = config["config"]["method"]
     facts = {
         "base model": f"{_base(config)}, {config['base_dtype']}",
-        "method": as_code(method["method"]),
+        "method": as_code(method),
         "tasks": ", ".join(as_code(name) for name in config["tasks"]) or "not recorded by this method",
-        "rows": f"{rows} of rank {method['rank']}",
-        "adapted linears": ", ".join(as_code(target) for target in method["targets"]),
-        "surrogate": as_code(method["surrogate"]) if "surrogate" in method else "none",
+        **facts,
         "SHA-256 of the weights": as_code(config["weights_sha256"]),
     }
     text = f"{what}\n\n{_table(facts)}\n\n## Load\n\n```python\n{load}\n```\n"
-    tags = [LIBRARY, "continual-learning", method["method"]]
+    tags = [LIBRARY, "continual-learning", method]
     return _card(config["base_model_name_or_path"], LIBRARY, tags, text, pipeline)
 
 
@@ -77,7 +88,7 @@ def peft_card(config: dict[str, Any], selection: str, error: float, targets: tup
         "One selection of rows, which acts on every input alike; the pool that it comes from selects anew for each "
         f"instruction.\n\n{_table(facts)}\n\n## Load\n\n"
         "```python\nfrom peft import PeftModel\n\n"
-        'model = PeftModel.from_pretrained(base, "path/of/this/folder")\n```\n'
+        f'model = PeftModel.from_pretrained(base, "{FOLDER}")\n```\n'
     )
     return _card(config["base_model_name_or_path"], "peft", [LIBRARY, "lora"], text)
 

@@ -64,7 +64,9 @@ class Increments(nn.Module):
         self.pool = Pool(
             rank=config.rank,
             key_dim=self.surrogate.dim if self.surrogate else 0,
-            shapes={path: self.method.row_shape(_shape(linear, model)) for path, linear in self.linears(model).items()},
+            shapes={
+                path: self.method.row_shape(linear_shape(linear, model)) for path, linear in self.linears(model).items()
+            },
             shares_A=self.method.shares_A,
             own_tensors=self._own_tensors,
             shared_rows=self.method.shared_rows,
@@ -100,9 +102,10 @@ class Increments(nn.Module):
 
     def close_task(self, name: str, queries: Tensor | None) -> None:
         """Freezes what the open block learned as task ``name``; ``queries [n, D]`` are its training instructions."""
+        remembered = None if queries is None or not self.remembers_queries else calibration.gaussian(queries)
         self.method.close_task(self.pool, name, queries, self.groups)
-        if self.remembers_queries and queries is not None:
-            calibration.remember(self.pool, queries)
+        if remembered is not None:  # nothing that may fail lies between
+            calibration.keep(self.pool, remembered)
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
         name = getattr(self.config, "surrogate", None)
@@ -408,7 +411,7 @@ def _first_tokens(attention_mask: Tensor | None) -> Tensor | None:
     return (attention_mask != 0).int().argmax(1)
 
 
-def _shape(linear: nn.Module, model: nn.Module) -> LinearShape:
+def linear_shape(linear: nn.Module, model: nn.Module) -> LinearShape:
     weight: Tensor = linear.weight  # type: ignore[assignment]
     # quantised weights are stored as integers, and what they compute has the dtype of what they are handed
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else model.dtype
