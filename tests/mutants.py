@@ -21,6 +21,7 @@ from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
 from tests.tuned_mutants import TUNED_MUTANTS  # noqa: E402
 
+PLUGINS = ("-p", "no:cacheprovider", "-p", "tests.any_order")
 COPIED = ("cllava_fast", "csrc", "docs", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
 
 
@@ -357,7 +358,7 @@ def _verdict(mutant: Mutant, folder: Path) -> str:
         if native and not _built(folder):
             return "NOT BUILT"
         only = _selection(Path(mutant.file)) if CONFORMANCE in mutant.tests else []
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *only, *mutant.tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", *PLUGINS, *only, *mutant.tests]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     finally:
