@@ -28,7 +28,8 @@ class MeteoraConfig(MethodConfig):
 
     method: ClassVar[str] = "meteora"
     title: ClassVar[str] = "MeteoRA (gates task by task)"
-    demo = {"targets": ("self_attn.o_proj",)}  # as the other methods there
+    # rank and targets as sequential LoRA's there; at its scale, a second LoRA that a token takes costs the last task more
+    demo = {"targets": ("self_attn.o_proj",), "rank": 32, "scale": 4.0}
 
     top_k: int = field(default=2, metadata={"help": "LoRAs that act on a token, in each linear"})
     rank: int = field(default=8, metadata={"help": "rank of a task's LoRA"})

@@ -27,6 +27,8 @@ class OLoraConfig(MethodConfig):
 
     method: ClassVar[str] = "o_lora"
     title: ClassVar[str] = "O-LoRA"
+    # rank as sequential LoRA's there; the sum of its many overlaps would leave a larger weight nothing to learn
+    demo = {"rank": 32, "lambda_1": 0.002}
 
     rank: int = field(default=8, metadata={"help": "rank of one task's LoRA"})
     scale: float = field(default=4.0, metadata={"help": "factor on every increment (LoRA's alpha / r, 32 / 8)"})

@@ -33,7 +33,8 @@ class SlmConfig(MethodConfig):
 
     method: ClassVar[str] = "slm"
     title: ClassVar[str] = "SLM"
-    demo: ClassVar[dict[str, Any]] = {"groups": 4, "key_init": "instructions"}  # 60 steps align no orthogonal keys
+    # 60 steps align no orthogonal keys; two rows of rank 16 are as many columns as the others have there
+    demo: ClassVar[dict[str, Any]] = {"groups": 4, "key_init": "instructions", "rank": 16}
 
     rows_per_task: int = field(default=4, metadata={"help": "rows that a task adds to the pool"})
     top_m: int = field(default=2, metadata={"help": "rows selected for each batch or sample"})
