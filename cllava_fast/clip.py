@@ -38,10 +38,7 @@ from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.train.progress import stage
 
 TOWERS = ("vision_model", "text_model")
-MEAN, FACTOR = (
-    "image_mean",
-    "image_factor",
-)  # of each task's Gaussian: its mean, and the Cholesky factor of its covariance
+MEAN, FACTOR = "image_mean", "image_factor"  # of a task's Gaussian; the factor is Cholesky's, of the covariance
 NOISE = 1e-7  # variance that every direction has beside what was seen, as in the public code
 Images = Dataset[tuple[Tensor, int]]  # ([3, H, W], class)
 
@@ -180,8 +177,9 @@ class PromptedClip(nn.Module):
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         scale = self.clip.logit_scale.float().exp()
         learning = self.training and self.pool.block_rows > 0
-        selection = self.method.select(self.pool, pixel_values.new_zeros(1, 1), 1, True) if learning else None
-        if not learning:
+        if learning:
+            selection = self.method.select(self.pool, pixel_values.new_zeros(1, 1), 1, True)
+        else:
             selection = self.select(self.query(pixel_values))
         images = self._images(pixel_values, selection and selection.expand(len(pixel_values)))
         if selection is None or learning:
