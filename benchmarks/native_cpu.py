@@ -1,6 +1,7 @@
 """The native CPU kernels beside the fastest formulation in PyTorch: `python benchmarks/native_cpu.py`.
 
-Writes results/native_cpu.json. A kernel earns its place by a ratio of 1.2; what was tried and lost stays in the table.
+Writes results/native_cpu-LEVEL.json, LEVEL being the vectors that torch uses on this CPU, such as avx512. A kernel earns
+its place by a ratio of 1.2; what was tried and lost stays in the table.
 Rivals have no fixed order of summation and other rules for ties, which makes them faster, not slower.
 """
 
@@ -31,7 +32,8 @@ from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select import native as select_native
 from cllava_fast.ops.select import reference as select_reference
 
-RESULTS = Path(__file__).parent / "results" / "native_cpu.json"
+LEVEL = torch.backends.cpu.get_cpu_capability().lower()
+RESULTS = Path(__file__).parent / "results" / f"native_cpu-{LEVEL}.json"
 EARNED = 1.2
 LIBRARY = torch.ops.cllava_fast_native
 Ways = dict[str, Callable[[], Any]]

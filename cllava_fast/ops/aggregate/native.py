@@ -10,12 +10,19 @@ from torch import Tensor
 
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.aggregate import mix
+from cllava_fast.ops.native import has_wide_vectors
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     if op.startswith("aggregate") and site.dtype != torch.float32:
         return f"{site.dtype} is not torch.float32"
     return None
+
+
+def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
+    if op.startswith("mix_factors") and not asked and not has_wide_vectors():
+        return "without AVX-512, plain PyTorch is faster"
+    return accepts(op, site, asked)
 
 
 def aggregate(

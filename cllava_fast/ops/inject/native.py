@@ -37,8 +37,10 @@ def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
         return refusal
     if op == "inject_backward" or not few(sizes["S"]):
         return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
-    columns = sizes["P"] * sizes["R"]
-    if site.dtype in (torch.bfloat16, torch.float16) and columns > CPU_COLUMNS_OF_HALF:
+    columns, half = sizes["P"] * sizes["R"], site.dtype in (torch.bfloat16, torch.float16)
+    if not half and not native.has_wide_vectors():
+        return "without AVX-512, plain PyTorch is as fast in float32"
+    if half and columns > CPU_COLUMNS_OF_HALF:
         return f"{columns} columns of {str(site.dtype).removeprefix('torch.')}: not measured to be 1.2 times as fast"
     return None
 
