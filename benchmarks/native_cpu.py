@@ -1,7 +1,7 @@
 """The native CPU kernels beside the fastest formulation in PyTorch: `python benchmarks/native_cpu.py`.
 
-Writes results/native_cpu-LEVEL.json, LEVEL being the vectors that torch uses on this CPU, such as avx512. A kernel earns
-its place by a ratio of 1.2; what was tried and lost stays in the table.
+Writes results/native_cpu-LEVEL.json, LEVEL being the vectors that torch uses on this CPU, such as avx512. A kernel
+earns its place by a ratio of 1.2; what was tried and lost stays in the table.
 Rivals have no fixed order of summation and other rules for ties, which makes them faster, not slower.
 """
 
