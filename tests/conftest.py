@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,9 @@ if not torch.cuda.is_available():
 # without it cuBLAS complains of torch's deterministic mode, which the tests of the ops use to fill empty memory
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# a shell has what it starts in the background ignore Ctrl-C, which tests send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # the models of the tests are too small to share between threads
 torch.set_num_threads(1)
 # cuBLAS sums in float32, as the kernels do and as the bounds on their errors presume
