@@ -138,7 +138,8 @@ class PromptedClip(nn.Module):
     def _images(self, pixel_values: Tensor, selection: Selection | None) -> Tensor:
         """Unit features ``[B, D]``."""
         with self._acting(selection):
-            return _unit(self.clip.get_image_features(pixel_values).pooler_output)
+            pixels = pixel_values.to(self.clip.device, self.clip.dtype)
+            return _unit(self.clip.get_image_features(pixels).pooler_output)
 
     def _texts(self, input_ids: Tensor, attention_mask: Tensor | None, selection: Selection | None) -> Tensor:
         """Unit features ``[C, D]``."""
@@ -172,13 +173,12 @@ class PromptedClip(nn.Module):
         mode, while a task is being learned, that task's prompts act on all.
         """
         device = self.clip.device
-        pixel_values = pixel_values.to(device, self.clip.dtype)
         input_ids = input_ids.to(device)
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         scale = self.clip.logit_scale.float().exp()
         learning = self.training and self.pool.block_rows > 0
         if learning:
-            selection = self.method.select(self.pool, pixel_values.new_zeros(1, 1), 1, True)
+            selection = self.method.select(self.pool, self.pool.keys.new_zeros(1, 1), 1, True)
         else:
             selection = self.select(self.query(pixel_values))
         images = self._images(pixel_values, selection and selection.expand(len(pixel_values)))
@@ -228,7 +228,7 @@ class PromptedClip(nn.Module):
         queries = []
         for pixels, classes in _batches(images, batch_size):
             _check_classes(classes, input_ids)
-            queries.append(self.query(pixels.to(self.clip.device, self.clip.dtype)).cpu())
+            queries.append(self.query(pixels).cpu())
         query = torch.cat(queries)  # [n, D]
         if not torch.isfinite(query).all():
             raise ValueError(f"task {name!r} has images whose features are NaN or Inf; are their pixels?")
@@ -266,7 +266,7 @@ class PromptedClip(nn.Module):
                     logits = self(pixels, input_ids, attention_mask)
                     loss = F.cross_entropy(logits, classes.to(logits.device))
                     losses.append(loss.item())
-                    if not torch.isfinite(loss):
+                    if not math.isfinite(losses[-1]):
                         raise FloatingPointError(f"task {name!r}: loss is {losses[-1]} at step {len(losses)}")
                     optimizer.zero_grad()
                     loss.backward()

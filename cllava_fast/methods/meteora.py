@@ -28,7 +28,7 @@ class MeteoraConfig(MethodConfig):
 
     method: ClassVar[str] = "meteora"
     title: ClassVar[str] = "MeteoRA (gates task by task)"
-    # rank and targets as sequential LoRA's there; at its scale, a token's second LoRA costs the last task more
+    # rank and targets as sequential LoRA's there
     demo = {"targets": ("self_attn.o_proj",), "rank": 32, "scale": 4.0}
 
     top_k: int = field(default=2, metadata={"help": "LoRAs that act on a token, in each linear"})

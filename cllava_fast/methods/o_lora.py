@@ -27,7 +27,7 @@ class OLoraConfig(MethodConfig):
 
     method: ClassVar[str] = "o_lora"
     title: ClassVar[str] = "O-LoRA"
-    # rank as sequential LoRA's there; the sum of its many overlaps would leave a larger weight nothing to learn
+    # rank as sequential LoRA's there, whose many overlaps would outweigh the answers' loss at the default
     demo = {"rank": 32, "lambda_1": 0.002}
 
     rank: int = field(default=8, metadata={"help": "rank of one task's LoRA"})

@@ -18,8 +18,8 @@ from cllava_fast.ops.inject.reference import Acting, Lows
 from cllava_fast.ops.native import dense_rows, factors
 
 CUDA_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
-# The most that benchmarks/native_cpu.py has found 1.2 times as fast as PyTorch on a CPU. In half precision, 288 columns
-# are not, and what lies between was not measured; float32 has no such bound.
+# The most that benchmarks/native_cpu.py has found 1.2 times as fast as PyTorch on every CPU tried. In half precision, 288
+# columns are not with AVX-512, and what lies between was not measured; float32 has no such bound.
 CPU_TOKENS = 1
 CPU_COLUMNS_OF_HALF = 32
 
