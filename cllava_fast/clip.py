@@ -6,8 +6,8 @@ With the prompts of task t, which act with strength lambda, an image's logits ar
 
 for the texts of all classes c, CLIP's learned temperature s, and the Gaussian ``p_t`` of the frozen, L2-normalised
 features of task t's training images, mean and full covariance. What a prompt does in an attention is in
-``methods/diki.py``; lambda is ``sigmoid(log p_t / D - 1)``, and 1 in training. The public code has the commonest task
-and the mean lambda of a batch act on all its texts; here each image has its own.
+``methods/diki.py``; lambda is ``sigmoid(log p_t / D - 1)``, and 1 in training. In the public code
+the commonest task of a batch acts on all of it, on the texts with the mean lambda; here each image has its own.
 
 This is for a CLIP alone. Where the language layers of a LLaVA are to be prompted, patch it with ``DikiConfig``.
 """

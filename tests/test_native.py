@@ -17,7 +17,6 @@ import torch
 
 from cllava_fast import ops
 from cllava_fast.ops import native, native_table
-from cllava_fast.ops.aggregate import native as aggregate_native
 from cllava_fast.ops.kernel_table import cuobjdump, problems
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,20 +51,18 @@ def choices_made_anew() -> Iterator[None]:
 @pytest.mark.usefixtures("choices_made_anew")
 @pytest.mark.parametrize("wide", [True, False])
 def test_native_kernels_are_chosen_on_the_cpu(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they were measured to be the fastest: some by vectors of AVX-512 alone."""
-    for module in (native, aggregate_native):
-        monkeypatch.setattr(module, "has_wide_vectors", lambda: wide)
+    """Where they were measured to be ahead of what runs otherwise: one by vectors of AVX-512 alone."""
+    monkeypatch.setattr(native, "has_wide_vectors", lambda: wide)
     ops.dispatch.forget()
-    only_wide = "cpu" if wide else "reference"
     for op, sizes, backend in (
-        ("select", {"N": 64}, "cpu"), ("aggregate", {}, "cpu"), ("mix_factors", {}, only_wide),
-        ("mix_factors_backward", {}, only_wide),
+        ("select", {"N": 64}, "cpu"), ("aggregate", {}, "cpu"), ("mix_factors_backward", {}, "cpu"),
+        ("mix_factors", {}, "cpu" if wide else "reference"),
     ):  # fmt: skip
         site = ops.dispatch.Site(torch.device("cpu"), torch.float32, tuple(sizes.items()))
         assert ops.dispatch.choose(op, site).backend == backend, op
     for tokens, pairs, dtype, backend in (
-        (1, 4, torch.float32, only_wide), (577, 4, torch.float32, "reference"), (4, 56, torch.float32, "reference"),
-        (1, 36, torch.float32, only_wide), (1, 4, torch.bfloat16, "cpu"), (1, 5, torch.bfloat16, "reference"),
+        (1, 4, torch.float32, "cpu"), (577, 4, torch.float32, "reference"), (4, 56, torch.float32, "reference"),
+        (1, 36, torch.float32, "cpu"), (1, 36, torch.bfloat16, "cpu"),
     ):  # fmt: skip
         inject = (("S", tokens), ("P", pairs), ("N", 1000), ("R", 8))
         site = ops.dispatch.Site(torch.device("cpu"), dtype, inject)

@@ -33,8 +33,7 @@ def cpu_usable() -> str | None:
 
 @functools.cache
 def has_wide_vectors() -> bool:
-    """Whether this CPU has AVX-512, which loops over rows are laid out for: with narrower vectors, those that do little
-    else are slower than PyTorch's products (benchmarks/native_cpu.py)."""
+    """Whether this CPU has AVX-512, which the loops over rows are laid out for (benchmarks/native_cpu.py)."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import dispatch
+from cllava_fast.ops import dispatch, native
 from cllava_fast.ops.aggregate import mix
-from cllava_fast.ops.native import has_wide_vectors
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
@@ -20,7 +19,8 @@ def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
 
 
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    if op.startswith("mix_factors") and not asked and not has_wide_vectors():
+    # forward alone: backward, PyTorch's way is slower still
+    if op == "mix_factors" and not asked and not native.has_wide_vectors():
         return "without AVX-512, plain PyTorch is faster"
     return accepts(op, site, asked)
 

@@ -18,10 +18,8 @@ from cllava_fast.ops.inject.reference import Acting, Lows
 from cllava_fast.ops.native import dense_rows, factors
 
 CUDA_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
-# The most that benchmarks/native_cpu.py has found 1.2 times as fast as PyTorch on every CPU tried. In half precision, 288
-# columns are not with AVX-512, and what lies between was not measured; float32 has no such bound.
+# On a CPU gathering is as fast beyond: benchmarks/native_cpu.py.
 CPU_TOKENS = 1
-CPU_COLUMNS_OF_HALF = 32
 
 Result = tuple[Tensor, Tensor, Tensor]
 
@@ -33,16 +31,9 @@ def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     sizes = dict(site.sizes)
     refusal = _beyond_pairs(sizes)
-    if refusal is not None or asked:
+    if refusal is not None or asked or (op != "inject_backward" and few(sizes["S"])):
         return refusal
-    if op == "inject_backward" or not few(sizes["S"]):
-        return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
-    columns, half = sizes["P"] * sizes["R"], site.dtype in (torch.bfloat16, torch.float16)
-    if not half and not native.has_wide_vectors():
-        return "without AVX-512, plain PyTorch is as fast in float32"
-    if half and columns > CPU_COLUMNS_OF_HALF:
-        return f"{columns} columns of {str(site.dtype).removeprefix('torch.')}: not measured to be 1.2 times as fast"
-    return None
+    return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
 
 
 def _beyond_pairs(sizes: dict[str, int]) -> str | None:
