@@ -31,7 +31,7 @@ def clusters(rng: torch.Generator, samples: int = 60, distinct: int = 5) -> Tens
 def remembering(*tasks: Tensor) -> Pool:
     pool = Pool(rank=2, key_dim=D, shapes={"o": LinearShape(6, 5)})
     for queries in tasks:
-        calibration.remember(pool, queries)
+        calibration.keep(pool, calibration.gaussian(queries))
     return pool
 
 
@@ -122,7 +122,7 @@ def test_strange_instruction_leaves_the_frozen_model_alone(
 def above_level(fit: Tensor, asked: Tensor) -> Tensor:
     """``l(e) - m`` of queries ``asked`` under the Gaussian of ``fit``."""
     pool = Pool(rank=2, key_dim=fit.shape[1], shapes={"o": LinearShape(6, 5)})
-    calibration.remember(pool, fit)
+    calibration.keep(pool, calibration.gaussian(fit))
     return calibration.likelihoods(pool, asked)[1][:, 0]
 
 

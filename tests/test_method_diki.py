@@ -139,7 +139,7 @@ def test_the_likeliest_task_acts(strength: str, rng: torch.Generator) -> None:
         method.open_task(pool, queries, rng)
         torch.testing.assert_close(pool.block_keys.detach(), queries.mean(0)[None])
         method.close_task(pool, f"task{number}", queries, 1)
-        calibration.remember(pool, queries)
+        calibration.keep(pool, calibration.gaussian(queries))
         exact = queries.double()
         covariance = torch.cov(exact.t(), correction=0) + NOISE * torch.eye(D, dtype=torch.float64)
         gaussians.append(MultivariateNormal(exact.mean(0), covariance))

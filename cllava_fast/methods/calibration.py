@@ -37,11 +37,6 @@ def own_tensors(width: int, tasks: int) -> OwnTensors:
     return {name: (shape, torch.float32) for name, shape in shapes.items()}
 
 
-def remember(pool: Pool, queries: Tensor) -> None:
-    """Adds the newest task's Gaussian, of its training queries ``[n, D]``, to what the pool keeps."""
-    keep(pool, gaussian(queries))
-
-
 def gaussian(queries: Tensor) -> list[Tensor]:
     """What is to be remembered of queries ``[n, D]``, in the order of ``own_tensors``, of one task."""
     exact = queries.double().cpu()
