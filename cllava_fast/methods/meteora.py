@@ -29,7 +29,7 @@ class MeteoraConfig(MethodConfig):
     method: ClassVar[str] = "meteora"
     title: ClassVar[str] = "MeteoRA (gates task by task)"
     # rank and targets as sequential LoRA's there
-    demo = {"targets": ("self_attn.o_proj",), "rank": 32, "scale": 4.0}
+    demo = {"targets": ("self_attn.o_proj",), "top_k": 3, "rank": 32, "scale": 4.0}
 
     top_k: int = field(default=2, metadata={"help": "LoRAs that act on a token, in each linear"})
     rank: int = field(default=8, metadata={"help": "rank of a task's LoRA"})

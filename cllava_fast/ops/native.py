@@ -32,12 +32,6 @@ def cpu_usable() -> str | None:
 
 
 @functools.cache
-def has_wide_vectors() -> bool:
-    """Whether this CPU has AVX-512, which the loops over rows are laid out for (benchmarks/native_cpu.py)."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-@functools.cache
 def cuda_usable() -> str | None:
     refusal = cpu_usable()  # which holds the schemas
     if refusal is not None:

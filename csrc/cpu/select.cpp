@@ -10,7 +10,6 @@
 
 #include "kernels.h"
 #include "parallel.h"
-#include "rows.h"
 
 namespace cllava::cpu {
 namespace {
@@ -28,38 +27,11 @@ float length(const float* chunk, int64_t width, float square) {
   return std::sqrt(exact);
 }
 
-int64_t padded(int64_t width) { return (width + lanes - 1) / lanes * lanes; }
+constexpr int64_t padding = Vectors<16>::lanes;  // the widest
+int64_t padded(int64_t width) { return (width + padding - 1) / padding * padding; }
 
-constexpr int64_t queries_at_once = 4, keys_at_once = 4;  // 16 sums in registers for 8 loads; keys are a Quad
-
-CLLAVA_INLINE Quad sums_of(const Lanes* value) {  // of four
-  const Quad a = quarters(value[0]), b = quarters(value[1]), c = quarters(value[2]), d = quarters(value[3]);
-  const Quad left = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
-  const Quad right = __builtin_shufflevector(c, d, 0, 4, 2, 6) + __builtin_shufflevector(c, d, 1, 5, 3, 7);
-  return __builtin_shufflevector(left, right, 0, 1, 4, 5) + __builtin_shufflevector(left, right, 2, 3, 6, 7);
-}
-
-// out[i] = products of padded unit query i with the keys over one chunk; where asked for, out[queries] = the keys'
-// products with themselves, which costs no reading of its own.
-template <int64_t queries, bool squares>
-CLLAVA_INLINE void products(
-    const float* query, int64_t query_stride, const float* const* key, int64_t width, Quad* out) {
-  Lanes sums[queries + squares][keys_at_once] = {}, k[keys_at_once], q;
-  for (int64_t d = 0; d < width; d += lanes) {
-    for (int64_t j = 0; j < keys_at_once; ++j)
-      if (d + lanes <= width)
-        load(k[j], key[j] + d);
-      else
-        load(k[j], key[j] + d, width - d);
-    for (int64_t i = 0; i < queries; ++i) {
-      load(q, query + i * query_stride + d);
-      for (int64_t j = 0; j < keys_at_once; ++j) sums[i][j] += q * k[j];
-    }
-    if (squares)
-      for (int64_t j = 0; j < keys_at_once; ++j) sums[queries][j] += k[j] * k[j];
-  }
-  for (int64_t i = 0; i < queries + squares; ++i) out[i] = sums_of(sums[i]);
-}
+template <typename V>
+constexpr int64_t queries_at_once = V::lanes == 16 ? 4 : 3;  // of whose sums 32 or 16 registers have room
 
 CLLAVA_INLINE void add_quad(float* total, const Quad& value) {
   Quad sum;
@@ -68,12 +40,24 @@ CLLAVA_INLINE void add_quad(float* total, const Quad& value) {
   std::memcpy(total, &sum, sizeof sum);
 }
 
+// dots of up to queries_at_once queries
+template <typename V, int64_t count = queries_at_once<V>>
+CLLAVA_INLINE void some_dots(
+    int64_t queries, bool squares, const float* query, int64_t query_stride, const float* const* key, int64_t width,
+    Quad* out) {
+  if constexpr (count > 1)
+    if (queries < count) return some_dots<V, count - 1>(queries, squares, query, query_stride, key, width, out);
+  squares ? dots<V, count, true>(query, query_stride, key, width, out)
+          : dots<V, count, false>(query, query_stride, key, width, out);
+}
+
 // cosines[sample, row] += unit query . key / |key| over one chunk, for the rows of a tile.
-CLLAVA_EVERY_LEVEL
-void add_cosines(
+template <typename V>
+CLLAVA_INLINE void add_cosines(
     const float* query, int64_t query_stride, int64_t samples, const float* keys, int64_t key_stride, int64_t rows,
     int64_t width, float* cosines) {
-  Quad found[queries_at_once + 1];
+  constexpr int64_t together = queries_at_once<V>;
+  Quad found[together + 1];
   for (int64_t row = 0; row < rows; row += keys_at_once) {
     const float* key[keys_at_once];
     Quad norm;
@@ -81,16 +65,10 @@ void add_cosines(
     for (int64_t j = 0; j < keys_at_once; ++j)  // the last one again where there are fewer
       key[j] = keys + (row + std::min(j, here - 1)) * key_stride;
     for (int64_t b = 0, step; b < samples; b += step) {
-      step = samples - b < queries_at_once ? 1 : queries_at_once;
-      const float* at = query + b * query_stride;
-      if (b == 0) {
-        step == 1 ? products<1, true>(at, query_stride, key, width, found)
-                  : products<queries_at_once, true>(at, query_stride, key, width, found);
+      step = std::min(samples - b, together);
+      some_dots<V>(step, b == 0, query + b * query_stride, query_stride, key, width, found);
+      if (b == 0)
         for (int64_t j = 0; j < keys_at_once; ++j) norm[j] = length(key[j], width, found[step][j]);
-      } else {
-        step == 1 ? products<1, false>(at, query_stride, key, width, found)
-                  : products<queries_at_once, false>(at, query_stride, key, width, found);
-      }
       for (int64_t i = 0; i < step; ++i)  // past the last row there is room in the tile
         add_quad(cosines + (b + i) * tile_rows + row, norm == 0 ? Quad{} : found[i] / norm);
     }
@@ -126,6 +104,22 @@ void keep(int64_t* best, int64_t M, int64_t packed) {
   best[at] = packed;
 }
 
+// Takes the rows of a tile in for one sample.
+void take(const Select& call, int64_t b, int64_t first, int64_t rows, float* similarity, int64_t* best) {
+  if (call.groups > 1)
+    for (int64_t row = 0; row < rows; ++row) similarity[row] /= call.groups;
+  if (call.allowed)
+    for (int64_t row = 0; row < rows; ++row)
+      if (!call.allowed[b * call.allowed_stride_b + (first + row) * call.allowed_stride_n])
+        similarity[row] = -std::numeric_limits<float>::infinity();
+  float bar = similarity_of(best[call.M - 1]);  // most rows stay below it
+  for (int64_t row = 0; row < rows; ++row) {
+    if (similarity[row] < bar) continue;
+    keep(best, call.M, pack(similarity[row], first + row));
+    bar = similarity_of(best[call.M - 1]);
+  }
+}
+
 void finish(const Select& call, const int64_t* best, int64_t sample) {
   const int64_t M = call.M;
   float* similarity = call.similarity + sample * M;
@@ -145,20 +139,17 @@ void finish(const Select& call, const int64_t* best, int64_t sample) {
 }
 
 // Unit chunks [samples, groups, padded chunk]; or their mean over the batch, as one sample.
-CLLAVA_EVERY_LEVEL
-std::vector<float> unit_queries(const Select& call, int64_t chunk, int64_t stride) {
-  const int64_t samples = call.by_batch ? 1 : call.B;
-  std::vector<float> units(samples * call.groups * stride, 0.f);
+template <typename V>
+CLLAVA_INLINE void unit_queries(const Select& call, int64_t chunk, int64_t stride, float* units) {
   const float share = call.by_batch ? 1.f / call.B : 1.f;
   for (int64_t b = 0; b < call.B; ++b)
     for (int64_t g = 0; g < call.groups; ++g) {
       const float* query = call.query + b * call.D + g * chunk;
-      float* unit = units.data() + ((call.by_batch ? 0 : b) * call.groups + g) * stride;
-      const float norm = length(query, chunk, dot(query, query, chunk));
+      float* unit = units + ((call.by_batch ? 0 : b) * call.groups + g) * stride;
+      const float norm = length(query, chunk, dot<V>(query, query, chunk));
       if (norm != 0)
         for (int64_t d = 0; d < chunk; ++d) unit[d] += query[d] / norm * share;
     }
-  return units;
 }
 
 }  // namespace
@@ -166,13 +157,17 @@ std::vector<float> unit_queries(const Select& call, int64_t chunk, int64_t strid
 void select(const Select& call) {
   const int64_t chunk = call.D / call.groups, stride = padded(chunk), M = call.M;
   const int64_t samples = call.by_batch ? 1 : call.B;
-  const std::vector<float> units = unit_queries(call, chunk, stride);
+  std::vector<float> units(samples * call.groups * stride, 0.f);
+  at_this_level([&](auto vectors) CLLAVA_INLINED {
+    unit_queries<decltype(vectors)>(call, chunk, stride, units.data());
+  });
   const float* keys = static_cast<const float*>(call.keys);
   // Each piece is one tile of keys or more, and keeps its own candidates [pieces, samples, M].
   const int64_t tiles = (call.N + tile_rows - 1) / tile_rows;
   const int64_t pieces = std::min<int64_t>(tiles, 64);
   std::vector<int64_t> candidates(pieces * samples * M, lowest);
-  parallel(pieces, call.N * call.D * (samples + 1) / pieces, [&](int64_t begin, int64_t end) {
+  const int64_t cost = call.N * call.D * (samples + 1) / pieces;
+  parallel_vectors(pieces, cost, [&](auto vectors, int64_t begin, int64_t end) CLLAVA_INLINED {
     std::vector<float> cosines(samples * tile_rows);
     for (int64_t piece = begin; piece < end; ++piece) {
       int64_t* best = candidates.data() + piece * samples * M;
@@ -180,22 +175,10 @@ void select(const Select& call) {
         const int64_t first = tile * tile_rows, rows = std::min(tile_rows, call.N - first);
         std::fill(cosines.begin(), cosines.end(), 0.f);
         for (int64_t g = 0; g < call.groups; ++g)
-          add_cosines(
+          add_cosines<decltype(vectors)>(
               units.data() + g * stride, call.groups * stride, samples, keys + first * call.key_stride + g * chunk,
               call.key_stride, rows, chunk, cosines.data());
-        for (int64_t b = 0; b < samples; ++b) {
-          float bar = similarity_of(best[b * M + M - 1]);  // most rows stay below it
-          for (int64_t row = 0; row < rows; ++row) {
-            float similarity = cosines[b * tile_rows + row];
-            if (call.groups > 1) similarity /= call.groups;
-            const int64_t n = first + row;
-            if (call.allowed && !call.allowed[b * call.allowed_stride_b + n * call.allowed_stride_n])
-              similarity = -std::numeric_limits<float>::infinity();
-            if (similarity < bar) continue;
-            keep(best + b * M, M, pack(similarity, n));
-            bar = similarity_of(best[b * M + M - 1]);
-          }
-        }
+        for (int64_t b = 0; b < samples; ++b) take(call, b, first, rows, cosines.data() + b * tile_rows, best + b * M);
       }
     }
   });
@@ -208,8 +191,7 @@ void select(const Select& call) {
 }
 
 // d cos(q, k) / dk = (q^ - cos k^) / |k|: one weighted sum of unit queries for each row, samples in order.
-CLLAVA_EVERY_LEVEL
-static void row_gradient(
+static CLLAVA_INLINE void row_gradient(
     const double* pull, const float* key, float* out, int64_t chunk, int64_t groups) {
   double square = 0, along = 0;
   for (int64_t d = 0; d < chunk; ++d) square += static_cast<double>(key[d]) * key[d];
@@ -241,7 +223,8 @@ void select_backward(const SelectBackward& call) {
       inverse[b * call.groups + g] = square == 0 ? 0.0 : 1.0 / std::sqrt(square);
     }
   }
-  parallel(call.N, call.D * (1 + call.B * call.M / call.N), [&](int64_t begin, int64_t end) {
+  const int64_t cost = call.D * (1 + call.B * call.M / call.N);
+  parallel_vectors(call.N, cost, [&](auto, int64_t begin, int64_t end) CLLAVA_INLINED {
     std::vector<double> pull(chunk);
     for (int64_t n = begin; n < end; ++n) {
       if (users[n].empty()) {

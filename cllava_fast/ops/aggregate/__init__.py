@@ -11,7 +11,7 @@ from cllava_fast.ops.aggregate import autograd, mix, native, reference
 
 dispatch.register("reference", {"aggregate": reference.aggregate, "aggregate_backward": reference.aggregate_backward})
 dispatch.register("reference", {"mix_factors": mix.mix_factors, "mix_factors_backward": mix.mix_factors_backward})
-native_backend.register("cpu", native.KERNELS, native.cpu_accepts)
+native_backend.register("cpu", native.KERNELS, native.accepts)
 native_backend.register("cuda", native.KERNELS, native.accepts)
 triton_backend.register("cllava_fast.ops.aggregate.triton", "aggregate", "aggregate_backward")
 triton_backend.register("cllava_fast.ops.aggregate.triton_mix", "mix_factors", "mix_factors_backward")

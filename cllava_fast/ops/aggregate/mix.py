@@ -48,7 +48,10 @@ def _to_rows(grad: Tensor, factor: Tensor, coefficient: Tensor, index: Tensor) -
 
 def _along_rows(grad: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # -> [B, P]
     exact = _exact(factor)
-    return torch.bmm(_rows(factor, index, exact), grad.to(exact).flatten(1).unsqueeze(2)).squeeze(2)
+    grad = grad.to(exact).flatten(1)
+    if factor.shape[0] <= index.numel():  # copies no row
+        return (grad @ factor.to(exact).flatten(1).t()).gather(1, index)
+    return torch.bmm(_rows(factor, index, exact), grad.unsqueeze(2)).squeeze(2)
 
 
 def _rows(factor: Tensor, index: Tensor, exact: torch.dtype) -> Tensor:  # -> [B, P, R * d]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllava_fast.ops import dispatch, native
+from cllava_fast.ops import dispatch
 from cllava_fast.ops.aggregate import mix
 
 
@@ -16,13 +16,6 @@ def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     if op.startswith("aggregate") and site.dtype != torch.float32:
         return f"{site.dtype} is not torch.float32"
     return None
-
-
-def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    # forward alone: backward, PyTorch's way is slower still
-    if op == "mix_factors" and not asked and not native.has_wide_vectors():
-        return "without AVX-512, plain PyTorch is faster"
-    return accepts(op, site, asked)
 
 
 def aggregate(
