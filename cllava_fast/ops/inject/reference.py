@@ -170,10 +170,20 @@ def strength(given: Acting) -> Tensor:
 
 def _of_pool(given: Acting) -> Tensor:  # -> [B, N], or [B, S, N]
     """Coefficients of the pool's rows, 0 where not selected. A row that appears twice in a sample counts twice."""
+    if _in_order(given):
+        return given.coefficient
     chosen = given.index.unsqueeze(2) == torch.arange(given.B.shape[0], device=given.index.device)  # [B, P, N]
     if given.per_token:
         return torch.bmm(given.coefficient, chosen.to(given.coefficient.dtype))
     return torch.where(chosen, given.coefficient.unsqueeze(2), 0).sum(1)
+
+
+def _in_order(given: Acting) -> bool:
+    """Whether a sample's pairs are seen to be the pool's rows one by one, as a router of all experts lists them."""
+    rows, index = given.B.shape[0], given.index
+    if index.shape[1] != rows or index.device.type != "cpu":  # a GPU would have to be waited for
+        return False
+    return torch.equal(index, torch.arange(rows).expand_as(index))
 
 
 def past_strength(given: Acting) -> Tensor:  # [B, 1, C, 1]
@@ -307,7 +317,9 @@ def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting, shared: bool
         at = given.index.unsqueeze(1).expand(-1, low.shape[1], -1)  # [B, S, P]
     else:
         found, at = _sum_of_products(low_grad, low, given.A.shape[1], given), given.index
-    return as_dtype(found.gather(-1, at) if given.whole else found, given.coefficient.dtype)
+    if given.whole and not _in_order(given):
+        found = found.gather(-1, at)
+    return as_dtype(found, given.coefficient.dtype)
 
 
 def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:
