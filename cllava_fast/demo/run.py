@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -235,10 +237,14 @@ def _each(config: DemoConfig, output: Path, runs: list[_Run]) -> Iterator[tuple[
 
 
 def _in_a_process(threads: int) -> None:
+    from transformers import Trainer  # noqa: F401 (most of what is imported, and what follows is about that)
     from transformers.utils import logging
 
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
+    # each task collects garbage twice, and would look through all that modules hold, again and again
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or extensions call what they own at the end a leak
 
 
 def _one(config: DemoConfig, output: Path, run: _Run) -> dict[str, Any]:
