@@ -90,6 +90,7 @@ void add_up(Sums sums, int64_t sources, const From* source, int64_t apart, int64
 // out[strip of the columns, pair] = gradient of its sample . its row
 template <typename G, typename T>
 void add_products(const MixFactorsBackward& call, const G* grad, const T* factor, int64_t apart, int64_t size, float* out) {
+  constexpr int64_t quads = 2, rows_at_once = quads * keys_at_once;
   Distinct distinct(call.N);
   const int64_t pairs = call.samples * call.P;
   for (int64_t p = 0; p < pairs; ++p) distinct.place(call.index[p]);
@@ -105,13 +106,13 @@ void add_products(const MixFactorsBackward& call, const G* grad, const T* factor
       for (int64_t b = 0; b < call.samples; ++b) {
         convert<V>(grad + b * size + first, own, width);
         for (int64_t p = b * call.P, here; p < (b + 1) * call.P; p += here) {
-          here = std::min(keys_at_once, (b + 1) * call.P - p);
-          const float* rows[keys_at_once];
-          for (int64_t j = 0; j < keys_at_once; ++j)  // the last one again where there are fewer
+          here = std::min(rows_at_once, (b + 1) * call.P - p);
+          const float* rows[rows_at_once];
+          for (int64_t j = 0; j < rows_at_once; ++j)  // the last one again where there are fewer
             rows[j] = scratch.data() + distinct.places[call.index[p + std::min(j, here - 1)]] * strip;
-          Quad found;
-          dots<V, 1, false>(own, 0, rows, width, &found);
-          for (int64_t j = 0; j < here; ++j) out[piece * pairs + p + j] = found[j];
+          Quad found[quads];
+          dots<V, 1, false, quads>(own, 0, rows, width, found);
+          for (int64_t j = 0; j < here; ++j) out[piece * pairs + p + j] = found[j / keys_at_once][j % keys_at_once];
         }
       }
     }

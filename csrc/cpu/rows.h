@@ -191,17 +191,18 @@ CLLAVA_INLINE void sums_of(const Lanes* value, Quad& out) {  // of each of four
   out = __builtin_shufflevector(left, right, 0, 1, 4, 5) + __builtin_shufflevector(left, right, 2, 3, 6, 7);
 }
 
-// out[i] = dot of query i, padded with zeros to a multiple of the lanes, with each of four keys; where asked for,
-// out[queries] = the keys' dots with themselves, which cost no reading of their own.
-template <typename V, int64_t queries, bool squares>
+// out[i, quad] = dots of query i, padded with zeros to a multiple of the lanes, with four keys; where asked for,
+// out[queries, quad] = the keys' dots with themselves, which cost no reading of their own.
+template <typename V, int64_t queries, bool squares, int64_t quads = 1>
 CLLAVA_INLINE void dots(
     const float* query, int64_t query_stride, const float* const* key, int64_t width, Quad* out) {
-  typename V::Lanes sums[queries + squares][keys_at_once], q[queries], k;
+  constexpr int64_t keys = quads * keys_at_once;
+  typename V::Lanes sums[queries + squares][keys], q[queries], k;
   CLLAVA_UNROLL for (auto& of_query : sums)
     CLLAVA_UNROLL for (auto& lanes : of_query) lanes = typename V::Lanes{};
   const auto add_at = [&](int64_t d, int64_t count) CLLAVA_INLINED {
     CLLAVA_UNROLL for (int64_t i = 0; i < queries; ++i) load<V>(q[i], query + i * query_stride + d);
-    CLLAVA_UNROLL for (int64_t j = 0; j < keys_at_once; ++j) {
+    CLLAVA_UNROLL for (int64_t j = 0; j < keys; ++j) {
       if (count == V::lanes)
         load<V>(k, key[j] + d);
       else
@@ -213,7 +214,8 @@ CLLAVA_INLINE void dots(
   int64_t d = 0;
   for (; d + V::lanes <= width; d += V::lanes) add_at(d, V::lanes);
   if (d < width) add_at(d, width - d);
-  CLLAVA_UNROLL for (int64_t i = 0; i < queries + squares; ++i) sums_of(sums[i], out[i]);
+  CLLAVA_UNROLL for (int64_t i = 0; i < (queries + squares) * quads; ++i)
+    sums_of(sums[i / quads] + i % quads * keys_at_once, out[i]);
 }
 
 // total[i] += strength * row[i]
