@@ -55,6 +55,11 @@ MUTANTS = [
     Mutant(
         "inject: all samples gather at once", f"{INJECT}/reference.py", "GATHERED = 2**21", "GATHERED = 2**40", MEMORY
     ),
+    Mutant(
+        "inject: any choice of as many rows is all rows in order", f"{INJECT}/reference.py",
+        "return torch.equal(index, torch.arange(rows, device=index.device).expand_as(index))", "return True",
+        INJECT_TESTS,
+    ),
     Mutant("inject: a turn lost", f"{INJECT}/reference.py", "torch.cat(parts)", "torch.cat(parts[::-1])", MEMORY),
     Mutant(
         "results are views", "cllava_fast/ops/library.py", "torch._C._AutoDispatchBelowADInplaceOrView()",
@@ -339,7 +344,8 @@ def _built(folder: Path) -> bool:
 def _selection(file: Path) -> list[str]:
     """Of the tests of an op's file: those of the op, and for a kernel those that run it."""
     if file.parts[0] == "csrc":
-        ops = {"aggregate": "aggregate", "mix": "mix_factors", "mix_factors": "mix_factors", "rows": "(select or inject)"}
+        mix, rows = "mix_factors", "(select or inject)"
+        ops = {"aggregate": "aggregate", "mix": mix, "mix_factors": mix, "rows": rows}
         return ["-k", f"{file.parts[1]} and {ops.get(file.stem, file.stem.partition('_')[0])}"]
     if file.parts[:2] != ("cllava_fast", "ops") or len(file.parts) < 4:
         return []

@@ -1,5 +1,5 @@
-// mix_factors on the CPU, in strips of columns. Rows that several samples share are copied to a scratch first, in
-// float32: side by side they stay in cache, where rows a power of two apart would displace each other.
+// mix_factors on the CPU, in strips of columns. The rows that act are copied to a scratch first, each once and in
+// float32: side by side they stay in cache for all samples, where rows a power of two apart displace each other.
 #include <algorithm>
 #include <vector>
 
@@ -16,10 +16,10 @@ struct Term {
   float strength;
 };
 
-// Rows, each once: their places in a scratch.
+// Rows, each once, and one strip of each.
 struct Distinct {
   std::vector<int64_t> rows;
-  std::vector<int64_t> places;  // of every row there is; -1 where it is not among them
+  std::vector<int64_t> places;  // of every row there is: where it stands in the scratch, or -1
 
   explicit Distinct(int64_t count) : places(count, -1) {}
 
@@ -30,15 +30,45 @@ struct Distinct {
     }
     return places[row];
   }
+
+  // The strips that begin where `source` points to in row 0.
+  template <typename V, typename T>
+  CLLAVA_INLINE void copy(const T* source, int64_t apart, int64_t width, float* scratch) const {
+    for (size_t at = 0; at < rows.size(); ++at) convert<V>(source + rows[at] * apart, scratch + at * strip, width);
+  }
 };
 
-// The strip of each distinct row that begins at column `first`, in float32 and side by side.
-template <typename V, typename T>
-CLLAVA_INLINE void copy_strips(const Distinct& distinct, const T* source, int64_t apart, int64_t width, float* scratch) {
-  for (const int64_t row : distinct.rows) {
-    convert<V>(source + row * apart, scratch, width);
-    scratch += strip;
+// The terms of each row of an output; a term's source is its place in the scratch.
+struct Sums {
+  std::vector<std::vector<Term>> terms;
+  Distinct distinct;
+  int64_t count = 0;  // of terms
+
+  Sums(std::vector<std::vector<Term>> of_rows, int64_t sources) : terms(std::move(of_rows)), distinct(sources) {
+    for (auto& row : terms) {
+      for (Term& term : row) term.source = distinct.place(term.source);
+      count += row.size();
+    }
   }
+};
+
+// Runs body(vectors, strip's number, its first column, its width, row, copied strips) for each strip and each of `rows`.
+template <typename T, typename Body>
+void each_strip(
+    const Distinct& distinct, const T* source, int64_t apart, int64_t size, int64_t rows, int64_t cost, const Body& body) {
+  const int64_t strips = (size + strip - 1) / strip;
+  // a thread copies a strip once for all rows that it gets
+  cost += strip * distinct.rows.size() / std::max<int64_t>(1, rows);
+  parallel_vectors(strips * rows, cost, [&](auto vectors, int64_t begin, int64_t end) CLLAVA_INLINED {
+    std::vector<float> scratch(distinct.rows.size() * strip);
+    int64_t copied = -1;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t number = piece / rows, first = number * strip, width = std::min(strip, size - first);
+      if (number != copied) distinct.copy<decltype(vectors)>(source + first, apart, width, scratch.data());
+      copied = number;
+      body(vectors, number, first, width, piece % rows, scratch.data());
+    }
+  });
 }
 
 // total[i] = sum over terms of strength * source row
@@ -60,96 +90,76 @@ CLLAVA_INLINE void weighted_sum(const std::vector<Term>& terms, const float* sou
   }
 }
 
-using Sums = std::vector<std::vector<Term>>;  // the terms of each row of an output
-
 // out[row] = sum over its terms of strength * source row, in order.
-template <typename From, typename To>
-void add_up(Sums sums, int64_t sources, const From* source, int64_t apart, int64_t size, To* out) {
-  Distinct distinct(sources);
-  int64_t count = 0;
-  for (auto& terms : sums) {
-    for (Term& term : terms) term.source = distinct.place(term.source);
-    count += terms.size();
-  }
-  const int64_t strips = (size + strip - 1) / strip, cost = strip * (count + distinct.rows.size() + sums.size());
-  parallel_vectors(strips, cost, [&](auto vectors, int64_t begin, int64_t end) CLLAVA_INLINED {
+template <typename T>
+void add_up(const Sums& sums, const T* source, int64_t apart, int64_t size, T* out) {
+  const int64_t rows = sums.terms.size(), cost = strip * (1 + sums.count / std::max<int64_t>(1, rows));
+  const auto body = [&](auto vectors, int64_t, int64_t first, int64_t width, int64_t row, const float* scratch) CLLAVA_INLINED {
     using V = decltype(vectors);
-    std::vector<float> scratch(distinct.rows.size() * strip);
     float total[strip];
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t first = piece * strip, width = std::min(strip, size - first);
-      copy_strips<V>(distinct, source + first, apart, width, scratch.data());
-      for (size_t row = 0; row < sums.size(); ++row) {
-        weighted_sum<V>(sums[row], scratch.data(), total);
-        convert<V>(total, out + row * size + first, width);
-      }
-    }
-  });
+    weighted_sum<V>(sums.terms[row], scratch, total);
+    convert<V>(total, out + row * size + first, width);
+  };
+  each_strip(sums.distinct, source, apart, size, rows, cost, body);
 }
 
 // out[strip of the columns, pair] = gradient of its sample . its row
-template <typename G, typename T>
-void add_products(const MixFactorsBackward& call, const G* grad, const T* factor, int64_t apart, int64_t size, float* out) {
+template <typename T>
+void add_products(const MixFactorsBackward& call, const T* grad, const T* factor, int64_t apart, int64_t size, float* out) {
   constexpr int64_t quads = 2, rows_at_once = quads * keys_at_once;
   Distinct distinct(call.N);
-  const int64_t pairs = call.samples * call.P;
-  for (int64_t p = 0; p < pairs; ++p) distinct.place(call.index[p]);
-  const int64_t strips = (size + strip - 1) / strip, cost = strip * (pairs + distinct.rows.size());
-  parallel_vectors(strips, cost, [&](auto vectors, int64_t begin, int64_t end) CLLAVA_INLINED {
+  for (int64_t p = 0; p < call.samples * call.P; ++p) distinct.place(call.index[p]);
+  const auto body = [&](auto vectors, int64_t number, int64_t first, int64_t width, int64_t b, const float* scratch) CLLAVA_INLINED {
     using V = decltype(vectors);
-    std::vector<float> scratch(distinct.rows.size() * strip);
-    float own[strip];
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t first = piece * strip, width = std::min(strip, size - first);
-      copy_strips<V>(distinct, factor + first, apart, width, scratch.data());
-      if (width < strip) std::fill(own + width, own + strip, 0.f);
-      for (int64_t b = 0; b < call.samples; ++b) {
-        convert<V>(grad + b * size + first, own, width);
-        for (int64_t p = b * call.P, here; p < (b + 1) * call.P; p += here) {
-          here = std::min(rows_at_once, (b + 1) * call.P - p);
-          const float* rows[rows_at_once];
-          for (int64_t j = 0; j < rows_at_once; ++j)  // the last one again where there are fewer
-            rows[j] = scratch.data() + distinct.places[call.index[p + std::min(j, here - 1)]] * strip;
-          Quad found[quads];
-          dots<V, 1, false, quads>(own, 0, rows, width, found);
-          for (int64_t j = 0; j < here; ++j) out[piece * pairs + p + j] = found[j / keys_at_once][j % keys_at_once];
-        }
-      }
+    float own[strip] = {};
+    convert<V>(grad + b * size + first, own, width);
+    const int64_t* index = call.index + b * call.P;
+    float* to = out + (number * call.samples + b) * call.P;
+    for (int64_t p = 0; p < call.P; p += rows_at_once) {
+      const int64_t here = std::min(rows_at_once, call.P - p);
+      const float* rows[rows_at_once];
+      for (int64_t j = 0; j < rows_at_once; ++j)  // the last one again where there are fewer
+        rows[j] = scratch + distinct.places[index[p + std::min(j, here - 1)]] * strip;
+      Quad found[quads];
+      dots<V, 1, false, quads>(own, 0, rows, width, found);
+      for (int64_t j = 0; j < here; ++j) to[p + j] = found[j / keys_at_once][j % keys_at_once];
     }
-  });
+  };
+  each_strip(distinct, factor, apart, size, call.samples, strip * (1 + call.P), body);
 }
 
 }  // namespace
 
 void mix_factors(const MixFactors& call) {
-  Sums sums(call.samples);
+  std::vector<std::vector<Term>> terms(call.samples);
   for (int64_t b = 0; b < call.samples; ++b)
     for (int64_t p = b * call.P; p < (b + 1) * call.P; ++p)
-      if (call.coefficient[p] != 0) sums[b].push_back({call.index[p], call.coefficient[p]});
+      if (call.coefficient[p] != 0) terms[b].push_back({call.index[p], call.coefficient[p]});
+  const Sums sums(std::move(terms), call.N);
   with_type(call.type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    add_up(sums, call.N, static_cast<const T*>(call.A), call.stride_A, call.size_A, static_cast<T*>(call.A_mix));
-    add_up(sums, call.N, static_cast<const T*>(call.B), call.stride_B, call.size_B, static_cast<T*>(call.B_mix));
+    add_up(sums, static_cast<const T*>(call.A), call.stride_A, call.size_A, static_cast<T*>(call.A_mix));
+    add_up(sums, static_cast<const T*>(call.B), call.stride_B, call.size_B, static_cast<T*>(call.B_mix));
   });
 }
 
 void mix_factors_backward(const MixFactorsBackward& call) {
-  Sums sums(call.N);  // of each row, samples in order; a sample once, its pairs added up
+  std::vector<std::vector<Term>> terms(call.N);  // of each row, samples in order; a sample once, its pairs added up
   for (int64_t b = 0; b < call.samples; ++b)
     for (int64_t p = b * call.P; p < (b + 1) * call.P; ++p) {
-      auto& terms = sums[call.index[p]];
-      if (terms.empty() || terms.back().source != b) terms.push_back({b, 0.f});
-      terms.back().strength += call.coefficient[p];
+      auto& row = terms[call.index[p]];
+      if (row.empty() || row.back().source != b) row.push_back({b, 0.f});
+      row.back().strength += call.coefficient[p];
     }
-  for (auto& terms : sums)
-    terms.erase(
-        std::remove_if(terms.begin(), terms.end(), [](const Term& term) { return term.strength == 0; }), terms.end());
+  for (auto& row : terms)
+    row.erase(std::remove_if(row.begin(), row.end(), [](const Term& term) { return term.strength == 0; }), row.end());
+  const Sums sums(std::move(terms), call.samples);
   with_type(call.type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const auto* grad_A = static_cast<const T*>(call.grad_A);
     const auto* grad_B = static_cast<const T*>(call.grad_B);
-    if (call.to_A) add_up(sums, call.samples, grad_A, call.size_A, call.size_A, static_cast<T*>(call.to_A));
-    if (call.to_B) add_up(sums, call.samples, grad_B, call.size_B, call.size_B, static_cast<T*>(call.to_B));
+    if (call.to_A) add_up(sums, grad_A, call.size_A, call.size_A, static_cast<T*>(call.to_A));
+    if (call.to_B) add_up(sums, grad_B, call.size_B, call.size_B, static_cast<T*>(call.to_B));
     if (!call.to_coefficient) return;
     const int64_t pairs = call.samples * call.P, strips_A = (call.size_A + strip - 1) / strip;
     const int64_t strips = strips_A + (call.size_B + strip - 1) / strip;

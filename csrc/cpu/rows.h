@@ -1,7 +1,7 @@
 // Arithmetic on adjacent numbers: float32, float16 or bfloat16 in memory, float32 in between.
 //
 // Everything is a template over V, the vectors of one level of x86-64, and is inlined into its caller: at_this_level
-// and parallel (parallel.h) run a body compiled for the level of the CPU at hand, so that one build runs anywhere.
+// and parallel_vectors (parallel.h) run a body that is compiled for the CPU at hand, so that one build runs anywhere.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +49,7 @@ __attribute__((target("arch=x86-64-v3"))) auto at_v3(const Body& body) { return 
 
 inline const int level = [] {
   __builtin_cpu_init();
-  const int highest = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 2;
+  const int highest = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
   const char* lower = std::getenv("CLLAVA_CPU_LEVEL");  // so that tests see each
   return lower ? std::min(highest, std::atoi(lower)) : highest;
 }();

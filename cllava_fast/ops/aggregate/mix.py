@@ -49,7 +49,7 @@ def _to_rows(grad: Tensor, factor: Tensor, coefficient: Tensor, index: Tensor) -
 def _along_rows(grad: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # -> [B, P]
     exact = _exact(factor)
     grad = grad.to(exact).flatten(1)
-    if factor.shape[0] <= index.numel():  # copies no row
+    if factor.shape[0] <= min(index.numel(), 16 * index.shape[1]):  # products nobody asked for cost less than copies
         return (grad @ factor.to(exact).flatten(1).t()).gather(1, index)
     return torch.bmm(_rows(factor, index, exact), grad.unsqueeze(2)).squeeze(2)
 

@@ -62,6 +62,8 @@ ROUTED = (
     Case(B=0, S=3, d_in=8, d_out=8, N=4, R=2, P=3, per_token=True, shared=True),
     Case(B=2, S=0, d_in=8, d_out=12, N=4, R=2, P=3, per_token=True),
     Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0, past=2, per_token=True, shared=True),
+    Case(B=2, S=4, d_in=24, d_out=40, N=4, R=8, P=4, selection="every", per_token=True),
+    Case(B=3, S=4, d_in=24, d_out=17, N=4, R=2, P=4, selection="every", shared=True),
 )
 # Sizes that no tile divides: several column tiles, the widest and the longest.
 ODD = (

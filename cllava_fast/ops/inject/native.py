@@ -18,7 +18,7 @@ from cllava_fast.ops.inject.reference import Acting, Lows
 from cllava_fast.ops.native import dense_rows, factors
 
 CUDA_TOKENS = 16  # of one sample, as csrc/cuda/ops.cuh says
-# On a CPU gathering is as fast beyond: benchmarks/native_cpu.py.
+# One limit for all CPUs: with AVX-512 matrix products are as fast beyond, with AVX2 not always (csrc/README.md).
 CPU_TOKENS = 1
 
 Result = tuple[Tensor, Tensor, Tensor]
@@ -33,7 +33,7 @@ def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     refusal = _beyond_pairs(sizes)
     if refusal is not None or asked or (op != "inject_backward" and few(sizes["S"])):
         return refusal
-    return "only single tokens have a kernel: plain PyTorch's matrix products are as fast"
+    return "chosen for single tokens alone: beyond, PyTorch's matrix products are as fast on some CPUs"
 
 
 def _beyond_pairs(sizes: dict[str, int]) -> str | None:

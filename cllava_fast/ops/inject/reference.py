@@ -183,7 +183,7 @@ def _in_order(given: Acting) -> bool:
     rows, index = given.B.shape[0], given.index
     if index.shape[1] != rows or index.device.type != "cpu":  # a GPU would have to be waited for
         return False
-    return torch.equal(index, torch.arange(rows).expand_as(index))
+    return torch.equal(index, torch.arange(rows, device=index.device).expand_as(index))
 
 
 def past_strength(given: Acting) -> Tensor:  # [B, 1, C, 1]
