@@ -306,6 +306,10 @@ MUTANTS = [
         "clip: hooks stay behind a file that is refused", "cllava_fast/clip.py",
         "            prompted.remove()\n            raise", "            raise", CLIP,
     ),
+    Mutant(
+        "smora: padding counts as work", "cllava_fast/methods/smora.py", "if tokens is not None:", "if False:",
+        ("tests/test_method_smora.py",),
+    ),
     Mutant("clip: half a task stays open", "cllava_fast/clip.py", "self.pool.drop_block()", "pass", CLIP),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),

@@ -48,6 +48,8 @@ class Selection:
             ``Method.route`` makes them from what it keeps.
         first: ``[B]`` int64, where each sample's first token that is no padding stands, for ``Method.route``; None
             where it is the first of all.
+        tokens: ``[B, S]`` bool, where a prompt has tokens and no padding, for ``Method.route``; None where all are
+            tokens, or nobody said.
         memory: what ``Method.route`` decides for the prompt and needs again for the tokens that follow, which come
             without it; None in training, where a layer that is recomputed must find what its first pass found.
     """
@@ -60,6 +62,7 @@ class Selection:
     mix: bool = False
     rows: tuple[Tensor, Tensor] | None = None
     first: Tensor | None = None
+    tokens: Tensor | None = None
     memory: dict[Factors, Any] | None = None
     means: bool = False
 
@@ -100,6 +103,7 @@ class Selection:
             index=None if self.index is None else repeat(self.index),
             weight=None if self.weight is None else repeat(self.weight),
             first=None if self.first is None else repeat(self.first),
+            tokens=None if self.tokens is None else repeat(self.tokens),
         )
 
     def scaled(self, strength: Tensor) -> Selection:

@@ -158,8 +158,7 @@ class Increments(nn.Module):
         if not learning and not self.pool.num_tasks and self.method.uses_query:
             return None
         if not self.method.uses_query:
-            selection = self.method.select(self.pool, None, 1, learning)
-            return selection and selection.expand(request.batch)
+            return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
         if request.query is None and request.instructions is None:
             remembered = self.pending or self._remembered(request, past_key_values)
             if remembered is not None:
@@ -173,10 +172,18 @@ class Increments(nn.Module):
         selection = self.method.select(self.pool, query, self.groups, learning)
         if selection is not None and self.calibrates and not learning:
             selection = selection.scaled(calibration.familiarity(self.pool, query))
-        if selection is not None and self.method.routes:
-            first = _first_tokens(request.attention_mask)
-            selection = replace(selection, first=first, memory=None if self.training else {})
-        return selection and selection.expand(request.batch)
+        return self._on_batch(selection, request)
+
+    def _on_batch(self, selection: Selection | None, request: Request) -> Selection | None:
+        if selection is None:
+            return None
+        selection = selection.expand(request.batch)
+        if not self.method.routes:
+            return selection
+        mask = request.attention_mask
+        tokens = None if mask is None or mask.dim() != 2 else mask != 0
+        first = None if tokens is None else tokens.int().argmax(1)
+        return replace(selection, first=first, tokens=tokens, memory=None if self.training else {})
 
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
         """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
@@ -402,13 +409,6 @@ def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, P
     B = torch.stack([b.float() for _, b in sums]).sum(0)  # [B, R, d_out]
     index = torch.arange(len(A), device=A.device)[:, None]
     return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
-
-
-def _first_tokens(attention_mask: Tensor | None) -> Tensor | None:
-    """``[B]``: where each sample's first token stands behind its padding; None where nothing is padded."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return (attention_mask != 0).int().argmax(1)
 
 
 def linear_shape(linear: nn.Module, model: nn.Module) -> LinearShape:
