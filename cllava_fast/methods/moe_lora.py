@@ -25,7 +25,8 @@ class MoeLoraConfig(MethodConfig):
 
     method: ClassVar[str] = "moe_lora"
     title: ClassVar[str] = "MoELoRA"
-    demo = {"rank": 4, "dropout": 0.0}  # a few hundred steps do not overfit
+    # the linears and all experts' rank as sequential LoRA's there; a few hundred steps do not overfit
+    demo = {"targets": ("self_attn.o_proj",), "rank": 4, "scale": 16.0, "dropout": 0.0}
 
     experts: int = field(default=8, metadata={"help": "experts of each linear"})
     rank: int = field(default=16, metadata={"help": "rank of one expert (CoIN's 128 is that of all 8 together)"})

@@ -26,7 +26,8 @@ class SmoraConfig(MoeLoraConfig):
 
     method: ClassVar[str] = "smora"
     title: ClassVar[str] = "SMoRA"
-    demo = {"experts": 32, "top_k": 8, "dropout": 0.0}  # a few hundred steps do not overfit
+    # the linears and all experts' rank as sequential LoRA's there
+    demo = {"targets": ("self_attn.o_proj",), "experts": 32, "top_k": 8}
 
     experts: int = field(default=64, metadata={"help": "experts of each linear: the rank of the LoRA that they are"})
     rank: int = field(default=1, metadata={"help": "rank of one expert"})
