@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -109,6 +113,32 @@ def test_a_run_that_fails_stops_the_others(tmp_path: Path) -> None:
     for process in multiprocessing.active_children():
         process.join(10)
     assert multiprocessing.active_children() == []
+
+
+def test_a_demo_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "cllava_fast.cli",
+        "demo",
+        "--jobs=2",
+        "--seeds=2",
+        f"--output={tmp_path / 'demo'}",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as demo:
+        workers: list[psutil.Process] = []
+        patience = time.monotonic() + 120
+        while len(workers) < 2 and time.monotonic() < patience:
+            time.sleep(0.2)
+            workers = [
+                child for child in psutil.Process(demo.pid).children() if "spawn_main" in " ".join(child.cmdline())
+            ]
+        demo.kill()
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 def test_what_is_in_the_way_stays(tmp_path: Path) -> None:

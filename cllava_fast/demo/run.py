@@ -6,6 +6,8 @@ import atexit
 import functools
 import gc
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -242,9 +244,18 @@ def _in_a_process(threads: int) -> None:
 
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     # each task collects garbage twice, and would look through all that modules hold, again and again
     gc.freeze()
     atexit.register(gc.unfreeze)  # or extensions call what they own at the end a leak
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed cannot stop its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _one(config: DemoConfig, output: Path, run: _Run) -> dict[str, Any]:
