@@ -307,7 +307,7 @@ MUTANTS = [
         "            prompted.remove()\n            raise", "            raise", CLIP,
     ),
     Mutant(
-        "smora: padding counts as work", "cllava_fast/methods/smora.py", "if tokens is not None:", "if False:",
+        "smora: padding counts as work", "cllava_fast/methods/smora.py", "if mask is not None:", "if False:",
         ("tests/test_method_smora.py",),
     ),
     Mutant("clip: half a task stays open", "cllava_fast/clip.py", "self.pool.drop_block()", "pass", CLIP),

@@ -116,15 +116,8 @@ def test_a_run_that_fails_stops_the_others(tmp_path: Path) -> None:
 
 
 def test_a_demo_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "cllava_fast.cli",
-        "demo",
-        "--jobs=2",
-        "--seeds=2",
-        f"--output={tmp_path / 'demo'}",
-    ]
+    words = "-m cllava_fast.cli demo --jobs=2 --seeds=2".split()
+    command = [sys.executable, *words, f"--output={tmp_path / 'demo'}"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as demo:
         workers: list[psutil.Process] = []
         patience = time.monotonic() + 120

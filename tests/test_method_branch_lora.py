@@ -113,10 +113,11 @@ def test_the_layer_and_its_gradients(state: str, llava: Any, processor: Any, rng
     factors = pool.factors("model.language_model.layers.1.mlp.down_proj")
     x = torch.randn(4, 6, linear.in_features, generator=rng, dtype=torch.float64, requires_grad=True)
     begins = torch.tensor([0, 2, 1, 5])
+    mask = (torch.arange(6) >= begins[:, None]).long()
     training = state != "inference"
     query = torch.randn(4, pool.key_dim, generator=rng)
     selection = increments.method.select(pool, query, 1, training)
-    increments.active = Selection(block=selection.block, past=selection.past, first=begins)
+    increments.active = Selection(block=selection.block, past=selection.past, mask=mask)
     got = increments.inject(x, linear, None, factors)
 
     if training:

@@ -46,10 +46,7 @@ class Selection:
         mix: sum the factors before multiplying them (``context="factor"``).
         rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
             ``Method.route`` makes them from what it keeps.
-        first: ``[B]`` int64, where each sample's first token that is no padding stands, for ``Method.route``; None
-            where it is the first of all.
-        tokens: ``[B, S]`` bool, where a prompt has tokens and no padding, for ``Method.route``; None where all are
-            tokens, or nobody said.
+        mask: ``[B, S]``, 0 where a prompt has padding, for ``Method.route``; None where it has none, or nobody said.
         memory: what ``Method.route`` decides for the prompt and needs again for the tokens that follow, which come
             without it; None in training, where a layer that is recomputed must find what its first pass found.
     """
@@ -61,8 +58,7 @@ class Selection:
     weight: Tensor | None = None
     mix: bool = False
     rows: tuple[Tensor, Tensor] | None = None
-    first: Tensor | None = None
-    tokens: Tensor | None = None
+    mask: Tensor | None = None
     memory: dict[Factors, Any] | None = None
     means: bool = False
 
@@ -71,6 +67,11 @@ class Selection:
         pairs = self.block or self.past
         assert pairs is not None
         return pairs.index.shape[0]
+
+    @cached_property
+    def first(self) -> Tensor | None:
+        """``[B]`` int64, where each sample's first token behind its padding stands; None where nobody said."""
+        return None if self.mask is None else (self.mask != 0).int().argmax(1)
 
     @cached_property
     def joined(self) -> Pairs | None:
@@ -102,8 +103,7 @@ class Selection:
             context=None if self.context is None else repeat(self.context),
             index=None if self.index is None else repeat(self.index),
             weight=None if self.weight is None else repeat(self.weight),
-            first=None if self.first is None else repeat(self.first),
-            tokens=None if self.tokens is None else repeat(self.tokens),
+            mask=None if self.mask is None else repeat(self.mask),
         )
 
     def scaled(self, strength: Tensor) -> Selection:

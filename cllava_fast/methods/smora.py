@@ -76,13 +76,13 @@ class Smora(MoeLora):
             balance(pool, self.config.balance_rate)
         return super().select(pool, query, groups, training)
 
-    def gates(self, factors: Factors, logits: Tensor, tokens: Tensor | None) -> Tensor:
+    def gates(self, factors: Factors, logits: Tensor, mask: Tensor | None) -> Tensor:
         bias: Tensor = factors.balance  # type: ignore[assignment]
         picked = (logits.detach() + bias).topk(self.config.top_k, sorted=False).indices  # [B, S, k]
         if self.counts:
             taken = torch.zeros_like(logits, dtype=torch.float32).scatter_(2, picked, 1.0)
-            if tokens is not None:  # padding is no work
-                taken *= tokens.to(taken.device).unsqueeze(2)
+            if mask is not None:  # padding is no work
+                taken *= (mask != 0).to(taken.device).unsqueeze(2)
             factors.load += taken.sum((0, 1))  # type: ignore[operator]
         return torch.zeros_like(logits).scatter(2, picked, logits.gather(2, picked).softmax(-1))
 

@@ -181,9 +181,8 @@ class Increments(nn.Module):
         if not self.method.routes:
             return selection
         mask = request.attention_mask
-        tokens = None if mask is None or mask.dim() != 2 else mask != 0
-        first = None if tokens is None else tokens.int().argmax(1)
-        return replace(selection, first=first, tokens=tokens, memory=None if self.training else {})
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return replace(selection, mask=mask, memory=None if self.training else {})
 
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
         """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
