@@ -27,7 +27,7 @@ class SmoraConfig(MoeLoraConfig):
     method: ClassVar[str] = "smora"
     title: ClassVar[str] = "SMoRA"
     # the linears and all experts' rank as sequential LoRA's there
-    demo = {"targets": ("self_attn.o_proj",), "experts": 32, "top_k": 8}
+    demo = {"targets": ("self_attn.o_proj",), "experts": 32, "top_k": 16}
 
     experts: int = field(default=64, metadata={"help": "experts of each linear: the rank of the LoRA that they are"})
     rank: int = field(default=1, metadata={"help": "rank of one expert"})
