@@ -82,6 +82,34 @@ MUTANTS = [
         "times(low_grad, past_strength(given), grad.dtype)", "low_grad.to(grad.dtype)", INJECT_TESTS,
     ),
     Mutant(
+        "inject: scale lost in a past that is added up", f"{INJECT}/__init__.py", "(past.coefficient * scale)",
+        "past.coefficient", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: a past that is added up acts twice", f"{INJECT}/__init__.py",
+        "added_up(past, scale, x.dtype)), None", "added_up(past, scale, x.dtype)), past", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: a past rounded away in a weight of few bits", f"{INJECT}/__init__.py",
+        "exact = torch.finfo(x.dtype).bits >= 32", "exact = True", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: a past rounded away under autocast", f"{INJECT}/__init__.py",
+        " and not torch.is_autocast_enabled(x.device.type)", "", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: each sample's past is added up", f"{INJECT}/__init__.py",
+        "past.coefficient.shape[0] == 1 and total", "total", INJECT_TESTS,
+    ),
+    Mutant(
+        "inject: a past that is added up teaches its coefficient nothing", f"{INJECT}/__init__.py",
+        "(past.coefficient * scale).view", "(past.coefficient.detach() * scale).view", INJECT_TESTS,
+    ),
+    Mutant(
+        "the context of two samples", "cllava_fast/methods/base.py", "context.shape[0] != 1:", "True:",
+        ("tests/test_methods.py", "tests/test_method_o_lora.py"),
+    ),
+    Mutant(
         "inject: the past's coefficient learns nothing", f"{INJECT}/autograd.py",
         "needs[3], needs[4], needs[6], needs[9]]", "needs[3], needs[4], needs[6], False]", INJECT_TESTS,
     ),

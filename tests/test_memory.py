@@ -128,6 +128,26 @@ def test_a_long_past_takes_what_x_is_projected_to(layer, dtype, rng):
     assert took.largest < weight.nbytes
 
 
+def test_a_past_that_acts_alike_takes_no_projections_of_x(dtype, rng):
+    """Its sum, the weight with it, the factors times their coefficients and their gradient; not what is written for
+    every token, which would be more."""
+    width, columns = 1024, 2048
+    x, upstream = (torch.zeros(4, 512, width, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight = torch.zeros(width, width, dtype=dtype, device=DEVICE)
+    A, B = (torch.zeros(columns // RANK, RANK, width, dtype=dtype, device=DEVICE) for _ in range(2))
+    coefficient = leaf(torch.rand(1, len(A), generator=rng).to(DEVICE))
+    none = A[:1], B[:1], torch.zeros(4, 0, dtype=torch.int64, device=DEVICE), torch.zeros(4, 0, device=DEVICE)
+
+    def peak(coefficient):
+        past = A, B, coefficient
+        return measure(lambda: backward(ops.inject(x, weight, *none, past=past), upstream, x, coefficient))[0].peak
+
+    frozen = measure(lambda: backward(F.linear(x, weight), upstream, x))[0].peak
+    alike = peak(coefficient)
+    assert alike <= SLACK * frozen + 3 * weight.nbytes + 2 * B.numel() * 4
+    assert alike < peak(leaf(coefficient.detach().expand(4, -1)))
+
+
 def test_many_samples_with_a_long_past_gather_less_than_the_weight(layer, dtype, rng):
     """All their rows of factors at once would be larger than the frozen weight."""
     x, upstream = (torch.zeros(16, 2, WIDTH, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))

@@ -92,6 +92,7 @@ def test_coefficients_in_training_use_the_open_block_alone_and_all_earlier_conte
         expected = alpha_of(weights_of(query[b], keys, list(range(16, 24)), 4), task, z, pool.context_matrix().detach())
         torch.testing.assert_close(dense(selection, 24, 16)[b], expected, atol=1e-6, rtol=1e-6)
     assert selection.past is None
+    assert selection.context.shape == (1, 16), "one for all samples, so that a layer can add it up"
     selection.context.sum().backward()
     assert pool.block_context.grad.abs().min() > 0 and pool.block_keys.grad is None
 
@@ -167,6 +168,9 @@ def test_expand_repeats_each_sample_for_its_beams(generator: torch.Generator) ->
     assert torch.equal(expanded.past.index[3:], selection.past.index[1:].expand(3, -1))
     with pytest.raises(ValueError, match="batch holds 3 samples; instructions were selected for 2"):
         selection.expand(3)
+    method.open_task(pool, torch.randn(30, D, generator=generator), generator)
+    expanded = method.select(pool, torch.randn(2, D, generator=generator), 1, training=True).expand(6)
+    assert expanded.context.shape == (1, 8) and expanded.context_pairs().coefficient.shape == (6, 8)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,53 @@ def test_the_past_is_the_same_as_more_pairs(dtype, backend, rng):
     close(y, ops.inject(x, weight, *both, *pairs, bias).double(), 1e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows", "added_up"),  # in inject, and in inject_add, where the sum takes part in two products more
+    [(64, 2, (False, False)), (64, 4, (True, False)), (6, 4, (False, False)), (64, 8, (True, True))],
+)
+@pytest.mark.parametrize("on_top", [False, True])
+def test_a_past_that_acts_alike_is_added_up_where_that_is_less(tokens, rows, added_up, on_top, rng, monkeypatch):
+    case = inject_cases.Case(B=2, S=tokens, d_in=16, d_out=32, N=3, R=2, P=2, past=rows, Q=4, alike=True)
+    x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float64, rng)
+    alike = inject_cases.make_past(case, torch.float64, rng)
+    by_sample = alike._replace(coefficient=alike.coefficient.expand(2, -1))
+    sums = count_sums(monkeypatch)
+    upstream, found = torch.randn(2, tokens, 32, generator=rng, dtype=torch.float64), []
+    for past in alike, by_sample:
+        past = past._replace(coefficient=leaf(past.coefficient))
+        if on_top:
+            y = ops.inject_add(x @ weight.t(), x, A, B, index, coefficient, 0.5, past=past)
+        else:
+            y = ops.inject(x, weight, A, B, index, coefficient, bias, 0.5, past=past)
+        *grads, to_past = torch.autograd.grad(y, (x, A, B, coefficient, past.coefficient), upstream)
+        found.append((y, *grads, to_past.sum(0)))
+    assert len(sums) == added_up[on_top]
+    for one, other in zip(*found, strict=True):
+        close(one, other, 1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_past_that_is_added_up_is_not_rounded_away_in_the_weight(autocast, rng, monkeypatch):
+    """Its entries are below half of a weight's last bit, and over d_in they come to a few units."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    x, weight = torch.ones(2, 64, 256, dtype=dtype), 1.25 - 2.5 * (torch.arange(256) % 2).to(dtype).expand(8, -1)
+    past = ops.Past(torch.ones(16, 1, 256), torch.ones(16, 1, 8), torch.full((1, 16), 0.003 / 16))
+    nothing = torch.zeros(1, 1, 256), torch.zeros(1, 1, 8), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
+    sums = count_sums(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = ops.inject(x, weight, *nothing, past=past)
+    assert len(sums) == 1
+    close(y.double(), torch.full_like(y, 256 * 0.003).double(), 2**-7)
+
+
+def count_sums(monkeypatch):
+    """A list that grows by one each time a past is added up."""
+    module, sums = importlib.import_module(INJECT), []
+    added_up = module.added_up
+    monkeypatch.setattr(module, "added_up", lambda *given: sums.append(given) or added_up(*given))
+    return sums
+
+
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_inject_float32_factors_under_a_half_precision_model(dtype, backend, rng):

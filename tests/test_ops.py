@@ -339,7 +339,7 @@ OPS = {
     "inject": Op(
         inject_cases.CASES + inject_cases.ODD + inject_cases.ROUTED, make_inject, inject, inject_formula, inject_plain,
         trained=(0, 2, 3, 5, 9), source=(0,), shapes=lambda c: [(c.B, c.S, c.d_out)], limit=inject_limit,
-        repeated=(3, 5, 9, -14, -11, -9),
+        repeated=(3, 5, 9, 12, -15, -12, -10),
     ),
     "inject_add": Op(
         (

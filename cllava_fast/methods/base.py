@@ -38,8 +38,8 @@ class Selection:
     Attributes:
         block: pairs over the open block's rows, which train; None if none acts.
         past: pairs over the committed rows, which get no factor gradient; None if none acts.
-        context: ``[B, C]`` float32, coefficients of the first C committed rows, which all act on every sample; None if
-            none acts.
+        context: ``[B, C]`` float32, coefficients of the first C committed rows, which all act on every sample, or
+            ``[1, C]``, the same for all samples; None if none acts.
         means: the columns of ``context`` stand for the first C tasks' shortened mean increments instead.
         index, weight: ``[B, M]`` the rows that were selected (committed row numbers at inference) and their weights,
             for reports; None for methods that do not select.
@@ -80,9 +80,16 @@ class Selection:
             return None
         if self.context is None:
             return self.past
-        every = torch.arange(self.context.shape[1], device=self.past.index.device).expand(self.context.shape)
-        index = torch.cat([self.past.index, every], 1)
-        return Pairs(index, torch.cat([self.past.coefficient, self.context], 1))
+        context = self.context_pairs()
+        index = torch.cat([self.past.index, context.index], 1)
+        return Pairs(index, torch.cat([self.past.coefficient, context.coefficient], 1))
+
+    def context_pairs(self) -> Pairs:
+        """``context`` as pairs of each sample."""
+        assert self.context is not None
+        coefficient = self.context.expand(self.batch_size, -1)
+        rows = torch.arange(coefficient.shape[1], device=coefficient.device)
+        return Pairs(rows.expand(coefficient.shape), coefficient)
 
     def expand(self, batch: int) -> Selection:
         """Repeats every sample for its beams or returned sequences: ``[B, ...]`` to ``[batch, ...]``."""
@@ -96,11 +103,15 @@ class Selection:
         def repeat(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(times, dim=0)
 
+        context = self.context
+        if context is not None and context.shape[0] != 1:
+            context = repeat(context)
+
         return replace(
             self,
             block=self.block and self.block.map(repeat),
             past=self.past and self.past.map(repeat),
-            context=None if self.context is None else repeat(self.context),
+            context=context,
             index=None if self.index is None else repeat(self.index),
             weight=None if self.weight is None else repeat(self.weight),
             mask=None if self.mask is None else repeat(self.mask),

@@ -151,9 +151,10 @@ class ContinualLlava(Method):
         """Training: the open block alone is allowed, and all earlier rows are its context."""
         top_m, first = self.config.top_m, pool.num_rows
         index, weight, _ = ops.select(query, keys, top_m, groups=groups, check_values=False)
-        selected, context = self._with_context(pool, index + first, weight, context_rows=first)
+        # every row looks back from this task, and a sample's weights add up to 1: what holds for one holds for all
+        _, context = self._with_context(pool, index[:1] + first, weight[:1], context_rows=first)
         return Selection(
-            block=Pairs(index, selected.coefficient),
+            block=Pairs(index, weight),
             context=context,
             index=index + first,
             weight=weight,

@@ -395,9 +395,7 @@ def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, 
     """``(A, B, pairs)`` whose increments add up to what acts, the context written as pairs too."""
     found = selected(selection, factors)
     if selection.context is not None:
-        every = torch.arange(selection.context.shape[1], device=selection.context.device)
-        pairs = Pairs(every.expand(selection.context.shape), selection.context)
-        found.append((*context_rows(selection, factors), pairs))
+        found.append((*context_rows(selection, factors), selection.context_pairs()))
     return [_mixed(found)] if selection.mix else found
 
 

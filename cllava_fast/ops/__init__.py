@@ -1,5 +1,5 @@
 """The three ops under every method: `select` picks pool rows per sample, `aggregate` adds what earlier tasks left
-behind, `inject` applies the chosen rows to a frozen linear without ever building its dense offset.
+behind, `inject` applies the chosen rows to a frozen linear without ever building a sample's dense offset.
 
 `select_aggregate` is the first two in one call. `merge` does build that offset, once, for inference where one selection
 serves all.

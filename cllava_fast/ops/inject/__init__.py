@@ -1,10 +1,11 @@
-"""inject: a frozen linear plus each sample's own low-rank increments, without ever building their dense sum."""
+"""inject: a frozen linear plus each sample's own low-rank increments, without ever building a sample's dense sum."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast.ops import checks, dispatch, triton_backend, tuned
@@ -30,7 +31,9 @@ tuned.register(tiling.DEFAULTS, tiling.candidates)
 class Past(NamedTuple):
     """Frozen rows that all act on every sample, each as strongly as that sample's coefficient says.
 
-    A: `[C, Q, d_in]`, B: `[C, Q, d_out]`, floating; coefficient: float32 `[B, C]`.
+    A: `[C, Q, d_in]`, B: `[C, Q, d_out]`, floating; coefficient: float32 `[B, C]`, or `[1, C]`, the same for all
+    samples. Then rows whose factors outweigh the frozen weight are added up to one matrix of its size, where there are
+    tokens enough for that to be less work.
     """
 
     A: Tensor
@@ -100,7 +103,7 @@ def inject(
         checks.same_dtype("bias", bias, "x", x)
     checks.device(x, weight=weight, bias=bias)
     _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
-    return inject_unchecked(x, weight, A, B, index, coefficient, bias, scale, past)
+    return inject_unchecked(x, weight, A, B, index, coefficient, bias, scale, past and Past(*past))
 
 
 def inject_unchecked(
@@ -108,6 +111,14 @@ def inject_unchecked(
     scale: float, past: Past | None,
 ) -> Tensor:  # fmt: skip
     """`inject` of arguments that are known to fit, as in a patched model's layers, token by token."""
+    if past is not None:
+        # into the weight itself only where that does not round it away
+        exact = torch.finfo(x.dtype).bits >= 32 and not torch.is_autocast_enabled(x.device.type)
+        if exact and adds_up(x, past, products=1):
+            base = F.linear(x, weight + added_up(past, scale, x.dtype), bias)
+            return inject_add_unchecked(base, x, A, B, index, coefficient, scale, None)
+        if adds_up(x, past, products=3):
+            return inject_add_unchecked(F.linear(x, weight, bias), x, A, B, index, coefficient, scale, past)
     y: Tensor = autograd.inject(x, weight, bias, *_acting(x, A, B, index, coefficient, scale, past))[0]
     return y
 
@@ -144,15 +155,34 @@ def inject_add(
     checks.same_dtype("x", x, "y", y)
     checks.device(y, x=x)
     _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
-    return inject_add_unchecked(y, x, A, B, index, coefficient, scale, past)
+    return inject_add_unchecked(y, x, A, B, index, coefficient, scale, past and Past(*past))
 
 
 def inject_add_unchecked(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float, past: Past | None
 ) -> Tensor:
     """`inject_add` of arguments that are known to fit."""
+    if past is not None and adds_up(x, past, products=3):
+        y, past = y + F.linear(x, added_up(past, scale, x.dtype)), None
     total: Tensor = autograd.inject_add(y, x, *_acting(x, A, B, index, coefficient, scale, past))[0]
     return total
+
+
+def adds_up(x: Tensor, past: Past, products: int) -> bool:
+    """Whether the past is added up before tokens meet it: where its sum is smaller than its factors, and than what x is
+    projected to on them, and where there is less to multiply. Tokens then take part in that many `products` of the
+    sum's size: its gradient, and where it stands beside the frozen weight, y and x's gradient."""
+    (rows, rank, d_out), d_in = past.B.shape, x.shape[2]
+    tokens, columns = x.shape[0] * x.shape[1], rows * rank
+    factors, total = columns * (d_in + d_out), d_in * d_out
+    fewer = (products * tokens + 2 * columns) * total < 2 * tokens * factors  # multiplications, the gradients' too
+    return past.coefficient.shape[0] == 1 and total <= min(factors, tokens * columns) and fewer
+
+
+def added_up(past: Past, scale: float, dtype: torch.dtype) -> Tensor:  # [d_out, d_in]
+    """`scale * sum_c coefficient[c] * B[c]^T A[c]`, with its gradient to the coefficient."""
+    strength = (past.coefficient * scale).view(-1, 1, 1)
+    return (past.B * strength).to(dtype).flatten(0, 1).t() @ past.A.to(dtype).flatten(0, 1)
 
 
 # On a GPU, projecting on this many columns still costs little more than reading the activations once.
@@ -177,6 +207,8 @@ def _acting(
 ) -> tuple[Any, ...]:
     """The arguments that both ops have last."""
     past_A, past_B, past_coefficient = (None, None, None) if past is None else past
+    if past_coefficient is not None:
+        past_coefficient = past_coefficient.expand(x.shape[0], -1).contiguous()
     rows, rank, _ = B.shape
     per_token = coefficient.dim() == 3
     if per_token and x.shape[1] == 1:  # decoding: of the one token is of the sample
@@ -198,7 +230,8 @@ def check_frozen(weight: Tensor, bias: Tensor | None) -> None:
 
 def _check_past(x: Tensor, past: Past, sizes: dict[str, int]) -> None:
     names = {f"past.{name}": tensor for name, tensor in past._asdict().items()}
-    for (name, tensor), pattern in zip(names.items(), ("C Q d_in", "C Q d_out", "B C"), strict=True):
+    coefficients = "1 C" if past.coefficient.dim() == 2 and past.coefficient.shape[0] == 1 else "B C"
+    for (name, tensor), pattern in zip(names.items(), ("C Q d_in", "C Q d_out", coefficients), strict=True):
         checks.shape(name, tensor, pattern, sizes)
     for name, factor in list(names.items())[:2]:
         if factor.requires_grad:

@@ -21,6 +21,7 @@ class Case(NamedTuple):
     selection: str = "repeats"  # how samples choose their rows: see `select_rows`
     past: int = 0  # C: frozen rows of earlier tasks that act on every sample too, in `make_past`
     Q: int = 8  # their rank
+    alike: bool = False  # whether they act on all samples alike
     per_token: bool = False  # whether each token has coefficients of its own
     shared: bool = False  # whether all rows have one A
 
@@ -48,6 +49,9 @@ CASES = (
     Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0),
     Case(B=2, S=5, d_in=24, d_out=40, N=5, R=4, P=3, past=6, Q=4),
     Case(B=3, S=35, d_in=40, d_out=17, N=3, R=8, P=2, past=3, Q=32),
+    Case(B=3, S=35, d_in=40, d_out=17, N=3, R=8, P=2, past=2, Q=4, alike=True),
+    Case(B=3, S=35, d_in=24, d_out=17, N=3, R=8, P=2, past=5, Q=8, alike=True),  # added up
+    Case(B=1, S=60, d_in=33, d_out=24, N=3, R=4, P=3, past=4, Q=4, alike=True),  # added up in float32 alone
 )
 # Routers: coefficients of each token, rows that share one A, both.
 ROUTED = (
@@ -64,6 +68,7 @@ ROUTED = (
     Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=0, past=2, per_token=True, shared=True),
     Case(B=2, S=4, d_in=24, d_out=40, N=4, R=8, P=4, selection="every", per_token=True),
     Case(B=3, S=4, d_in=24, d_out=17, N=4, R=2, P=4, selection="every", shared=True),
+    Case(B=2, S=48, d_in=17, d_out=33, N=5, R=3, P=6, past=6, Q=4, alike=True, per_token=True),
 )
 # Sizes that no tile divides: several column tiles, the widest and the longest.
 ODD = (
@@ -151,6 +156,7 @@ def make_past(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Pas
     """The earlier tasks' rows."""
     if not case.past:
         return None
-    one = case._replace(N=case.past, P=case.past, R=case.Q, S=0, selection="repeats", per_token=False, shared=False)
+    one = Case(case.B, 0, case.d_in, case.d_out, case.past, case.Q, case.past)
+    one = one._replace(B=1) if case.alike else one
     _, _, A, B, _, coefficient, _ = make(one, dtype, generator)
     return Past(A, B, coefficient / case.past**0.5)
