@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 USED = 0.01  # share of a task's weight from which on a row counts as used
 
@@ -28,22 +30,30 @@ def selection_study(weights: Mapping[str, Sequence[float]], owners: Sequence[str
         - ``block_weight[t][u]``: share of task t's weight in the rows of task u; the diagonal is the right block.
         - ``overlap[t][u]``: weight that both tasks put on the same rows, ``sum_n min(w_t[n], w_u[n])``, 0..1.
     """
-    totals = {task: sum(row) for task, row in weights.items()}
-    if not totals or min(totals.values()) <= 0:
+    if not weights:
         return None
-    shares = {task: [value / totals[task] for value in row] for task, row in weights.items()}
-    tasks = list(shares)
-    own = {task: [n for n, owner in enumerate(owners) if owner == task] for task in tasks}
+    tasks = list(weights)
+    weight = torch.tensor([list(weights[task]) for task in tasks], dtype=torch.float64)  # [T, N]
+    totals = weight.sum(1, keepdim=True)
+    if totals.min() <= 0:
+        return None
+    shares = weight / totals
+    number = {task: t for t, task in enumerate(tasks)}
+    owner = torch.tensor([number.get(task, -1) for task in owners])
+    owns = owner == torch.arange(len(tasks)).unsqueeze(1)  # [T, N]
     return {
         "tasks": tasks,
-        "block_rows": [len(own[task]) for task in tasks],
-        "rows_used": [sum(shares[task][n] > USED for n in own[task]) for task in tasks],
-        "effective_rows": [math.exp(-sum(w * math.log(w) for w in shares[task] if w > 0)) for task in tasks],
-        "block_weight": [[sum(shares[task][n] for n in own[other]) for other in tasks] for task in tasks],
-        "overlap": [
-            [sum(map(min, shares[task], shares[other])) if task != other else 1.0 for other in tasks] for task in tasks
-        ],
+        "block_rows": owns.sum(1).tolist(),
+        "rows_used": ((shares > USED) & owns).sum(1).tolist(),
+        "effective_rows": torch.special.entr(shares).sum(1).exp().tolist(),
+        "block_weight": _rounded(shares @ owns.double().t()),
+        "overlap": _rounded(torch.stack([torch.minimum(one, shares).sum(1) for one in shares])),
     }
+
+
+def _rounded(shares: Tensor) -> Any:
+    """As lists of what can be told apart: a long stream has many."""
+    return shares.round(decimals=6).tolist()
 
 
 def reorder(study: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
