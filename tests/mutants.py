@@ -228,8 +228,8 @@ MUTANTS = [
         "pictures: orders by step", "cllava_fast/evaluate/plots.py", "setdefault(i - place,", "setdefault(i,", REPORT,
     ),
     Mutant(
-        "selection: weight of either task is shared", "cllava_fast/evaluate/selection.py", "map(min,", "map(max,",
-        ("tests/test_metrics.py",),
+        "selection: weight of either task is shared", "cllava_fast/evaluate/selection.py",
+        "1 - torch.cdist(shares, shares, p=1) / 2", "1 + torch.cdist(shares, shares, p=1) / 2", ("tests/test_metrics.py",),
     ),
     Mutant(
         "selection: every row is used", "cllava_fast/evaluate/selection.py", "> USED", ">= 0",
