@@ -229,7 +229,8 @@ MUTANTS = [
     ),
     Mutant(
         "selection: weight of either task is shared", "cllava_fast/evaluate/selection.py",
-        "1 - torch.cdist(shares, shares, p=1) / 2", "1 + torch.cdist(shares, shares, p=1) / 2", ("tests/test_metrics.py",),
+        "1 - torch.cdist(shares, shares, p=1) / 2", "1 + torch.cdist(shares, shares, p=1) / 2",
+        ("tests/test_metrics.py",),
     ),
     Mutant(
         "selection: every row is used", "cllava_fast/evaluate/selection.py", "> USED", ">= 0",
