@@ -106,7 +106,6 @@ class Selection:
         context = self.context
         if context is not None and context.shape[0] != 1:
             context = repeat(context)
-
         return replace(
             self,
             block=self.block and self.block.map(repeat),

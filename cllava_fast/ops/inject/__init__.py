@@ -114,11 +114,10 @@ def inject_unchecked(
     if past is not None:
         # into the weight itself only where that does not round it away
         exact = torch.finfo(x.dtype).bits >= 32 and not torch.is_autocast_enabled(x.device.type)
-        if exact and adds_up(x, past, products=1):
-            base = F.linear(x, weight + added_up(past, scale, x.dtype), bias)
-            return inject_add_unchecked(base, x, A, B, index, coefficient, scale, None)
-        if adds_up(x, past, products=3):
-            return inject_add_unchecked(F.linear(x, weight, bias), x, A, B, index, coefficient, scale, past)
+        if adds_up(x, past, products=1 if exact else 3):
+            base = weight + added_up(past, scale, x.dtype) if exact else weight
+            later = None if exact else past
+            return inject_add_unchecked(F.linear(x, base, bias), x, A, B, index, coefficient, scale, later)
     y: Tensor = autograd.inject(x, weight, bias, *_acting(x, A, B, index, coefficient, scale, past))[0]
     return y
 
@@ -182,7 +181,7 @@ def adds_up(x: Tensor, past: Past, products: int) -> bool:
 def added_up(past: Past, scale: float, dtype: torch.dtype) -> Tensor:  # [d_out, d_in]
     """`scale * sum_c coefficient[c] * B[c]^T A[c]`, with its gradient to the coefficient."""
     strength = (past.coefficient * scale).view(-1, 1, 1)
-    return (past.B * strength).to(dtype).flatten(0, 1).t() @ past.A.to(dtype).flatten(0, 1)
+    return reference.columns(past.B * strength, dtype).t() @ reference.columns(past.A, dtype)
 
 
 # On a GPU, projecting on this many columns still costs little more than reading the activations once.
@@ -207,7 +206,7 @@ def _acting(
 ) -> tuple[Any, ...]:
     """The arguments that both ops have last."""
     past_A, past_B, past_coefficient = (None, None, None) if past is None else past
-    if past_coefficient is not None:
+    if past_coefficient is not None and past_coefficient.shape[0] != x.shape[0]:
         past_coefficient = past_coefficient.expand(x.shape[0], -1).contiguous()
     rows, rank, _ = B.shape
     per_token = coefficient.dim() == 3
