@@ -10,18 +10,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import cllava_fast as cf
 from benchmarks.native_cpu import times
+from cllava_fast.atomic import write_json
 from cllava_fast.data.encode import Collator
 from cllava_fast.demo.base import load_base
 from cllava_fast.demo.run import DemoConfig
 from cllava_fast.demo.stream import build_stream
+from cllava_fast.environment import environment
 from cllava_fast.train.tune import _Item, _TuneCollator
 
+RESULTS = Path(__file__).parent / "results" / "demo-step.json"
 BATCH = 32
 LORA = "sequential_lora"
 
@@ -60,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     chosen: Any = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     data = cf.PreparedStream(build_stream(0, train=64, test=4), load_base()[1])
@@ -69,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     for task in tasks:
         lora, ours = (found[f"{name} {task}"] / 1e3 for name in methods)
         print(f"task {task + 1}: {LORA} {lora:.2f} ms, {methods[1]} {ours:.2f} ms, {ours / lora:.2f}x")
+    write_json(chosen.output, {"environment": environment(), "threads": chosen.threads, "microseconds": found})
     return 0
 
 
