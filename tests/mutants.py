@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         "inject: any choice of as many rows is all rows in order", f"{INJECT}/reference.py",
-        "return torch.equal(index, torch.arange(rows, device=index.device).expand_as(index))", "return True",
+        "return torch.equal(index, _order(rows).expand_as(index))", "return True",
         INJECT_TESTS,
     ),
     Mutant("inject: a turn lost", f"{INJECT}/reference.py", "torch.cat(parts)", "torch.cat(parts[::-1])", MEMORY),
@@ -128,24 +128,24 @@ MUTANTS = [
     ),
     Mutant(
         "inject: shared: scale lost in the sum of B", f"{INJECT}/reference.py",
-        "as_dtype(given.coefficient * given.scale, exact)", "as_dtype(given.coefficient, exact)", INJECT_TESTS,
+        "as_dtype(by_scale(given.coefficient, given.scale), exact)", "as_dtype(given.coefficient, exact)", INJECT_TESTS,
     ),
     Mutant(
         "inject: shared: scale lost in B's gradient", f"{INJECT}/reference.py",
-        "as_dtype(_of_pool(given) * given.scale, to_mix.dtype).t()", "as_dtype(_of_pool(given), to_mix.dtype).t()",
-        INJECT_TESTS,
+        "as_dtype(by_scale(_of_pool(given), given.scale), to_sum.dtype).t()",
+        "as_dtype(_of_pool(given), to_sum.dtype).t()", INJECT_TESTS,
     ),
     Mutant(
         "inject: shared: scale lost in the coefficient's gradient", f"{INJECT}/reference.py",
-        "as_dtype(found * given.scale,", "as_dtype(found,", INJECT_TESTS,
+        "as_dtype(by_scale(found, given.scale), given", "as_dtype(found, given", INJECT_TESTS,
     ),
     Mutant(
         "inject: shared: the gradient of the last row alone", f"{INJECT}/reference.py",
         "_weighed(by_row, strength).sum(2), dtype)", "_weighed(by_row, strength)[:, :, -1], dtype)", INJECT_TESTS,
     ),
     Mutant(
-        "inject: shared: A copied for each pair", f"{INJECT}/reference.py", "low = shrink(x, given.A, given, shared)",
-        "low = shrink(x, given.A.expand(len(given.B), -1, -1).clone(), given)[..., : given.A.shape[1]]", INJECT_TESTS,
+        "inject: shared: A copied for each pair", f"{INJECT}/reference.py", "return shrink(x, given.A, given, given.shared),",
+        "return shrink(x, given.A.expand(len(given.B), -1, -1).clone(), given)[..., : given.A.shape[1]],", INJECT_TESTS,
     ),
     Mutant(
         "inject: native kernels take any coefficients", f"{INJECT}/native.py", 'if sizes.get("per_token"):',

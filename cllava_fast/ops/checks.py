@@ -13,27 +13,27 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def shape(name: str, tensor: Tensor, pattern: str, sizes: dict[str, int]) -> None:
     """`tensor` must look like `pattern` ("B S d_in"); `sizes` holds what earlier arguments said, and learns more."""
-    names = pattern.split()
-    if tensor.dim() != len(names):
+    names, found = pattern.split(), tensor.shape
+    if len(found) != len(names):
         raise ValueError(
-            f"{name}: expected {len(names)} dimensions [{', '.join(names)}], got shape {tuple(tensor.shape)}. "
+            f"{name}: expected {len(names)} dimensions [{', '.join(names)}], got shape {tuple(found)}. "
             f"Reshape {name} before the call."
         )
-    for axis, size_name in enumerate(names):
-        size = tensor.shape[axis]
+    for size_name, size in zip(names, found, strict=True):
         if sizes.setdefault(size_name, size) != size:
             raise ValueError(
                 f"{name}: expected [{', '.join(names)}] with {size_name} = {sizes[size_name]} as in the arguments "
-                f"before it, got shape {tuple(tensor.shape)}. Give all arguments the same {size_name}."
+                f"before it, got shape {tuple(found)}. Give all arguments the same {size_name}."
             )
 
 
 def device(reference: Tensor, **others: Tensor | None) -> None:
+    wanted = reference.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != reference.device:
+        if tensor is not None and tensor.device != wanted:
             raise ValueError(
-                f"{name}: is on {tensor.device}, expected {reference.device} like the first argument. "
-                f"Move it with {name}.to({str(reference.device)!r})."
+                f"{name}: is on {tensor.device}, expected {wanted} like the first argument. "
+                f"Move it with {name}.to({str(wanted)!r})."
             )
 
 

@@ -14,6 +14,7 @@ NAMESPACE = "cllava_fast"
 DEVICES = ("cpu", "cuda")
 
 _kernels: dict[Any, Callable[..., Any]] = {}  # of each op
+_nothing_between_in: dict[tuple[int, int, int, bool], bool] = {}  # the dispatcher's keys, and whether gradients are on
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # noqa: TOR901 (what it registers lives as long as it does)
 _PLAIN = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 _AUTOGRAD = (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA)
@@ -87,9 +88,12 @@ def differentiable(
             found = backward(ctx, *grads)
             return (*found, None) if isinstance(found, tuple) else (found, None)
 
+    # all that `Differentiable.apply` comes to where no transform of functorch is active
+    plain_apply = super(torch.autograd.Function, Differentiable).apply
+
     def autograd(keys: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
-            return Differentiable.apply(*args, keys)
+            return plain_apply(*args, None) if keys is None else Differentiable.apply(*args, keys)
         return below_autograd(keys, args)
 
     def call(*args: Any) -> Any:
@@ -106,7 +110,16 @@ def _nothing_between(args: tuple[Any, ...]) -> bool:
         return False
     if torch.overrides.has_torch_function(args) or not _PLAIN_TYPES.issuperset(map(type, args)):
         return False
-    keys = (_C._dispatch_tls_local_include_set() | _C._dispatch_keys(args[0])) - _C._dispatch_tls_local_exclude_set()
+    included, excluded = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()
+    of_tensor = _C._dispatch_keys(args[0])
+    situation = included.raw_repr(), excluded.raw_repr(), of_tensor.raw_repr(), torch.is_grad_enabled()
+    known = _nothing_between_in.get(situation)
+    if known is None:
+        known = _nothing_between_in[situation] = _no_key_between((included | of_tensor) - excluded)
+    return known
+
+
+def _no_key_between(keys: Any) -> bool:
     keys = keys.remove(_C.DispatchKey.BackendSelect)  # is for factories alone
     if (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() not in _PLAIN:
         return False

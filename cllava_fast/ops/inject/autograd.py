@@ -25,10 +25,13 @@ _ACTING = (
 def site(
     x: Tensor, _: Any, __: Any, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *rest: Any
 ) -> dispatch.Site:
-    names = ("N", "R", "d_in", "d_out", "P", "B", "S")
     rows, rank, d_out = B.shape
     of_A, _, d_in = A.shape
-    sizes = tuple(zip(names, (rows, rank, d_in, d_out, index.shape[1], x.shape[0], x.shape[1]), strict=True))
+    samples, tokens, _ = x.shape
+    pairs = index.shape[1]
+    sizes: tuple[tuple[str, int], ...] = (
+        ("N", rows), ("R", rank), ("d_in", d_in), ("d_out", d_out), ("P", pairs), ("B", samples), ("S", tokens),
+    )  # fmt: skip
     if coefficient.dim() == 3:
         sizes += (("per_token", 1),)
     if of_A != rows:

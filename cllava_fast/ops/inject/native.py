@@ -70,7 +70,8 @@ def inject_add(
 
 
 def add_(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
-    past_low = reference.add_past_(y, x, given)
+    past_low = reference.past_projection(x, given)
+    reference.add_past_(y, past_low, given)
     A, B = factors(given.A, given.B, x.dtype)
     index, coefficient = given.index.contiguous(), given.coefficient.contiguous()
     library.inject_add(dense_rows(x), A, B, index, coefficient, given.scale, y)

@@ -6,13 +6,14 @@ factors, gathered for all at once, would outweigh the activations. The past, and
 no gathering: all their rows act on every sample, some with strength 0.
 
 Rows may share one A: x is projected on its R columns once. Where coefficients are those of samples, their B are summed
-up before they meet the tokens (`mixed`); where every token has its own, that projection is scaled for each row.
+up before they meet the tokens (`sum_of_B`); where every token has its own, that projection is scaled for each row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 GATHERED = 2**21  # entries of a factor that may be gathered at once, if that is not less than one sample's
 
 
-@dataclass(slots=True)
+@dataclass
 class Acting:
     """What acts, and how: arguments that every form of inject has, in this order."""
 
@@ -35,14 +36,26 @@ class Acting:
     scale: float
     whole: bool  # whether activations are projected on all rows of the pool, or on each sample's pairs
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether all rows have one A."""
         return self.A.shape[0] != self.B.shape[0]
 
-    @property
+    @cached_property
     def per_token(self) -> bool:
         return self.coefficient.dim() == 3
+
+    @cached_property
+    def flat_index(self) -> Tensor:  # [B * P]
+        return self.index.reshape(-1)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether a sample's pairs are seen to be the pool's rows one by one, as a router of all experts lists them."""
+        rows, index = self.B.shape[0], self.index
+        if index.shape[1] != rows or index.device.type != "cpu":  # a GPU would have to be waited for
+            return False
+        return torch.equal(index, _order(rows).expand_as(index))
 
     @property
     def columns(self) -> int:
@@ -59,6 +72,11 @@ class Acting:
         return 0 if self.past_A is None else self.past_A.shape[0] * self.past_A.shape[1]
 
 
+@lru_cache(maxsize=16)
+def _order(rows: int) -> Tensor:
+    return torch.arange(rows, device="cpu")
+
+
 # x projected on the pairs [B, S, K] and on the past [B, S, C * Q]; if `joined` both in one [B, S, K + C * Q], and
 # nothing. Empty if not asked for.
 Lows = tuple[Tensor, Tensor]
@@ -71,8 +89,10 @@ def inject(
     given: Acting,
     save: bool,  # whether a backward pass will ask for what x was projected to
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]
-    return y, *add_(y, x, given, save)
+    low, past_low = projections(x, given)
+    y = F.linear(x, weight, bias).contiguous()  # [B, S, d_out]; late, so that what is added next finds it in the cache
+    add_(y, low, past_low, given)
+    return y, *lows(low, past_low, given, save)
 
 
 def inject_add(
@@ -81,18 +101,34 @@ def inject_add(
     given: Acting,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    low, past_low = projections(x, given)
     total = y.clone(memory_format=torch.contiguous_format)
-    return total, *add_(total, x, given, save)
+    add_(total, low, past_low, given)
+    return total, *lows(low, past_low, given, save)
 
 
-def add_(y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
+def projections(x: Tensor, given: Acting) -> Lows:
+    """x on the pairs, and on the past."""
+    return shrink(x, given.A, given, given.shared), past_projection(x, given)
+
+
+def past_projection(x: Tensor, given: Acting) -> Tensor:
+    return x.new_empty(0) if given.past_A is None else project(x, given.past_A)
+
+
+def add_(y: Tensor, low: Tensor, past_low: Tensor, given: Acting) -> None:
     """Adds the increments to y."""
-    past_low = add_past_(y, x, given)
-    shared = given.shared
-    acting = mixed(given) if shared and not given.per_token else given
-    low = shrink(x, given.A, given, shared)
-    expand_(y, times(low, strength(acting), x.dtype, shared), acting.B, acting)
-    return lows(low, past_low, given, save)
+    add_past_(y, past_low, given)
+    if given.shared and not given.per_token:
+        y.baddbmm_(low, as_dtype(sum_of_B(given), y.dtype))
+    else:
+        expand_(y, times(low, strength(given), y.dtype), given.B, given)
+
+
+def add_past_(y: Tensor, past_low: Tensor, given: Acting) -> None:
+    if given.past_B is not None:
+        scaled = times(past_low, past_strength(given), y.dtype)
+        y.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_B, y.dtype))
 
 
 def lows(low: Tensor, past_low: Tensor, given: Acting, save: bool) -> Lows:
@@ -101,15 +137,6 @@ def lows(low: Tensor, past_low: Tensor, given: Acting, save: bool) -> Lows:
     if given.joined:
         return torch.cat([low, past_low], 2), low.new_empty(0)
     return low, past_low
-
-
-def add_past_(y: Tensor, x: Tensor, given: Acting) -> Tensor:
-    if given.past_A is None or given.past_B is None:
-        return x.new_empty(0)
-    low = project(x, given.past_A)
-    scaled = times(low, past_strength(given), x.dtype)
-    y.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_B, x.dtype))
-    return low
 
 
 def inject_backward(
@@ -123,54 +150,91 @@ def inject_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What is not needed comes back empty."""
     need_x, need_A, need_B, need_coefficient, need_past = needed
-    to_x = to_past = grad.new_empty(0)
-    to_A, to_B, to_coefficient = (t.new_empty(0) for t in (given.A, given.B, given.coefficient))
+    to_x = to_A = to_B = to_coefficient = to_past = None
     grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
     if given.joined and low.dim() == 3:
         low, past_low = low.split([given.columns, given.past_columns], 2)
-    shared = given.shared
-    mix = shared and not given.per_token
-    acting = mixed(given) if mix else given
-    strengths = strength(acting)
-    if need_B or (mix and need_coefficient):
-        to_B = _sum_over_tokens(times(low, strengths, grad.dtype, shared), grad, acting.B, acting)
-        if mix:
-            to_B, to_coefficient = unmixed(to_B, given, need_B, need_coefficient)
-    if need_x or need_A or (need_coefficient and not mix):
-        low_grad = shrink(grad, acting.B, acting)  # [B, S, K], of all rows if they share one A
-        if need_coefficient and not mix:
-            to_coefficient = _coefficient_grad(low_grad, low, given, shared)
-        if shared:
-            low_grad = folded(low_grad, strengths, given.A.shape[1], grad.dtype)
-        else:
-            low_grad = times(low_grad, strengths, grad.dtype)
+    if need_x or need_A or need_B or need_coefficient:
+        of_pairs = _backward_of_sums if given.shared and not given.per_token else _backward_of_pairs
+        low_grad, to_B, to_coefficient = of_pairs(grad, given, low, needed)  # [B, S, K]
         if need_A:
             assert x is not None
-            to_A = _sum_over_tokens(low_grad, x, given.A, given, shared)
+            to_A = _sum_over_tokens(low_grad, x, given.A, given, given.shared)
         if need_x:
             to_x = grad.new_zeros(*grad.shape[:2], given.A.shape[2]) if weight is None else grad @ weight
-            expand_(to_x, low_grad, given.A, given, shared)
+            expand_(to_x, low_grad, given.A, given, given.shared)
     if given.past_A is not None and given.past_B is not None and (need_x or need_past):
         low_grad = project(grad, given.past_B)  # [B, S, C * Q]
         if need_past:
             assert given.past_coefficient is not None
             to_past = _sum_of_products(low_grad, past_low, given.past_A.shape[1], given)
             to_past = as_dtype(to_past, given.past_coefficient.dtype)
-        if need_x:
+        if to_x is not None:
             scaled = times(low_grad, past_strength(given), grad.dtype)
             to_x.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_A, grad.dtype))
-    return to_x, to_A, to_B, to_coefficient, to_past
+    return (
+        grad.new_empty(0) if to_x is None else to_x,
+        given.A.new_empty(0) if to_A is None else to_A,
+        given.B.new_empty(0) if to_B is None else to_B,
+        given.coefficient.new_empty(0) if to_coefficient is None else to_coefficient,
+        grad.new_empty(0) if to_past is None else to_past,
+    )
+
+
+OfPairs = tuple[Tensor, Tensor | None, Tensor | None]  # gradients of x's projection, if needed, of B, of coefficients
+
+
+def _backward_of_pairs(grad: Tensor, given: Acting, low: Tensor, needed: list[bool]) -> OfPairs:
+    need_x, need_A, need_B, need_coefficient, _ = needed
+    strengths = strength(given)
+    to_B = to_coefficient = None
+    if need_B:
+        to_B = _sum_over_tokens(times(low, strengths, grad.dtype), grad, given.B, given)
+    if not (need_x or need_A or need_coefficient):
+        return low, to_B, None
+    low_grad = shrink(grad, given.B, given)  # of all rows if they share one A
+    if need_coefficient:
+        to_coefficient = _coefficient_grad(low_grad, low, given)
+    if given.shared:
+        return folded(low_grad, strengths, given.A.shape[1], grad.dtype), to_B, to_coefficient
+    return times(low_grad, strengths, grad.dtype), to_B, to_coefficient
+
+
+def _backward_of_sums(grad: Tensor, given: Acting, low: Tensor, needed: list[bool]) -> OfPairs:
+    """The same where samples' rows share one A, and meet tokens as one sum of their B."""
+    need_x, need_A, need_B, need_coefficient, _ = needed
+    to_B = to_coefficient = None
+    if need_B or need_coefficient:
+        to_sum = as_dtype(torch.bmm(low.transpose(1, 2), grad), _exact(grad))  # [B, R, d_out]
+        to_B, to_coefficient = unmixed(to_sum, given, need_B, need_coefficient)
+    if not (need_x or need_A):
+        return low, to_B, to_coefficient
+    return torch.bmm(grad, as_dtype(sum_of_B(given), grad.dtype).transpose(1, 2)), to_B, to_coefficient
 
 
 def strength(given: Acting) -> Tensor:
-    """Of every row, one for its R columns: [B, 1, rows, 1], or [B, S, rows, 1]."""
-    strength = (_of_pool(given) if given.whole else given.coefficient) * given.scale
-    return strength.unsqueeze(3) if strength.dim() == 3 else strength[:, None, :, None]
+    """Of each column, [B, 1, K] or [B, S, K]; of each row, [B, S, rows, 1], where tokens have their own of one A."""
+    of_rows = by_scale(_of_pool(given) if given.whole else given.coefficient, given.scale)
+    return of_rows.unsqueeze(3) if given.shared else _of_columns(of_rows, given.B.shape[1])
+
+
+def past_strength(given: Acting) -> Tensor:  # [B, 1, C * Q]
+    assert given.past_coefficient is not None and given.past_B is not None
+    return _of_columns(by_scale(given.past_coefficient, given.scale), given.past_B.shape[1])
+
+
+def _of_columns(of_rows: Tensor, rank: int) -> Tensor:  # to [B, 1, rows * R], or [B, S, rows * R]
+    of_columns = of_rows.repeat_interleave(rank, -1)
+    return of_columns.unsqueeze(1) if of_rows.dim() == 2 else of_columns
+
+
+def by_scale(coefficient: Tensor, scale: float) -> Tensor:
+    return coefficient if scale == 1 else coefficient * scale
 
 
 def _of_pool(given: Acting) -> Tensor:  # -> [B, N], or [B, S, N]
     """Coefficients of the pool's rows, 0 where not selected. A row that appears twice in a sample counts twice."""
-    if _in_order(given):
+    if given.in_order:
         return given.coefficient
     chosen = given.index.unsqueeze(2) == torch.arange(given.B.shape[0], device=given.index.device)  # [B, P, N]
     if given.per_token:
@@ -178,25 +242,11 @@ def _of_pool(given: Acting) -> Tensor:  # -> [B, N], or [B, S, N]
     return torch.where(chosen, given.coefficient.unsqueeze(2), 0).sum(1)
 
 
-def _in_order(given: Acting) -> bool:
-    """Whether a sample's pairs are seen to be the pool's rows one by one, as a router of all experts lists them."""
-    rows, index = given.B.shape[0], given.index
-    if index.shape[1] != rows or index.device.type != "cpu":  # a GPU would have to be waited for
-        return False
-    return torch.equal(index, torch.arange(rows, device=index.device).expand_as(index))
-
-
-def past_strength(given: Acting) -> Tensor:  # [B, 1, C, 1]
-    assert given.past_coefficient is not None
-    return (given.past_coefficient * given.scale)[:, None, :, None]
-
-
-def times(low: Tensor, strength: Tensor, dtype: torch.dtype, shared: bool = False) -> Tensor:
-    """[B, S, rows * R], or [B, S, R] that all rows share, to [B, S, rows * R]; in strength's precision."""
-    samples, tokens, columns = low.shape
-    rows = strength.shape[2]
-    by_row = low.unsqueeze(2) if shared else low.view(samples, tokens, rows, columns // rows if rows else 0)
-    return as_dtype(_weighed(by_row, strength).flatten(2), dtype)
+def times(low: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, S, K], or [B, S, R] that rows share, to [B, S, K]; in strength's precision."""
+    if strength.dim() == 4:
+        return as_dtype(_weighed(low.unsqueeze(2), strength).flatten(2), dtype)
+    return as_dtype(_weighed(low, strength), dtype)
 
 
 def folded(low_grad: Tensor, strength: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
@@ -205,26 +255,18 @@ def folded(low_grad: Tensor, strength: Tensor, rank: int, dtype: torch.dtype) ->
     return as_dtype(_weighed(by_row, strength).sum(2), dtype)
 
 
-def _weighed(by_row: Tensor, strength: Tensor) -> Tensor:
-    scaled = by_row * strength
+def _weighed(low: Tensor, strength: Tensor) -> Tensor:
+    weighed = low * strength
     # an overflow in a row that does not act stays there
-    return torch.where(strength != 0, scaled, 0) if by_row.dtype == torch.float16 else scaled
+    return torch.where(strength != 0, weighed, 0) if low.dtype == torch.float16 else weighed
 
 
 def mixed(given: Acting) -> Acting:
-    """Rows that share one A as one row a sample, the sum of its B times coefficients and scale, in full precision: x's
-    tokens then meet R columns where they would have met P * R."""
-    exact = torch.promote_types(given.B.dtype, given.coefficient.dtype)
-    (samples, pairs), size = given.index.shape, given.B.shape[1] * given.B.shape[2]
-    if given.whole:
-        total = as_dtype(_of_pool(given) * given.scale, exact) @ as_dtype(given.B, exact).flatten(1)
-    else:
-        strength = as_dtype(given.coefficient * given.scale, exact)
-        turns = _turns(strength.unsqueeze(1), given.B, given.index)
-        total = torch.cat([torch.bmm(part, rows.view(len(rows), pairs, size)) for part, rows in turns])
+    """Rows that share one A as one row a sample: x's tokens then meet R columns where they would have met P * R."""
+    samples = len(given.index)
     return replace(
         given,
-        B=total.view(samples, *given.B.shape[1:]),
+        B=sum_of_B(given),
         index=torch.arange(samples, device=given.index.device).unsqueeze(1),
         coefficient=given.coefficient.new_ones(samples, 1),
         scale=1.0,
@@ -232,21 +274,34 @@ def mixed(given: Acting) -> Acting:
     )
 
 
-def unmixed(to_mix: Tensor, given: Acting, need_B: bool, need_coefficient: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of B and the coefficients, from that of what `mixed` made of them: [B, R, d_out]."""
-    to_B, to_coefficient = given.B.new_empty(0), given.coefficient.new_empty(0)
-    to_mix = to_mix.flatten(1)
+def sum_of_B(given: Acting) -> Tensor:  # -> [B, R, d_out]
+    """The sum of each sample's B times coefficients and scale, in full precision."""
+    exact = torch.promote_types(given.B.dtype, given.coefficient.dtype)
+    if given.whole:
+        total = as_dtype(by_scale(_of_pool(given), given.scale), exact) @ as_dtype(given.B, exact).flatten(1)
+    else:
+        strength = as_dtype(by_scale(given.coefficient, given.scale), exact).unsqueeze(1)  # [B, 1, P]
+        total = torch.cat([torch.bmm(part, _by_pair(rows, given)) for rows, part in _turns(given.B, given, strength)])
+    return total.view(len(given.index), *given.B.shape[1:])
+
+
+def unmixed(
+    to_sum: Tensor, given: Acting, need_B: bool, need_coefficient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of B and the coefficients, from that of what `sum_of_B` made of them: [B, R, d_out]."""
+    to_B = to_coefficient = None
+    to_sum = to_sum.flatten(1)
     if need_B:
-        total = as_dtype(_of_pool(given) * given.scale, to_mix.dtype).t() @ to_mix  # [N, R * d_out]
+        total = as_dtype(by_scale(_of_pool(given), given.scale), to_sum.dtype).t() @ to_sum  # [N, R * d_out]
         to_B = as_dtype(total.view(given.B.shape), given.B.dtype)
     if need_coefficient:
         if given.whole:
-            found = (to_mix @ as_dtype(given.B, to_mix.dtype).flatten(1).t()).gather(1, given.index)
+            found = to_sum @ as_dtype(given.B, to_sum.dtype).flatten(1).t()
+            found = found if given.in_order else found.gather(1, given.index)
         else:
-            pairs, size = given.index.shape[1], to_mix.shape[1]
-            turns = _turns(to_mix.unsqueeze(2), given.B, given.index)
-            found = torch.cat([torch.bmm(rows.view(len(rows), pairs, size), part) for part, rows in turns]).squeeze(2)
-        to_coefficient = as_dtype(found * given.scale, given.coefficient.dtype)
+            turns = _turns(given.B, given, to_sum.unsqueeze(2))
+            found = torch.cat([torch.bmm(_by_pair(rows, given), part) for rows, part in turns]).squeeze(2)
+        to_coefficient = as_dtype(by_scale(found, given.scale), given.coefficient.dtype)
     return to_B, to_coefficient
 
 
@@ -256,8 +311,8 @@ def unmixed(to_mix: Tensor, given: Acting, need_B: bool, need_coefficient: bool)
 def shrink(x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:  # [B, S, d] -> [B, S, K]
     if given.whole or all_rows:
         return project(x, factor)
-    parts = [torch.bmm(part, rows.transpose(1, 2)) for part, rows in _turns(x, factor, given.index)]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+    parts = [torch.bmm(part, rows.transpose(1, 2)) for rows, part in _turns(factor, given, x)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> None:
@@ -265,10 +320,8 @@ def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting, all_rows: boo
     if given.whole or all_rows:
         y.flatten(0, 1).addmm_(low.flatten(0, 1), columns(factor, y.dtype))
         return
-    first = 0
-    for part, rows in _turns(y, factor, given.index):
-        part.baddbmm_(low[first : first + len(part)], rows)
-        first += len(part)
+    for rows, part, low_part in _turns(factor, given, y, low):
+        part.baddbmm_(low_part, rows)
 
 
 def project(x: Tensor, factor: Tensor) -> Tensor:  # [B, S, d], [N, R, d] -> [B, S, N * R]
@@ -283,41 +336,50 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _turns(x: Tensor, factor: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples that are worked on together, and the rows of `factor` that act on them: [b, S, d], [b, K, d]."""
-    samples = len(index)
-    together = max(1, GATHERED // max(1, index.shape[1] * factor.shape[1] * factor.shape[2]))
-    if factor.shape[0] <= index.numel():  # whichever is smaller is cast
-        factor = as_dtype(factor, x.dtype)
+def _turns(factor: Tensor, given: Acting, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of samples that are worked on together: the rows of `factor` that act on them, [b, K, d], and their parts of
+    `tensors`, whose first one's dtype the rows have."""
+    samples, pairs = given.index.shape
+    _, rank, size = factor.shape
+    dtype = tensors[0].dtype
+    if factor.shape[0] <= samples * pairs:  # whichever is smaller is cast
+        factor = as_dtype(factor, dtype)
+    together = max(1, GATHERED // max(1, pairs * rank * size))
+
+    def rows(index: Tensor, count: int) -> Tensor:
+        # copies whole rows, where factor[index] goes through them entry by entry
+        return as_dtype(factor.index_select(0, index), dtype).view(count, pairs * rank, size)
+
     if together >= samples:
-        yield x, _rows(factor, index, x.dtype)
+        yield rows(given.flat_index, samples), *tensors
         return
     for first in range(0, samples, together):
-        at = slice(first, first + together)
-        yield x[at], _rows(factor, index[at], x.dtype)
+        last = min(first + together, samples)
+        index = given.flat_index[first * pairs : last * pairs]
+        yield rows(index, last - first), *(tensor[first:last] for tensor in tensors)
 
 
-def _rows(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d], [b, P] -> [b, P * R, d]
-    # copies whole rows, where factor[index] goes through them entry by entry
-    rows = factor.index_select(0, index.reshape(-1))
-    return as_dtype(rows, dtype).view(len(index), index.shape[1] * factor.shape[1], factor.shape[2])
+def _by_pair(rows: Tensor, given: Acting) -> Tensor:  # [b, P * R, d] -> [b, P, R * d]
+    pairs, rank = given.index.shape[1], given.B.shape[1]
+    return rows.view(len(rows), pairs, rank * rows.shape[2])
 
 
 def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Acting) -> Tensor:  # -> [B, rows]
     """The gradient of a coefficient, before its dtype."""
     by_column = (as_dtype(low_grad, _exact(low)) * low).sum(1)  # [B, K]
-    return by_column.view(len(low), low.shape[2] // rank, rank).sum(2) * given.scale
+    return by_scale(by_column.view(len(low), low.shape[2] // rank, rank).sum(2), given.scale)
 
 
-def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting, shared: bool) -> Tensor:  # -> like coefficient
+def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting) -> Tensor:  # -> like coefficient
     if given.per_token:
-        rank, like = given.A.shape[1], given.B if given.whole else given.index.t()
-        by_row = as_dtype(low_grad, _exact(low)).view(*low.shape[:2], len(like), rank)
-        found = (by_row * (low.unsqueeze(2) if shared else low.view(by_row.shape))).sum(3) * given.scale
-        at = given.index.unsqueeze(1).expand(-1, low.shape[1], -1)  # [B, S, P]
+        rank, rows = given.A.shape[1], given.B.shape[0] if given.whole else given.index.shape[1]
+        by_row = as_dtype(low_grad, _exact(low)).view(*low.shape[:2], rows, rank)
+        found = (by_row * (low.unsqueeze(2) if given.shared else low.view(by_row.shape))).sum(3)
+        found = by_scale(found, given.scale)
     else:
-        found, at = _sum_of_products(low_grad, low, given.A.shape[1], given), given.index
-    if given.whole and not _in_order(given):
+        found = _sum_of_products(low_grad, low, given.A.shape[1], given)
+    if given.whole and not given.in_order:
+        at = given.index.unsqueeze(1).expand(-1, low.shape[1], -1) if given.per_token else given.index
         found = found.gather(-1, at)
     return as_dtype(found, given.coefficient.dtype)
 
@@ -325,15 +387,14 @@ def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting, shared: bool
 def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:
     """The gradient of `factor` [N, R, d], summed in one order."""
     if given.whole or all_rows:
-        return (low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape).to(factor.dtype)
-    rows, size = factor.shape[0], factor.shape[1] * factor.shape[2]
+        return as_dtype((low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape), factor.dtype)
+    rows, rank, size = factor.shape
     exact = _exact(x)
-    by_pair = as_dtype(torch.bmm(low.transpose(1, 2), x), exact).reshape(given.index.numel(), size)  # [B * P, R * d]
-    index = given.index.reshape(-1)
+    by_pair = as_dtype(torch.bmm(low.transpose(1, 2), x), exact).view(given.index.numel(), rank * size)
     if x.device.type == "cpu":
-        total = by_pair.new_zeros(rows, size).index_add_(0, index, by_pair)
+        total = by_pair.new_zeros(rows, rank * size).index_add_(0, given.flat_index, by_pair)
     else:  # where index_add has atomics: a one-hot product
-        chosen = (index == torch.arange(rows, device=x.device).unsqueeze(1)).to(exact)  # [N, B * P]
+        chosen = (given.flat_index == torch.arange(rows, device=x.device).unsqueeze(1)).to(exact)  # [N, B * P]
         total = chosen @ by_pair
     return as_dtype(total.view(factor.shape), factor.dtype)
 
