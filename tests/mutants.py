@@ -144,7 +144,8 @@ MUTANTS = [
         "_weighed(by_row, strength).sum(2), dtype)", "_weighed(by_row, strength)[:, :, -1], dtype)", INJECT_TESTS,
     ),
     Mutant(
-        "inject: shared: A copied for each pair", f"{INJECT}/reference.py", "return shrink(x, given.A, given, given.shared),",
+        "inject: shared: A copied for each pair", f"{INJECT}/reference.py",
+        "return shrink(x, given.A, given, given.shared),",
         "return shrink(x, given.A.expand(len(given.B), -1, -1).clone(), given)[..., : given.A.shape[1]],", INJECT_TESTS,
     ),
     Mutant(
