@@ -285,9 +285,7 @@ def sum_of_B(given: Acting) -> Tensor:  # -> [B, R, d_out]
     return total.view(len(given.index), *given.B.shape[1:])
 
 
-def unmixed(
-    to_sum: Tensor, given: Acting, need_B: bool, need_coefficient: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def unmixed(to_sum: Tensor, given: Acting, need_B: bool, need_coefficient: bool) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of B and the coefficients, from that of what `sum_of_B` made of them: [B, R, d_out]."""
     to_B = to_coefficient = None
     to_sum = to_sum.flatten(1)
