@@ -270,6 +270,16 @@ def test_transforms_and_subclasses_take_the_dispatcher(rng):
     assert not any(seen)
 
 
+def test_what_a_transform_left_behind_keeps_its_gradient(rng):
+    """functorch's wrapper of a tensor outlives its transform, and looks like any tensor."""
+    x, weight, A, B, index, coefficient, _ = inject_inputs(inject_cases.CASES[1], torch.float32, rng, "cpu")
+    trained, left = leaf(coefficient), []
+    torch.func.grad(lambda t: (left.append(t * 2), t.sum())[1])(trained)
+    ops.inject(leaf(x), weight, A, B, index, left[0]).sum().backward()
+    (wanted,) = torch.autograd.grad(ops.inject(x, weight, A, B, index, trained * 2).sum(), trained)
+    assert torch.equal(trained.grad, wanted)
+
+
 def test_straight_and_dispatched_calls_give_the_same_bits(rng):
     case = inject_cases.CASES[1]
     x, weight, A, B, index, coefficient, bias = inject_inputs(case, torch.float32, rng, "cpu")

@@ -88,12 +88,9 @@ def differentiable(
             found = backward(ctx, *grads)
             return (*found, None) if isinstance(found, tuple) else (found, None)
 
-    # all that `Differentiable.apply` comes to where no transform of functorch is active
-    plain_apply = super(torch.autograd.Function, Differentiable).apply
-
     def autograd(keys: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
-            return plain_apply(*args, None) if keys is None else Differentiable.apply(*args, keys)
+            return Differentiable.apply(*args, keys)
         return below_autograd(keys, args)
 
     def call(*args: Any) -> Any:

@@ -28,9 +28,8 @@ def site(
     rows, rank, d_out = B.shape
     of_A, _, d_in = A.shape
     samples, tokens, _ = x.shape
-    pairs = index.shape[1]
     sizes: tuple[tuple[str, int], ...] = (
-        ("N", rows), ("R", rank), ("d_in", d_in), ("d_out", d_out), ("P", pairs), ("B", samples), ("S", tokens),
+        ("N", rows), ("R", rank), ("d_in", d_in), ("d_out", d_out), ("P", index.shape[1]), ("B", samples), ("S", tokens)
     )  # fmt: skip
     if coefficient.dim() == 3:
         sizes += (("per_token", 1),)

@@ -12,7 +12,7 @@ up before they meet the tokens (`sum_of_B`); where every token has its own, that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
@@ -36,14 +36,19 @@ class Acting:
     scale: float
     whole: bool  # whether activations are projected on all rows of the pool, or on each sample's pairs
 
-    @cached_property
+    @property
     def shared(self) -> bool:
         """Whether all rows have one A."""
         return self.A.shape[0] != self.B.shape[0]
 
-    @cached_property
+    @property
     def per_token(self) -> bool:
         return self.coefficient.dim() == 3
+
+    @property
+    def by_sum(self) -> bool:
+        """Whether a sample's rows meet its tokens as one sum of their B."""
+        return self.shared and not self.per_token
 
     @cached_property
     def flat_index(self) -> Tensor:  # [B * P]
@@ -107,7 +112,7 @@ def inject_add(
     return total, *lows(low, past_low, given, save)
 
 
-def projections(x: Tensor, given: Acting) -> Lows:
+def projections(x: Tensor, given: Acting) -> tuple[Tensor, Tensor]:
     """x on the pairs, and on the past."""
     return shrink(x, given.A, given, given.shared), past_projection(x, given)
 
@@ -119,7 +124,7 @@ def past_projection(x: Tensor, given: Acting) -> Tensor:
 def add_(y: Tensor, low: Tensor, past_low: Tensor, given: Acting) -> None:
     """Adds the increments to y."""
     add_past_(y, past_low, given)
-    if given.shared and not given.per_token:
+    if given.by_sum:
         y.baddbmm_(low, as_dtype(sum_of_B(given), y.dtype))
     else:
         expand_(y, times(low, strength(given), y.dtype), given.B, given)
@@ -154,13 +159,14 @@ def inject_backward(
     grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
     if given.joined and low.dim() == 3:
         low, past_low = low.split([given.columns, given.past_columns], 2)
-    if need_x or need_A or need_B or need_coefficient:
-        of_pairs = _backward_of_sums if given.shared and not given.per_token else _backward_of_pairs
-        low_grad, to_B, to_coefficient = of_pairs(grad, given, low, needed)  # [B, S, K]
+    if any(needed[:4]):
+        of_pairs = _backward_of_sums if given.by_sum else _backward_of_pairs
+        low_grad, to_B, to_coefficient = of_pairs(grad, given, low, needed)
         if need_A:
-            assert x is not None
+            assert x is not None and low_grad is not None
             to_A = _sum_over_tokens(low_grad, x, given.A, given, given.shared)
         if need_x:
+            assert low_grad is not None
             to_x = grad.new_zeros(*grad.shape[:2], given.A.shape[2]) if weight is None else grad @ weight
             expand_(to_x, low_grad, given.A, given, given.shared)
     if given.past_A is not None and given.past_B is not None and (need_x or need_past):
@@ -181,7 +187,8 @@ def inject_backward(
     )
 
 
-OfPairs = tuple[Tensor, Tensor | None, Tensor | None]  # gradients of x's projection, if needed, of B, of coefficients
+# gradients of what x was projected to [B, S, K] (None if neither x nor A has one), of B, of the coefficient
+OfPairs = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _backward_of_pairs(grad: Tensor, given: Acting, low: Tensor, needed: list[bool]) -> OfPairs:
@@ -191,7 +198,7 @@ def _backward_of_pairs(grad: Tensor, given: Acting, low: Tensor, needed: list[bo
     if need_B:
         to_B = _sum_over_tokens(times(low, strengths, grad.dtype), grad, given.B, given)
     if not (need_x or need_A or need_coefficient):
-        return low, to_B, None
+        return None, to_B, None
     low_grad = shrink(grad, given.B, given)  # of all rows if they share one A
     if need_coefficient:
         to_coefficient = _coefficient_grad(low_grad, low, given)
@@ -201,19 +208,20 @@ def _backward_of_pairs(grad: Tensor, given: Acting, low: Tensor, needed: list[bo
 
 
 def _backward_of_sums(grad: Tensor, given: Acting, low: Tensor, needed: list[bool]) -> OfPairs:
-    """The same where samples' rows share one A, and meet tokens as one sum of their B."""
+    """The same where a sample's rows meet its tokens as one sum of their B."""
     need_x, need_A, need_B, need_coefficient, _ = needed
     to_B = to_coefficient = None
     if need_B or need_coefficient:
         to_sum = as_dtype(torch.bmm(low.transpose(1, 2), grad), _exact(grad))  # [B, R, d_out]
-        to_B, to_coefficient = unmixed(to_sum, given, need_B, need_coefficient)
+        to_B, to_coefficient = sum_of_B_backward(to_sum, given, need_B, need_coefficient)
     if not (need_x or need_A):
-        return low, to_B, to_coefficient
+        return None, to_B, to_coefficient
     return torch.bmm(grad, as_dtype(sum_of_B(given), grad.dtype).transpose(1, 2)), to_B, to_coefficient
 
 
 def strength(given: Acting) -> Tensor:
-    """Of each column, [B, 1, K] or [B, S, K]; of each row, [B, S, rows, 1], where tokens have their own of one A."""
+    """Of each column, [B, 1, K] or [B, S, K]; of each row, [B, S, rows, 1], where tokens have their own and rows share
+    one A."""
     of_rows = by_scale(_of_pool(given) if given.whole else given.coefficient, given.scale)
     return of_rows.unsqueeze(3) if given.shared else _of_columns(of_rows, given.B.shape[1])
 
@@ -261,19 +269,6 @@ def _weighed(low: Tensor, strength: Tensor) -> Tensor:
     return torch.where(strength != 0, weighed, 0) if low.dtype == torch.float16 else weighed
 
 
-def mixed(given: Acting) -> Acting:
-    """Rows that share one A as one row a sample: x's tokens then meet R columns where they would have met P * R."""
-    samples = len(given.index)
-    return replace(
-        given,
-        B=sum_of_B(given),
-        index=torch.arange(samples, device=given.index.device).unsqueeze(1),
-        coefficient=given.coefficient.new_ones(samples, 1),
-        scale=1.0,
-        whole=False,
-    )
-
-
 def sum_of_B(given: Acting) -> Tensor:  # -> [B, R, d_out]
     """The sum of each sample's B times coefficients and scale, in full precision."""
     exact = torch.promote_types(given.B.dtype, given.coefficient.dtype)
@@ -285,8 +280,10 @@ def sum_of_B(given: Acting) -> Tensor:  # -> [B, R, d_out]
     return total.view(len(given.index), *given.B.shape[1:])
 
 
-def unmixed(to_sum: Tensor, given: Acting, need_B: bool, need_coefficient: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of B and the coefficients, from that of what `sum_of_B` made of them: [B, R, d_out]."""
+def sum_of_B_backward(
+    to_sum: Tensor, given: Acting, need_B: bool, need_coefficient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of B and the coefficients, from the sums' own [B, R, d_out]."""
     to_B = to_coefficient = None
     to_sum = to_sum.flatten(1)
     if need_B:

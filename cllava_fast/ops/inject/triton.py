@@ -5,7 +5,7 @@ products, and a kernel multiplies by the coefficients, which are 0 where a row i
 increments are written first and the library's product with the frozen weight accumulates on top of them.
 
 Rows that share one A are gathered: a library product projects x on its R columns, which a kernel scales for each row
-and token, or which, with coefficients of samples, meet one sum of rows of B (`reference.mixed`).
+and token, or which, with coefficients of samples, meet one sum of rows of B.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _increments(
         if given.per_token:
             y = launch.expand(launch.weigh_pairs(low, given), given.B, given.index, bias=bias, base=base)
         else:
-            mix = reference.mixed(given)
-            y = launch.expand(low, mix.B, mix.index, bias=bias, base=base)
+            sums = _as_rows(given)
+            y = launch.expand(low, sums.B, sums.index, bias=bias, base=base)
     else:
         tiles = choose("shrink", x, given.columns)
         _, low = shrunk = launch.shrink(x, given.A, given, tiles, scaled=True, bare=save)[:2]
@@ -138,7 +138,7 @@ def _backward_gather(
             assert low_grad.scaled is not None
             to_x = launch.expand(low_grad.scaled, given.A, given.index)
     if need_B and to_B is None:
-        to_B = _sum_of_B(low, grad, given)
+        to_B = _gradient_of_B(low, grad, given)
     to_past = _past_backward(to_x, grad, given, past_low, need_past)
     return [to_x, to_A, to_B, to_coefficient, to_past]
 
@@ -148,13 +148,12 @@ def _backward_shared(
 ) -> Grads:
     need_x, need_A, need_B, need_coefficient, need_past = needed
     to_x = to_A = to_B = to_coefficient = folded = None
-    mix = not given.per_token
-    pairs = reference.mixed(given) if mix else given
-    if need_x or need_A or (need_coefficient and not mix):
+    pairs = _as_rows(given) if given.by_sum else given
+    if need_x or need_A or (need_coefficient and not given.by_sum):
         tiles = choose("shrink", grad, pairs.index.shape[1] * given.A.shape[1])
         low_grad = launch.shrink(grad, pairs.B, pairs, tiles, bare=True).bare
         assert low_grad is not None
-        if mix:
+        if given.by_sum:
             folded = low_grad  # [B, S, R]
         else:
             known = low if need_coefficient else None
@@ -165,16 +164,29 @@ def _backward_shared(
         if need_x:
             assert folded is not None
             to_x = _expand(folded, given.A, None)
-    if mix and (need_B or need_coefficient):
-        to_mix = launch.outer(low, grad).sum(1)  # [B, R, d_out]
-        to_B, to_coefficient = reference.unmixed(to_mix, given, need_B, need_coefficient)
+    if given.by_sum and (need_B or need_coefficient):
+        to_sum = launch.outer(low, grad).sum(1)  # [B, R, d_out]
+        to_B, to_coefficient = reference.sum_of_B_backward(to_sum, given, need_B, need_coefficient)
     elif need_B:
-        to_B = _sum_of_B(low, grad, given)
+        to_B = _gradient_of_B(low, grad, given)
     to_past = _past_backward(to_x, grad, given, past_low, need_past)
     return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
 
 
-def _sum_of_B(low: Tensor, grad: Tensor, given: Acting) -> Tensor:
+def _as_rows(given: Acting) -> Acting:
+    """Each sample's sum of B as a row of its own, for kernels that gather rows."""
+    samples = len(given.index)
+    return replace(
+        given,
+        B=reference.sum_of_B(given),
+        index=torch.arange(samples, device=given.index.device).unsqueeze(1),
+        coefficient=given.coefficient.new_ones(samples, 1),
+        scale=1.0,
+        whole=False,
+    )
+
+
+def _gradient_of_B(low: Tensor, grad: Tensor, given: Acting) -> Tensor:
     """Coefficients of samples may come after the sum over tokens."""
     partial = launch.outer(launch.weigh_pairs(low, given) if given.per_token else low, grad)
     return launch.sum_by_row(partial, given.B, given, scaled=given.per_token)
