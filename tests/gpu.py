@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
     detail: str  # what failed, or counts
 
 
-def steps(out: Path) -> list[Step]:
+def steps(out: Path, soak_minutes: float = 1.5) -> list[Step]:
     def installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
 
@@ -92,8 +92,8 @@ def steps(out: Path) -> list[Step]:
         test("reference", *op_tests, "-k", "not (triton or cuda or cpu)"),
         Step(
             "soak",
-            [python, "-m", "benchmarks.soak", "--minutes=1.5", f"--out={out / 'soak.json'}", "--docs="],
-            150, beside=True,
+            [python, "-m", "benchmarks.soak", f"--minutes={soak_minutes}", f"--out={out / 'soak.json'}", "--docs="],
+            int(60 * soak_minutes) + 60, beside=True,
         ),
     ]  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")
@@ -238,12 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of them (default: all but tune)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of them (default: %(default)s)")
+    parser.add_argument("--soak-minutes", type=float, default=1.5, help="of the step soak (default: %(default)s)")
     parser.add_argument("--environment", type=Path, metavar="FILE", help="only write versions and device to FILE")
     given = parser.parse_args(arguments)
     if given.environment:
         return write_environment(given.environment)
     out = given.out.resolve()
-    every = steps(out)
+    every = steps(out, given.soak_minutes)
     names = [step.name for step in every]
     unknown = set(given.steps or ()) - set(names)
     if unknown:
