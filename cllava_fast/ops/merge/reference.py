@@ -17,5 +17,5 @@ def merge(
     # A GPU's products of bfloat16 are several times as fast, and round the sum twice.
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     strength = (coefficient.to(exact) * scale).repeat_interleave(A.shape[1]).unsqueeze(1)  # [K, 1]
-    columns_A, columns_B = (f.index_select(0, index).to(exact).flatten(0, 1) for f in (A, B))  # [K, d]
-    return torch.addmm(weight.to(exact), (strength * columns_B).t(), columns_A).to(weight.dtype)
+    columns_A, columns_B = (f.index_select(0, index).to(exact).flatten(0, 1) for f in (A, B))  # [K, d], copies
+    return torch.addmm(weight.to(exact), columns_B.mul_(strength).t(), columns_A).to(weight.dtype)
