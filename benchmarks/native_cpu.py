@@ -200,7 +200,7 @@ def main() -> int:
         print(f"{op:<22} {dtype:<9} {case:<44} {ours:>10.1f} us  {ratio:>6.2f}x  over {rival}", flush=True)
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     chosen.output.write_text(
-        json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"vectors": LEVEL, "environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
     )
     return 0
 

@@ -4,8 +4,9 @@ Needs that machine's own Python with torch >= 2.11, triton >= 3.6, transformers 
 runs in a process of its own under a time limit, and one that fails or hangs does not stop the others; the tests run
 side by side, and with pytest-xdist on several cores each, since most of their time goes into compiling. The benchmarks
 have the machine to themselves. OUT gets a log for each step, env.json, the JUnit files of the tests, and summary.json.
-All of it ends within eight minutes: no step runs longer than what is left of them, whatever its own limit. `tune`
-(`make tune`) takes six alone and runs only when named: --steps build tune.
+All of it ends within eight minutes: no step runs longer than what is left of them, whatever its own limit. Two run only
+when named (--steps build tune cpu): `tune` (`make tune`), which takes six alone, and `cpu`, the native kernels of that
+machine's CPU beside PyTorch's.
 
 Exits with 1 if a step failed, with 2 if there is no CUDA device and a step that was asked for needs one.
 """
@@ -116,6 +117,8 @@ def steps(out: Path, soak_minutes: float = 1.5) -> list[Step]:
             340, missing=no_pytest, junit="benchmarks.xml",
         )
     )  # fmt: skip
+    command = [python, "benchmarks/native_cpu.py", f"--output={out / 'native_cpu.json'}"]
+    found.append(Step("cpu", command, 120, gpu=False, named=True))
     command = [python, "-m", "benchmarks.tune", f"--out={out / 'tuned.json'}"]
     found.append(
         Step("tune", command, 420, missing="" if installed("triton") else "triton is not installed", named=True)
@@ -236,7 +239,7 @@ def write_environment(path: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests/gpu.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of them (default: all but tune)")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of them (default: all but tune and cpu)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of them (default: %(default)s)")
     parser.add_argument("--soak-minutes", type=float, default=1.5, help="of the step soak (default: %(default)s)")
     parser.add_argument("--environment", type=Path, metavar="FILE", help="only write versions and device to FILE")
