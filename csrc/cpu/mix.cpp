@@ -11,6 +11,12 @@ namespace {
 
 constexpr int64_t strip = 256;  // columns
 
+// Asks for `size` numbers that will be read, or written.
+template <int write = 0, typename T>
+CLLAVA_INLINE void prefetch(const T* numbers, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(numbers + i, write);
+}
+
 struct Term {
   int64_t source;
   float strength;
@@ -34,7 +40,11 @@ struct Distinct {
   // The strips that begin where `source` points to in row 0.
   template <typename V, typename T>
   CLLAVA_INLINE void copy(const T* source, int64_t apart, int64_t width, float* scratch) const {
-    for (size_t at = 0; at < rows.size(); ++at) convert<V>(source + rows[at] * apart, scratch + at * strip, width);
+    constexpr size_t ahead = 3;  // rows that are asked for early: the hardware foresees no jump from row to row
+    for (size_t at = 0; at < rows.size(); ++at) {
+      if (at + ahead < rows.size()) prefetch(source + rows[at + ahead] * apart, width);
+      convert<V>(source + rows[at] * apart, scratch + at * strip, width);
+    }
   }
 };
 
@@ -97,6 +107,7 @@ void add_up(const Sums& sums, const T* source, int64_t apart, int64_t size, T* o
   const auto body = [&](auto vectors, int64_t, int64_t first, int64_t width, int64_t row, const float* scratch) CLLAVA_INLINED {
     using V = decltype(vectors);
     float total[strip];
+    prefetch<1>(out + row * size + first, width);
     weighted_sum<V>(sums.terms[row], scratch, total);
     convert<V>(total, out + row * size + first, width);
   };
@@ -106,7 +117,7 @@ void add_up(const Sums& sums, const T* source, int64_t apart, int64_t size, T* o
 // out[strip of the columns, pair] = gradient of its sample . its row
 template <typename T>
 void add_products(const MixFactorsBackward& call, const T* grad, const T* factor, int64_t apart, int64_t size, float* out) {
-  constexpr int64_t quads = 2, rows_at_once = quads * keys_at_once;
+  constexpr int64_t quads = 3, rows_at_once = quads * keys_at_once;
   Distinct distinct(call.N);
   for (int64_t p = 0; p < call.samples * call.P; ++p) distinct.place(call.index[p]);
   const auto body = [&](auto vectors, int64_t number, int64_t first, int64_t width, int64_t b, const float* scratch) CLLAVA_INLINED {
@@ -121,7 +132,12 @@ void add_products(const MixFactorsBackward& call, const T* grad, const T* factor
       for (int64_t j = 0; j < rows_at_once; ++j)  // the last one again where there are fewer
         rows[j] = scratch + distinct.places[index[p + std::min(j, here - 1)]] * strip;
       Quad found[quads];
-      dots<V, 1, false, quads>(own, 0, rows, width, found);
+      if (here > 2 * keys_at_once)
+        dots<V, 1, false, 3>(own, 0, rows, width, found);
+      else if (here > keys_at_once)
+        dots<V, 1, false, 2>(own, 0, rows, width, found);
+      else
+        dots<V, 1, false, 1>(own, 0, rows, width, found);
       for (int64_t j = 0; j < here; ++j) to[p + j] = found[j / keys_at_once][j % keys_at_once];
     }
   };
