@@ -178,7 +178,7 @@ def test_a_wrong_op_is_red_and_a_wrong_rival_is_published_as_wrong(tmp_path: Pat
 from benchmarks import baselines
 from cllava_fast import ops
 def a_little_off(right):
-    return lambda *arguments: 1.001 * right(*arguments)
+    return lambda *arguments, **options: 1.001 * right(*arguments, **options)
 ops.merge, baselines.merge_by_gather = a_little_off(ops.merge), a_little_off(baselines.merge_by_gather)
 """
     (tmp_path / "broken.py").write_text(broken)
