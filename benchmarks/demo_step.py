@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import cllava_fast as cf
+from benchmarks import results
 from benchmarks.native_cpu import times
-from cllava_fast.atomic import write_json
 from cllava_fast.data.encode import Collator
 from cllava_fast.demo.base import load_base
 from cllava_fast.demo.run import DemoConfig
@@ -25,7 +25,7 @@ from cllava_fast.demo.stream import build_stream
 from cllava_fast.environment import environment
 from cllava_fast.train.tune import _Item, _TuneCollator
 
-RESULTS = Path(__file__).parent / "results" / "demo-step.json"
+RESULTS = results.FOLDER / "demo-step.json"
 BATCH = 32
 LORA = "sequential_lora"
 
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     for task in tasks:
         lora, ours = (found[f"{name} {task}"] / 1e3 for name in methods)
         print(f"task {task + 1}: {LORA} {lora:.2f} ms, {methods[1]} {ours:.2f} ms, {ours / lora:.2f}x")
-    write_json(chosen.output, {"environment": environment(), "threads": chosen.threads, "microseconds": found})
+    content = {"environment": environment(), "threads": chosen.threads, "microseconds": found}
+    results.write(content, chosen.output)
     return 0
 
 

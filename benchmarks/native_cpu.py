@@ -8,7 +8,6 @@ Rivals have no fixed order of summation and other rules for ties, which makes th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllava_fast.atomic import write_json
 from cllava_fast.environment import environment
 from cllava_fast.ops import native
 from cllava_fast.ops.aggregate import cases as aggregate_cases
@@ -199,9 +199,7 @@ def main() -> int:
         )
         print(f"{op:<22} {dtype:<9} {case:<44} {ours:>10.1f} us  {ratio:>6.2f}x  over {rival}", flush=True)
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(
-        json.dumps({"vectors": LEVEL, "environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(chosen.output, {"vectors": LEVEL, "environment": environment(), "rows": rows})
     return 0
 
 
