@@ -84,7 +84,8 @@ def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.Monk
             for where, name in ((torch.compiler, "is_compiling"), (torch, "is_autocast_enabled")):
                 with monkeypatch.context() as patched:
                     patched.setattr(where, name, lambda *_: True)
-                    assert found() is None, name
+                    fresh = replace(selection)
+                    assert found(fresh) is None and "joined" not in fresh.__dict__, name
             monkeypatch.setattr(increments_module, "NATIVE_BYTES", 1)
             assert found() is None
 

@@ -359,8 +359,11 @@ def _native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | 
     """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
     if not x.is_cuda or x.shape[1] > CUDA_TOKENS or torch.is_grad_enabled() or factors.shares_A:
         return None
+    # asked before `joined`, which is kept: what a compiled call keeps lies in the memory of its CUDA graph
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return None
     pairs = selection.joined
-    if pairs is None or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+    if pairs is None:
         return None
     _, rank, d_in = factors.A.shape
     row = rank * (d_in + factors.B.shape[2]) * factors.A.element_size()
