@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import json
@@ -22,13 +23,18 @@ import torch
 import cllava_fast as cf
 from cllava_fast import atomic, cli
 from cllava_fast.atomic import DamagedError, SaveError
+from cllava_fast.cli.running import increments_of
+from cllava_fast.data import chat_template
 from cllava_fast.demo.base import new_base
+from cllava_fast.methods import LoraConfig
 from cllava_fast.methods.branch_lora import BranchLoraConfig
 from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
-from cllava_fast.train import checkpoint, lock
+from cllava_fast.train import checkpoint, lock, loop
 from cllava_fast.train.checkpoint import Checkpoints, TaskSaver, pack, unpack
 from cllava_fast.train.lock import InUseError, run_lock
+from cllava_fast.train.loop import saved_increments
+from cllava_fast.train.runfile import RunFile
 from cllava_fast.train.signals import RunStopped, Watch
 from tests.test_train import CONFIG, arguments, stream, trainer
 
@@ -193,18 +199,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 
 def test_damaged_increments_fall_back_to_the_task_before(learn: Callable[..., Any], whole: Any, tmp_path: Path) -> None:
-    learn(tmp_path / "run")
+    learn(tmp_path / "run", eval_budget=100)
     weights = tmp_path / "run" / "increments" / "02-task1" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.warns(
         UserWarning, match="02-task1/adapter_model.safetensors is damaged .*going on from the task before"
     ):
-        same(learn(tmp_path / "run", resume=True), whole)
+        same(learn(tmp_path / "run", eval_budget=100, resume=True), whole)
+    found = RunFile(tmp_path / "run").read()
+    assert found is not None and len(found["evaluated"]) == len(found["matrix"]) == 2
     for file in (tmp_path / "run" / "increments").glob("*/adapter_config.json"):
         file.unlink()
     with warnings.catch_warnings(), pytest.raises(DamagedError, match="holds no increments that can be read"):
         warnings.simplefilter("ignore")
-        learn(tmp_path / "run", resume=True)
+        learn(tmp_path / "run", eval_budget=100, resume=True)
 
 
 def test_a_run_that_died_before_it_tidied_up_does_so_when_it_goes_on(learn: Callable[..., Any], tmp_path: Path) -> None:
@@ -231,6 +239,63 @@ def test_arguments_that_make_no_sense(name: str, value: int, tmp_path: Path) -> 
 def test_three_tasks_keep_two(llava: Any, processor: Any, tmp_path: Path) -> None:
     trainer(llava, processor, tmp_path / "run", tasks=3, max_steps=1, align_steps=1, keep_increments=2).train()
     assert sorted(p.name for p in (tmp_path / "run" / "increments").iterdir()) == ["02-task1", "03-task2"]
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_tasks_beyond_the_hundredth_are_the_newest(keep: int, llava: Any, processor: Any, tmp_path: Path) -> None:
+    run = trainer(llava, processor, tmp_path / "run", keep_increments=keep)
+    for number in (9, 10, 99, 100, 101):
+        (tmp_path / "run" / "increments" / f"{number:02d}-task{number}").mkdir(parents=True)
+    assert increments_of(tmp_path / "run", None).name == "101-task101"
+    assert increments_of(tmp_path / "run", "task99").name == "99-task99"
+    run._tidy(101)
+    left = ["99-task99", "100-task100", "101-task101"][-keep:]
+    assert [folder.name for folder in saved_increments(tmp_path / "run")] == left
+
+
+def test_checkpoints_beyond_six_digits_are_the_newest(tmp_path: Path) -> None:
+    names = ["0002-align-000004", "0002-tune-000003", "0002-tune-999999", "0002-tune-1000000", "10000-align-000001"]
+    for name in (*reversed(names), "0009-notes"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert Checkpoints(tmp_path).names() == names
+
+
+@pytest.mark.parametrize("config", [CONFIG, LoraConfig(rank=4, a_std=0.1)], ids=lambda config: config.method)
+def test_a_first_task_that_could_not_be_saved_is_learned_anew(
+    config: Any, new_llava: Callable[[], Any], processor: Any, tmp_path: Path
+) -> None:
+    def run(name: str) -> cf.ContinualTrainer:
+        return trainer(new_llava(), processor, tmp_path / name, config=config, max_steps=2, align_steps=2)
+
+    whole, cut = run("whole"), run("cut")
+    expected = whole.train(), whole.increments.pool.state()
+    with patch.object(loop, "save_pretrained", side_effect=SaveError("the disk is full")), pytest.raises(SaveError):
+        cut.train()
+    same((cut.train(), cut.increments.pool.state()), expected)
+
+
+@pytest.mark.parametrize("other", ["base_fingerprint", "surrogate_fingerprint", "chat_template_sha256"])
+def test_another_base_or_template_does_not_go_on(
+    other: str, new_llava: Callable[..., Any], processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(base: Any, its_processor: Any, **values: Any) -> cf.ContinualTrainer:
+        return trainer(base, its_processor, tmp_path / "run", max_steps=2, align_steps=2, **values)
+
+    with patch.object(loop.ContinualTrainer, "_evaluate", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            run(new_llava(), processor).train()
+    model, its_processor = new_llava(), copy.deepcopy(processor)
+    if other == "base_fingerprint":
+        model.model.language_model.norm.weight.data += 1
+    elif other == "chat_template_sha256":
+        its_processor.chat_template = chat_template("vicuna_v1")
+    cf.patch(model, CONFIG, processor=its_processor)
+    with monkeypatch.context() as changed:
+        if other == "surrogate_fingerprint":
+            changed.setattr(get_increments(model).surrogate, "fingerprint", "another one")
+        with pytest.raises(FileExistsError, match=f"with another {other}; give a new output_dir"):
+            run(model, its_processor, resume=True)
+    run(new_llava(), processor, resume=True).train()
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(

@@ -14,8 +14,10 @@ import torch
 
 import cllava_fast as cf
 from cllava_fast import cli
+from cllava_fast.data.encode import Collator, Encoder
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.evaluate import evaluation, scores
+from cllava_fast.evaluate.predict import predict
 from cllava_fast.evaluate.report import REPORT_FILES, load_results
 from cllava_fast.model import get_increments
 from tests.helpers import QUESTIONS, learn
@@ -240,6 +242,21 @@ def test_each_answer_stays_with_its_sample(
             assert record["weights"] == pytest.approx(own.weight[0].tolist(), abs=1e-5)
             seen.add(tuple(record["rows"]))
     assert len(seen) > 2
+
+
+def test_answers_are_greedy_whatever_the_base_generates_by(llava: Any, processor: Any) -> None:
+    encoder = Encoder(processor)
+    sample = stream(1).tasks[0].test[0]
+    examples = encoder.encode([dataclasses.replace(sample, instruction=question) for question in QUESTIONS])
+
+    def answers() -> list[str]:
+        return predict(llava, examples, None, Collator(encoder, None, training=False), batch_size=3, max_new_tokens=8)
+
+    plain = answers()
+    options = {"do_sample": True, "num_beams": 2, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    llava.generation_config.update(**options)
+    assert answers() == plain
+    assert {name: getattr(llava.generation_config, name) for name in options} == options
 
 
 def test_file_names_are_distinct_and_safe() -> None:

@@ -208,6 +208,7 @@ def test_joint_and_sequential_lora(new_llava: Callable, processor: Any, tmp_path
 def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Path) -> None:
     trainer(llava, processor, tmp_path / "run", **option).train()
     # nothing of the engine stays on the model
+    assert not hasattr(llava.config, "use_cache") and llava.config.text_config.use_cache
     cf.unpatch(llava)
 
 
@@ -388,6 +389,7 @@ class TestRefusals:
             ("learning_rate", float("nan")),
             ("eval_batch_size", 0),
             ("logging_steps", 0),
+            ("trainer_options", {"label_smoothing_factor": 0.1}),
         ],  # fmt: skip
     )
     def test_arguments(self, field: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
 from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
-from cllava_fast.train.loop import INCREMENTS, run_identity
+from cllava_fast.train.loop import run_identity, saved_increments
 from cllava_fast.train.runfile import find_run
 from cllava_fast.train.tune import training_options
 
@@ -107,7 +107,7 @@ def answer_tokens(path: str) -> int:
 
 def increments_of(folder: Path, after: str | None) -> Path:
     """Where a run saved its state after a task."""
-    saved = sorted(entry for entry in (folder / INCREMENTS).glob("[0-9][0-9]*-*") if entry.is_dir())
+    saved = saved_increments(folder)
     if not saved:
         raise FileNotFoundError(f"{folder} has finished no task yet; cllava-fast train ... --resume goes on")
     if after is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example, ImageFeatures, samples_of
@@ -49,9 +51,8 @@ def predict(
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
-        generated = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, synced_gpus=sharded
-        )
+        with _greedy(model):
+            generated = model.generate(**batch, max_new_tokens=max_new_tokens, synced_gpus=sharded)
         for row, ids in zip(rows, generated[:, width:], strict=True):
             mine[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         advance("")
@@ -59,6 +60,18 @@ def predict(
             together()
     answers = {row: answer for share in distributed.gather(mine) for row, answer in share.items()}
     return [answers[i] for i in range(len(examples))]
+
+
+@contextmanager
+def _greedy(model: Any) -> Iterator[None]:
+    """Of the model's generation config, leaves what says nothing about which token is best."""
+    whole = model.generation_config
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation")
+    model.generation_config = GenerationConfig(**{name: getattr(whole, name, None) for name in kept})
+    try:
+        yield
+    finally:
+        model.generation_config = whole
 
 
 def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:

@@ -112,6 +112,11 @@ class ContinualArguments:
                 "trainer_options has use_liger_kernel, which would replace the forward that carries increments; use "
                 "liger instead"
             )
+        if self.trainer_options.get("label_smoothing_factor"):
+            raise ValueError(
+                "trainer_options has label_smoothing_factor, which transformers would apply to labels that are not "
+                "shifted to the next token; leave it out"
+            )
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one of them")
         names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)

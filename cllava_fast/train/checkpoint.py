@@ -7,6 +7,7 @@ Tensors are safetensors, all else is JSON; nothing is pickled. ``checkpoint.json
 from __future__ import annotations
 
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -39,8 +40,9 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Oldest first."""
-        found = self.folder.glob("[0-9]*") if self.folder.is_dir() else ()
-        return sorted((path.name for path in found), key=lambda name: (len(name.partition("-")[0]), name))
+        found = [re.fullmatch(r"(\d+)-(align|tune)-(\d+)", path.name) for path in self.folder.glob("*")]
+        named = [(int(name[1]), name[2], int(name[3]), name[0]) for name in found if name]
+        return [name for *_, name in sorted(named)]
 
     def write(self, number: int, stage: str, step: int, state: dict[str, Any], files: dict[str, str]) -> None:
         """``state`` may hold tensors anywhere; ``files`` are texts by name, for others to read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import time
 import warnings
@@ -131,6 +132,7 @@ class ContinualTrainer:
             if not was_patched:
                 unpatch(model)
             raise
+        self._nothing_learned = self.increments.pool.state()
         self._train_collate = Collator(stream.encoder, stream.features, training=True)
 
     def _check(self) -> str:
@@ -144,8 +146,13 @@ class ContinualTrainer:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
         if self.args.liger:
             kernels_for(self.model)
-        identity = run_identity(self.increments.config, self.args, self.stream)
-        distributed.check_equal(identity, "the method, the arguments or the stream")
+        if distributed.count() > 1:
+            self.increments.base_fingerprint = base_fingerprint(self.model)  # FSDP has not yet sharded the base
+        identity = {
+            **run_identity(self.increments.config, self.args, self.stream),
+            **base_identity(self.model, self.data.encoder.processor),
+        }
+        distributed.check_equal(identity, "the base model, the method, the arguments or the stream")
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
         self._run_file.last = None if found is None else json.dumps(found)
         fresh = {
@@ -248,11 +255,16 @@ class ContinualTrainer:
                 break
             except (DamagedError, MissingError) as error:
                 warnings.warn(f"{error}; going on from the task before", stacklevel=4)
-        if progress["losses"] and not good:
+        if not progress["losses"]:
+            self.increments.pool.load_state(self._nothing_learned, [])
+        elif not good:
             raise DamagedError(f"{self.output_dir} holds no increments that can be read; give a new output_dir")
         if good < len(progress["losses"]):
-            progress["matrix"] = progress["matrix"][:good]
-            progress["losses"] = dict(list(progress["losses"].items())[:good])
+            lost = list(progress["losses"])[good:]
+            for name in ("losses", "bad_numbers"):
+                progress[name] = {task: found for task, found in progress.get(name, {}).items() if task not in lost}
+            for name in ("matrix", "evaluated"):
+                progress[name] = progress.get(name, [])[:good]
             distributed.on_main(
                 lambda: self._go_back(progress, [self._saved(i, phases) for i in range(good, len(phases))])
             )
@@ -285,8 +297,6 @@ class ContinualTrainer:
 
         What a resumed run needs no more, too: an embedding's last bit depends on what it is computed beside.
         """
-        if distributed.count() > 1:
-            self.increments.base_fingerprint = base_fingerprint(self.model)
         wanted = [(name, "train") for name in tasks] + [(name, self.args.eval_split) for name in tasks]
         for name, split in wanted:
             self._watch.check()
@@ -321,7 +331,7 @@ class ContinualTrainer:
         """Removes what the first ``learned`` tasks need no more."""
         self._checkpoints.clear(learned)
         if self.args.keep_increments is not None:
-            for old in sorted((self.output_dir / INCREMENTS).glob("[0-9]*"))[: -self.args.keep_increments]:
+            for old in saved_increments(self.output_dir)[: -self.args.keep_increments]:
                 remove_folder(old)
 
     def _write(self, increments: Path, evaluations: list[evaluation.TaskEvaluation]) -> dict[str, Any]:
@@ -442,6 +452,13 @@ class ContinualTrainer:
         return missing + measured if self.increments.method.joint else measured + missing
 
 
+def saved_increments(output_dir: Path) -> list[Path]:
+    """The folders of increments in a run's folder, oldest first."""
+    found = [(folder.name.partition("-")[0], folder) for folder in (output_dir / INCREMENTS).glob("[0-9]*-*")]
+    numbered = [(int(number), folder) for number, folder in found if number.isdecimal() and folder.is_dir()]
+    return [folder for _, folder in sorted(numbered)]
+
+
 def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream) -> dict[str, Any]:
     """What makes a run that run, as ``run.json`` holds it; of several processes, once they are connected."""
     arguments = args.identity()
@@ -456,4 +473,14 @@ def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream)
         "stream": {task.name: [len(task.train), len(getattr(task, args.eval_split))] for task in stream},
         "metrics": {task.name: task.metric for task in stream},
         "stream_sha256": [fingerprint(chain(task.train, getattr(task, args.eval_split))) for task in stream],
+    }
+
+
+def base_identity(model: Any, processor: Any) -> dict[str, Any]:
+    """The part of a run's identity that takes the patched base to know, and what is said to it."""
+    surrogate, template = get_increments(model).surrogate, getattr(processor, "chat_template", None)
+    return {
+        "base_fingerprint": base_fingerprint(model),
+        "surrogate_fingerprint": None if surrogate is None else surrogate.fingerprint,
+        "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest(),
     }

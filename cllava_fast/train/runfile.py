@@ -72,8 +72,10 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
         return None
     found = RunFile(output_dir).read() if output_dir.is_dir() else None
     identity = json.loads(json.dumps(identity))
-    if found is None or {key: found.get(key) for key in identity} != identity:
-        raise FileExistsError(f"{output_dir} holds another run or other files; give a new output_dir")
+    other = [] if found is None else [name for name in identity if found.get(name) != identity[name]]
+    if found is None or other:
+        which = f", with another {', '.join(other)}" if other else ""
+        raise FileExistsError(f"{output_dir} holds another run or other files{which}; give a new output_dir")
     if not resume:
         raise FileExistsError(f"{output_dir} holds this run already; set resume to go on, or a new output_dir")
     return found

@@ -68,7 +68,7 @@ def tune(
     if increments.pool.block_keys is not None:
         increments.pool.block_keys.requires_grad_(False)
     options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
-    with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model):
+    with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model), _keeps_cache(model):
         trainer = TaskTrainer(
             title,
             NumberWatch(f"{title}: tune", args.on_bad_numbers, args.logging_steps),
@@ -418,6 +418,18 @@ def _keeps_forward(model: Any) -> Iterator[None]:
     finally:
         model.__dict__.update(ours)
         model.__dict__.pop("_original_forward", None)
+
+
+@contextmanager
+def _keeps_cache(model: Any) -> Iterator[None]:
+    """The Trainer turns the cache off in the model's config, for good."""
+    values = vars(model.config)
+    before = {name: values[name] for name in ("use_cache",) if name in values}  # a LLaVA's own config has none
+    try:
+        yield
+    finally:
+        values.pop("use_cache", None)
+        values.update(before)
 
 
 @contextmanager
