@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import cllava_fast as cf
@@ -176,8 +177,13 @@ def test_decoding_is_replayed_as_a_graph(pair: Any) -> None:
     expected = model.generate(**batch, **options)
     for backend in ("cudagraphs", "inductor"):
         torch._dynamo.reset()
+        counters.clear()
         compiling = CompileConfig(backend=backend, mode="reduce-overhead" if backend == "inductor" else None)
         for _ in range(2):  # captured, and replayed for the next request
             found = model.generate(**batch, **options, cache_implementation="static", compile_config=compiling)
             assert torch.equal(found, expected), backend
+        captured = counters["inductor"]
+        assert counters["stats"]["unique_graphs"] == 1 and captured["cudagraph_skips"] == 0, backend
+        # inductor may leave a graph uncaptured without counting it as skipped; what is captured has inputs of its own
+        assert captured["cudagraph_recorded_non_static_inputs"] > 0, backend
     torch._dynamo.reset()
