@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ import cllava_fast as cf
 from benchmarks import measure
 from cllava_fast import ops
 from cllava_fast.model import get_increments
+from cllava_fast.model import increments as increments_module
+from cllava_fast.ops import native
 from tests.helpers import QUESTIONS, inputs, learn, take
 from tests.test_checkpoint import At, killed, learned, same
 
@@ -93,9 +96,11 @@ def test_answers_of_a_batch_are_those_alone(dtype: torch.dtype, pair: Any) -> No
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
-def test_token_by_token_as_all_at_once(backend: str, pair: Any) -> None:
+def test_token_by_token_as_all_at_once(backend: str, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, batch = pair
     model.eval()
+    decode = Mock(wraps=increments_module.decode)
+    monkeypatch.setattr(increments_module, "decode", decode)
     query = torch.randn(len(QUESTIONS), get_increments(model).pool.key_dim)
     batch = on_gpu(batch | {"query": query})
     with torch.no_grad(), ops.backend(backend):
@@ -106,6 +111,8 @@ def test_token_by_token_as_all_at_once(backend: str, pair: Any) -> None:
             seen = mask[:, : mask.shape[1] + i + 1]
             step = model(input_ids=ids[:, i:][:, :1], attention_mask=seen, past_key_values=first.past_key_values)
             torch.testing.assert_close(step.logits[:, 0], whole[:, i], atol=1e-4, rtol=1e-3)
+    natively = backend == "auto" and native.cuda_usable() is None
+    assert decode.call_count == (3 * len(get_increments(model).linears(model)) if natively else 0)
 
 
 def test_autocast_and_layers_computed_again(pair: Any) -> None:
