@@ -52,6 +52,8 @@ CASES = (
     Case(B=3, S=35, d_in=40, d_out=17, N=3, R=8, P=2, past=2, Q=4, alike=True),
     Case(B=3, S=35, d_in=24, d_out=17, N=3, R=8, P=2, past=5, Q=8, alike=True),  # added up
     Case(B=1, S=60, d_in=33, d_out=24, N=3, R=4, P=3, past=4, Q=4, alike=True),  # added up in float32 alone
+    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=0, P=3, past=2, Q=4),
+    Case(B=2, S=3, d_in=8, d_out=12, N=4, R=2, P=3, past=2, Q=0),
 )
 # Routers: coefficients of each token, rows that share one A, both.
 ROUTED = (

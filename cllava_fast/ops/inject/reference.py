@@ -173,7 +173,8 @@ def inject_backward(
         low_grad = project(grad, given.past_B)  # [B, S, C * Q]
         if need_past:
             assert given.past_coefficient is not None
-            to_past = _sum_of_products(low_grad, past_low, given.past_A.shape[1], given)
+            rows, rank, _ = given.past_A.shape
+            to_past = _sum_of_products(low_grad, past_low, rows, rank, given.scale)
             to_past = as_dtype(to_past, given.past_coefficient.dtype)
         if to_x is not None:
             scaled = times(low_grad, past_strength(given), grad.dtype)
@@ -359,20 +360,20 @@ def _by_pair(rows: Tensor, given: Acting) -> Tensor:  # [b, P * R, d] -> [b, P, 
     return rows.view(len(rows), pairs, rank * rows.shape[2])
 
 
-def _sum_of_products(low_grad: Tensor, low: Tensor, rank: int, given: Acting) -> Tensor:  # -> [B, rows]
+def _sum_of_products(low_grad: Tensor, low: Tensor, rows: int, rank: int, scale: float) -> Tensor:  # -> [B, rows]
     """The gradient of a coefficient, before its dtype."""
     by_column = (as_dtype(low_grad, _exact(low)) * low).sum(1)  # [B, K]
-    return by_scale(by_column.view(len(low), low.shape[2] // rank, rank).sum(2), given.scale)
+    return by_scale(by_column.view(len(low), rows, rank).sum(2), scale)
 
 
 def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting) -> Tensor:  # -> like coefficient
+    rank, rows = given.A.shape[1], given.B.shape[0] if given.whole else given.index.shape[1]
     if given.per_token:
-        rank, rows = given.A.shape[1], given.B.shape[0] if given.whole else given.index.shape[1]
         by_row = as_dtype(low_grad, _exact(low)).view(*low.shape[:2], rows, rank)
         found = (by_row * (low.unsqueeze(2) if given.shared else low.view(by_row.shape))).sum(3)
         found = by_scale(found, given.scale)
     else:
-        found = _sum_of_products(low_grad, low, given.A.shape[1], given)
+        found = _sum_of_products(low_grad, low, rows, rank, given.scale)
     if given.whole and not given.in_order:
         at = given.index.unsqueeze(1).expand(-1, low.shape[1], -1) if given.per_token else given.index
         found = found.gather(-1, at)
