@@ -95,7 +95,7 @@ MUTANTS = [
     ),
     Mutant(
         "inject: a past rounded away under autocast", f"{INJECT}/__init__.py",
-        " and not torch.is_autocast_enabled(x.device.type)", "", INJECT_TESTS,
+        " and not checks.under_autocast(x)", "", INJECT_TESTS,
     ),
     Mutant(
         "inject: each sample's past is added up", f"{INJECT}/__init__.py",

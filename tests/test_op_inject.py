@@ -150,6 +150,19 @@ def test_a_past_that_is_added_up_is_not_rounded_away_in_the_weight(autocast, rng
     close(y.double(), torch.full_like(y, 256 * 0.003).double(), 2**-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [2, 64])  # at which the past is not added up, and is
+def test_inject_of_meta_tensors_has_a_shape(tokens, dtype, rng):
+    case = inject_cases.Case(B=2, S=tokens, d_in=16, d_out=32, N=3, R=2, P=2, past=8, Q=4, alike=True)
+    x, weight, A, B, index, coefficient, bias = on("meta", inject_inputs(case, dtype, rng))
+    past = on("meta", inject_cases.make_past(case, dtype, rng))
+    y = ops.inject(x, weight, A, B, index, coefficient, bias, past=past)
+    again = ops.inject_add(y, x, A, B, index, coefficient, past=past)
+    assert again.device.type == "meta" and again.dtype == y.dtype == dtype and again.shape == y.shape == (2, tokens, 32)
+    with pytest.raises(ValueError, match="weight: has dtype torch.float64"):
+        ops.inject(x, weight.double(), A, B, index, coefficient, past=past)
+
+
 def count_sums(monkeypatch):
     """A list that grows by one each time a past is added up."""
     module, sums = importlib.import_module(INJECT), []

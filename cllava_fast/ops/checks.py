@@ -58,11 +58,17 @@ def full_precision(exact: bool, **tensors: Tensor) -> None:
 
 
 def same_dtype(name: str, tensor: Tensor, like: str, reference: Tensor) -> None:
-    if tensor.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
+    if tensor.dtype != reference.dtype and not under_autocast(reference):
         raise ValueError(
             f"{name}: has dtype {tensor.dtype} but {like} has {reference.dtype}. "
             f"Cast one of them, or run under torch.autocast."
         )
+
+
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether a region casts what runs on the tensor's device; of meta tensors torch would not say."""
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def can_read(tensor: Tensor, cuda: bool) -> bool:

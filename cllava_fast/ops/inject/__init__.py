@@ -113,7 +113,7 @@ def inject_unchecked(
     """`inject` of arguments that are known to fit, as in a patched model's layers, token by token."""
     if past is not None:
         # into the weight itself only where that does not round it away
-        exact = torch.finfo(x.dtype).bits >= 32 and not torch.is_autocast_enabled(x.device.type)
+        exact = torch.finfo(x.dtype).bits >= 32 and not checks.under_autocast(x)
         if adds_up(x, past, products=1 if exact else 3):
             base = weight + added_up(past, scale, x.dtype) if exact else weight
             later = None if exact else past
