@@ -40,6 +40,7 @@ SECONDS = {"cpu": 3.0, "cuda": 0.6}  # of a comparison
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="small shapes, few rounds; writes no results file")
     parser.addoption("--results", type=Path, metavar="FILE", help="write results here (default: results/<device>.json)")
+    parser.addoption("--first", choices=SUBJECTS, action="append", default=[], help="before the others")
     parser.addoption("--threads", type=int, help="of the CPU (default: torch's choice); 1 on a machine that others use")
 
 
@@ -65,8 +66,9 @@ def own(module):
     return getattr(module, "OWN", module.OP)
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: SUBJECTS.index(getattr(item.module, "OP", SUBJECTS[0])))
+def pytest_collection_modifyitems(config, items):
+    order = list(dict.fromkeys((*config.getoption("--first"), *SUBJECTS)))
+    items.sort(key=lambda item: order.index(getattr(item.module, "OP", order[0])))
 
 
 def pytest_deselected(items):
@@ -170,6 +172,8 @@ class State:
     def _write(self):
         path = self.path()
         if path is not None:
+            for found in (self.content["rows"], self.content["breakdowns"]):
+                found.sort(key=lambda row: SUBJECTS.index(row["op"]))
             results.write(self.content, path)
 
 

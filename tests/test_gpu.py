@@ -100,6 +100,22 @@ def test_without_a_device_it_says_so(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def collected(step: gpu.Step, *more: str) -> list[str]:
+    """The tests that a step would run, in order."""
+    done = subprocess.run([*step.command, "--collect-only", "-qq", *more], cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_benchmarks_measure_whole_work_first(tmp_path: Path) -> None:
+    (step,) = (step for step in gpu.steps(tmp_path) if step.name == "benchmarks")
+    tests = collected(step, "--quick")
+    files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+    assert [Path(file).stem for file in files[:3]] == ["test_generate", "test_step", "test_inject"]
+    assert len(files) == 8 and len(set(tests)) == len(tests)
+    assert tests == sorted(tests, key=lambda test: files.index(test.partition("::")[0])), "a file at a time"
+
+
 def test_every_step_that_it_names_exists(tmp_path: Path) -> None:
     for step in gpu.steps(tmp_path):
         files = [part for part in step.command[1:] if part.endswith(".py")]
