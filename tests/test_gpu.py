@@ -116,6 +116,12 @@ def test_benchmarks_measure_whole_work_first(tmp_path: Path) -> None:
     assert tests == sorted(tests, key=lambda test: files.index(test.partition("::")[0])), "a file at a time"
 
 
+def test_decoding_in_a_graph_is_a_step_of_its_own(tmp_path: Path) -> None:
+    steps = {step.name: step for step in gpu.steps(tmp_path)}
+    graph, others = collected(steps["graph"]), collected(steps["model"])
+    assert graph == [gpu.CAPTURED] and gpu.CAPTURED not in others and len(others) > 10
+
+
 def test_every_step_that_it_names_exists(tmp_path: Path) -> None:
     for step in gpu.steps(tmp_path):
         files = [part for part in step.command[1:] if part.endswith(".py")]
