@@ -4,9 +4,9 @@ Needs that machine's own Python with torch >= 2.11, triton >= 3.6, transformers 
 runs in a process of its own under a time limit, and one that fails or hangs does not stop the others; the tests run
 side by side, and with pytest-xdist on several cores each, since most of their time goes into compiling. The benchmarks
 have the machine to themselves. OUT gets a log for each step, env.json, the JUnit files of the tests, and summary.json.
-All of it ends within eight minutes: no step runs longer than what is left of them, whatever its own limit. Two run only
-when named (--steps build tune cpu): `tune` (`make tune`), which takes six alone, and `cpu`, the native kernels of that
-machine's CPU beside PyTorch's.
+All of it ends within eight minutes: no step runs longer than what is left of them, whatever its own limit. Three run
+only when named (--steps build tune cpu): `tune` (`make tune`), which takes six alone, `cpu`, the native kernels of that
+machine's CPU beside PyTorch's, and `initcheck`, whose log is to be looked at.
 
 Exits with 1 if a step failed, with 2 if there is no CUDA device and a step that was asked for needs one.
 """
@@ -100,15 +100,15 @@ def steps(out: Path, soak_minutes: float = 1.5) -> list[Step]:
         ),
     ]  # fmt: skip
     sanitizer = shutil.which("compute-sanitizer")
+    missing = "" if sanitizer else "compute-sanitizer is not on PATH"
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer or "", "--tool", tool, "--error-exitcode", "1", python, "tests/every_kernel.py"]
-        missing = "" if sanitizer else "compute-sanitizer is not on PATH"
         # without torch's cache every tensor is an allocation of its own, whose bounds the tools can see
         variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         found.append(Step(tool, command, 180, missing=missing, variables=variables, beside=True))
     # libraries other than ours read uninitialised memory now and then: a log to look at, no verdict
     command = [sanitizer or "", "--tool", "initcheck", python, "tests/every_kernel.py"]
-    found.append(Step("initcheck", command, 180, missing="" if sanitizer else "no compute-sanitizer", beside=True))
+    found.append(Step("initcheck", command, 180, missing=missing, beside=True, named=True))
     found.append(
         Step(
             "benchmarks",
@@ -242,7 +242,7 @@ def write_environment(path: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests/gpu.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some of them (default: all but tune and cpu)")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="only these (default: all but initcheck, tune, cpu)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of them (default: %(default)s)")
     parser.add_argument("--soak-minutes", type=float, default=1.5, help="of the step soak (default: %(default)s)")
     parser.add_argument("--environment", type=Path, metavar="FILE", help="only write versions and device to FILE")
