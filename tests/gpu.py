@@ -137,6 +137,10 @@ def load_builder() -> Any:
     return module
 
 
+def changes_what_runs(variable: str) -> bool:
+    return variable == "TRITON_INTERPRET" or (variable.startswith("CLLAVA_") and variable != "CLLAVA_TEST_SEED")
+
+
 def run_step(step: Step, out: Path, seconds: float) -> Verdict:
     if step.missing:
         return Verdict(step.name, "not run", 0.0, step.missing)
@@ -146,7 +150,7 @@ def run_step(step: Step, out: Path, seconds: float) -> Verdict:
     if step.junit:
         (out / step.junit).unlink(missing_ok=True)
     variables = {
-        **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CLLAVA_BACKEND")},
+        **{name: value for name, value in os.environ.items() if not changes_what_runs(name)},
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **step.variables,
     }  # fmt: skip

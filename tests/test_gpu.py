@@ -63,6 +63,15 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path, cap
     assert "test_bad" in capsys.readouterr().out
 
 
+def test_a_step_runs_as_if_nobody_had_set_anything_but_the_seed(tmp_path: Path, monkeypatch) -> None:
+    for name in ("CLLAVA_BACKEND", "CLLAVA_EMULATE_CUDA", "CLLAVA_TUNED", "CLLAVA_CPU_LEVEL", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CLLAVA_TEST_SEED", "7")
+    said = "import os; print(*sorted(name for name in os.environ if name.startswith(('CLLAVA_', 'TRITON_INT'))))"
+    assert gpu.run([gpu.Step("tells", [*PYTHON, said], 60)], tmp_path, minutes=1) == 0
+    assert (tmp_path / "tells.log").read_text() == "CLLAVA_TEST_SEED\n"
+
+
 def test_what_has_no_time_left_is_no_pass(tmp_path: Path) -> None:
     assert gpu.run([gpu.Step("late", [*PYTHON, "pass"], 60)], tmp_path, minutes=0.01) == 1
     assert gpu.run([gpu.Step("in time", [*PYTHON, "pass"], 60)], tmp_path, minutes=1) == 0
