@@ -203,6 +203,8 @@ def last_line(log: Path) -> str:
 
 def run(chosen: Sequence[Step], out: Path, minutes: float) -> int:
     out.mkdir(parents=True, exist_ok=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background, and then in each step
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     deadline = time.monotonic() + 60 * minutes - GRACE
     verdicts: list[Verdict] = []
     for _, group in itertools.groupby(enumerate(chosen), lambda item: -1 if item[1].beside else item[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,20 @@ def test_a_step_runs_as_if_nobody_had_set_anything_but_the_seed(tmp_path: Path, 
     said = "import os; print(*sorted(name for name in os.environ if name.startswith(('CLLAVA_', 'TRITON_INT'))))"
     assert gpu.run([gpu.Step("tells", [*PYTHON, said], 60)], tmp_path, minutes=1) == 0
     assert (tmp_path / "tells.log").read_text() == "CLLAVA_TEST_SEED\n"
+
+
+def test_a_step_hears_that_its_time_is_over_in_the_background_too(tmp_path: Path) -> None:
+    hears = """import time
+try:
+    time.sleep(99)
+except KeyboardInterrupt:
+    print("heard", flush=True)"""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has what it starts with &
+    try:
+        assert gpu.run([gpu.Step("hears", [*PYTHON, hears], 5)], tmp_path, minutes=1) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "hears.log").read_text() == "heard\n"
 
 
 def test_what_has_no_time_left_is_no_pass(tmp_path: Path) -> None:
