@@ -2,7 +2,8 @@
 
 First the tiles of the inject kernels, against those of arithmetic; then, with the tiles that won, the backends of each
 op against each other. What gives another result than the default, or the reference, is out. What is not at least 3 %
-ahead changes nothing. Beyond --minutes nothing new is begun, and the table says that it is not complete.
+ahead changes nothing. Beyond --minutes nothing new is begun, and the table says that it is not complete. It is written
+after each comparison, so that what is cut off leaves what it found.
 
 Exits with 1 if something was wrong or failed (the table is written without it), with 2 if there is no GPU to tune for.
 """
@@ -41,20 +42,25 @@ def missing() -> str | None:
     return triton_backend.usable()
 
 
-def measured(quick: bool, minutes: float, timer: Timer, progress: Callable[[str], None]) -> tuple[Found, Found]:
-    """The rows of tiles, and those of backends."""
+def measured(
+    quick: bool, minutes: float, timer: Timer, progress: Callable[[str], None], keep: Callable[[Found, Found], Any]
+) -> tuple[Found, Found]:
+    """The rows of tiles, and those of backends; `keep` is handed what there is, again and again."""
     start = time.monotonic()
+    nothing = Found([], [], 0, False)
 
     def over(share: float) -> Callable[[], bool]:
         return lambda: time.monotonic() > start + 60 * minutes * share
 
     with tuned.using(None):  # not what an older table says
         progress("tiles ...")
-        tiles = tune_tiles.find(tune_tiles.points(quick), DEVICE, timer, over(TILES_SHARE))
-    with tuned.using(tuned.parse(table(tiles, Found([], [], 0, True)))):
+        points = tune_tiles.points(quick)
+        tiles = tune_tiles.find(points, DEVICE, timer, over(TILES_SHARE), lambda found: keep(found, nothing))
+    with tuned.using(tuned.parse(table(tiles, nothing))):
         progress(f"backends, after {time.monotonic() - start:.0f} s ...")
         cases = tune_backends.QUICK if quick else tune_backends.CASES
-        backends = tune_backends.find(tune_backends.work(cases, DEVICE), timer, over(1.0))
+        work = tune_backends.work(cases, DEVICE)
+        backends = tune_backends.find(work, timer, over(1.0), lambda found: keep(tiles, found))
     return tiles, backends
 
 
@@ -122,11 +128,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def timer(runs: tune_tiles.Runs, launch: str) -> dict[Any, float]:
         return measure.turns(runs, launch, SECONDS)
 
-    tiles, backends = measured(given.quick, given.minutes, timer, lambda text: print(text, flush=True))
-    content = table(tiles, backends)
-    path = given.out or (None if given.quick else tuned.FOLDER / f"{content['architecture']}.json")
-    if path is not None:
-        write(content, path)
+    path = given.out or (None if given.quick else tuned.FOLDER / f"{tuned.architecture(torch.device(DEVICE))}.json")
+
+    def keep(tiles: Found, backends: Found) -> dict[str, Any]:
+        content = table(tiles, backends)
+        if path is not None:
+            write(content, path)
+        return content
+
+    tiles, backends = measured(given.quick, given.minutes, timer, lambda text: print(text, flush=True), keep)
+    content = keep(tiles, backends)
     show(content, tiles, backends)
     print(f"written to {path}" if path else "nothing written: give --out FILE")
     return 1 if tiles.out or backends.out else 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.tune_tiles import AHEAD, Found, Timer, sound
+from benchmarks.tune_tiles import AHEAD, Found, Keep, Timer, failed, sound
 from cllava_fast import ops
 from cllava_fast.ops import dispatch, tuned
 from cllava_fast.ops.aggregate import cases as aggregate_cases
@@ -134,27 +134,36 @@ def recorded() -> Iterator[list[Call]]:
         dispatch.choose = choose
 
 
-def find(jobs: Iterable[Callable[[], Any]], timer: Timer, over: Callable[[], bool]) -> Found:
+def find(
+    jobs: Iterable[Callable[[], Any]], timer: Timer, over: Callable[[], bool], keep: Keep = lambda found: None
+) -> Found:
     """Rows of a tuned table: the losers. Calls that one row would stand for must agree."""
     alike: dict[Any, list[dict[str, float]]] = defaultdict(list)
-    out: list[str] = []
-    measured, complete = 0, True
+    found = Found([], [], 0, False)
     for job in jobs:
         if over():
-            complete = False
-            break
+            return found
         with recorded() as calls:
-            job()
+            try:
+                job()
+            except Exception as reason:  # what it had called by then, and the others, have their times
+                found.out.append(failed(job, reason))
         for call in calls:
             backends = dispatch.volunteers(call.op, call.site)
             runs = {name: partial(_below_autograd, run, call.arguments) for name, run in backends.items()}
-            runs, reasons = sound(runs, "reference", call.site.dtype)
-            out.extend(f"{call}: {reason}" for reason in reasons)
+            try:
+                runs, out = sound(runs, "reference", call.site.dtype)
+                found.out.extend(f"{call}: {reason}" for reason in out)
+                times = [timer(runs, launch) for launch in LAUNCHES] if len(runs) > 1 else []
+            except Exception as reason:
+                found.out.append(failed(call, reason))
+                continue
             key = call.op, call.site.dtype, tuple((name, *tuned.bounds(size)) for name, size in call.site.sizes)
-            alike[key] += [timer(runs, launch) for launch in LAUNCHES] if len(runs) > 1 else []
-            measured += 1
-    rows = list(itertools.chain.from_iterable(map(_rows, alike, alike.values())))
-    return Found(rows, out, measured, complete)
+            alike[key] += times
+            found = found._replace(measured=found.measured + 1)
+        found = found._replace(rows=list(itertools.chain.from_iterable(map(_rows, alike, alike.values()))))
+        keep(found)
+    return found._replace(complete=True)
 
 
 def _below_autograd(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -46,6 +46,9 @@ class Found(NamedTuple):
     complete: bool
 
 
+Keep = Callable[[Found], Any]  # is handed what there is, again and again
+
+
 def points(quick: bool) -> list[Point]:
     """What matters most comes first."""
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32, torch.float16)
@@ -61,19 +64,30 @@ def points(quick: bool) -> list[Point]:
     return [point for point in every if len(fitting(point)) > 1]
 
 
-def find(wanted: Iterable[Point], device: str, timer: Timer, over: Callable[[], bool]) -> Found:
+def find(
+    wanted: Iterable[Point], device: str, timer: Timer, over: Callable[[], bool], keep: Keep = lambda found: None
+) -> Found:
     """Rows of a tuned table: where a candidate is ahead of the default."""
-    found = Found([], [], 0, True)
+    found = Found([], [], 0, False)
     for point in wanted:
         if over():
-            return found._replace(complete=False)
-        default, run = default_of(point), runner(point, device)
-        runs, out = sound({tiles: partial(run, tiles) for tiles in fitting(point)}, default, point.dtype)
-        found.out.extend(f"{point}: {reason}" for reason in out)
-        row = faster(timer(runs, measure.QUEUED), default, point)
+            return found
+        try:
+            default, run = default_of(point), runner(point, device)
+            runs, out = sound({tiles: partial(run, tiles) for tiles in fitting(point)}, default, point.dtype)
+            found.out.extend(f"{point}: {reason}" for reason in out)
+            row = faster(timer(runs, measure.QUEUED), default, point)
+        except Exception as reason:  # the others have their rows
+            found.out.append(failed(point, reason))
+            continue
         found.rows.extend([row] if row else [])
         found = found._replace(measured=found.measured + 1)
-    return found
+        keep(found)
+    return found._replace(complete=True)
+
+
+def failed(what: Any, reason: Exception) -> str:
+    return f"{what} failed: {type(reason).__name__}: {reason}"
 
 
 def default_of(point: Point) -> Tiles:
@@ -125,7 +139,7 @@ def sound(runs: Runs, right: Any, dtype: torch.dtype) -> tuple[dict[Any, Callabl
         try:
             error = measure.error(run(), wanted)
         except Exception as reason:  # the others have their times
-            out.append(f"{name} failed: {type(reason).__name__}: {reason}")
+            out.append(failed(name, reason))
             continue
         if error <= LIMITS[dtype]:
             kept[name] = run

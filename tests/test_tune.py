@@ -85,6 +85,32 @@ def test_what_is_wrong_or_fails_is_out() -> None:
     assert "relative error 1.0e-03 exceeds 2.0e-05" in out[0] and "RuntimeError: out of resources" in out[3]
 
 
+def test_a_size_that_fails_is_out_and_the_others_have_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runner(point: Point, device: str) -> Any:
+        def run(tiles: Any) -> Any:
+            if point == SHRINK:
+                raise RuntimeError("out of resources")
+            return (torch.ones(1),)
+
+        return run
+
+    timed: list[str] = []
+
+    def timer(runs: Any, launch: str) -> dict[Any, float]:
+        timed.append(launch)
+        if len(timed) == 1:
+            raise torch.OutOfMemoryError("full")
+        return fastest_last(runs, launch)
+
+    monkeypatch.setattr(tune_tiles, "runner", runner)
+    kept: list[Found] = []
+    found = tune_tiles.find([SHRINK, EXPAND, OUTER], "cpu", timer, never, kept.append)
+    assert [row["kernel"] for row in found.rows] == ["outer"] and found.complete and found.measured == 1
+    assert [reason.split(",")[0] for reason in found.out] == ["shrink", "expand"]
+    assert "RuntimeError: out of resources" in found.out[0] and "OutOfMemoryError: full" in found.out[1]
+    assert kept == [found._replace(complete=False)]
+
+
 @interpreted
 @pytest.mark.parametrize("point", [SHRINK, EXPAND, OUTER], ids=lambda point: point.kernel)
 def test_every_candidate_of_a_kernel_gives_the_same(point: Point, h100: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +254,29 @@ def _only_select(case: select_cases.Case) -> None:
     tune_backends.ops.select(query, keys, case.M)
 
 
+def test_a_job_that_fails_is_out_and_the_others_have_their_times(backends: None) -> None:
+    case, timed = select_cases.Case(B=3, N=7, D=5, M=2), []
+
+    def full() -> None:
+        _only_select(case)
+        raise torch.OutOfMemoryError("full")
+
+    def timer(runs: Any, launch: str) -> dict[Any, float]:
+        timed.append(launch)
+        if len(timed) == 1:
+            raise RuntimeError("not launched")
+        return {"cuda": 2.0, "reference": 1.0}
+
+    kept: list[Found] = []
+    found = tune_backends.find([full, partial(_only_select, case), full], timer, never, kept.append)
+    assert found.complete and found.measured == 2 and [row["instead"] for row in found.rows] == ["reference"]
+    reasons = [reason for reason in found.out if " failed: " in reason]
+    assert [reason.partition(" failed: ")[2] for reason in reasons] == [
+        "OutOfMemoryError: full", "RuntimeError: not launched", "OutOfMemoryError: full",
+    ]  # fmt: skip
+    assert [(len(each.rows), each.complete) for each in kept] == [(0, False), (1, False), (1, False)]
+
+
 @pytest.fixture
 def pretended(h100: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With sizes that the interpreter can do, and times that are made up."""
@@ -289,6 +338,29 @@ def test_quick_and_interrupted_runs_leave_the_folder_alone(
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--out", str(tmp_path / "mine.json")])
     assert (tmp_path / "mine.json").read_text() == before
+
+
+@interpreted
+@pytest.mark.parametrize("comparisons", [1, 2, 5])  # of tiles two, then of backends
+def test_what_is_cut_off_leaves_what_it_found(
+    comparisons: int, pretended: Path, backends: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def turns(runs: Any, launch: str, budget: float) -> dict[Any, float]:
+        if len(done) == comparisons:
+            raise KeyboardInterrupt
+        done.append(launch)
+        return {name: 2.0 for name in runs} | {list(runs)[0 if "cuda" in runs else -1]: 1.0}
+
+    monkeypatch.setattr(measure, "turns", turns)
+    monkeypatch.setattr(tune_backends, "work", lambda cases, device: [partial(_only_select, SMALL["select"][0])] * 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main([])
+    (path,) = pretended.iterdir()
+    table = tuned.read(path, "sm_90")
+    assert len(table.tiles) == min(comparisons, 2) and len(table.avoid) == (comparisons == 5)
+    assert not json.loads(path.read_text())["complete"]
 
 
 @interpreted
