@@ -3,10 +3,11 @@
 Needs that machine's own Python with torch >= 2.11, triton >= 3.6, transformers and pytest; installs nothing. Each step
 runs in a process of its own under a time limit, and one that fails or hangs does not stop the others; the tests run
 side by side, and with pytest-xdist on several cores each, since most of their time goes into compiling. The benchmarks
-have the machine to themselves. OUT gets a log for each step, env.json, the JUnit files of the tests, and summary.json.
+have the machine to themselves, and time whole models before the ops. OUT gets a log for each step, env.json, the JUnit
+files of the tests, and summary.json.
 All of it ends within eight minutes: no step runs longer than what is left of them, whatever its own limit. Three run
-only when named (--steps build tune cpu): `tune` (`make tune`), which takes six alone, `cpu`, the native kernels of that
-machine's CPU beside PyTorch's, and `initcheck`, whose log is to be looked at.
+only when named (--steps build tune cpu): `tune` (`make tune`), which takes what is left, `cpu`, the native kernels of
+that machine's CPU beside PyTorch's, and `initcheck`, whose log is to be looked at.
 
 Exits with 1 if a step failed, with 2 if there is no CUDA device and a step that was asked for needs one.
 """
@@ -50,6 +51,7 @@ class Step(NamedTuple):
     variables: dict[str, str] = {}
     beside: bool = False  # runs beside its neighbours that do
     named: bool = False  # runs only if named
+    spare: int = 0  # seconds before its limit after which it begins nothing, as --minutes tells it
 
 
 class Verdict(NamedTuple):
@@ -123,9 +125,8 @@ def steps(out: Path, soak_minutes: float = 1.5) -> list[Step]:
     command = [python, "benchmarks/native_cpu.py", f"--output={out / 'native_cpu.json'}"]
     found.append(Step("cpu", command, 120, gpu=False, named=True))
     command = [python, "-m", "benchmarks.tune", f"--out={out / 'tuned.json'}"]
-    found.append(
-        Step("tune", command, 420, missing="" if installed("triton") else "triton is not installed", named=True)
-    )
+    no_triton = "" if installed("triton") else "triton is not installed"
+    found.append(Step("tune", command, 3600, missing=no_triton, named=True, spare=90))
     return found
 
 
@@ -145,8 +146,9 @@ def run_step(step: Step, out: Path, seconds: float) -> Verdict:
     if step.missing:
         return Verdict(step.name, "not run", 0.0, step.missing)
     limit = min(step.seconds, seconds)
-    if limit < 5:
+    if limit < 5 + step.spare:
         return Verdict(step.name, "timed out", 0.0, "no time was left for it")
+    command = [*step.command, f"--minutes={(limit - step.spare) / 60:.2f}"] if step.spare else step.command
     if step.junit:
         (out / step.junit).unlink(missing_ok=True)
     variables = {
@@ -159,7 +161,7 @@ def run_step(step: Step, out: Path, seconds: float) -> Verdict:
     said = ""
     with log.open("w") as file:
         process = subprocess.Popen(
-            step.command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code: int | None = process.wait(limit)

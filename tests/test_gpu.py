@@ -87,6 +87,16 @@ except KeyboardInterrupt:
     assert (tmp_path / "hears.log").read_text() == "heard\n"
 
 
+def test_tuning_is_told_how_long_there_is(tmp_path: Path) -> None:
+    (tune,) = (step for step in gpu.steps(tmp_path) if step.name == "tune")
+    step = tune._replace(command=[*PYTHON, "import sys; print(*sys.argv[1:])"], missing="")
+    for minutes in (20, 8):
+        assert gpu.run([step], tmp_path, minutes) == 0
+        told = float((tmp_path / "tune.log").read_text().removeprefix("--minutes="))
+        assert minutes - 3 < told < minutes - 1
+    assert gpu.run([step], tmp_path, minutes=1) == 1
+
+
 def test_what_has_no_time_left_is_no_pass(tmp_path: Path) -> None:
     assert gpu.run([gpu.Step("late", [*PYTHON, "pass"], 60)], tmp_path, minutes=0.01) == 1
     assert gpu.run([gpu.Step("in time", [*PYTHON, "pass"], 60)], tmp_path, minutes=1) == 0
