@@ -47,6 +47,11 @@ class ModelConfig:
     conversation: Literal["template", "vicuna_v1"] = field(
         default="template", metadata={"help": "the processor's own chat template, or what LLaVA-1.5 was trained on"}
     )
+    increments: str | None = field(
+        default=None,
+        metadata={"help": "folder of saved increments: the stream's tasks come after those learned there, by the same "
+                  "method"},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,9 @@ class RunConfig:
     def to_yaml(self) -> str:
         """The whole configuration, free of the folder it is started from and of the one that the run writes."""
         model, method, training = asdict(self.model), self.method.to_dict(), asdict(self.training)
-        if os.path.exists(self.model.path):
-            model["path"] = os.path.abspath(self.model.path)
+        for name in ("path", "increments"):
+            if model[name] is not None and os.path.exists(model[name]):
+                model[name] = os.path.abspath(model[name])
         del training["output_dir"], training["resume"]
         values = {
             **({"stream": self.stream} if isinstance(self.stream, str) else self.stream),
@@ -116,10 +122,15 @@ def load_config(
     root = folder / _text(values.get("base", "."), f"{where}base") if base is None else Path(base).resolve()
     sections = {name: _section(name, values.get(name), where) for name in SECTIONS}
     _rebase(sections["model"], "path", folder)
+    _rebase(sections["model"], "increments", folder)
     _rebase(sections["training"], "output_dir", folder, always=True)
     for name, value in (flags or {}).items():
         section, _, key = name.partition(".")
         sections[section][key] = value
+    if isinstance(sections["model"].get("increments"), str):
+        learned_by = _method_of(sections["model"]["increments"])
+        if sections["method"].get("name", learned_by["name"]) == learned_by["name"]:
+            sections["method"] = {**learned_by, **sections["method"]}
     method = sections["method"].pop("name", IncrementConfig.method)
     if not isinstance(method, str) or method not in METHODS:
         given = "--method.name" if "method.name" in (flags or {}) else f"{where}method.name"
@@ -259,6 +270,14 @@ def _rebase(values: dict[str, Any], key: str, folder: Path, always: bool = False
     value = values.get(key)
     if isinstance(value, str) and value and (always or os.path.exists(folder / value)):
         values[key] = str(folder / value)
+
+
+def _method_of(increments: str) -> dict[str, Any]:
+    """The section that says by which method increments were learned."""
+    from cllava_fast.model.files import read_config  # not above: it reads with what is here
+
+    values = read_config(Path(increments)).config.to_dict()
+    return {"name": values.pop("method"), **values}
 
 
 def _run_folder(name: Any, where: str) -> str:

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from cllava_fast import cli
 from cllava_fast.demo.base import FOLDER, load_base
+from cllava_fast.train.loop import saved_increments
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "what color is the triangle?"
@@ -98,6 +101,38 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(data: Path, run: Path, p
     assert matrices[0] == matrices[1]
     # it has learned: guessing gives 1 in 8 colors and 1 in 3 shapes
     assert matrices[0][1][0] > 0.3 and matrices[0][1][1] > 0.4, matrices
+
+
+def test_a_task_that_comes_later(
+    data: Path, run: Path, printed: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tasks under other names, learned for a moment, behind those of the run and without their data."""
+    stream = yaml.safe_load((data / "stream.yaml").read_text())
+    new = {
+        **stream,
+        "method": "continual_llava",
+        "tasks": [{**task, "name": f"new-{task['name']}"} for task in stream["tasks"]],
+    }
+    (data / "new.yaml").write_text(yaml.safe_dump(new))
+    increments, output = run / "increments" / "02-shape", data / "later"
+    begin = [
+        "train", str(data / "new.yaml"), "--model", str(FOLDER), "--model.increments", str(increments),
+        "--output", str(output), "--training.max_steps", "2", "--training.align_steps", "2",
+    ]  # fmt: skip
+    for flag, value, wanted in (("--method.rank", "2", "8"), ("--method", "slm", "'continual_llava'")):
+        assert cli.main([*begin, flag, value]) == 1
+        name = "method.rank" if flag == "--method.rank" else "method.name"
+        said = capsys.readouterr().err
+        assert f"{name} is " in said and f"and {increments} was learned with {wanted}" in said
+    assert not output.exists()
+    shown = printed(*begin)
+    assert "new-color" in shown and "new-shape" in shown
+    assert [folder.name for folder in saved_increments(output)] == ["03-new-color", "04-new-shape"]
+    old, now = (load_file(folder / "adapter_model.safetensors") for folder in (increments, saved_increments(output)[1]))
+    assert all(torch.equal(now[name][: len(rows)], rows) for name, rows in old.items() if not name.endswith("context"))
+    method = yaml.safe_load((output / "config.yaml").read_text())["method"]
+    assert method == yaml.safe_load((run / "config.yaml").read_text())["method"]
+    assert "color" in printed("ask", output, "--image", picture(data), QUESTION)
 
 
 def test_eval_measures_what_the_run_did(data: Path, run: Path, printed: Callable[..., str]) -> None:

@@ -16,6 +16,7 @@ from cllava_fast.cli.base import check_base, default_device, load_base
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
+from cllava_fast.model.files import read_config
 from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.loop import run_identity, saved_increments
@@ -29,6 +30,9 @@ def train(config: RunConfig) -> cf.ContinualResult:
     """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
     distributed.start()
     _check_trainer_options(config)
+    before = config.model.increments
+    if before is not None:
+        _check_method(config, Path(before))
     surrogate = getattr(config.method, "surrogate", None)
     if surrogate is not None:
         check_surrogate(surrogate)
@@ -38,11 +42,26 @@ def train(config: RunConfig) -> cf.ContinualResult:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
     model, processor = open_base(config)  # which checks what it loads first
-    model = cf.patch(model, config.method, processor=processor)
+    if before is None:
+        model = cf.patch(model, config.method, processor=processor)
+    else:
+        model = cf.load_pretrained(model, before, processor=processor)
     trainer = cf.ContinualTrainer(model, processor, stream, config.training)
     with trainer.locked():
         distributed.on_main(lambda: config.save(trainer.output_dir))
         return trainer.train()
+
+
+def _check_method(config: RunConfig, increments: Path) -> None:
+    """New tasks are learned by the method of those before them."""
+    wanted, given = read_config(increments).config.to_dict(), config.method.to_dict()
+    other = [name for name in ("method", *wanted) if given.get(name) != wanted[name]]
+    if other:
+        name = "name" if other[0] == "method" else other[0]
+        raise ValueError(
+            f"{config.source}: method.{name} is {given.get(other[0])!r}, and {increments} was learned with "
+            f"{wanted[other[0]]!r}; leave it out"
+        )
 
 
 def _check_trainer_options(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, set_seed
 
@@ -31,6 +32,7 @@ from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import base_fingerprint
 from cllava_fast.model.liger import kernels_for
+from cllava_fast.pool import Pool
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
@@ -90,9 +92,11 @@ class ContinualTrainer:
 
     Args:
         model: a LLaVA; patched with ``IncrementConfig()`` if it is not patched yet. It trains on the device it is on;
-            of several processes, each moves it to its own device.
+            of several processes, each moves it to its own device. What it has learned before, from increments that
+            were loaded, stays as it is, and the stream's tasks come after it.
         processor: its processor.
-        stream: the tasks in order, or a ``PreparedStream``.
+        stream: the tasks in order, or a ``PreparedStream``. With ``args.resume``, a stream that a run has finished
+            may have new tasks at its end.
         args: see ``ContinualArguments``.
         callbacks: ``transformers.TrainerCallback`` objects or classes; a ``ContinualCallback`` is told of tasks, too.
 
@@ -132,16 +136,11 @@ class ContinualTrainer:
             if not was_patched:
                 unpatch(model)
             raise
-        self._nothing_learned = self.increments.pool.state()
         self._train_collate = Collator(stream.encoder, stream.features, training=True)
 
     def _check(self) -> str:
         """What ``run.json`` says before the first task, as JSON."""
-        if self.increments.pool.num_tasks or self.increments.pool.block_rows:
-            raise ValueError(
-                f"the model has learned {self.increments.pool.task_names or 'a part of a task'} already; "
-                "a run starts from a freshly patched model"
-            )
+        self._check_learned()
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
         if self.args.liger:
@@ -151,7 +150,9 @@ class ContinualTrainer:
         identity = {
             **run_identity(self.increments.config, self.args, self.stream),
             **base_identity(self.model, self.data.encoder.processor),
+            "learned_before": learned_before(self.increments.pool),
         }
+        self._identity = identity
         distributed.check_equal(identity, "the base model, the method, the arguments or the stream")
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
         self._run_file.last = None if found is None else json.dumps(found)
@@ -160,6 +161,23 @@ class ContinualTrainer:
             "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
         }  # fmt: skip
         return json.dumps(fresh)
+
+    def _check_learned(self) -> None:
+        """What the model has learned before this run, and whether the stream can come after it."""
+        pool, method = self.increments.pool, self.increments.method
+        self._before = list(pool.task_names)
+        if pool.block_rows and pool.num_rows:
+            raise ValueError("the model has learned a part of a task; a run starts from whole tasks, or from none")
+        if pool.block_rows and method.joint:
+            raise ValueError(
+                f"the model has learned already, and {self.increments.config.method} learns all tasks at once; start "
+                "from a freshly patched model"
+            )
+        again = [name for name in self.stream.task_names if name in self._before]
+        if again:
+            raise ValueError(f"the model has learned {again} already; leave them out of the stream")
+        # a copy: rows that tasks share go on learning in place
+        self._state_before = {name: tensor.clone() for name, tensor in pool.state().items()}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -210,14 +228,15 @@ class ContinualTrainer:
 
     def _train(self) -> ContinualResult:
         tasks = self.stream.task_names
-        phases = [tasks] if self.increments.method.joint else [[name] for name in tasks]
+        first = len(self._before)  # tasks are counted from the first one that the model ever learned
+        phases = [tasks] if self.increments.method.joint else [[]] * first + [[name] for name in tasks]
         self._place()
         # of an earlier call that failed, what was not saved does not count
-        self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh))
+        self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh) | self._identity)
         learned = self._load(phases)
         self._committed = CommittedRows(self.increments.pool)
         self._read_ahead(tasks)
-        for number in range(len(self._progress["matrix"]), len(phases)):
+        for number in range(first + len(self._progress["matrix"]), len(phases)):
             self._watch.check()
             names = phases[number]
             events = TaskEvents(self.callbacks, "+".join(names), number)
@@ -225,7 +244,7 @@ class ContinualTrainer:
             tuned = self._learn(number, phases, events) if number >= learned else None
             start = time.perf_counter()
             with events.stage("evaluate") as measured:
-                evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1])
+                evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1 - first])
                 measured.update({f"accuracy/{task.task}": task.score for task in evaluations})
             if tuned is not None:
                 tuned.trainer.log(dict(events.metrics))
@@ -245,8 +264,9 @@ class ContinualTrainer:
 
     def _load(self, phases: list[list[str]]) -> int:
         """Brings back the newest saved increments that are whole, and returns how many tasks they have learned."""
-        progress, good = self._progress, 0
-        for number in reversed(range(len(progress["losses"]))):
+        progress, first = self._progress, len(self._before)
+        good, learned = first, first + len(progress["losses"])
+        for number in reversed(range(first, learned)):
             folder = self._saved(number, phases)
             try:
                 check_sums(folder, progress["files"][folder.name])
@@ -256,15 +276,15 @@ class ContinualTrainer:
             except (DamagedError, MissingError) as error:
                 warnings.warn(f"{error}; going on from the task before", stacklevel=4)
         if not progress["losses"]:
-            self.increments.pool.load_state(self._nothing_learned, [])
-        elif not good:
+            self.increments.pool.load_state(self._state_before, self._before)
+        elif good == first:
             raise DamagedError(f"{self.output_dir} holds no increments that can be read; give a new output_dir")
-        if good < len(progress["losses"]):
-            lost = list(progress["losses"])[good:]
+        if good < learned:
+            lost = list(progress["losses"])[good - first :]
             for name in ("losses", "bad_numbers"):
                 progress[name] = {task: found for task, found in progress.get(name, {}).items() if task not in lost}
             for name in ("matrix", "evaluated"):
-                progress[name] = progress.get(name, [])[:good]
+                progress[name] = progress.get(name, [])[: good - first]
             distributed.on_main(
                 lambda: self._go_back(progress, [self._saved(i, phases) for i in range(good, len(phases))])
             )
@@ -324,7 +344,7 @@ class ContinualTrainer:
         save_pretrained(self.model, increments)
         self._progress["files"][increments.name] = sums_of(increments)
         self._run_file.write(self._progress)
-        self._tidy(len(self._progress["losses"]))
+        self._tidy(len(self._before) + len(self._progress["losses"]))
         return self._progress
 
     def _tidy(self, learned: int) -> None:
@@ -356,7 +376,7 @@ class ContinualTrainer:
         write_text(self.output_dir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
-        name = phases[number][0] if len(phases) > 1 else "all"
+        name = "all" if self.increments.method.joint else phases[number][0]
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
         return self.output_dir / INCREMENTS / f"{number + 1:02d}-{safe}"
 
@@ -484,3 +504,10 @@ def base_identity(model: Any, processor: Any) -> dict[str, Any]:
         "surrogate_fingerprint": None if surrogate is None else surrogate.fingerprint,
         "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest(),
     }
+
+
+def learned_before(pool: Pool) -> dict[str, Any] | None:
+    """The part of a run's identity that is what the model has learned when the run begins."""
+    if not pool.num_tasks and not pool.block_rows:
+        return None
+    return {"tasks": list(pool.task_names), "sha256": hashlib.sha256(save(pool.state())).hexdigest()}

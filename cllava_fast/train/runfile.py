@@ -9,6 +9,7 @@ from typing import Any
 
 from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, naming, read_json, write_json
 from cllava_fast.config import CONFIG
+from cllava_fast.methods import METHODS
 from cllava_fast.train.lock import LOCK, check_free
 
 RUN, PREVIOUS = "run.json", "run.previous.json"
@@ -56,8 +57,19 @@ class RunFile:
         self.last = json.dumps(values)
 
 
+BY_TASK = ("stream", "metrics", "stream_sha256")  # of a run's identity; a run goes on with new tasks at the end
+
+
+def _is_same(name: str, found: dict[str, Any], identity: dict[str, Any]) -> bool:
+    before, now = found.get(name), identity[name]
+    if name not in BY_TASK or before is None or METHODS[identity["method"]["method"]][1].joint:
+        return bool(before == now)
+    entries = [list(each.items()) if isinstance(each, dict) else each for each in (before, now)]
+    return bool(entries[0] == entries[1][: len(entries[0])])
+
+
 def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """What ``run.json`` says of the run; None where it has not begun yet.
+    """What ``run.json`` says of the run; None where it has not begun yet. Its stream may have had fewer tasks.
 
     Raises:
         FileExistsError: ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
@@ -72,7 +84,7 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
         return None
     found = RunFile(output_dir).read() if output_dir.is_dir() else None
     identity = json.loads(json.dumps(identity))
-    other = [] if found is None else [name for name in identity if found.get(name) != identity[name]]
+    other = [] if found is None else [name for name in identity if not _is_same(name, found, identity)]
     if found is None or other:
         which = f", with another {', '.join(other)}" if other else ""
         raise FileExistsError(f"{output_dir} holds another run or other files{which}; give a new output_dir")
