@@ -18,6 +18,7 @@ import cllava_fast as cf
 from cllava_fast.data import Sample, Stream, Task, read_samples
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures, LazyExamples
 from cllava_fast.data.stream import fingerprint
+from cllava_fast.evaluate.evaluation import references_of
 from tests.test_train import CONFIG, arguments
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."
@@ -91,6 +92,22 @@ def test_question_files(folder: Path) -> None:
         assert (f.history, f.system) == ((("Who?", "Ann"),), "S")
 
 
+def test_references_are_what_evaluation_accepts() -> None:
+    """One is kept as several are, in either form; what is learned stays the answer."""
+    talk = {"conversations": turns("Who?", "Ann", "Which?", "It is B.")}
+    asked = {"question": "Which?", "answer": "It is B."}
+    for record in (talk, asked, {**talk, "answer": "It is B."}):
+        for name in ("references", "answers"):
+            (sample,) = read_samples([{**record, name: ["B"]}])
+            assert (sample.answer, references_of(sample)) == ("It is B.", ("B",))
+            (sample,) = read_samples([{**record, name: [{"answer": "B"}, {"answer": "It"}, {"answer": "B"}]}])
+            assert (sample.answer, references_of(sample)) == ("It is B.", ("B", "It", "B"))
+            for same in ([], ["It is B."], "It is B."):
+                assert read_samples([{**record, name: same}])[0].references == ()
+    (sample,) = read_samples([{"conversations": turns("Where?", "There."), "answer_bbox": "[0, 0, 1, 1]"}])
+    assert references_of(sample) == ("[0, 0, 1, 1]",)
+
+
 def test_a_prompt_is_no_format_string() -> None:
     sample = read_samples([{"question": "{answer} {0.__class__}?", "answer": "x"}], prompt="{question} {1} {answer}")[0]
     assert sample.instruction == "{answer} {0.__class__}? {1} {answer}"
@@ -151,6 +168,8 @@ BAD: list[tuple[Any, str]] = [
     ({**GOOD, "image": 5}, "image is 5; expected a path inside the image folder"),
     ({"question": "<image>\nQ?", "answer": "A"}, "has an <image> mark, but the record names no image"),
     ({"question": "<image>\n<image>Q?", "answer": "A", "image": "a.png"}, "2 <image> marks in one turn"),
+    ({"conversations": turns("Q?", "A"), "answer": "B"}, "answer is 'B', and the last gpt turn, .*, is 'A'; expected"),
+    ({"conversations": turns("Q?", "A"), "references": [["A"]]}, r"references is \[\['A'\]\]; expected a text"),
     ({"conversations": []}, r"conversations is \[\]; expected a list of turns"),
     ({"conversations": turns("Q?")}, "the turns are user; expected human and gpt in turn, gpt at the end"),
     ({"conversations": turns("Q?", "A", "Q?")}, "the turns are user, assistant, user; expected"),

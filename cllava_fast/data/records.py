@@ -65,11 +65,14 @@ class RecordReader:
         if not isinstance(record, Mapping):
             raise ValueError(f"{where} is {brief(record)}; expected an object with a question and an answer")
         image = self._image(record, where)
-        turns = self._get(record, "conversations")
+        turns, accepted = self._get(record, "conversations"), self._answers(record, where)
         if turns is not None:
             said = _conversation(turns, where, image is not None)
+            self._check_learned(record, said["answer"], where)
         else:
-            said = self._question_and_answer(record, where, image is not None)
+            said = self._question_and_answer(record, accepted, where, image is not None)
+        if accepted and accepted != [said["answer"]]:
+            said["references"] = tuple(accepted)
         name = self._first(record, IDS)
         if isinstance(name, bool) or not isinstance(name, (str, int, float, type(None))):
             raise ValueError(f"{where}: the id is {brief(name)}; expected a text or a number")
@@ -79,8 +82,10 @@ class RecordReader:
         check_texts(sample, where)
         return sample
 
-    def _question_and_answer(self, record: Mapping[str, Any], where: str, image: bool) -> dict[str, Any]:
-        question, answers = self._first(record, QUESTIONS), self._answers(record, where)
+    def _question_and_answer(
+        self, record: Mapping[str, Any], answers: list[str], where: str, image: bool
+    ) -> dict[str, Any]:
+        question = self._first(record, QUESTIONS)
         if question is None or not answers:
             missing, known = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
             raise ValueError(
@@ -102,15 +107,23 @@ class RecordReader:
                 (_without_mark(user, where, image, first=number == 0), reply)
                 for number, (user, reply) in enumerate(history)
             ),
-            "references": tuple(answers) if len(answers) > 1 else (),
             "system": system,
         }
+
+    def _check_learned(self, record: Mapping[str, Any], learned: str, where: str) -> None:
+        """Raises ValueError where an ``answer`` beside a conversation is not the one that its last turn has learned."""
+        answer = self._get(record, "answer")
+        if isinstance(answer, (str, int, float)) and str(answer).strip() != learned:
+            raise ValueError(
+                f"{where}: answer is {brief(answer)}, and the last gpt turn, which is learned, is {brief(learned)}; "
+                "expected the same: call it 'references' if it is what evaluation accepts, or leave it out"
+            )
 
     def _answers(self, record: Mapping[str, Any], where: str) -> list[str]:
         """All accepted answers; those of VQA's annotators are objects with an ``answer``."""
         for name in ("references", "answers", "answer", "answer_bbox"):
             value = self._get(record, name)
-            if value is None:
+            if value in (None, [], ()):
                 continue
             values = value if isinstance(value, (list, tuple)) else [value]
             values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
