@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -398,6 +399,45 @@ def test_the_rows_of_an_answer_are_those_that_act(
             _, coefficient = ops.aggregate(*alone, pool.row_task, pool.row_mean, w)
             brought = coefficient[0, 1:].abs().sum().item()
             assert row.context == pytest.approx(brought / (1 + brought), abs=1e-5)
+            assert row.strength == 1.0
+
+
+@pytest.mark.parametrize("name", ["calibrated", "diki", "slm", "branch_lora", "smora", "o_lora"])
+def test_every_method_shows_the_rows_that_act(name: str, llava: Any, processor: Any, rng: torch.Generator) -> None:
+    """Against the coefficients that the layers find in the forward pass; a strange question's are held back."""
+    from cllava_fast.cli.ask import _why_no_rows, explain
+    from cllava_fast.methods import config_from_dict
+
+    calibrated = cllava_fast.IncrementConfig(calibrate=True)
+    config = calibrated if name == "calibrated" else config_from_dict({"method": name})
+    if name == "branch_lora":
+        config = dataclasses.replace(config, surrogate="sentence")
+    increments = learn(cllava_fast.patch(llava, config, processor=processor), 2, rng)
+    acting = []
+    llava.model.language_model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda *_: acting.append(increments.active)
+    )
+    strengths = []
+    for question in (QUESTIONS[0], "transcribe the sign"):
+        batch = inputs(processor, (question,), rng)
+        rows = explain(llava, batch, question)
+        if not rows:
+            assert name in ("smora", "o_lora") and increments.active is None
+            continue
+        with torch.no_grad():
+            llava(**batch)
+        past, number = acting[-1].past, {row.number: row for row in rows}
+        assert sorted(number) == sorted(past.index[0].tolist())
+        for n, coefficient in zip(past.index[0].tolist(), past.coefficient[0].tolist(), strict=True):
+            assert number[n].weight * number[n].strength == pytest.approx(coefficient, abs=1e-5)
+        assert sum(row.weight for row in rows) == pytest.approx(1.0, abs=1e-5)
+        strengths.append(rows[0].strength)
+    if name in ("calibrated", "diki"):
+        assert strengths[0] > 0.5 > 0.01 > strengths[1]
+    elif strengths:
+        assert strengths == [1.0, 1.0]
+    else:
+        assert ("for every token" in _why_no_rows(increments.method)) == (name == "smora")
 
 
 def test_a_folder_with_nothing_but_the_configuration_is_a_new_run(tmp_path: Path) -> None:

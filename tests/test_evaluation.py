@@ -19,6 +19,7 @@ from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.evaluate import evaluation, scores
 from cllava_fast.evaluate.predict import predict
 from cllava_fast.evaluate.report import REPORT_FILES, load_results
+from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import get_increments
 from tests.helpers import QUESTIONS, learn
 from tests.test_train import CONFIG, arguments, stream
@@ -257,6 +258,27 @@ def test_answers_are_greedy_whatever_the_base_generates_by(llava: Any, processor
     llava.generation_config.update(**options)
     assert answers() == plain
     assert {name: getattr(llava.generation_config, name) for name in options} == options
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, calibrate=True), DikiConfig()])
+def test_predictions_say_how_much_of_the_rows_acted(
+    config: Any, llava: Any, processor: Any, rng: torch.Generator
+) -> None:
+    test = [cf.Sample(question, "x") for question in (QUESTIONS[0], "transcribe the sign")]
+    increments = learn(cf.patch(llava, config, processor=processor), 2, rng)
+    seen = []
+    llava.model.language_model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda *_: seen.append(increments.active.past.coefficient)
+    )
+    data = PreparedStream(cf.Stream([cf.Task("task0", test, test)]), processor)
+    (found,) = evaluation.evaluate_tasks(llava, data, ["task0"], "test", batch_size=1, max_new_tokens=1, progress=False)
+    by_length = sorted(data.examples("task0", "test", None), key=lambda example: len(example.prompt_ids))
+    acted = {example.instruction: coefficient for example, coefficient in zip(by_length, seen, strict=True)}
+    for record in found.records:
+        weights = torch.tensor([record["weights"]]) * record["strength"]
+        torch.testing.assert_close(weights, acted[record["question"]], atol=1e-5, rtol=0)
+    known, strange = (record["strength"] for record in found.records)
+    assert (known, strange) == (1.0, 1.0) if config == CONFIG else known > 0.5 > 0.01 > strange
 
 
 def test_file_names_are_distinct_and_safe() -> None:

@@ -11,19 +11,21 @@ EXAMPLE = """examples:
   cllava-fast ask runs/mine --image chart.png "which bar is the tallest?"
   cllava-fast ask runs/mine --after charts --quiet "what is two plus two?"
 
-similarity: of the question to the row's key. weight: how strongly the row answers, in all 100 %. context: the share of
-what the row brings that comes from the rows of earlier tasks."""
+similarity: of the question to the row's key (with DIKI, to the mean of its task's questions). weight: how strongly the
+row answers, in all 100 %. context: the share of what the row brings that comes from the rows of earlier tasks.
+strength, where calibration or DIKI holds some back: how much of all this acts; at 0 % the frozen model answers."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the pool that answered. ``weight`` and ``context`` are shares in 0..1."""
+    """One row of the pool that answered. ``weight``, ``context`` and ``strength`` are shares in 0..1."""
 
     task: str
     number: int  # in the pool, as in a run's predictions
     similarity: float
     weight: float
     context: float
+    strength: float  # the same for all rows of a question
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)
     print(printable(answer))
     if not arguments.quiet:
-        method = model.increments.config.method
-        why = "was told the task" if query is not None else "selects nothing: the same increments answer every question"
-        _print(explain(model, collate(examples), arguments.question), f"({method} {why})")
+        rows = explain(model, collate(examples), arguments.question)
+        _print(rows, f"({model.increments.config.method} {_why_no_rows(model.increments.method)})")
     return 0
 
 
@@ -80,18 +81,18 @@ def _told(model: Any, task: str | None) -> Any:
 def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
     """The rows that a patched model selects for the one sample of ``batch``, the strongest first.
 
-    Empty for a method that does not select, or before anything is learned.
+    Empty for a method that does not select by the question, or before anything is learned.
     """
     import torch
+    from torch.nn.functional import cosine_similarity
 
-    from cllava_fast import ops
     from cllava_fast.model import get_increments
     from cllava_fast.model.increments import Request
     from cllava_fast.model.patching import pooled_image
 
     increments = get_increments(model)
     pool = increments.pool
-    if increments.surrogate is None or not pool.num_rows:
+    if increments.surrogate is None:
         return []
     request = Request(
         batch=1,
@@ -104,16 +105,31 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
     )
     with torch.no_grad():
         query = increments.query(request, partial(pooled_image, model)).to(pool.keys.device)
-        top_m: int = 1 if pool.shared_rows else increments.config.top_m  # type: ignore[attr-defined]
-        index, weight, similarity = ops.select(query, pool.keys, top_m, groups=increments.groups)  # [1, M] each
+        selection = increments.pick(query)
+    if selection is None or selection.index is None or selection.weight is None:
+        return []
+    index, weight = selection.index[0], selection.weight[0]  # [M] each
+    q, keys = (vectors.unflatten(1, (increments.groups, -1)) for vectors in (query, pool.keys[index]))
+    similarity = cosine_similarity(q, keys, dim=2).mean(1)  # [M]
+    strength = 1.0 if selection.strength is None else selection.strength.item()
     # tasks that share rows are selected themselves
     tasks, rows = list(range(pool.num_tasks)) if pool.shared_rows else pool.row_task.tolist(), []
-    for n, w, s in zip(index[0].tolist(), weight[0].tolist(), similarity[0].tolist(), strict=True):
+    for n, w, s in zip(index.tolist(), weight.tolist(), similarity.tolist(), strict=True):
         task = tasks[n]
         # every selected row brings w[task, l] * z[n] of the rows n of each earlier task l, beside its own 1
         brought = (pool.context[task][pool.row_task] * pool.row_mean)[: tasks.index(task)].abs().sum().item()
-        rows.append(Row(pool.task_names[task], n, s, w, brought / (1.0 + brought)))
+        rows.append(Row(pool.task_names[task], n, s, w, brought / (1.0 + brought), strength))
     return sorted(rows, key=lambda row: -row.weight)
+
+
+def _why_no_rows(method: Any) -> str:
+    if method.uses_task:
+        return "was told the task"
+    if method.uses_query:
+        return "has learned nothing yet: the frozen model answers"
+    if method.routes:
+        return "selects no rows by the question: each linear weighs its increments anew for every token"
+    return "selects nothing: the same increments answer every question"
 
 
 def _print(rows: list[Row], otherwise: str) -> None:
@@ -127,10 +143,12 @@ def _print(rows: list[Row], otherwise: str) -> None:
     if not rows:
         print(otherwise)
         return
-    shown = Table("task", "row", "similarity", "weight", "context", box=box.SIMPLE_HEAD, show_edge=False)
+    held_back = ["strength"] * (rows[0].strength < 1.0)
+    shown = Table("task", "row", "similarity", "weight", "context", *held_back, box=box.SIMPLE_HEAD, show_edge=False)
     for column in shown.columns[1:]:
         column.justify = "right"
     for row in rows:
-        numbers = f"{row.similarity:.3f}", f"{row.weight:.1%}", f"{row.context:.1%}"
+        numbers = [f"{row.similarity:.3f}", f"{row.weight:.1%}", f"{row.context:.1%}"]
+        numbers += [f"{row.strength:.1%}"] * len(held_back)
         shown.add_row(escape(printable(row.task)), str(row.number), *numbers)
     Console().print("", shown)

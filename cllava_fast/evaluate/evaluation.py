@@ -41,8 +41,8 @@ class TaskEvaluation:
     """What a model answered to the samples of one task.
 
     Attributes:
-        records: one for each sample: id, question, answers, prediction, score, and where rows were selected, rows and
-            weights.
+        records: one for each sample: id, question, answers, prediction, score, and where rows were selected, rows,
+            weights and strength.
         right_block: for each sample the share of the selection weight in the task's own rows; None where nothing was
             selected or the model has no rows of a task of this name.
         examples: a few of the records, right and wrong ones, with a small picture.
@@ -123,13 +123,13 @@ def evaluate_tasks(
             model, examples, queries, Collator(data.encoder, features, training=False),
             batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance, together=after_batch,
         )  # fmt: skip
-    selected = None if queries is None else _selected(increments, queries, batches_of(examples, batch_size))
+    selected = None if queries is None else _selections(increments, queries, batches_of(examples, batch_size))
     metric_of = {task.name: find_metric(task.metric) for task in data.stream}
     evaluations, start = [], 0
     for name, task in tasks.items():
         part = slice(start, start + len(task))
         start = part.stop
-        own = selected and _of_task(model.increments.pool, selected[0][part], selected[1][part], name)
+        own = selected and _of_task(model.increments.pool, name, *(tensor[part] for tensor in selected))
         evaluations.append(_evaluation(name, task, places[name], answers[part], metric_of[name], own))
     return evaluations
 
@@ -137,31 +137,30 @@ def evaluate_tasks(
 class _Selected(NamedTuple):
     rows: list[Any]  # of each sample
     weights: list[Any]
+    strength: list[float]
     right: list[float] | None  # share of each sample's weights in the task's own rows
     row_weight: list[float]  # mean over the samples
     row_owner: tuple[str, ...]
 
 
-def _selected(increments: Any, queries: Tensor, batches: list[list[int]]) -> tuple[Tensor, Tensor] | None:
-    """Rows and weights of each sample, ``[n, M]``, chosen batch by batch as for the answers: a method may choose for a
-    batch as a whole. Where tasks share rows, what is selected are tasks."""
-    pool = increments.pool
-    if not pool.num_rows:
-        return None
-    index, weight = [], []
+def _selections(increments: Any, queries: Tensor, batches: list[list[int]]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Rows and weights of each sample, ``[n, M]``, and how much of them acts, ``[n]``, chosen batch by batch as for the
+    answers: a method may choose for a batch as a whole. Where tasks share rows, what is selected are tasks."""
+    index, weight, strength = [], [], []
     for rows in batches:
-        query = queries[rows].to(pool.keys.device)
-        selection = increments.method.select(pool, query, increments.groups, training=False)
+        selection = increments.pick(queries[rows])
         if selection is None or selection.index is None or selection.weight is None:
             return None
         index.append(selection.index)
         weight.append(selection.weight)
-    position = torch.tensor([row for rows in batches for row in rows], device=pool.keys.device).argsort()
-    return torch.cat(index)[position], torch.cat(weight)[position]
+        whole = selection.weight.new_ones(len(rows))
+        strength.append(whole if selection.strength is None else selection.strength)
+    place = torch.tensor([row for rows in batches for row in rows], device=index[0].device).argsort()
+    return torch.cat(index)[place], torch.cat(weight)[place], torch.cat(strength)[place]
 
 
-def _of_task(pool: Pool, index: Tensor, weight: Tensor, task: str) -> _Selected:
-    """What was selected for a task's samples, from rows and weights ``[n, M]``."""
+def _of_task(pool: Pool, task: str, index: Tensor, weight: Tensor, strength: Tensor) -> _Selected:
+    """What was selected for a task's samples, from rows and weights ``[n, M]`` and strengths ``[n]``."""
     # tasks stand for themselves where they share rows
     owner = torch.arange(pool.num_tasks, device=index.device) if pool.shared_rows else pool.row_task  # [N]
     right = None
@@ -169,7 +168,7 @@ def _of_task(pool: Pool, index: Tensor, weight: Tensor, task: str) -> _Selected:
         right = (weight * (owner[index] == pool.task_names.index(task))).sum(1).tolist()
     total = weight.new_zeros(len(index), len(owner)).scatter_add_(1, index, weight)  # [n, N]
     names = tuple(pool.task_names[i] for i in owner.tolist())
-    return _Selected(index.tolist(), weight.tolist(), right, total.mean(0).tolist(), names)
+    return _Selected(index.tolist(), weight.tolist(), strength.tolist(), right, total.mean(0).tolist(), names)
 
 
 def _evaluation(
@@ -194,6 +193,7 @@ def _evaluation(
         if selected:
             record["rows"] = selected.rows[position]
             record["weights"] = [round(weight, 6) for weight in selected.weights[position]]
+            record["strength"] = round(selected.strength[position], 6)
         records.append(record)
     right = [i for i, score in enumerate(scores) if score >= 0.5][:EXAMPLES]
     wrong = [i for i, score in enumerate(scores) if score < 0.5][:EXAMPLES]

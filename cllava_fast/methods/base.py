@@ -43,6 +43,8 @@ class Selection:
         means: the columns of ``context`` stand for the first C tasks' shortened mean increments instead.
         index, weight: ``[B, M]`` the rows that were selected (committed row numbers at inference) and their weights,
             for reports; None for methods that do not select.
+        strength: ``[B]`` in 0..1, how much of all this acts, which the coefficients know and ``weight`` does not; None
+            where nothing is held back.
         mix: sum the factors before multiplying them (``context="factor"``).
         rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
             ``Method.route`` makes them from what it keeps.
@@ -56,6 +58,7 @@ class Selection:
     context: Tensor | None = None
     index: Tensor | None = None
     weight: Tensor | None = None
+    strength: Tensor | None = None
     mix: bool = False
     rows: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
@@ -113,6 +116,7 @@ class Selection:
             context=context,
             index=None if self.index is None else repeat(self.index),
             weight=None if self.weight is None else repeat(self.weight),
+            strength=None if self.strength is None else repeat(self.strength),
             mask=None if self.mask is None else repeat(self.mask),
         )
 
@@ -125,7 +129,7 @@ class Selection:
             return pairs and Pairs(pairs.index, pairs.coefficient * factor)
 
         context = None if self.context is None else self.context * factor
-        return replace(self, block=scale(self.block), past=scale(self.past), context=context)
+        return replace(self, block=scale(self.block), past=scale(self.past), context=context, strength=strength)
 
 
 @dataclass(frozen=True)

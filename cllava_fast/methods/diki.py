@@ -109,7 +109,8 @@ class Diki(Method):
             strength = calibration.score(above.gather(1, task))
         else:
             strength = torch.sigmoid(likelihood - 1)
-        return Selection(past=Pairs(task, strength), index=task, weight=torch.ones_like(strength))
+        weight = torch.ones_like(strength)
+        return Selection(past=Pairs(task, strength), index=task, weight=weight, strength=strength[:, 0])
 
     def read(self, selection: Selection, factors: Factors, x: Tensor, queries: Tensor) -> Tensor:
         keys, values, chosen = factors.A, factors.B, selection.past

@@ -166,13 +166,17 @@ class Increments(nn.Module):
         return self.choose(request, pooled_image)
 
     def choose(self, request: Request, pooled_image: Any) -> Selection | None:
-        """What the method picks for the request's own instructions."""
-        query = self.query(request, pooled_image).to(self.pool.keys.device)
+        """What acts by the request's own instructions."""
+        return self._on_batch(self.pick(self.query(request, pooled_image)), request)
+
+    def pick(self, query: Tensor) -> Selection | None:
+        """What the method picks for queries ``[B, D]``, as strongly as calibration lets it act."""
+        query = query.to(self.pool.keys.device)
         learning = self.training and self.pool.block_rows > 0
         selection = self.method.select(self.pool, query, self.groups, learning)
         if selection is not None and self.calibrates and not learning:
             selection = selection.scaled(calibration.familiarity(self.pool, query))
-        return self._on_batch(selection, request)
+        return selection
 
     def _on_batch(self, selection: Selection | None, request: Request) -> Selection | None:
         if selection is None:
