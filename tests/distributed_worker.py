@@ -186,10 +186,10 @@ if __name__ == "__main__":
           gradient_accumulation_steps=2)  # fmt: skip
     for name, config in ROUTERS.items():
         learn(folder / name, folder / f"{name}{rank}.json", config, num_train_epochs=1)
-    smora: dict[str, Any] = {"config": ROUTERS["smora"], "num_train_epochs": 1}
-    # behind a step whose counts differ between the processes: those of the second are the same on both
-    assert stopped(folder / "counted", at=1, **smora)["steps"] == 1
-    learn(folder / "counted", folder / f"counted{rank}.json", resume=True, **smora)
+    branch: dict[str, Any] = {"config": ROUTERS["branch_lora"], "num_train_epochs": 1}
+    # behind a step whose gates differ between the processes
+    assert stopped(folder / "counted", at=1, **branch)["steps"] == 1
+    learn(folder / "counted", folder / f"counted{rank}.json", resume=True, **branch)
     ended = stopped(folder / "stopped")
     learn(folder / "stopped", folder / f"stopped{rank}.json", resume=True)
     with fsdp(version="1"):

@@ -265,8 +265,8 @@ MUTANTS = [
         "increments.method.by_batch and len(names) > 1", "False", ("tests/test_method_slm.py",),
     ),
     Mutant(
-        "smora: one process's counts are in the files", "cllava_fast/methods/smora.py",
-        "            factors.load.zero_()  # what", "            pass  # what", ("tests/test_distributed.py",),
+        "smora: each batch is a step", "cllava_fast/methods/smora.py", "not in (None, version)", "is not None",
+        ("tests/test_method_smora.py",),
     ),
     Mutant(
         "demo: the smaller one is bigger", "cllava_fast/demo/capability.py", "bigger = max(", "bigger = min(", SETTINGS,
@@ -337,8 +337,12 @@ MUTANTS = [
         "            prompted.remove()\n            raise", "            raise", CLIP,
     ),
     Mutant(
-        "smora: padding counts as work", "cllava_fast/methods/smora.py", "if mask is not None:", "if False:",
+        "smora: padding counts as work", "cllava_fast/methods/smora.py", "if selection.mask is not None:", "if False:",
         ("tests/test_method_smora.py",),
+    ),
+    Mutant(
+        "smora: a layer that is recomputed counts again", "cllava_fast/methods/smora.py",
+        " and factors not in selection.seen", "", ("tests/test_method_smora.py",),
     ),
     Mutant("clip: half a task stays open", "cllava_fast/clip.py", "self.pool.drop_block()", "pass", CLIP),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),

@@ -94,9 +94,7 @@ def test_routers_learn_what_they_learn_on_one(one: Path, two: Path, name: str, r
         assert found["losses"][task] == pytest.approx(losses, rel=1e-4)
     assert state.keys() == other.keys()
     for key, tensor in state.items():
-        if key.endswith(".balance"):  # moves by steps; each process's batch has padding of its own, which is counted
-            assert (tensor - other[key]).abs().max() <= 2 * distributed_worker.ROUTERS["smora"].balance_rate, key
-        elif tensor.is_floating_point() and tensor.numel():
+        if tensor.is_floating_point() and tensor.numel():
             assert (tensor - other[key]).abs().max() <= 2e-4 * tensor.abs().max(), key
         else:
             assert torch.equal(tensor, other[key]), key
@@ -104,7 +102,7 @@ def test_routers_learn_what_they_learn_on_one(one: Path, two: Path, name: str, r
 
 def test_a_router_that_was_stopped_goes_on_to_the_same_bits(two: Path) -> None:
     for rank in range(2):
-        (expected, state), (found, other) = read(two / f"smora{rank}.json"), read(two / f"counted{rank}.json")
+        (expected, state), (found, other) = read(two / f"branch_lora{rank}.json"), read(two / f"counted{rank}.json")
         assert found["losses"] == expected["losses"]
         assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 

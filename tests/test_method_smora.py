@@ -15,6 +15,7 @@ from cllava_fast.methods.smora import Smora, SmoraConfig, balance
 from cllava_fast.pool import Factors, LinearShape, Pool
 from tests import routing_helpers as check
 from tests.helpers import QUESTIONS, inputs
+from tests.test_train import trainer
 
 TARGETS = ("self_attn.v_proj", "mlp.*_proj")
 CONFIG = SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, targets=TARGETS, balance_rate=0.01)
@@ -70,28 +71,72 @@ def test_checkpointed_layers_pick_the_same(llava: Any, processor: Any, rng: torc
     check.check_checkpointing(llava, CONFIG, processor, rng)
 
 
+def test_checkpointed_layers_count_once(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    increments = check.born(llava, CONFIG, processor, rng)
+    batches = [inputs(processor, QUESTIONS[i : i + 2], rng) for i in (0, 2)]
+    llava.train()
+    # the name in transformers 5.23 and after, and before
+    getattr(llava, "activation_checkpointing_enable", llava.gradient_checkpointing_enable)({"use_reentrant": False})
+    loss = sum(llava(**batch, labels=batch["input_ids"]).loss for batch in batches)  # both before a backward pass
+    layers = list(increments.pool.layers.values())
+    before = [factors.load.clone() for factors in layers]
+    loss.backward()
+    assert all(torch.equal(factors.load, load) for factors, load in zip(layers, before, strict=True))
+
+
+def test_a_global_batch_balances_alike_however_it_is_cut(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    ends = []
+    for batch, steps in ((6, 1), (1, 6)):
+        model = new_llava()
+        trainer(
+            model, processor, tmp_path / str(batch), config=CONFIG, max_steps=3, max_grad_norm=0.0,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
+        ).train()  # fmt: skip
+        ends.append({n: t for n, t in model.increments.pool.state().items() if n.endswith((".balance", ".load"))})
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        assert tensor.any() != name.endswith(".load") and torch.equal(ends[1][name], tensor), name
+
+
 def test_a_run(new_llava: Callable, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check.check_run(new_llava, CONFIG, processor, tmp_path, monkeypatch)
 
 
-def test_training_alone_counts_and_the_next_step_balances(llava: Any, processor: Any, rng: torch.Generator) -> None:
+def test_training_alone_counts_and_a_step_balances(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    """A step is as many batches as there are before its end, and a loop need not say where that is."""
     increments = check.born(llava, CONFIG, processor, rng)
-    layers = list(increments.pool.layers.values())
+    pool, layers = increments.pool, list(increments.pool.layers.values())
     batch = inputs(processor, [*QUESTIONS[:2], f"{QUESTIONS[2]} {QUESTIONS[1]}"], rng)
     before = [factors.balance.clone() for factors in layers]
     llava(**batch)
     llava.train()
     llava(**batch)
+    one = [factors.load.clone() for factors in layers]
+    llava(**batch)
     loads = [factors.load.clone() for factors in layers]
+    assert all(torch.equal(load, 2 * first) for load, first in zip(loads, one, strict=True))
     assert all(torch.equal(factors.balance, bias) for factors, bias in zip(layers, before, strict=True))
     tokens = int(batch["attention_mask"].sum())
     assert tokens < batch["input_ids"].numel(), "some of it is padding"
-    assert all(load.sum() == 2 * tokens for load in loads), "two experts for each token"
+    assert all(load.sum() == 2 * tokens for load in one), "two experts for each token"
+    with torch.no_grad():
+        next(pool.parameters()).mul_(1.0)  # as an optimizer does
     llava(**batch)
-    for factors, load, bias in zip(layers, loads, before, strict=True):
+    for factors, load, bias, first in zip(layers, loads, before, one, strict=True):
         for i in range(6):
-            step = 0.01 if load[i] < 2 * tokens / 6 else -0.01 if load[i] > 2 * tokens / 6 else 0.0
+            step = 0.01 if load[i] < 4 * tokens / 6 else -0.01 if load[i] > 4 * tokens / 6 else 0.0
             assert float(factors.balance[i] - bias[i]) == pytest.approx(step, abs=1e-6)
+        assert factors.load.sum() == first.sum(), "the new step's alone"
+    for _ in range(2):
+        moved = [factors.balance.clone() for factors in layers]
+        increments.method.end_step(pool)
+        assert not any(factors.load.any() for factors in layers)
+    assert all(torch.equal(factors.balance, bias) for factors, bias in zip(layers, moved, strict=True)), "once"
+    labels = batch["input_ids"].clone()
+    labels[0] = -100  # as of a sample that fills up a batch
+    llava(**batch, labels=labels)
+    tokens = int(batch["attention_mask"][1:].sum())
+    assert all(factors.load.sum() == 2 * tokens for factors in layers)
     llava.eval()
     after = [factors.balance.clone() for factors in layers]
     llava(**batch)
@@ -108,6 +153,7 @@ def test_balance_makes_an_idle_expert_work(generator: torch.Generator) -> None:
     for _ in range(300):
         selection = method.select(pool, None, 1, training=True).expand(4)
         gates = method.route(selection, factors, x).block.coefficient
+        method.end_step(pool)
         picked.append(int(gates[0, 0].argmax()))
     late = torch.tensor(picked[-120:]).bincount(minlength=6) / 120
     assert late.max() < 0.5 and late.min() > 0.05

@@ -48,9 +48,12 @@ class Selection:
         mix: sum the factors before multiplying them (``context="factor"``).
         rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
             ``Method.route`` makes them from what it keeps.
-        mask: ``[B, S]``, 0 where a prompt has padding, for ``Method.route``; None where it has none, or nobody said.
+        mask: ``[B, S]``, 0 where a prompt has padding, and in training in all of a sample without a label, for
+            ``Method.route``; None where nobody said.
         memory: what ``Method.route`` decides for the prompt and needs again for the tokens that follow, which come
             without it; None in training, where a layer that is recomputed must find what its first pass found.
+        seen: linears that ``Method.route`` has counted this forward pass's tokens in: one that is recomputed does not
+            count again. None where nothing is counted.
     """
 
     block: Pairs | None = None
@@ -63,6 +66,7 @@ class Selection:
     rows: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     memory: dict[Factors, Any] | None = None
+    seen: set[Factors] | None = None
     means: bool = False
 
     @property
@@ -224,6 +228,10 @@ class Method(ABC):
 
     def penalty(self, pool: Pool) -> Tensor | None:
         """What the loss of a tuning step grows by; None for nothing."""
+        return None
+
+    def end_step(self, pool: Pool) -> None:
+        """Called once a step of tuning, on every process, behind the backward pass of its last batch."""
         return None
 
     def task_mean(self, pool: Pool, task: int) -> Selection:

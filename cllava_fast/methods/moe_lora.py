@@ -72,10 +72,10 @@ class MoeLora(SequentialLora):
 
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         assert selection.block is not None
-        gates = self.gates(factors, router_logits(factors, x), selection.mask)
+        gates = self.gates(factors, router_logits(factors, x), selection)
         return replace(selection, block=Pairs(selection.block.index, gates))
 
-    def gates(self, factors: Factors, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def gates(self, factors: Factors, logits: Tensor, selection: Selection) -> Tensor:
         """Coefficients ``[B, S, E]`` of the experts, from the router's logits of the same shape."""
         return logits.softmax(-1)
 

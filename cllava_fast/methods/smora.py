@@ -2,13 +2,13 @@
 
     y = W0 x + scale * sum_{i in top-k(W_g x + u)} g_i * B_i A_i x,   g = softmax of the picked (W_g x)_i
 
-``u`` keeps the experts busy without a loss of its own: before each training step, ``u_i`` of an expert that was picked
-less often than the mean rises by ``balance_rate``, and that of the others falls.
+``u`` keeps the experts busy without a loss of its own: once a training step, ``u_i`` of an expert that was picked less
+often than the mean over the step's tokens rises by ``balance_rate``, and that of the others falls.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -52,37 +52,44 @@ class Smora(MoeLora):
     """A token's top-k experts act on it; all others have a coefficient of zero."""
 
     config: SmoraConfig
-    counted = frozenset({"load"})
-    counts: bool = False  # whether the forward pass under way is one of training
+    counted_at: int | None = None  # what ``_version`` was when the step that is counted began; None between steps
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
-        is_new = not pool.block_rows
+        is_new, self.counted_at = not pool.block_rows, None
         super().open_task(pool, queries, generator)
         for factors in layers_of(pool):
             idle = torch.zeros(self.config.experts, device=factors.A.device)
-            factors.keep("load", idle)  # so that a task begins the same in a run that is resumed
+            factors.keep("load", idle)  # of a task that failed, nothing counts
             if is_new:
                 factors.keep("balance", idle.clone())
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
-        for factors in layers_of(pool):
-            factors.load.zero_()  # what the last step left is each process's own, and would be in its files
+        self.end_step(pool)
         super().close_task(pool, name, queries, groups)
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
-        self.counts = training and self.config.balance_rate > 0
-        if self.counts:
-            # not earlier: layers that the last backward pass computed again had to route as before
-            balance(pool, self.config.balance_rate)
-        return super().select(pool, query, groups, training)
+        selection = super().select(pool, query, groups, training)
+        if selection is None or not training or not self.config.balance_rate:
+            return selection
+        version = _version(pool)
+        if self.counted_at not in (None, version):
+            self.end_step(pool)  # of a loop that does not say so
+        self.counted_at = version
+        return replace(selection, seen=set())
 
-    def gates(self, factors: Factors, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def end_step(self, pool: Pool) -> None:
+        if self.counted_at is not None:
+            balance(pool, self.config.balance_rate)
+            self.counted_at = None
+
+    def gates(self, factors: Factors, logits: Tensor, selection: Selection) -> Tensor:
         bias: Tensor = factors.balance  # type: ignore[assignment]
         picked = (logits.detach() + bias).topk(self.config.top_k, sorted=False).indices  # [B, S, k]
-        if self.counts:
+        if selection.seen is not None and factors not in selection.seen:
+            selection.seen.add(factors)
             taken = torch.zeros_like(logits, dtype=torch.float32).scatter_(2, picked, 1.0)
-            if mask is not None:  # padding is no work
-                taken *= (mask != 0).to(taken.device).unsqueeze(2)
+            if selection.mask is not None:  # padding is no work
+                taken *= (selection.mask != 0).to(taken.device).unsqueeze(2)
             factors.load += taken.sum((0, 1))  # type: ignore[operator]
         return torch.zeros_like(logits).scatter(2, picked, logits.gather(2, picked).softmax(-1))
 
@@ -94,11 +101,17 @@ class Smora(MoeLora):
 
 
 def balance(pool: Pool, rate: float) -> None:
-    """Moves each linear's bias by what its experts had to do since the last time, on all processes alike."""
+    """Moves each linear's bias by what its experts had to do since the last time, on all processes together."""
     layers = layers_of(pool)
     loads = torch.stack([factors.load.to(pool.row_task.device) for factors in layers])  # [L, E]
     distributed.average(loads)
+    loads = (loads * distributed.count()).round()  # whole numbers: a tie is one on any number of processes
     steps = rate * (loads.mean(1, keepdim=True) - loads).sign()
     for factors, step in zip(layers, steps, strict=True):
         factors.balance += step.to(factors.balance.device)
         factors.load.zero_()
+
+
+def _version(pool: Pool) -> int:
+    """Another number after every step of an optimizer, which changes parameters in place."""
+    return sum(parameter._version for parameter in pool.parameters())

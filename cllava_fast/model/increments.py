@@ -14,6 +14,7 @@ from torch.nn import functional
 from cllava_fast import ops
 from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
 from cllava_fast.model import paths
+from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.instructions import InstructionReader, text_ids
 from cllava_fast.ops import checks, dispatch
 from cllava_fast.ops.inject import autograd, check_frozen, inject_add_unchecked, inject_unchecked
@@ -184,8 +185,11 @@ class Increments(nn.Module):
         selection = selection.expand(request.batch)
         if not self.method.routes:
             return selection
-        mask = request.attention_mask
+        mask, labels = request.attention_mask, request.labels
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if self.training and labels is not None:
+            learned = (labels != IGNORE).any(1, keepdim=True)  # [B, 1]; without a label, a sample fills up a batch
+            mask = learned.expand(labels.shape) if mask is None else mask * learned
         return replace(selection, mask=mask, memory=None if self.training else {})
 
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:

@@ -207,6 +207,8 @@ class TaskTrainer(Trainer):
         if self.accelerator.sync_gradients:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
             self.numbers.end_step(step, optimizer, self.accelerator.scaler)
+            increments = get_increments(self.model)
+            increments.method.end_step(increments.pool)
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
