@@ -403,9 +403,11 @@ def test_the_rows_of_an_answer_are_those_that_act(
 
 
 @pytest.mark.parametrize("name", ["calibrated", "diki", "slm", "branch_lora", "smora", "o_lora"])
-def test_every_method_shows_the_rows_that_act(name: str, llava: Any, processor: Any, rng: torch.Generator) -> None:
+def test_every_method_shows_the_rows_that_act(
+    name: str, llava: Any, processor: Any, rng: torch.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Against the coefficients that the layers find in the forward pass; a strange question's are held back."""
-    from cllava_fast.cli.ask import _why_no_rows, explain
+    from cllava_fast.cli.ask import _print, _why_no_rows, explain
     from cllava_fast.methods import config_from_dict
 
     calibrated = cllava_fast.IncrementConfig(calibrate=True)
@@ -432,8 +434,12 @@ def test_every_method_shows_the_rows_that_act(name: str, llava: Any, processor: 
             assert number[n].weight * number[n].strength == pytest.approx(coefficient, abs=1e-5)
         assert sum(row.weight for row in rows) == pytest.approx(1.0, abs=1e-5)
         strengths.append(rows[0].strength)
+    _print(rows, "")
+    shown = capsys.readouterr().out
+    assert ("strength" in shown) == (name in ("calibrated", "diki"))
     if name in ("calibrated", "diki"):
         assert strengths[0] > 0.5 > 0.01 > strengths[1]
+        assert shown.rstrip().endswith(" 0.0%")
     elif strengths:
         assert strengths == [1.0, 1.0]
     else:

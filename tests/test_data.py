@@ -9,9 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+import cllava_fast as cf
 from cllava_fast.data import Sample, Stream, Task
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
+from cllava_fast.data.lazy import LazySequence
+from cllava_fast.data.lengths import Limit, check_lengths, token_limit
+from cllava_fast.data.prepared import PreparedStream
 from tests.helpers import image, prompt
+from tests.test_train import arguments
 
 SAMPLE = Sample("which bar is the tallest?", "red", Image.new("RGB", (64, 64)))
 
@@ -63,6 +68,77 @@ def test_prompt_ids_are_the_processors_own(processor: Any, generator: torch.Gene
         expected = processor(text=prompt(processor, sample.instruction, with_image), **images)["input_ids"]
         assert example.prompt_ids == torch.as_tensor(expected).flatten().tolist()
         assert processor.tokenizer.convert_ids_to_tokens(example.answer_ids) == ["red", "</s>"]
+
+
+class TestLengths:
+    def prepared(self, processor: Any, picture: Any, lazy: bool) -> PreparedStream:
+        samples = [
+            Sample("is it?", "no", picture, id="short"),
+            Sample("which bar is the tallest?", "red", picture, id="long one"),
+        ]
+
+        class Lazy(LazySequence[Sample]):
+            def __len__(self) -> int:
+                return len(samples)
+
+            def at(self, index: int) -> Sample:
+                return samples[index]
+
+        return PreparedStream(Stream([Task("a", Lazy() if lazy else samples, samples)]), processor)
+
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_too_long_is_refused_before_anything_is_learned(
+        self, lazy: bool, llava: Any, processor: Any, generator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    ) -> None:
+        picture = image(generator)
+        (longest,) = Encoder(processor).encode([Sample("which bar is the tallest?", "red", picture)])
+        size, answer = len(longest.prompt_ids), len(longest.answer_ids)
+        config = llava.config.get_text_config()
+        for positions, split in ((size + answer, "train"), (size, "test")):
+            monkeypatch.setattr(config, "max_position_embeddings", positions)
+            data = self.prepared(processor, picture, lazy)
+            assert len(data.examples("a", split, llava)) == 2, "it fits"
+            monkeypatch.setattr(config, "max_position_embeddings", positions - 1)
+            expected = (
+                rf"task 'a', {split}: 'long one' has {positions} tokens, .*; expected {positions - 1} at most, the "
+                "model's max_position_embeddings: shorten"
+            )
+            for again in (data, self.prepared(processor, picture, lazy)):
+                with pytest.raises(ValueError, match=expected):
+                    again.examples("a", split, llava)
+        run = cf.ContinualTrainer(
+            llava, processor, self.prepared(processor, picture, lazy), arguments(tmp_path / "run")
+        )
+        with pytest.raises(ValueError, match="task 'a', train: 'long one' has"):
+            run.train()
+        assert not (tmp_path / "run" / "increments").exists()
+        with pytest.raises(ValueError, match="task 'a', test: 'long one' has"):
+            cf.evaluate_stream(cf.unpatch(llava), processor, self.prepared(processor, picture, lazy), progress=False)
+
+    def test_the_lower_limit_counts(self, llava: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        tokenizer, config = processor.tokenizer, llava.config.get_text_config()
+        assert token_limit(tokenizer, None) is None, "nobody said"
+        assert token_limit(tokenizer, llava) == (256, "the model's max_position_embeddings")
+        monkeypatch.setattr(tokenizer, "model_max_length", 100)
+        assert (
+            token_limit(tokenizer, llava) == token_limit(tokenizer, None) == (100, "the tokenizer's model_max_length")
+        )
+        monkeypatch.setattr(tokenizer, "model_max_length", 10**30)
+        for rope, positions in (
+            ({"rope_type": "default"}, 256), ({"rope_type": "linear", "factor": 4.0}, 1024),
+            ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+            ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}, 256),
+            ({"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}}, 512),
+        ):  # fmt: skip
+            monkeypatch.setattr(config, "rope_parameters", rope)
+            assert token_limit(tokenizer, llava).tokens == positions
+
+    def test_many_are_counted(self, processor: Any) -> None:
+        examples = Encoder(processor).encode([Sample("is it?", "no") for _ in range(8)])
+        with pytest.raises(
+            ValueError, match=r"a: number 0 has \d+ tokens, number 1 .* and 3 others are too long, image"
+        ):
+            check_lengths(examples, Limit(3, "mine"), "a", answers=False)
 
 
 def test_labels_cover_the_answer_alone(processor: Any) -> None:

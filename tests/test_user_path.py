@@ -178,6 +178,12 @@ def test_ask_takes_saved_increments_too(data: Path, run: Path, printed: Callable
     assert printed("ask", run / "increments" / "02-shape", *asked) == printed("ask", run, *asked)
 
 
+def test_ask_refuses_what_the_model_cannot_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ask", str(run), "what color? " * 90]) == 1
+    refused = capsys.readouterr().err
+    assert "ask: 'the question' has" in refused and "expected 256 at most, the model's max_position" in refused
+
+
 def test_report_is_drawn_again(run: Path, printed: Callable[..., str]) -> None:
     (run / "report.md").unlink()
     assert "Continual LLaVA" in printed("report", run)

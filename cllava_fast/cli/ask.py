@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cllava_fast.cli.running import answer_tokens, check_positive, open_run
     from cllava_fast.data.encode import Collator, Encoder
+    from cllava_fast.data.lengths import check_lengths, token_limit
     from cllava_fast.data.stream import Sample, check_texts
     from cllava_fast.evaluate.predict import predict
     from cllava_fast.untrusted import printable
@@ -49,12 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = arguments.max_new_tokens or answer_tokens(arguments.run_dir)
     if not arguments.question.strip():
         raise ValueError("the question is blank; expected a text")
-    sample = Sample(arguments.question, "", arguments.image)
+    sample = Sample(arguments.question, "", arguments.image, id="the question")
     check_texts(replace(sample, answer="-"), "the question")
     sample.open_image()  # refused now, not behind the weights
     model, processor = open_run(arguments.run_dir, arguments.after)
     encoder = Encoder(processor)
     examples = encoder.encode([sample])
+    check_lengths(examples, token_limit(encoder.tokenizer, model), "ask", answers=False)
     collate = Collator(encoder, None, training=False)
     query = _told(model, arguments.task)
     (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)

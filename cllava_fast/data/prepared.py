@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cllava_fast.data.encode import Encoder, Example, ImageFeatures
+from cllava_fast.data.lengths import Limit, check_lengths, token_limit
 from cllava_fast.data.stream import Stream
 
 
@@ -21,16 +22,25 @@ class PreparedStream:
         self.features = ImageFeatures(image_feature_bytes)
         self._examples: dict[tuple[str, str], Sequence[Example]] = {}
         self._seen: set[tuple[str, str, bool]] = set()
+        self._fitting: set[tuple[str, str, Limit | None]] = set()
 
-    def examples(self, task: str, split: str, model: Any | None) -> Sequence[Example]:
-        """The encoded samples; ``model`` computes features of images that are new, None leaves them out."""
+    def examples(self, task: str, split: str, model: Any | None, with_features: bool = True) -> Sequence[Example]:
+        """The encoded samples; ``model`` says how long they may be and computes features of images that are new.
+
+        Raises:
+            ValueError: a sample is longer than tokenizer or model allow.
+        """
         samples = next(getattr(t, split) for t in self.stream if t.name == task)
         key = (task, split)
         surrogate = getattr(getattr(model, "increments", None), "surrogate", None)
         pooled = surrogate is not None and surrogate.uses_image
-        if model is not None and (*key, pooled) not in self._seen:
+        if model is not None and with_features and (*key, pooled) not in self._seen:
             self.features.add(samples, self.encoder, model, pooled=pooled)
             self._seen.add((*key, pooled))
         if key not in self._examples:
             self._examples[key] = self.encoder.encode(samples)
+        limit = token_limit(self.encoder.tokenizer, model)
+        if (*key, limit) not in self._fitting:
+            check_lengths(self._examples[key], limit, f"task {task!r}, {split}", answers=split == "train")
+            self._fitting.add((*key, limit))
         return self._examples[key]

@@ -112,7 +112,7 @@ def evaluate_tasks(
         options |= {"after_batch": after_batch, "positions": positions}
         return [found for name in names for found in evaluate_tasks(model, data, [name], split, **options)]
     features = data.features if increments is not None else None  # a plain model takes pixels alone
-    tasks = {name: data.examples(name, split, model if features else None) for name in names}
+    tasks = {name: data.examples(name, split, model, with_features=features is not None) for name in names}
     places = {name: range(len(task)) if positions is None else positions[name] for name, task in tasks.items()}
     tasks = {name: task if positions is None else [task[i] for i in places[name]] for name, task in tasks.items()}
     examples = [example for task in tasks.values() for example in task]

@@ -1,0 +1,54 @@
+"""How many tokens a sample may have: beyond what a model was made for, it answers nonsense and says nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from cllava_fast.data.encode import Example
+from cllava_fast.names import brief
+
+UNKNOWN = 10**20  # a tokenizer's model_max_length from here on means that nobody said
+SHOWN = 5  # of many samples
+
+
+class Limit(NamedTuple):
+    tokens: int
+    name: str
+
+
+def token_limit(tokenizer: Any, model: Any | None) -> Limit | None:
+    """The lower one of what tokenizer and model allow; None where neither says, or by the tokenizer alone without a
+    model."""
+    limits = [Limit(tokenizer.model_max_length, "the tokenizer's model_max_length")]
+    if model is not None:
+        limits.append(Limit(_positions(model.config.get_text_config()), "the model's max_position_embeddings"))
+    lowest = min(limits)
+    return lowest if lowest.tokens < UNKNOWN else None
+
+
+def _positions(config: Any) -> int:
+    """Positions of a text model, those that stretched rotary embeddings add included."""
+    positions = getattr(config, "max_position_embeddings", None) or UNKNOWN
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]  # one for each kind of layer
+    born = [one.get("original_max_position_embeddings") or positions for one in each]
+    return max(positions, *(int(b * (one.get("factor") or 1)) for b, one in zip(born, each, strict=True)))
+
+
+def check_lengths(examples: Iterable[Example], limit: Limit | None, what: str, answers: bool) -> None:
+    """Raises ValueError for examples that are longer than ``limit``, with their ``answers`` or by the prompt alone."""
+    if limit is None:
+        return
+    long = []
+    for number, example in enumerate(examples):
+        tokens = len(example.prompt_ids) + answers * len(example.answer_ids)
+        if tokens > limit.tokens:
+            name = brief(example.sample.id) if example.sample.id else f"number {number}"
+            long.append(f"{name} has {tokens} tokens")
+    if long:
+        more = f", and {len(long) - SHOWN} others are too long" if len(long) > SHOWN else ""
+        raise ValueError(
+            f"{what}: {', '.join(long[:SHOWN])}{more}, image and chat template included; expected {limit.tokens} at "
+            f"most, {limit.name}: shorten or remove what is longer"
+        )
