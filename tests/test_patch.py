@@ -384,6 +384,28 @@ def test_the_base_is_not_saved_by_mistake(
     assert type(llava).from_pretrained(tmp_path / "out") is not None
 
 
+def test_continuous_batching_takes_one_selection_for_all(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    ids = inputs(processor, QUESTIONS[:1], generator)["input_ids"]
+    for model in (llava, copy.deepcopy(llava)):
+        for pack in (
+            model.init_continuous_batching,
+            model.continuous_batching_context_manager().__enter__,
+            lambda model=model: model.generate_batch(ids.tolist()),
+            lambda model=model: model.generate(ids, cache_implementation="paged", max_new_tokens=1),
+        ):
+            with pytest.raises(ValueError, match="one selection alone; call model.generate, or .*merge"):
+                pack()
+    cf.merge(llava, task="task0")
+    assert llava.init_continuous_batching() is not None
+    cf.unmerge(llava)
+    cf.unpatch(llava)
+    assert llava.init_continuous_batching() is not None
+
+
 def test_bfloat16_model(llava: Any, processor: Any, generator: torch.Generator) -> None:
     batch = inputs(processor, QUESTIONS, generator)
     llava.to(torch.bfloat16)

@@ -106,6 +106,7 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     _shadow(model, "forward", _forward)
     _shadow(model, "generate", _generate)
     _shadow(model, "save_pretrained", _save_pretrained)
+    _shadow(model, "init_continuous_batching", _init_continuous_batching)
     increments.train(model.training)
     model.increments = increments
     model.__dict__["_patch"] = record
@@ -121,7 +122,7 @@ def unpatch(model: Any) -> Any:
     increments = get_increments(model)
     linears = increments.linears(model)
     check_not_merged(increments)
-    shadowed = [(model, "forward"), (model, "generate"), (model, "save_pretrained")]
+    shadowed = [(model, name) for name in ("forward", "generate", "save_pretrained", "init_continuous_batching")]
     shadowed += [(model.model, "get_image_features")] if paths.base_of(model).takes_features else []
     shadowed += [(linear, "forward") for linear in linears.values()]
     for module, name in shadowed:
@@ -287,6 +288,16 @@ def _save_pretrained(model: Any, original: Any, *args: Any, **kwargs: Any) -> An
         "model.save_pretrained would write the frozen base; cllava_fast.save_pretrained(model, path) writes what the "
         "model has learned, and after cllava_fast.unpatch(model) the base can be saved"
     )
+
+
+def _init_continuous_batching(model: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate_batch`` and all else that packs requests into one sequence begins here."""
+    if not model.increments.pristine:
+        raise ValueError(
+            "continuous batching packs requests into one sequence, which can have one selection alone; call "
+            "model.generate, or cllava_fast.merge one selection for all requests first"
+        )
+    return original(*args, **kwargs)
 
 
 def _select(
