@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("stream", metavar="STREAM", help="a stream's YAML, or the name of a ready stream")
     parser.add_argument("--model", dest="model.path", metavar="PATH", help="the base model (--model.path)")
-    parser.add_argument("--method", dest="method.name", metavar="NAME", help=f"one of {', '.join(config.METHODS)}")
+    parser.add_argument("--method", "--method.name", dest="method.name", metavar="NAME",
+                        help=f"one of {', '.join(config.METHODS)}")  # fmt: skip
     parser.add_argument("--output", dest="training.output_dir", metavar="DIR", help="(default: runs/NAME-OF-STREAM)")
     parser.add_argument("--base", metavar="DIR", help="folder that the stream's relative paths start from (default: "
                         "the YAML's own, or this one for a ready stream)")  # fmt: skip
