@@ -457,6 +457,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match="joint_lora learns all tasks at once"):
             trainer(llava, processor, tmp_path / "other", config=cf.JointLoraConfig(rank=2))
 
+    def test_logs_that_go_nowhere(self, llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+        integrations = "transformers.integrations.integration_utils"
+        monkeypatch.setattr(f"{integrations}.is_wandb_available", lambda: False)
+        monkeypatch.setattr(f"{integrations}.get_available_reporting_integrations", lambda: [])
+        for values, error, message in (
+            ({"report_to": ["wandbb"]}, ValueError, "report_to: wandbb is not supported"),
+            ({"report_to": ["wandb"]}, ImportError, "report_to: .*requires wandb to be installed"),
+            ({"trainer_options": {"report_to": "wandb"}}, ImportError, "requires wandb to be installed"),
+        ):
+            with pytest.raises(error, match=message):
+                ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", **values))
+        assert not hasattr(llava, "increments") and not (tmp_path / "run").exists()
+        ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", report_to=["all"]))
+
     @pytest.mark.parametrize(
         ("field", "value"),
         [

@@ -21,7 +21,7 @@ from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.loop import run_identity, saved_increments
 from cllava_fast.train.runfile import find_run
-from cllava_fast.train.tune import training_options
+from cllava_fast.train.tune import check_report_to, training_options
 
 DEFAULT_TOKENS = 16  # of an answer, where no run says how many
 
@@ -70,6 +70,7 @@ def _check_trainer_options(config: RunConfig) -> None:
     check_names(options, known, f"{config.source}: training.trainer_options.")
     try:
         TrainingArguments(**training_options(config.training, default_device(), 0))
+        check_report_to(config.training)
     except (TypeError, ValueError, ImportError) as error:
         raise type(error)(f"{config.source}: training: {error}") from error
 

@@ -42,7 +42,7 @@ from cllava_fast.train.lock import run_lock
 from cllava_fast.train.numbers import check_queries
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
-from cllava_fast.train.tune import Tuned, tune
+from cllava_fast.train.tune import Tuned, check_report_to, tune
 
 INCREMENTS = "increments"  # of a run's folder: one subfolder for the state after each task
 
@@ -145,6 +145,7 @@ class ContinualTrainer:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
         if self.args.liger:
             kernels_for(self.model)
+        check_report_to(self.args)
         if distributed.count() > 1:
             self.increments.base_fingerprint = base_fingerprint(self.model)  # FSDP has not yet sharded the base
         identity = {

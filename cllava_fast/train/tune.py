@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cllava_fast import distributed
@@ -131,6 +132,23 @@ def training_options(
         # the reentrant form would cut the gradient to w, which reaches the layers as a keyword argument
         options.update(_checkpointing_options())
     return {**options, **args.trainer_options}
+
+
+def check_report_to(args: ContinualArguments) -> None:
+    """What transformers would refuse of ``report_to`` when the first task is tuned.
+
+    Raises:
+        ValueError: a name that transformers does not know.
+        ImportError: the package of a name is not installed.
+    """
+    names = args.trainer_options.get("report_to", args.report_to)
+    try:
+        for callback in get_reporting_integration_callbacks("all" if names == ["all"] else names):
+            callback()
+    except ValueError as error:
+        raise ValueError(f"report_to: {error}") from error
+    except (RuntimeError, ImportError) as error:
+        raise ImportError(f"report_to: {error}") from error
 
 
 class TaskTrainer(Trainer):
