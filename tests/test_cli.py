@@ -217,6 +217,7 @@ def stream_file(folder: Path, **values: Any) -> Path:
         ({}, ["--training.report_to", "wandbb"], "report_to: wandbb is not supported, only azure_ml"),
         ({"method": {"surrogate": "magic"}}, [], "surrogate 'magic' was not found"),
         ({}, ["--method.top_m", "9"], "top_m is 9; expected 1 to 8"),
+        ({}, ["--method.targets", "o_prj"], "target 'o_prj' is not in model.language_model.layers.0; expected one of"),
         ({}, ["--method", "lora"], "--method.name is 'lora'"),
         ({}, ["--method.name", "lora"], "--method.name is 'lora'"),
         ({}, ["--model.path", "{tmp}/nothing"], "nothing"),

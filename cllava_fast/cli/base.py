@@ -21,16 +21,17 @@ from cllava_fast.config import ModelConfig
 from cllava_fast.data.conversation import chat_template
 from cllava_fast.data.encode import Encoder
 from cllava_fast.environment import require
+from cllava_fast.methods import MethodConfig
 from cllava_fast.model.card import is_repo_id
-from cllava_fast.model.paths import BASES
+from cllava_fast.model.paths import BASES, adapted_linears
 
 
-def check_base(config: ModelConfig) -> None:
-    """Refuses what ``load_base`` could not load, by the model's configuration alone.
+def check_base(config: ModelConfig, method: MethodConfig) -> None:
+    """Refuses what ``load_base`` could not load or ``method`` not adapt, by the model's configuration alone.
 
     Raises:
         FileNotFoundError: neither a folder nor a model of the hub.
-        ValueError: no model that transformers knows.
+        ValueError: no model that transformers knows, or the method's targets are no linears of it.
         TypeError: a model that ``cllava_fast.patch`` does not take.
         ModuleNotFoundError: the quantisation needs a package that is not installed.
     """
@@ -41,6 +42,9 @@ def check_base(config: ModelConfig) -> None:
         raise TypeError(f"model.path is {config.path!r}, a {name}; expected one of {', '.join(BASES)}")
     if config.quantization is not None:
         require("bitsandbytes", f"model.quantization={config.quantization}")
+    with torch.device("meta"):
+        model = _auto_class(base).from_config(base)
+    adapted_linears(model, method.targets)
 
 
 def load_base(config: ModelConfig) -> tuple[Any, Any]:

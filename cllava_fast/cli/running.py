@@ -88,7 +88,7 @@ def open_stream(config: RunConfig) -> Stream:
 
 def open_base(config: RunConfig) -> tuple[Any, Any]:
     """The frozen base of a run, and its processor."""
-    check_base(config.model)
+    check_base(config.model, config.method)
     logging.disable_progress_bar()
     return load_base(config.model)
 
