@@ -420,8 +420,9 @@ class TestRefusals:
     def test_a_model_that_is_no_llava(self, processor: Any) -> None:
         with pytest.raises(TypeError, match="model is a Linear; expected transformers.LlavaFor.*LlamaFor"):
             cf.patch(nn.Linear(2, 2), processor=processor)
-        with pytest.raises(TypeError, match="pass the unwrapped model"):
-            cf.patch(nn.DataParallel(nn.Linear(2, 2)), processor=processor)
+        for wrapped in (nn.DataParallel(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2))):
+            with pytest.raises(TypeError, match="pass the unwrapped model"):
+                cf.patch(wrapped, processor=processor)
 
     def test_a_model_with_adapters_of_another_library(self, llava: Any, processor: Any) -> None:
         peft = pytest.importorskip("peft")

@@ -53,7 +53,9 @@ def base_of(model: object) -> Base:
     name = type(model).__name__
     if hasattr(model, "peft_config"):
         raise TypeError(f"model is a {name} with PEFT adapters; merge_and_unload() them first, then patch the base")
-    hint = "; pass the unwrapped model" if isinstance(getattr(model, "module", None), nn.Module) else ""
+    # by DistributedDataParallel and its like, or by torch.compile
+    wrapped = any(isinstance(getattr(model, attribute, None), nn.Module) for attribute in ("module", "_orig_mod"))
+    hint = "; pass the unwrapped model" if wrapped else ""
     *names, last = BASES
     raise TypeError(f"model is a {name}; expected transformers.{', '.join(names)} or {last}{hint}")
 
