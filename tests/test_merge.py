@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +149,19 @@ def test_merge_refuses(llava: Any, processor: Any, generator: torch.Generator) -
     with pytest.raises(TypeError, match="Quantised; only a plain nn.Linear"):
         cf.merge(llava, instruction="x")
     assert not get_increments(llava).pristine
+
+
+def test_an_instruction_alone_says_no_selection_where_images_count(
+    llava: Any, processor: Any, generator: torch.Generator, tmp_path: Path
+) -> None:
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate="text+image"), processor=processor)
+    learn(llava, 1, generator)
+    for act in (cf.merge, partial(cf.export_peft, path=tmp_path / "lora")):
+        with pytest.raises(ValueError, match=r"looks at an image, too; give task= or query= \[D\]"):
+            act(llava, instruction=QUESTIONS[0])
+    assert not (tmp_path / "lora").exists() and not get_increments(llava).pristine
+    cf.merge(llava, query=get_increments(llava).pool.keys[0])
+    cf.merge(llava, task="task0")
 
 
 def test_a_merge_that_fails_midway_changes_nothing(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:

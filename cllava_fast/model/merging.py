@@ -47,7 +47,7 @@ def merge(
 
     Args:
         model: a patched model.
-        instruction: a text; its rows, as ``generate`` would pick them.
+        instruction: a text; its rows, as ``generate`` would pick them. Not for a surrogate that looks at images, too.
         task: a learned task's name; the mean over its training samples of what acted on them.
         query: ``[D]`` or ``[1, D]``, an embedding of the surrogate.
 
@@ -144,6 +144,11 @@ def _select(
         if task not in pool.task_names:
             raise ValueError(f"task {task!r} was not learned; expected one of {pool.task_names}")
         return method.task_mean(pool, pool.task_names.index(task))
+    surrogate = increments.surrogate
+    if instruction is not None and surrogate is not None and surrogate.uses_image:
+        raise ValueError(
+            'instruction= is a text alone, but surrogate "text+image" looks at an image, too; give task= or query= [D]'
+        )
     request = Request(
         batch=1,
         input_ids=None,
