@@ -36,6 +36,13 @@ def task(name: str = "a", **splits: Any) -> Task:
         ([task(test=[Sample("what?", "")])], ValueError, r"a/test\[0\]: answer is ''"),
         ([task(test=[Sample("what?", "x", history=(("a", " "),))])], ValueError, r"a/test\[0\]: history is ' '"),
         ([task(test=[Sample("what?", "x", references=("",))])], ValueError, r"a/test\[0\]: references is ''"),
+        ([{"name": "a"}], TypeError, r"tasks\[0\] is a dict; expected a cllava_fast.Task .*load_stream"),
+        ([task(train=iter([SAMPLE]))], TypeError, "'a': train is a list_iterator; expected a sequence of Samples"),
+        ([task(test=[{"question": "what?"}])], TypeError, r"a/test\[0\] is a dict; expected a .*Sample .*read_samples"),
+        ([task(test=[Sample("what?", "x", ["a.png"])])], TypeError, r"a/test\[0\]: image is a list; expected one path"),
+        ([task(test=[Sample("what?", "x", torch.zeros(3, 4, 4))])], TypeError, r"a/test\[0\]: image is a Tensor"),
+        ([task(test=[Sample("what?", "x", history="a")])], TypeError, r"a/test\[0\]: history is 'a'; expected pairs"),
+        ([task(test=[Sample("what?", "x", references="x")])], TypeError, r"a/test\[0\]: references is 'x'"),
         (
             [task(validation=[Sample("what?", "x", "no/such.png")])],
             FileNotFoundError,
@@ -46,6 +53,11 @@ def task(name: str = "a", **splits: Any) -> Task:
 def test_a_wrong_stream_is_refused(tasks: list[Task], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         Stream(tasks)
+
+
+def test_a_prepared_stream_is_made_of_a_stream(processor: Any) -> None:
+    with pytest.raises(TypeError, match=r"stream is a list; expected cllava_fast.Stream"):
+        PreparedStream([task()], processor)
 
 
 def test_images_open_as_rgb(tmp_path: Path) -> None:

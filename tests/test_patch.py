@@ -433,6 +433,12 @@ class TestRefusals:
             cf.patch(llava, CONFIG, processor=processor)
         assert not hasattr(llava, "increments")
 
+    def test_a_tokenizer_in_place_of_a_processor(self, llava: Any, processor: Any) -> None:
+        for _ in range(2):  # and of a patched model
+            with pytest.raises(TypeError, match="no image_processor; expected the whole processor of the LlavaFor"):
+                cf.patch(llava, processor=processor.tokenizer)
+            cf.patch(llava, processor=processor)
+
     def test_no_processor_anywhere(self, llava: Any) -> None:
         with pytest.raises(ValueError, match='needs a processor.*surrogate="backbone"'):
             cf.patch(llava)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast import distributed, ops
@@ -456,6 +457,18 @@ class TestRefusals:
         trainer(llava, processor, tmp_path / "joint", config=cf.JointLoraConfig(rank=2)).train()
         with pytest.raises(ValueError, match="joint_lora learns all tasks at once"):
             trainer(llava, processor, tmp_path / "other", config=cf.JointLoraConfig(rank=2))
+
+    def test_what_is_of_another_kind(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        args, tokenizer = arguments(tmp_path / "run"), copy.deepcopy(processor.tokenizer)
+        tokenizer.chat_template = processor.chat_template
+        for given, message in (
+            ((processor, stream(), TrainingArguments(str(tmp_path / "run"))), "args is a TrainingArguments; expected"),
+            ((processor, stream().tasks, args), "stream is a list; expected cllava_fast.Stream"),
+            ((tokenizer, stream(), args), "has no image_processor; expected the whole processor"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                ContinualTrainer(llava, *given)
+        assert not hasattr(llava, "increments") and not (tmp_path / "run").exists()
 
     def test_logs_that_go_nowhere(self, llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
         integrations = "transformers.integrations.integration_utils"

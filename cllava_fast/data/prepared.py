@@ -17,6 +17,8 @@ class PreparedStream:
     """
 
     def __init__(self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30) -> None:
+        if not isinstance(stream, Stream):
+            raise TypeError(f"stream is a {type(stream).__name__}; expected cllava_fast.Stream([task, ...])")
         self.stream = stream
         self.encoder = Encoder(processor)
         self.features = ImageFeatures(image_feature_bytes)

@@ -83,6 +83,7 @@ class Stream:
     The check visits every sample once and keeps none; what ``read_samples`` reads from a large file was checked there.
 
     Raises:
+        TypeError: what is no ``Task``, no ``Sample`` or no image stands in place of one.
         ValueError: no task, two tasks of one name, a task without training or test samples, a sample without an
             instruction or an answer.
         FileNotFoundError: a sample names an image that does not exist.
@@ -107,15 +108,24 @@ class Stream:
         if not self.tasks:
             raise ValueError(f"stream {self.name!r} has no task; give at least one Task")
         seen: set[str] = set()
-        for task in self.tasks:
+        for number, task in enumerate(self.tasks):
+            if not isinstance(task, Task):
+                raise TypeError(
+                    f"stream {self.name!r}: tasks[{number}] is a {type(task).__name__}; expected a cllava_fast.Task "
+                    "(cllava_fast.load_stream reads mappings)"
+                )
             if task.name in seen:
                 raise ValueError(f"stream {self.name!r} names task {task.name!r} twice; give every task its own name")
             seen.add(task.name)
-            for split in ("train", "test"):
-                if len(getattr(task, split)) == 0:
-                    raise ValueError(f"task {task.name!r} has no {split} sample; every task needs at least one")
-            for split in ("train", "validation", "test"):
+            for split in ("train", "test", "validation"):
                 samples = getattr(task, split)
+                if not hasattr(samples, "__len__"):
+                    raise TypeError(
+                        f"task {task.name!r}: {split} is a {type(samples).__name__}; expected a sequence of Samples, "
+                        "such as a list"
+                    )
+                if len(samples) == 0 and split != "validation":
+                    raise ValueError(f"task {task.name!r} has no {split} sample; every task needs at least one")
                 if getattr(samples, "checked", False):
                     continue
                 for position, sample in enumerate(samples):
@@ -135,7 +145,15 @@ def fingerprint(samples: Iterable[Sample]) -> str:
 
 
 def check_sample(sample: Sample, where: str) -> None:
-    """Raises ValueError for texts that are blank or none, FileNotFoundError for a path without an image."""
+    """Raises ValueError for texts that are blank or none, FileNotFoundError for a path without an image, TypeError for
+    what is no sample or no image."""
+    if not isinstance(sample, Sample):
+        raise TypeError(
+            f"{where} is a {type(sample).__name__}; expected a cllava_fast.Sample (cllava_fast.read_samples makes them "
+            "of records)"
+        )
+    if not isinstance(sample.image, ImageSource | None):
+        raise TypeError(f"{where}: image is a {type(sample.image).__name__}; expected one path, one PIL image, or None")
     check_texts(sample, where)
     if isinstance(sample.image, (str, Path)) and not os.path.isfile(sample.image):
         raise FileNotFoundError(
@@ -144,9 +162,14 @@ def check_sample(sample: Sample, where: str) -> None:
 
 
 def check_texts(sample: Sample, where: str) -> None:
-    """Raises ValueError for a text that is blank or none, that UTF-8 or a C string cannot hold, or for too many."""
+    """Raises ValueError for a text that is blank or none, that UTF-8 or a C string cannot hold, or for too many, and
+    TypeError for one text where several belong."""
     if len(sample.history) >= MAX_TURNS:
         raise ValueError(f"{where}: the conversation has {len(sample.history) + 1} turns; expected {MAX_TURNS} at most")
+    if not all(isinstance(turn, (tuple, list)) and len(turn) == 2 for turn in sample.history):
+        raise TypeError(f"{where}: history is {brief(sample.history)}; expected pairs of texts, (user, assistant)")
+    if isinstance(sample.references, str):
+        raise TypeError(f"{where}: references is {brief(sample.references)}; expected a tuple of texts")
     turns = [text for turn in sample.history for text in turn]
     named = [("instruction", sample.instruction), ("answer", sample.answer), *(("history", text) for text in turns)]
     for field, value in [*named, *(("references", text) for text in sample.references)]:

@@ -67,11 +67,13 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
         The same object.
 
     Raises:
-        TypeError: the model's class is not supported, or the config no method's.
+        TypeError: the model's class is not supported, the config no method's, or the processor a tokenizer alone where
+            the model takes images.
         ValueError: the model is patched with another config, or holds adapters of another library, or weights that
             were repacked for inference on a CPU.
     """
     paths.check_supported(model)
+    _check_processor(model, processor)
     present = getattr(model, "increments", None)
     if isinstance(present, Increments):
         if config is not None and config != present.config:
@@ -163,6 +165,15 @@ def _check_not_adapted(model: Any) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") or hasattr(module, "_adapter"):
             raise ValueError(f"{name} carries adapters of another patch already; remove them before patch(model)")
+
+
+def _check_processor(model: Any, processor: Any) -> None:
+    if processor is None or paths.vision_tower(model) is None or hasattr(processor, "image_processor"):
+        return
+    raise TypeError(
+        f"processor is a {type(processor).__name__}, which has no image_processor; expected the whole processor of the "
+        f"{type(model).__name__}, as transformers.AutoProcessor.from_pretrained loads it"
+    )
 
 
 def _find_processor(model: Any) -> Any | None:

@@ -105,6 +105,7 @@ class ContinualTrainer:
         DamagedError: nothing of the run in ``args.output_dir`` can be read.
         ValueError: a split that the run needs is empty, or a task's metric is unknown or cannot read its references,
             or the processes were given different things.
+        TypeError: a model that ``patch`` refuses, or another library's arguments or stream.
     """
 
     def __init__(
@@ -116,8 +117,13 @@ class ContinualTrainer:
         *,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     ) -> None:
+        if not isinstance(args, ContinualArguments):
+            raise TypeError(
+                f"args is a {type(args).__name__}; expected cllava_fast.ContinualArguments, whose trainer_options take "
+                "further fields of transformers.TrainingArguments"
+            )
         distributed.start()
-        if isinstance(stream, Stream):
+        if not isinstance(stream, PreparedStream):
             stream = PreparedStream(stream, processor, args.image_feature_bytes)
         self.args = args
         self.callbacks = [c() if isinstance(c, type) else c for c in callbacks]
