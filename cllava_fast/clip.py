@@ -33,7 +33,7 @@ from cllava_fast.methods import Pairs, Selection, make_method
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model.card import clip_card
 from cllava_fast.model.files import read_increments, write_increments
-from cllava_fast.model.increments import linear_shape
+from cllava_fast.model.increments import Call, linear_shape
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.train.progress import stage
 
@@ -83,8 +83,7 @@ class PromptedClip(nn.Module):
         }
         width = cast(int, clip.projection_dim)
         self.pool = clip.increments = Pool(self.config.rank, width, shapes, own_tensors=self._own_tensors)
-        self._active: Selection | None = None
-        self._queries: Tensor | None = None
+        self._call = Call()
         self._hooks: list[Any] = []
         for path, attention in layers:
             factors = self.pool.factors(f"{path}.out_proj")
@@ -116,24 +115,25 @@ class PromptedClip(nn.Module):
     # -- in the towers -------------------------------------------------------------------------------------------
 
     def _keep_queries(self, head_dim: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._active is not None:
-            self._queries = output.unflatten(-1, (-1, head_dim))  # [B, S, H, head_dim]
+        if self._call.active is not None:
+            self._call.queries = output.unflatten(-1, (-1, head_dim))  # [B, S, H, head_dim]
 
     def _branch(self, factors: Factors, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
-        if self._active is None:
+        active, queries = self._call.active, self._call.queries
+        if active is None:
             return None
-        queries, self._queries = self._queries, None
-        return cast(Tensor, self.method.read(self._active, factors, args[0], queries))
+        self._call.queries = None
+        return cast(Tensor, self.method.read(active, factors, args[0], queries))
 
     @contextmanager
     def _acting(self, selection: Selection | None) -> Iterator[None]:
         if not self._hooks:
             raise RuntimeError("the prompts were taken out of the CLIP by remove()")
-        self._active = selection
+        self._call.active = selection
         try:
             yield
         finally:
-            self._active = self._queries = None
+            self._call.active = self._call.queries = None
 
     def _images(self, pixel_values: Tensor, selection: Selection | None) -> Tensor:
         """Unit features ``[B, D]``."""

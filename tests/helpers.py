@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -79,3 +82,19 @@ def learn(model: Any, tasks: int, generator: torch.Generator, b_std: float = 0.0
         if commit_last or task < tasks - 1:
             increments.close_task(f"task{task}", queries)
     return increments
+
+
+def at_once(attentions: list[Any], *calls: Callable[[], Any]) -> list[Any]:
+    """What ``calls`` return in a thread each, which wait for each other in the middle of every attention."""
+    barrier = Barrier(len(calls), timeout=20)
+
+    def wait(*_: Any) -> None:
+        barrier.wait()
+
+    hooks = [part.v_proj.register_forward_pre_hook(wait) for part in attentions]
+    try:
+        with ThreadPoolExecutor(len(calls)) as threads:
+            return [future.result() for future in [threads.submit(call) for call in calls]]
+    finally:
+        for hook in hooks:
+            hook.remove()

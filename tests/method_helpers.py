@@ -49,11 +49,11 @@ def check_layers(model: Any, selection: Selection | None, alpha: Tensor, rng: to
                 y = y + increments.config.scale * alpha[b, n] * (x[b].double() @ A[n].t() @ B[n])
             rows.append(y)
         expected = torch.stack(rows)
-        increments.active = selection and selection.expand(len(alpha))
+        increments.call.active = selection and selection.expand(len(alpha))
         try:
             found = linear(x)
         finally:
-            increments.active = None
+            increments.call.active = None
         torch.testing.assert_close(found.double(), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
         if selection is not None and selection.block is not None:
             gradients = torch.autograd.grad((found * towards).sum(), block)

@@ -68,7 +68,7 @@ def check_gradients(config: MethodConfig, model: Any, processor: Any, rng: torch
     factors = increments.pool.factors(path)
     x = torch.randn(2, 5, linear.in_features, generator=rng, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 5, linear.out_features, generator=rng, dtype=torch.float64)
-    increments.active = increments.method.select(increments.pool, None, 1, False).expand(2)
+    increments.call.active = increments.method.select(increments.pool, None, 1, False).expand(2)
     wanted = [x, factors.block_A, factors.block_B, factors.block_router]
     found = torch.autograd.grad((increments.inject(x, linear, None, factors) * weight).sum(), wanted)
     expected = torch.autograd.grad(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from cllava_fast.clip import PromptedClip
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import files
 from tests.base_models import new_model, new_processor
+from tests.helpers import at_once
 from tests.test_method_diki import by_loops
 
 SIDE, END = 16, 9  # pixels; the token that ends a text
@@ -174,6 +176,21 @@ def test_each_image_has_its_own_task_whatever_else_is_asked(rng: torch.Generator
     assert selection.index[:, 0].tolist() == [0, 1, 0]
     frozen = new_clip()(input_ids=texts(2, 3, 4), pixel_values=mixed).logits_per_image
     assert ((together - frozen).abs().amax(1) > 0.1).all()
+
+
+def test_calls_in_two_threads_each_have_their_own_task(rng: torch.Generator) -> None:
+    prompted = PromptedClip(new_clip(), DikiConfig(layers=2))
+    images = random_tasks(prompted, 2, rng)
+
+    def logits(task: int) -> Tensor:
+        with torch.no_grad():
+            return prompted(images[task][:2], texts(2, 3, 4))
+
+    attentions = [layer.self_attn for tower in (prompted.clip.vision_model, prompted.clip.text_model)
+                  for layer in tower.encoder.layers]  # fmt: skip
+    alone = [logits(task) for task in range(2)]
+    together = at_once(attentions, *(partial(logits, task) for task in range(2)))
+    assert all(torch.equal(*results) for results in zip(together, alone, strict=True))
 
 
 def test_what_is_like_no_task_gets_the_frozen_clip(rng: torch.Generator) -> None:

@@ -142,7 +142,7 @@ def test_one_layer_is_captured_in_a_graph_forward_and_backward(pair: Any) -> Non
     factors = [p for p in increments.pool.parameters() if p.requires_grad and p.dim() == 3][:2]
 
     def step() -> tuple[Tensor, ...]:
-        increments.active = increments.method.select(increments.pool, query, increments.groups, True)
+        increments.call.active = increments.method.select(increments.pool, query, increments.groups, True)
         return torch.autograd.grad(layer(x).square().sum(), [x, *factors])
 
     replay = measure.captured(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -133,6 +134,23 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = BackboneSurrogate(torch.nn.Embedding(10, 4), lambda text: [len(text)])
     assert backbone.encode(["a", "bb", "ccc"]).shape == (3, 4)
     assert list(backbone._cache) == ["bb", "ccc"]
+
+
+def test_what_one_thread_reads_no_other_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surrogates, "CACHE_SIZE", 1)
+    others: list[Thread] = []
+
+    def tokenize(text: str) -> list[int]:
+        if text == "bb":
+            others.append(Thread(target=backbone.encode, args=(["ccc"],)))
+            others[0].start()
+            others[0].join(0.2)
+        return [len(text)]
+
+    backbone = BackboneSurrogate(torch.nn.Embedding(10, 4), tokenize)
+    known = backbone.encode(["a"])
+    assert torch.equal(backbone.encode(["a", "bb"])[:1], known)
+    others[0].join()
 
 
 def test_nan_embeddings_are_refused() -> None:

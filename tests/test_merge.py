@@ -43,7 +43,7 @@ def test_merged_is_unmerged(patched: Any, processor: Any, generator: torch.Gener
     wanted = logits(patched, batch)
     report = cf.merge(patched, instruction=QUESTIONS[0])
     found = logits(patched, batch)
-    assert patched.increments.active is None
+    assert patched.increments.call.active is None
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert (wanted - frozen).abs().max() > 1e-2
     assert set(report.output_error) == set(before) and max(report.output_error.values()) < 1e-6

@@ -117,7 +117,7 @@ def test_the_layer_and_its_gradients(state: str, llava: Any, processor: Any, rng
     training = state != "inference"
     query = torch.randn(4, pool.key_dim, generator=rng)
     selection = increments.method.select(pool, query, 1, training)
-    increments.active = Selection(block=selection.block, past=selection.past, mask=mask)
+    increments.call.active = Selection(block=selection.block, past=selection.past, mask=mask)
     got = increments.inject(x, linear, None, factors)
 
     if training:

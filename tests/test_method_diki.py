@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cllava_fast.methods.diki import DikiConfig, attend
 from cllava_fast.model import get_increments, paths
 from cllava_fast.pool import LinearShape, OwnTensors, Pool
 from tests.base_models import new_model, new_processor
-from tests.helpers import QUESTIONS, inputs, take
+from tests.helpers import QUESTIONS, at_once, inputs, take
 from tests.method_helpers import check_life_cycle
 from tests.routing_helpers import loss_gradients
 
@@ -221,7 +222,23 @@ def test_layers_computed_again_read_the_same(llava: Any, processor: Any, rng: to
         for name, gradient in expected.items():
             assert gradient.abs().max() > 0, name
             torch.testing.assert_close(found[name], gradient, atol=0, rtol=0, msg=name)
-    assert increments.queries is None and get_increments(again).queries is None
+    assert increments.call.queries is None and get_increments(again).call.queries is None
+
+
+def test_calls_in_two_threads_each_read_their_own_queries(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    increments = patched(llava, processor, 2, rng)
+    batches = [
+        {**inputs(processor, (question,), rng), "query": near(increments.pool, [task], rng)}
+        for task, question in enumerate(QUESTIONS[:2])
+    ]
+
+    def logits(batch: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            return llava(**batch).logits
+
+    alone = [logits(batch) for batch in batches]
+    together = at_once(paths.attentions(llava), *(partial(logits, batch) for batch in batches))
+    assert all(torch.equal(*results) for results in zip(together, alone, strict=True))
 
 
 def test_life_cycle(new_llava: Callable[[], Any], processor: Any, tmp_path: Path) -> None:
@@ -260,7 +277,7 @@ def test_files_copies_and_unpatch(
     with pytest.raises(RuntimeError, match="between"):
         llava(**batch, query=query)
     handle.remove()
-    assert increments.queries is None and increments.active is None
+    assert increments.call.queries is None and increments.call.active is None
     with torch.no_grad():
         assert torch.equal(cf.unpatch(llava)(**batch).logits, new_llava()(**batch).logits)
     assert language_hooks(llava) == hooks

@@ -62,7 +62,7 @@ def test_the_layer_and_its_gradients(state: str, llava: Any, processor: Any, rng
     path = "model.language_model.layers.1.mlp.down_proj"
     linear, factors = llava.get_submodule(path), increments.pool.factors(path)
     x = torch.randn(2, 5, linear.in_features, generator=rng, dtype=torch.float64, requires_grad=True)
-    increments.active = increments.method.select(increments.pool, None, 1, training).expand(2)
+    increments.call.active = increments.method.select(increments.pool, None, 1, training).expand(2)
     got = increments.inject(x, linear, None, factors)
     if training:
         earlier = getattr(factors, "gate", factors.block_gate[:0])

@@ -45,7 +45,7 @@ def test_experts_alone_see_dropout_and_only_in_training(llava: Any, processor: A
     path, linear = next(iter(paths.adapted_linears(llava, config.targets).items()))
     factors = increments.pool.factors(path)
     x = torch.randn(2, 5, linear.in_features, generator=rng, dtype=torch.float64)
-    increments.active = increments.method.select(increments.pool, None, 1, False).expand(2)
+    increments.call.active = increments.method.select(increments.pool, None, 1, False).expand(2)
     torch.manual_seed(7)
     seen = functional.dropout(x, 0.4)
     plain = functional.linear(x, linear.weight, linear.bias)

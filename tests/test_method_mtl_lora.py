@@ -84,7 +84,7 @@ def test_gradients_reach_what_all_share_and_the_task_at_hand(llava: Any, process
     factors = increments.pool.factors(path)
     x = torch.randn(2, 5, linear.in_features, generator=rng, requires_grad=True)
     weight = torch.randn(2, 5, linear.out_features, generator=rng)
-    increments.active = increments.method.select(increments.pool, torch.full((2, 1), 2.0), 1, True)
+    increments.call.active = increments.method.select(increments.pool, torch.full((2, 1), 2.0), 1, True)
     wanted = [x, factors.block_A, factors.block_B, factors.block_lambda, factors.block_weights]
     found = torch.autograd.grad((increments.inject(x, linear, None, factors) * weight).sum(), wanted)
     expected = torch.autograd.grad((by_loops(x, linear, factors, [2, 2], CONFIG) * weight).sum(), wanted)

@@ -143,7 +143,7 @@ def test_a_patched_layer_compiles_whole_with_dynamic_shapes(factor, backend, new
         x = leaf(torch.randn(samples_, tokens, linear.in_features, generator=rng).to(backend.device))
         found = []
         for layer in (linear, compiled):
-            increments.active = increments.method.select(increments.pool, query, increments.groups, True)
+            increments.call.active = increments.method.select(increments.pool, query, increments.groups, True)
             y = layer(x)
             found.append([y, *torch.autograd.grad(y.sum(), [x, *trained], allow_unused=True)])
         assert found[0][1] is not None and any(grad is not None for grad in found[0][2:])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import cllava_fast as cf
-from cllava_fast.model import get_increments
-from tests.helpers import QUESTIONS, inputs, learn, take
+from cllava_fast.model import get_increments, paths
+from tests.helpers import QUESTIONS, at_once, inputs, learn, take
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
 BACKBONE = cf.IncrementConfig(a_std=0.1, surrogate="backbone")
@@ -30,7 +32,7 @@ def selected(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
     inject = increments.inject
 
     def record(*args: Any) -> Tensor:
-        seen.append(increments.active.index)
+        seen.append(increments.call.active.index)
         return inject(*args)
 
     increments.inject = record  # type: ignore[method-assign]
@@ -177,6 +179,20 @@ def test_generate_in_mixed_batches(generation: dict, llava: Any, processor: Any,
         assert torch.equal(together[i * returned : (i + 1) * returned], alone)
 
 
+def test_calls_in_two_threads_each_have_their_own_selection(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator, b_std=0.3)
+    batches = [inputs(processor, (question,), generator) for question in QUESTIONS[:2]]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options["suppress_tokens"] = [llava.config.image_token_id]  # random weights may say it
+    for call in (last_logits, lambda model, batch: model.generate(**batch, **options)):
+        alone = [call(llava, batch) for batch in batches]
+        together = at_once(paths.attentions(llava), *(partial(call, llava, batch) for batch in batches))
+        assert all(torch.equal(*results) for results in zip(together, alone, strict=True))
+
+
 def test_cached_decoding_by_hand_keeps_the_prompts_selection(
     llava: Any, processor: Any, generator: torch.Generator
 ) -> None:
@@ -272,7 +288,7 @@ def test_a_copied_model_is_a_model_of_its_own(llava: Any, processor: Any, genera
 
 
 def test_activation_checkpointing_recomputes_with_its_own_selection(
-    llava: Any, processor: Any, generator: torch.Generator
+    llava: Any, processor: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     increments = learn(llava, 2, generator, commit_last=False)
@@ -289,8 +305,16 @@ def test_activation_checkpointing_recomputes_with_its_own_selection(
     plain = gradients()
     enable = getattr(llava, "activation_checkpointing_enable", None) or llava.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    for name, gradient in gradients().items():
-        torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
+    backward = Tensor.backward
+
+    def elsewhere(loss: Tensor) -> None:  # as on a GPU, whose layers are computed again by a thread of its own
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(backward, loss).result()
+
+    for where in (backward, elsewhere):
+        monkeypatch.setattr(Tensor, "backward", where)
+        for name, gradient in gradients().items():
+            torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
     copy.deepcopy(llava)
 
 
@@ -305,10 +329,13 @@ def test_a_base_layer_that_is_no_plain_linear(llava: Any, processor: Any, genera
     increments = learn(llava, 1, generator)
     linear = llava.model.language_model.layers[0].self_attn.o_proj
     x = torch.randn(2, 3, 128, generator=generator)
-    increments.active = increments.method.select(
+    increments.call.active = increments.method.select(
         increments.pool, torch.randn(2, increments.pool.key_dim, generator=generator), 1, training=False
     )
-    factors, pairs = increments.pool.factors("model.language_model.layers.0.self_attn.o_proj"), increments.active.past
+    factors, pairs = (
+        increments.pool.factors("model.language_model.layers.0.self_attn.o_proj"),
+        increments.call.active.past,
+    )
     zero = cf.ops.inject_add(torch.zeros(2, 3, 128), x, factors.A, factors.B, pairs.index, pairs.coefficient)
     torch.testing.assert_close(linear(x), 2 * x @ linear.weight.T + zero)
 
@@ -486,4 +513,4 @@ class TestRefusals:
             run(**batch, query=torch.randn(1, 384))
         with pytest.raises(TypeError, match="expected a list with one text"):
             run(**batch, instructions="what?")
-        assert increments.active is None and increments.pending is None
+        assert increments.call.active is None and increments.call.pending is None

@@ -82,14 +82,14 @@ def test_a_quantised_linear_and_its_increments(load: Callable, processor: Any, g
         assert (model(**batch).logits - before).abs().max() > 1e-2
         pool = increments.pool
         queries = torch.randn(2, pool.key_dim, generator=generator)
-        selection = increments.active = increments.method.select(pool, queries, 1, training=False)
+        selection = increments.call.active = increments.method.select(pool, queries, 1, training=False)
         for path, linear in linears.items():
             factors = pool.factors(path)
             alpha = torch.zeros(2, pool.num_rows).scatter_add_(1, selection.past.index, selection.past.coefficient)
             alpha[:, : selection.context.shape[1]] += selection.context
             added = torch.einsum("bn,nro,nri,bsi->bso", alpha, factors.B, factors.A, given[path])
             torch.testing.assert_close(linear(given[path]), plain[path] + added, atol=1e-5, rtol=1e-4)
-        increments.active = None
+        increments.call.active = None
         after = cf.unpatch(model)(**batch).logits
         # weights that are repacked now are rounded once more
         torch.testing.assert_close(after, before, atol=0.2 if paths.repacked_on_cpu(model) else 0, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -35,6 +36,26 @@ class Request(NamedTuple):
     query: Tensor | None
 
 
+class Call(threading.local):
+    """What belongs to the call that is under way, in each thread its own: a model may answer in several at once.
+
+    A layer that activation checkpointing computes again, in whichever thread, is handed its selection once more.
+
+    Attributes:
+        active: what acts on the batch that is in the layers right now.
+        pending: what acts during the ``generate`` that is under way.
+        queries: ``[B, S, H, head_dim]`` of the attention that is computed right now, where the method reads them.
+    """
+
+    def __init__(self) -> None:  # for every thread; torch.compile would guard no default of the class
+        self.active: Selection | None = None
+        self.pending: Selection | None = None
+        self.queries: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Call], tuple[()]]:
+        return Call, ()  # a copy is in no call
+
+
 class Increments(nn.Module):
     """Registered as ``model.increments`` by ``patch``.
 
@@ -43,9 +64,7 @@ class Increments(nn.Module):
         method: the coefficient policy.
         dropout: share of its input that increments do not see in training, where the config has such a field.
         pool: the rows; the only state.
-        active: what acts on the batch that is in the layers right now.
-        pending: what acts during the ``generate`` that is under way.
-        queries: ``[B, S, H, head_dim]`` of the attention that is computed right now, where the method reads them.
+        call: what acts in the call that is under way.
         pristine: the frozen weight of each linear that ``merge`` replaced, by path; empty while nothing is merged.
         base_fingerprint: of the frozen model, kept where a process may lose parts of it (FSDP); otherwise None.
     """
@@ -74,9 +93,7 @@ class Increments(nn.Module):
             context_rank=getattr(config, "context_rank", None) or 0,
         )
         self.dropout: float = getattr(config, "dropout", 0.0)
-        self.active: Selection | None = None
-        self.pending: Selection | None = None
-        self.queries: Tensor | None = None
+        self.call = Call()
         self.pristine: dict[str, Tensor] = {}
         self.base_fingerprint: str | None = None
         self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
@@ -133,8 +150,8 @@ class Increments(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of the model is in no forward pass, and caches know the original alone
-        return {**self.__dict__, "active": None, "pending": None, "queries": None, "_by_cache": WeakKeyDictionary()}
+        # caches know the original alone
+        return {**self.__dict__, "_by_cache": WeakKeyDictionary()}
 
     @property
     def groups(self) -> int:
@@ -161,7 +178,7 @@ class Increments(nn.Module):
         if not self.method.uses_query:
             return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
         if request.query is None and request.instructions is None:
-            remembered = self.pending or self._remembered(request, past_key_values)
+            remembered = self.call.pending or self._remembered(request, past_key_values)
             if remembered is not None:
                 return remembered.expand(request.batch)
         return self.choose(request, pooled_image)
@@ -332,17 +349,18 @@ class Increments(nn.Module):
 
     def read(self, x: Tensor, factors: Factors) -> Tensor:
         """What an ``o_proj`` is handed in place of ``x [B, S, d_in]``, by a method with ``reads``."""
-        selection, queries = self._selection_for(x), self.queries
-        self.queries = None  # those of this attention are not the next one's
+        selection, queries = self._selection_for(x), self.call.queries
+        self.call.queries = None  # those of this attention are not the next one's
         assert queries is not None
         x, queries = x.to(factors.A.device), queries.to(factors.A.device)
         return self.method.read(selection, factors, x, queries)
 
     def _selection_for(self, x: Tensor) -> Selection:
-        assert self.active is not None
-        if x.dim() != 3 or x.shape[0] != self.active.batch_size:
-            raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{self.active.batch_size}, S, d_in]")
-        return self.active
+        active = self.call.active
+        assert active is not None
+        if x.dim() != 3 or x.shape[0] != active.batch_size:
+            raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{active.batch_size}, S, d_in]")
+        return active
 
     def _pools(
         self, selection: Selection, factors: Factors, device: torch.device

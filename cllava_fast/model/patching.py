@@ -206,7 +206,7 @@ def _shadow(module: nn.Module, name: str, function: Any) -> None:
 def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
     adapter: _Adapter = linear._adapter
     increments = adapter.increments
-    if increments.active is None:
+    if increments.call.active is None:
         return original(x)
     if increments.method.reads:
         return original(increments.read(x, adapter.factors))
@@ -217,13 +217,13 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
 
 
 def _receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    increments.active = kwargs.pop(SELECTION, None)
+    increments.call.active = kwargs.pop(SELECTION, None)
     return args, kwargs
 
 
 def _catch_queries(increments: Increments, head_dim: Any, module: nn.Module, args: Any, output: Tensor) -> None:
-    if increments.active is not None:
-        increments.queries = output.reshape(*output.shape[:2], -1, head_dim)
+    if increments.call.active is not None:
+        increments.call.queries = output.reshape(*output.shape[:2], -1, head_dim)
 
 
 def _get_image_features(llava: Any, original: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -255,8 +255,8 @@ def _forward(
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
-        increments.active = increments.queries = None
-    if increments.pending is None:
+        increments.call.active = increments.call.queries = None
+    if increments.call.pending is None:
         increments.remember(_cache_of(output), selection)
     return output
 
@@ -279,11 +279,11 @@ def _generate(
     pending = _select(model, kwargs, instructions, query, None)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
-    increments.pending = pending
+    increments.call.pending = pending
     try:
         output = original(None, *args, **kwargs)
     finally:
-        increments.pending = None
+        increments.call.pending = None
     increments.remember(_cache_of(output), pending)
     return output
 
