@@ -131,6 +131,17 @@ def test_generate_with_cache_and_beams(name: str, beams: int, generator: torch.G
         assert torch.equal(dense.generate(**alone(batch, i), **options)[0, -4:], together[i])
 
 
+def test_a_generate_within_generate_leaves_the_outer_ones_rows(generator: torch.Generator) -> None:
+    """Speculative decoding by the model's own first layers."""
+    name = "LlamaForCausalLM"
+    model, batch = patched(name, generator), alone(batch_of(name, generator), 0)
+    options = {"instructions": [ASKED[1]], "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    wanted, found = (model.generate(**batch, **options, **early) for early in ({}, {"assistant_early_exit": 1}))
+    torch.testing.assert_close(torch.cat(found.logits), torch.cat(wanted.logits), atol=2e-4, rtol=1e-3)
+    assert get_increments(model).call.pending is None
+
+
 @of_every_base
 def test_activation_checkpointing_leaves_gradients_as_they_are(name: str, generator: torch.Generator) -> None:
     model = patched(name, generator, tasks=1)

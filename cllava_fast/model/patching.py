@@ -279,11 +279,11 @@ def _generate(
     pending = _select(model, kwargs, instructions, query, None)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
-    increments.call.pending = pending
+    outer, increments.call.pending = increments.call.pending, pending  # assistant_early_exit generates within generate
     try:
         output = original(None, *args, **kwargs)
     finally:
-        increments.call.pending = None
+        increments.call.pending = outer
     increments.remember(_cache_of(output), pending)
     return output
 
