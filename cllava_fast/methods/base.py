@@ -106,22 +106,35 @@ class Selection:
         if size == 0 or batch % size:
             raise ValueError(f"the batch holds {batch} samples; instructions were selected for {size}: give one each")
         times = batch // size
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
-        def repeat(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(times, dim=0)
+    def take(self, samples: Tensor) -> Selection:
+        """The samples that ``samples [n]`` int64 names, in its order, any number of times."""
+        size = self.batch_size
 
+        def pick(tensor: Tensor) -> Tensor:
+            # what is remembered may be of a time before beams were added
+            return tensor.repeat_interleave(size // len(tensor), dim=0)[samples.to(tensor.device)]
+
+        moved = self._map(pick)
+        if self.memory is None:
+            return moved
+        return replace(moved, memory={factors: kept.map(pick) for factors, kept in self.memory.items()})
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Selection:
+        """``function`` of all that is one row a sample, except for what is remembered."""
         context = self.context
         if context is not None and context.shape[0] != 1:
-            context = repeat(context)
+            context = function(context)
         return replace(
             self,
-            block=self.block and self.block.map(repeat),
-            past=self.past and self.past.map(repeat),
+            block=self.block and self.block.map(function),
+            past=self.past and self.past.map(function),
             context=context,
-            index=None if self.index is None else repeat(self.index),
-            weight=None if self.weight is None else repeat(self.weight),
-            strength=None if self.strength is None else repeat(self.strength),
-            mask=None if self.mask is None else repeat(self.mask),
+            index=None if self.index is None else function(self.index),
+            weight=None if self.weight is None else function(self.weight),
+            strength=None if self.strength is None else function(self.strength),
+            mask=None if self.mask is None else function(self.mask),
         )
 
     def scaled(self, strength: Tensor) -> Selection:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from cllava_fast import ops
 from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
-from cllava_fast.model import paths
+from cllava_fast.model import caches, paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.instructions import InstructionReader, text_ids
 from cllava_fast.ops import checks, dispatch
@@ -96,7 +95,6 @@ class Increments(nn.Module):
         self.call = Call()
         self.pristine: dict[str, Tensor] = {}
         self.base_fingerprint: str | None = None
-        self._by_cache: WeakKeyDictionary[Any, Selection] = WeakKeyDictionary()
 
     def linears(self, model: nn.Module) -> dict[str, nn.Module]:
         """The adapted linears of ``model`` by path."""
@@ -148,10 +146,6 @@ class Increments(nn.Module):
             image_dim=paths.vision_width(model),
             device=paths.execution_device(embedding),
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # caches know the original alone
-        return {**self.__dict__, "_by_cache": WeakKeyDictionary()}
 
     @property
     def groups(self) -> int:
@@ -212,7 +206,7 @@ class Increments(nn.Module):
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
         """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
         if past_key_values is not None and selection is not None and not self.training:
-            self._by_cache[past_key_values] = selection
+            caches.remember(past_key_values, self, selection)
 
     def _remembered(self, request: Request, past_key_values: Any | None) -> Selection | None:
         if past_key_values is None or not past_key_values.get_seq_length():
@@ -221,7 +215,7 @@ class Increments(nn.Module):
         # the single token of a decoding step asks nothing
         if ids is not None and ids.shape[1] > 1 and self.reader is not None and self.reader.has_turn(ids):
             return None
-        selection = self._by_cache.get(past_key_values)
+        selection = caches.remembered(past_key_values, self)
         if selection is None:
             raise ValueError(
                 "past_key_values was not filled by this patched model, so its instruction is unknown; "

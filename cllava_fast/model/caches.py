@@ -1,0 +1,80 @@
+"""What a cache of keys and values was filled with: the selection of its prompt, wherever its samples are moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from cllava_fast.methods import Selection
+
+MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # by which transformers moves samples
+
+
+@dataclass
+class _Filled:
+    """``samples [rows]`` int64: whose selection each row of the cache now has; None until one was moved."""
+
+    model: ref[nn.Module]
+    selection: Selection
+    samples: Tensor | None = None
+
+
+_filled: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()
+
+
+def remember(cache: Any, increments: nn.Module, selection: Selection) -> None:
+    """From now on the cache stands for ``selection``, whose samples follow those of the cache."""
+    _filled[cache] = _Filled(ref(increments), selection)
+    for name in MOVES:
+        if hasattr(cache, name) and name not in cache.__dict__:
+            setattr(cache, name, _Move(cache, name))
+
+
+def remembered(cache: Any, increments: nn.Module) -> Selection | None:
+    """What ``increments`` filled the cache with, one sample for each of its rows; None if another model did."""
+    found = _filled.get(cache)
+    if found is None or found.model() is not increments:
+        return None
+    return found.selection if found.samples is None else found.selection.take(found.samples)
+
+
+class _Move:
+    """One of ``MOVES``, on one cache.
+
+    It holds the cache weakly: one that held itself would keep its memory until the garbage collector comes by.
+    """
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self.cache, self.name = ref(cache), name
+
+    def __reduce__(self) -> tuple[type[_Move], tuple[Any, str]]:
+        return _Move, (self.cache(), self.name)  # a copied cache moves its own samples
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        cache = self.cache()
+        found = _filled.get(cache)
+        rows = None if found is None else _rows(cache) or found.selection.batch_size
+        getattr(type(cache), self.name)(cache, *args, **kwargs)
+        if found is None or rows is None:
+            return
+        if found.samples is None and rows % found.selection.batch_size == 0:
+            found.selection, found.samples = found.selection.expand(rows), torch.arange(rows)
+        if found.samples is None or len(found.samples) != rows:  # it was emptied since, and is filled anew
+            del _filled[cache]
+            return
+        (given,) = (*args, *kwargs.values())
+        if self.name == "batch_repeat_interleave":
+            found.samples = found.samples.repeat_interleave(given)
+        else:
+            given = torch.as_tensor(given)
+            found.samples = found.samples.to(given.device)[given]
+
+
+def _rows(cache: Any) -> int | None:
+    """Samples of a cache; None where no layer can say, as quantised ones cannot."""
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return next((key.shape[0] for key in keys if key is not None and key.dim() == 4), None)
