@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import cllava_fast as cf
 from cllava_fast.methods import Selection, config_from_dict, make_method
 from cllava_fast.methods.branch_lora import MOMENTUM, BranchLora, BranchLoraConfig, choose, task_key
 from cllava_fast.model import get_increments
 from cllava_fast.pool import LinearShape, Pool
-from tests.helpers import QUESTIONS, inputs, take
+from tests.helpers import QUESTIONS, inputs, prompt, take
 from tests.test_train import arguments, stream
 
 CONFIG = BranchLoraConfig(branches=5, rank=3, scale=1.5, a_std=0.2, targets=("mlp.*_proj",), surrogate="sentence")
@@ -46,7 +47,18 @@ def patched(model: Any, processor: Any, tasks: int, generator: torch.Generator, 
 
 def prompts(model: Any, processor: Any, generator: torch.Generator, side: str = "left") -> dict[str, Any]:
     """A batch with padding whose samples begin with a token of their own each, and ask for tasks in turn."""
-    batch = inputs(processor, QUESTIONS, generator, side=side)
+    return asking(model, inputs(processor, QUESTIONS, generator, side=side), generator)
+
+
+def texts(model: Any, processor: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Three prompts without an image, two of which have much padding."""
+    questions = (QUESTIONS[0], " and ".join(QUESTIONS[:3]), QUESTIONS[3])
+    written = [prompt(processor, question, with_image=False) for question in questions]
+    batch = processor(text=written, return_tensors="pt", padding=True, padding_side="left")
+    return asking(model, dict(batch), generator)
+
+
+def asking(model: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     first = batch["attention_mask"].argmax(1)
     samples = torch.arange(len(first))
     batch["input_ids"][samples, first] = 20 + samples
@@ -276,6 +288,99 @@ def test_cached_decoding_by_hand_keeps_the_prompts_branches(llava: Any, processo
         other = llava(**{**full, "query": batch["query"].roll(1, 0)})
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
     assert float((other.logits - whole.logits)[:, -1].abs().amax(1).min()) > 1e-3, "tasks must matter here"
+
+
+def parts(batch: dict[str, Any], *ends: int) -> Iterator[dict[str, Any]]:
+    """The prompt piece by piece, each with the mask of all that has come."""
+    begin = 0
+    for end in ends:
+        yield {"input_ids": batch["input_ids"][:, begin:end], "attention_mask": batch["attention_mask"][:, :end]}
+        begin = end
+
+
+def test_a_prompt_that_comes_in_parts_is_routed_by_its_first_token(
+    llava: Any, processor: Any, rng: torch.Generator
+) -> None:
+    """Parts that are padding alone for some samples, by generate and by hand, and a prefix that lies in a cache."""
+    patched(llava, processor, 3, rng)
+    batch = texts(llava, processor, rng)
+    query = batch.pop("query")
+    length = batch["input_ids"].shape[1]
+    assert 5 < int(batch["attention_mask"].argmax(1).max()) < length - 4
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options["suppress_tokens"] = [llava.config.image_token_id]  # random weights may say it
+    with torch.no_grad():
+        expected, logits = llava.generate(**batch, query=query, **options), llava(**batch, query=query).logits[:, -1]
+        chunked = llava.generate(**batch, query=query, **options, prefill_chunk_size=4)
+        assert torch.equal(chunked, expected)
+        for queries in ([query, query], [query, None]):
+            cache = DynamicCache(config=llava.config.text_config)
+            for part, asked in zip(parts(batch, 3, 4), queries, strict=True):
+                llava(**part, past_key_values=cache, query=asked)
+            assert torch.equal(llava.generate(**batch, query=query, past_key_values=cache, **options), expected)
+        cache = DynamicCache(config=llava.config.text_config)
+        for part in parts(batch, 2, 5, length):
+            found = llava(**part, past_key_values=cache, query=query).logits[:, -1]
+        torch.testing.assert_close(found, logits, atol=2e-4, rtol=1e-4)
+
+
+def test_another_task_on_an_old_cache_routes_by_the_same_token(
+    llava: Any, processor: Any, rng: torch.Generator
+) -> None:
+    """Its routers choose anew, on what linears saw when the cache was filled."""
+    increments = patched(llava, processor, 3, rng)
+    batch = texts(llava, processor, rng)
+    path = "model.language_model.layers.0.mlp.gate_proj"
+    factors, route = increments.pool.factors(path), increments.method.route
+    seen: list[Tensor] = []
+    chosen: list[list[list[int]]] = []
+
+    def spy(selection: Selection, where: Any, x: Tensor) -> Selection:
+        found = route(selection, where, x)
+        if where is factors:
+            seen.append(x)
+            chosen.append(found.past.index.tolist())
+        return found
+
+    increments.method.route = spy
+    with torch.no_grad():
+        cache = llava(**batch, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        mask = torch.cat([batch["attention_mask"][[2, 0]], torch.ones(2, 3, dtype=torch.int64)], 1)
+        other = increments.pool.keys[[0, 2]]
+        llava(input_ids=torch.full((2, 3), 9), attention_mask=mask, past_key_values=cache, query=other)
+    first = seen[0][torch.arange(3), batch["attention_mask"].argmax(1)]  # [B, d_in]
+    for (before, task), found in zip(((2, 0), (0, 2)), chosen[1], strict=True):
+        assert found == list(gates_of(first[before], factors.router[task], CONFIG.top_k))
+
+
+def test_a_cache_of_an_unknown_beginning_is_refused(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    patched(llava, processor, 2, rng)
+    batch = texts(llava, processor, rng)
+    with torch.no_grad():
+        cache = copy.deepcopy(llava(**batch, use_cache=True).past_key_values)
+        for call in (llava, llava.generate):
+            with pytest.raises(ValueError, match="branch_lora goes by a prompt's first token; pass the whole prompt"):
+                call(**batch, past_key_values=cache)
+
+
+def test_branches_follow_the_samples_of_a_cache(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    patched(llava, processor, 3, rng)
+    batch = prompts(llava, processor, rng)
+    token, samples = torch.full((len(QUESTIONS), 1), 9), torch.tensor([3, 0, 3])
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
+    steps = []
+    with torch.no_grad():
+        for moved in (False, True):
+            cache = llava(**batch, use_cache=True).past_key_values
+            rows = torch.arange(len(QUESTIONS))
+            if moved:
+                cache.batch_select_indices(samples)
+                rows = samples
+            position = mask[rows].sum(1, keepdim=True) - 1
+            inputs = {"input_ids": token[rows], "attention_mask": mask[rows], "position_ids": position}
+            steps.append(llava(**inputs, past_key_values=cache).logits[:, -1])
+    torch.testing.assert_close(steps[1], steps[0][samples], atol=2e-4, rtol=1e-4)
 
 
 def test_activation_checkpointing_changes_no_gradient(llava: Any, processor: Any, rng: torch.Generator) -> None:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from cllava_fast.methods.base import METHODS, Method, MethodConfig, Pairs, Selection, register
+from cllava_fast.methods.base import METHODS, Begun, Method, MethodConfig, Pairs, Selection, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -39,6 +39,7 @@ def config_from_dict(values: dict[str, Any]) -> MethodConfig:
 
 __all__ = [
     "METHODS",
+    "Begun",
     "ContinualLlava",
     "IncrementConfig",
     "JointLora",

@@ -32,6 +32,15 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """What one linear has seen of its samples' beginnings: each one's first token ``tokens [B, d_in]``, where it was
+    among the ``seen`` tokens that have come, padding included."""
+
+    tokens: Tensor
+    seen: int
+
+
+@dataclass(frozen=True)
 class Selection:
     """What acts on each sample of a batch.
 
@@ -50,8 +59,11 @@ class Selection:
             ``Method.route`` makes them from what it keeps.
         mask: ``[B, S]``, 0 where a prompt has padding, and in training in all of a sample without a label, for
             ``Method.route``; None where nobody said.
-        memory: what ``Method.route`` decides for the prompt and needs again for the tokens that follow, which come
-            without it; None in training, where a layer that is recomputed must find what its first pass found.
+        memory: by linear, what ``Method.route`` decided for the prompt and needs again for the tokens that follow,
+            which come without it, for methods with ``by_first_token``; None in training, where a layer that is
+            recomputed must find what its first pass found.
+        begun: by linear, the first tokens that ``memory`` was decided on. They are the cache's: another selection that
+            goes on with it decides on them anew.
         seen: linears that ``Method.route`` has counted this forward pass's tokens in: one that is recomputed does not
             count again. None where nothing is counted.
     """
@@ -65,7 +77,8 @@ class Selection:
     mix: bool = False
     rows: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    memory: dict[Factors, Any] | None = None
+    memory: dict[Factors, Pairs] | None = None
+    begun: dict[Factors, Begun] | None = None
     seen: set[Factors] | None = None
     means: bool = False
 
@@ -77,8 +90,17 @@ class Selection:
 
     @cached_property
     def first(self) -> Tensor | None:
-        """``[B]`` int64, where each sample's first token behind its padding stands; None where nobody said."""
-        return None if self.mask is None else (self.mask != 0).int().argmax(1)
+        """``[B]`` int64, where each sample's first token behind its padding stands, behind the mask where all of it is
+        padding; None where nobody said."""
+        if self.mask is None:
+            return None
+        real = self.mask != 0
+        return real.int().argmax(1).where(real.any(1), real.shape[1])
+
+    @cached_property
+    def last(self) -> int:
+        """Where the last of the samples begins."""
+        return 0 if self.first is None else int(self.first.max())
 
     @cached_property
     def joined(self) -> Pairs | None:
@@ -117,9 +139,11 @@ class Selection:
             return tensor.repeat_interleave(size // len(tensor), dim=0)[samples.to(tensor.device)]
 
         moved = self._map(pick)
-        if self.memory is None:
+        if self.memory is None or self.begun is None:
             return moved
-        return replace(moved, memory={factors: kept.map(pick) for factors, kept in self.memory.items()})
+        memory = {factors: pairs.map(pick) for factors, pairs in self.memory.items()}
+        begun = {factors: Begun(pick(known.tokens), known.seen) for factors, known in self.begun.items()}
+        return replace(moved, memory=memory, begun=begun)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Selection:
         """``function`` of all that is one row a sample, except for what is remembered."""
@@ -195,6 +219,7 @@ class Method(ABC):
     uses_query: ClassVar[bool] = True
     uses_task: ClassVar[bool] = False  # the query is the task's number, [B, 1]: an oracle
     routes: ClassVar[bool] = False  # ``route`` looks at activations, so no one selection can be merged or exported
+    by_first_token: ClassVar[bool] = False  # ``route`` decides on a prompt's first token, for all that follow
     shares_A: ClassVar[bool] = False  # a pool's rows have one A, ``[1, R, d_in]``
     shared_rows: ClassVar[bool] = False  # every task trains the same rows, and keys are those of tasks (``Pool``)
     counted: ClassVar[frozenset[str]] = frozenset()  # kept tensors that are each process's own within a task

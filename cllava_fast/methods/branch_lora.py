@@ -16,14 +16,14 @@ the language model's, whatever its weight, and its minimum is known: the mean of
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast import distributed, ops
-from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, layers_of, register
+from cllava_fast.methods.base import Begun, Method, MethodConfig, Pairs, Selection, layers_of, register
 from cllava_fast.pool import Factors, LinearShape, Pool
 
 MOMENTUM = 0.99  # of a branch's activity: about the last hundred batches count, in which the router has found its form
@@ -70,6 +70,7 @@ class BranchLora(Method):
     committed task, ``frozen [N]``, and ``activity [N]`` of the newest task."""
 
     routes = True
+    by_first_token = True
     shares_A = True
     shared_rows = True
     config: BranchLoraConfig
@@ -174,19 +175,42 @@ def choose(first: Tensor, router: Tensor, top_k: int) -> Pairs:
 def _remembered(selection: Selection, factors: Factors, x: Tensor, top_k: int) -> Pairs:
     """What the tasks' routers choose for a prompt, and go on with for the tokens behind it."""
     assert selection.past is not None
-    memory: dict[Factors, Any] = {} if selection.memory is None else selection.memory
-    if factors not in memory:
+    memory = {} if selection.memory is None else selection.memory
+    chosen = memory.get(factors)
+    if chosen is None:
         router: Tensor = factors.router  # type: ignore[assignment]
         task = selection.past.index[:, 0].to(router.device)
-        found = choose(_first(x, selection.first).to(task.device), router[task], top_k)
-        memory[factors] = found.map(Tensor.detach)
-        return found
-    chosen: Pairs = memory[factors]
-    times = len(x) // len(chosen.index)  # beams that were added behind the prompt
-    return chosen if times == 1 else chosen.map(lambda tensor: tensor.repeat_interleave(times, 0))
+        tokens, complete = _beginning(selection, factors, x)
+        chosen = choose(tokens.to(task.device), router[task], top_k)
+        if complete:
+            memory[factors] = chosen.map(Tensor.detach)
+    return chosen.map(lambda tensor: _for_beams(tensor, len(x)))
+
+
+def _beginning(selection: Selection, factors: Factors, x: Tensor) -> tuple[Tensor, bool]:
+    """First tokens ``[B, d_in]``, and whether all have come: a long prompt comes in parts, and some of a batch begin
+    behind padding. Those that have not are any, since what acts on padding does not matter."""
+    if selection.begun is None:
+        return _first(x, selection.first), True
+    known, first = selection.begun.get(factors), selection.first
+    if known is not None and selection.last < known.seen:
+        return _for_beams(known.tokens, len(x)), True
+    seen = 0 if known is None else known.seen
+    tokens = _first(x, None if first is None else first - seen)
+    if known is not None and first is not None:
+        here = (first >= seen).to(x.device)[:, None]  # [B, 1]
+        tokens = torch.where(here, tokens, _for_beams(known.tokens, len(x)).to(x.device))
+    selection.begun[factors] = Begun(tokens.detach(), seen + x.shape[1])
+    return tokens, selection.last < seen + x.shape[1]
+
+
+def _for_beams(tensor: Tensor, batch: int) -> Tensor:
+    """Rows ``[B, ...]`` for beams that were added since: ``[batch, ...]``."""
+    times = batch // len(tensor)
+    return tensor if times == 1 else tensor.repeat_interleave(times, 0)
 
 
 def _first(x: Tensor, first: Tensor | None) -> Tensor:  # [B, S, d_in] -> [B, d_in]
     if first is None:
         return x[:, 0]
-    return x[torch.arange(len(x), device=x.device), first.to(x.device).clamp(max=x.shape[1] - 1)]
+    return x[torch.arange(len(x), device=x.device), first.to(x.device).clamp(0, x.shape[1] - 1)]

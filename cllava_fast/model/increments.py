@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cllava_fast import ops
-from cllava_fast.methods import Method, MethodConfig, Pairs, Selection, calibration, make_method
+from cllava_fast.methods import Begun, Method, MethodConfig, Pairs, Selection, calibration, make_method
 from cllava_fast.model import caches, paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.instructions import InstructionReader, text_ids
@@ -33,6 +33,7 @@ class Request(NamedTuple):
     pixel_values: Tensor | None
     instructions: Sequence[str] | None
     query: Tensor | None
+    past_key_values: Any | None = None
 
 
 class Call(threading.local):
@@ -155,12 +156,12 @@ class Increments(nn.Module):
 
     # -- from a call to a selection ------------------------------------------------------------------------------
 
-    def select(self, request: Request, pooled_image: Any, past_key_values: Any | None = None) -> Selection | None:
+    def select(self, request: Request, pooled_image: Any, goes_on: bool) -> Selection | None:
         """What acts on each sample of the request; None where nothing has been learned.
 
         Args:
             pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
-            past_key_values: a cache that remembers the selection of the prompt it was filled with.
+            goes_on: without a new turn, the request goes on with the selection that its cache was filled with.
         """
         learning = self.training and self.pool.block_rows > 0
         if self.pristine:
@@ -172,9 +173,11 @@ class Increments(nn.Module):
         if not self.method.uses_query:
             return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
         if request.query is None and request.instructions is None:
-            remembered = self.call.pending or self._remembered(request, past_key_values)
+            if self.call.pending is not None:
+                return self.call.pending.expand(request.batch)
+            remembered = self._remembered(request) if goes_on else None
             if remembered is not None:
-                return remembered.expand(request.batch)
+                return remembered
         return self.choose(request, pooled_image)
 
     def choose(self, request: Request, pooled_image: Any) -> Selection | None:
@@ -196,19 +199,29 @@ class Increments(nn.Module):
         selection = selection.expand(request.batch)
         if not self.method.routes:
             return selection
-        mask, labels = request.attention_mask, request.labels
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if self.training and labels is not None:
-            learned = (labels != IGNORE).any(1, keepdim=True)  # [B, 1]; without a label, a sample fills up a batch
-            mask = learned.expand(labels.shape) if mask is None else mask * learned
-        return replace(selection, mask=mask, memory=None if self.training else {})
+        selection = replace(selection, mask=_mask(request, self.training))
+        if self.training or not self.method.by_first_token:
+            return selection
+        return replace(selection, memory={}, begun=self._begun(request.past_key_values))
+
+    def _begun(self, past_key_values: Any | None) -> dict[Factors, Begun]:
+        if past_key_values is None or not past_key_values.get_seq_length():
+            return {}
+        filled = caches.remembered(past_key_values, self)
+        if filled is None or filled.begun is None:
+            raise ValueError(
+                f"past_key_values was not filled by this patched model, and {self.config.method} goes by a prompt's "
+                "first token; pass the whole prompt without a cache"
+            )
+        return filled.begun
 
     def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
         """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
         if past_key_values is not None and selection is not None and not self.training:
             caches.remember(past_key_values, self, selection)
 
-    def _remembered(self, request: Request, past_key_values: Any | None) -> Selection | None:
+    def _remembered(self, request: Request) -> Selection | None:
+        past_key_values = request.past_key_values
         if past_key_values is None or not past_key_values.get_seq_length():
             return None
         ids = request.input_ids
@@ -221,7 +234,9 @@ class Increments(nn.Module):
                 "past_key_values was not filled by this patched model, so its instruction is unknown; "
                 "pass instructions=[...] with one text for each sample"
             )
-        return selection
+        selection, mask = selection.expand(request.batch), _mask(request)
+        # longer than the one before, behind which a sample may begin
+        return selection if mask is None or not self.method.by_first_token else replace(selection, mask=mask)
 
     def task_query(self, tasks: Sequence[str]) -> Tensor:
         """The query ``[n, 1]`` of a method that is told the task: its number; of a task not learned yet, the next."""
@@ -436,6 +451,16 @@ def linear_shape(linear: nn.Module, model: nn.Module) -> LinearShape:
     # quantised weights are stored as integers, and what they compute has the dtype of what they are handed
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else model.dtype
     return LinearShape(linear.in_features, linear.out_features, dtype, paths.execution_device(linear))  # type: ignore[arg-type]
+
+
+def _mask(request: Request, training: bool = False) -> Tensor | None:
+    """``[B, S]``, of all tokens so far; None where there is none, or none of that form."""
+    mask = request.attention_mask
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not training or request.labels is None:
+        return mask
+    learned = (request.labels != IGNORE).any(1, keepdim=True)  # [B, 1]; without a label, a sample fills up a batch
+    return learned.expand(request.labels.shape) if mask is None else mask * learned
 
 
 def _token_id(model: nn.Module, name: str) -> int:

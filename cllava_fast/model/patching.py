@@ -248,7 +248,7 @@ def _forward(
     kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
     increments: Increments = model.increments
     _check_images(model, kwargs, image_features)
-    selection = _select(model, kwargs, instructions, query, kwargs.get("past_key_values"))
+    selection = _select(model, kwargs, instructions, query, goes_on=True)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
     try:
@@ -276,7 +276,7 @@ def _generate(
     increments: Increments = model.increments
     _check_images(model, kwargs, image_features)
     # with a cache, too, input_ids hold the whole conversation, and its last turn is what is asked now
-    pending = _select(model, kwargs, instructions, query, None)
+    pending = _select(model, kwargs, instructions, query, goes_on=False)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
     outer, increments.call.pending = increments.call.pending, pending  # assistant_early_exit generates within generate
@@ -312,7 +312,7 @@ def _init_continuous_batching(model: Any, original: Any, *args: Any, **kwargs: A
 
 
 def _select(
-    model: Any, kwargs: dict[str, Any], instructions: list[str] | None, query: Tensor | None, cache: Any
+    model: Any, kwargs: dict[str, Any], instructions: list[str] | None, query: Tensor | None, goes_on: bool
 ) -> Selection | None:
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
@@ -326,8 +326,9 @@ def _select(
         pixel_values=kwargs.get("pixel_values"),
         instructions=instructions,
         query=query,
+        past_key_values=kwargs.get("past_key_values"),
     )
-    return model.increments.select(request, functools.partial(pooled_image, model), cache)
+    return model.increments.select(request, functools.partial(pooled_image, model), goes_on)
 
 
 def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
