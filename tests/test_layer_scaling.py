@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import cllava_fast as cf
+from cllava_fast.methods import METHODS
 from cllava_fast.model import get_increments, paths
 from tests.helpers import QUESTIONS, inputs, learn
 
@@ -24,12 +25,17 @@ def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return model(**batch).logits
 
 
-@pytest.fixture(params=["product", "factor", "sequential_lora"])
+CONFIGS = {
+    "product": CONFIG,
+    "factor": cf.IncrementConfig(rank=4, a_std=0.1, context="factor"),
+    "means": cf.IncrementConfig(rank=4, a_std=0.1, context_rank=4),
+    "sequential_lora": cf.LoraConfig(rank=4, a_std=0.1),
+}
+
+
+@pytest.fixture(params=CONFIGS)
 def learned(request: pytest.FixtureRequest, llava: Any, processor: Any, rng: torch.Generator) -> Any:
-    config = (
-        cf.IncrementConfig(rank=4, a_std=0.1, context=request.param) if request.param != "sequential_lora" else None
-    )
-    cf.patch(llava, config or cf.LoraConfig(rank=4, a_std=0.1), processor=processor)
+    cf.patch(llava, CONFIGS[request.param], processor=processor)
     learn(llava, 2, rng, b_std=0.1)
     return llava
 
@@ -61,6 +67,27 @@ def test_the_model_answers_as_the_scaled_weights_do(learned: Any, processor: Any
     wanted = logits(learned, batch)
     cf.merge(learned, **({"instruction": QUESTIONS[0]} if learned.increments.method.uses_query else {}))
     torch.testing.assert_close(logits(learned, batch), wanted, atol=1e-4, rtol=1e-4)
+
+
+EVERY = {name: kind(**({"surrogate": "sentence"} if "surrogate" in kind.__dataclass_fields__ else {}))
+         for name, (kind, _) in METHODS.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [*EVERY.values(), CONFIGS["means"]], ids=[*EVERY, "means"])
+def test_a_scale_of_zero_leaves_the_base_of_any_method(
+    config: Any, llava: Any, processor: Any, rng: torch.Generator
+) -> None:
+    batch = inputs(processor, QUESTIONS[:2], rng)
+    base = logits(llava, batch)
+    cf.patch(llava, config, processor=processor)
+    if get_increments(llava).method.uses_task:
+        batch["query"] = torch.tensor([[1.0], [0.0]])
+    learn(llava, 2, rng, b_std=0.3)
+    before = logits(llava, batch)
+    assert (before - base).abs().max() > 1e-2
+    with cf.scale_layers(llava, alpha=0.0, beta=0.0):
+        torch.testing.assert_close(logits(llava, batch), base, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(llava, batch), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,26 +23,23 @@ class LayerScaling:
     def __init__(self, model: Any, scales: dict[str, float]) -> None:
         self.scales = scales
         self._model = model
-        self._before: dict[str, tuple[Tensor, Tensor | None]] = {}  # B and block_B
+        self._before: dict[str, dict[str, Tensor]] = {}
         with torch.inference_mode(False), torch.no_grad():
             for path, scale in scales.items():
                 factors = self._factors(path)
-                open_B = None if factors.block_B is None else factors.block_B.data
-                self._before[path] = factors.B, open_B
-                _put(factors, *(_times(B, scale) for B in self._before[path]))
+                self._before[path] = _outputs(factors)
+                _put(factors, {name: B * scale for name, B in self._before[path].items()})
 
     def undo(self) -> None:
         """Puts the rows back, bit for bit. Raises ValueError if they were changed since, or a selection is merged."""
         check_not_merged(get_increments(self._model))
         for path, scale in self.scales.items():
-            factors = self._factors(path)
-            present = factors.B, factors.block_B
-            for now, before in zip(present, self._before[path], strict=True):
-                if not _is_equal(now, _times(before, scale)):
-                    raise ValueError(f"rows of {path} were learned, loaded or cast since; load what was saved before")
+            present, before = _outputs(self._factors(path)), self._before[path]
+            if present.keys() != before.keys() or not all(_is_equal(present[n], before[n] * scale) for n in before):
+                raise ValueError(f"rows of {path} were learned, loaded or cast since; load what was saved before")
         for path in self.scales:
             factors = self._factors(path)
-            _put(factors, *(None if B is None else B.to(factors.B.device) for B in self._before[path]))
+            _put(factors, {name: B.to(factors.B.device) for name, B in self._before[path].items()})
         self.scales = {}
 
     def _factors(self, path: str) -> Factors:
@@ -60,8 +57,8 @@ def scale_layers(model: Any, *, alpha: float, beta: float) -> LayerScaling:
 
     LiNeS, equation of section 3 (which counts from 1): a small ``alpha`` brings shallow layers back towards the base,
     whose general skills they hold, and deep layers keep what they learned; the paper's single-task setting has
-    ``alpha + beta = 1``. No data is needed. It acts at once, on all rows, by their ``B``: evaluation, ``merge``,
-    ``export_peft`` and ``save_pretrained`` see the scaled rows. Two scalings multiply.
+    ``alpha + beta = 1``. No data is needed. It acts at once, on all rows and shortened means, by their ``B``:
+    evaluation, ``merge``, ``export_peft`` and ``save_pretrained`` see the scaled rows. Two scalings multiply.
 
     Args:
         model: a patched model that has learned something.
@@ -81,7 +78,8 @@ def scale_layers(model: Any, *, alpha: float, beta: float) -> LayerScaling:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}; expected a finite number")
     pool = increments.pool
-    if increments.method.uses_query and pool.block_rows:
+    stays_open = not increments.method.uses_query or (pool.num_tasks and not pool.num_rows)  # from task to task
+    if pool.block_rows and not stays_open:
         raise ValueError("a task is being learned; finish it first")
     if not pool.num_rows and not pool.block_rows:
         raise ValueError("nothing has been learned yet")
@@ -91,19 +89,20 @@ def scale_layers(model: Any, *, alpha: float, beta: float) -> LayerScaling:
     return LayerScaling(model, {path: alpha + beta * number / last for path, number in numbers.items()})
 
 
-def _times(B: Tensor | None, scale: float) -> Tensor | None:
-    return None if B is None else B * scale
+def _outputs(factors: Factors) -> dict[str, Tensor]:
+    """What every increment is linear in: ``B`` of all rows, and of the tasks' shortened means."""
+    names = ("B", "mean_B", "block_B")
+    return {name: tensor.detach() for name in names if (tensor := getattr(factors, name, None)) is not None}
 
 
-def _is_equal(now: Tensor | None, wanted: Tensor | None) -> bool:
-    if now is None or wanted is None:
-        return now is wanted
+def _is_equal(now: Tensor, wanted: Tensor) -> bool:
     return now.shape == wanted.shape and now.dtype == wanted.dtype and torch.equal(now, wanted.to(now.device))
 
 
-def _put(factors: Factors, B: Tensor | None, block_B: Tensor | None) -> None:
-    assert B is not None
-    factors.B = B
-    if block_B is not None:
-        assert factors.block_B is not None
-        factors.block_B.data = block_B
+def _put(factors: Factors, outputs: dict[str, Tensor]) -> None:
+    for name, tensor in outputs.items():
+        if name == "block_B":
+            assert factors.block_B is not None
+            factors.block_B.data = tensor
+        else:
+            setattr(factors, name, tensor)
