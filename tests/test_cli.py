@@ -422,14 +422,14 @@ def test_every_method_shows_the_rows_that_act(
     increments = learn(cllava_fast.patch(llava, config, processor=processor), 2, rng)
     acting = []
     llava.model.language_model.layers[0].self_attn.o_proj.register_forward_pre_hook(
-        lambda *_: acting.append(increments.active)
+        lambda *_: acting.append(increments.call.active)
     )
     strengths = []
     for question in (QUESTIONS[0], "transcribe the sign"):
         batch = inputs(processor, (question,), rng)
         rows = explain(llava, batch, question)
         if not rows:
-            assert name in ("smora", "o_lora") and increments.active is None
+            assert name in ("smora", "o_lora") and increments.call.active is None
             continue
         with torch.no_grad():
             llava(**batch)

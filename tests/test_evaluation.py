@@ -268,7 +268,7 @@ def test_predictions_say_how_much_of_the_rows_acted(
     increments = learn(cf.patch(llava, config, processor=processor), 2, rng)
     seen = []
     llava.model.language_model.layers[0].self_attn.o_proj.register_forward_pre_hook(
-        lambda *_: seen.append(increments.active.past.coefficient)
+        lambda *_: seen.append(increments.call.active.past.coefficient)
     )
     data = PreparedStream(cf.Stream([cf.Task("task0", test, test)]), processor)
     (found,) = evaluation.evaluate_tasks(llava, data, ["task0"], "test", batch_size=1, max_new_tokens=1, progress=False)
