@@ -303,6 +303,44 @@ def test_a_fingerprint_of_the_base_reads_a_few_numbers_of_each_tensor(llava: Any
     assert copied and sum(copied) <= 64 * len(tensors) < sum(t.numel() for t in tensors.values()) / 50
 
 
+class CastingLinear(torch.nn.Linear):
+    """Does with its bias what the linears of bitsandbytes do."""
+
+    __module__ = "bitsandbytes.nn.modules"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.bfloat16()
+        assert self.bias is not None
+        self.bias.data = self.bias.data.to(x.dtype)
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias).float()
+
+
+def test_a_base_whose_biases_are_cast_when_it_runs_is_the_same_base(
+    new_llava: Callable, processor: Any, tmp_path: Path, generator: torch.Generator
+) -> None:
+    def new_base() -> Any:
+        model = new_llava()
+        for name, module in list(model.model.vision_tower.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                cast = CastingLinear(module.in_features, module.out_features)
+                cast.load_state_dict(module.state_dict())
+                model.model.vision_tower.set_submodule(name, cast)
+        return model
+
+    model = cf.patch(new_base(), cf.IncrementConfig(surrogate="text+image"), processor=processor)
+    learn(model, 1, generator)
+    with torch.no_grad():
+        model(**inputs(processor, QUESTIONS, generator))
+    assert {p.dtype for p in model.model.vision_tower.parameters()} == {torch.float32, torch.bfloat16}
+    cf.save_pretrained(model, tmp_path / "out")
+    cf.load_pretrained(new_base(), tmp_path / "out", processor=processor)
+    cf.load_pretrained(cf.unpatch(model), tmp_path / "out", processor=processor)
+    other = new_base()
+    next(p for p in other.model.vision_tower.parameters() if p.dim() == 2).data += 0.01
+    with pytest.raises(ValueError, match="another base model"):
+        cf.load_pretrained(other, tmp_path / "out", processor=processor)
+
+
 def test_a_model_with_another_config_is_refused(
     learned: Any, new_llava: Callable, processor: Any, tmp_path: Path
 ) -> None:

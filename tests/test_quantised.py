@@ -164,6 +164,22 @@ def test_files_and_refusals(
         cf.load_pretrained(exact, tmp_path / "out", processor=processor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_has_run_is_the_same_base(
+    dtype: torch.dtype, load: Callable, processor: Any, generator: torch.Generator, tmp_path: Path
+) -> None:
+    """bitsandbytes casts biases in every forward pass, and autocast has it cast them to something else."""
+    model = cf.patch(load(dtype), CONFIG, processor=processor)
+    learn(model, 1, generator)
+    batch = inputs(processor, BATCH, generator)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(**batch)
+        cf.save_pretrained(model, tmp_path / "out")
+        cf.load_pretrained(load(dtype), tmp_path / "out", processor=processor)
+
+
 def test_weights_that_were_repacked_are_refused(folder: Path, processor: Any, generator: torch.Generator) -> None:
     """bitsandbytes does so on CPUs with bfloat16 instructions, in evaluation, and cannot go back."""
     model = transformers.LlavaForConditionalGeneration.from_pretrained(
