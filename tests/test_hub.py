@@ -17,6 +17,7 @@ from huggingface_hub import CommitInfo, ModelCard, RepoUrl
 from huggingface_hub.errors import HFValidationError
 
 import cllava_fast as cf
+from cllava_fast.data import chat_template
 from cllava_fast.demo import load_base
 from cllava_fast.model import files, hub
 from tests.helpers import QUESTIONS, inputs, learn
@@ -87,6 +88,45 @@ def test_the_base_is_loaded_by_the_name_and_the_dtype_in_the_file(
     # with another dtype it is another base
     with pytest.raises(ValueError, match="were float32, these are bfloat16; load the base with dtype='float32'"):
         cf.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+
+
+def test_prompts_are_served_as_they_were_learned(
+    base: Path, tmp_path: Path, generator: torch.Generator, recwarn: pytest.WarningsRecorder
+) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    def new_base() -> tuple[Any, Any]:
+        return LlavaForConditionalGeneration.from_pretrained(base), AutoProcessor.from_pretrained(base)
+
+    model, speaking = new_base()
+    speaking.chat_template = chat_template("vicuna_v1")
+    cf.patch(model, cf.IncrementConfig(a_std=0.1), processor=speaking)
+    learn(model, 1, generator)
+    saved = cf.save_pretrained(model, tmp_path / "out")
+    cf.load_pretrained(new_base()[0], saved, processor=speaking)
+    recwarn.clear()
+    loaded = [cf.from_pretrained(saved), cf.from_pretrained(saved, new_base()[0])]
+    loaded.append(cf.load_pretrained(new_base()[0], saved))
+    for model in loaded:
+        assert model.increments.processor.chat_template == chat_template("vicuna_v1")
+    assert not [warning for warning in recwarn if "template" in str(warning.message)]
+
+    model, silent = new_base()
+    with pytest.warns(UserWarning, match="chat template is not the one that .*out was learned with"):
+        cf.load_pretrained(model, saved, processor=silent)
+    assert model.increments.processor.chat_template != chat_template("vicuna_v1")
+    with pytest.warns(UserWarning, match="chat template is not the one"):
+        cf.load_pretrained(model, saved)
+
+    file = saved / files.CONFIG
+    values = json.loads(file.read_text())
+    for template in ("{{ ''.__class__.__mro__ }}", "{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"):
+        file.write_text(json.dumps({**values, "chat_template": template}))
+        with pytest.raises(ValueError, match="chat_template in .*adapter_config.json cannot be rendered"):
+            cf.from_pretrained(saved)
+    del values["chat_template"]  # as files were before
+    file.write_text(json.dumps(values))
+    assert cf.from_pretrained(saved).increments.processor.chat_template == silent.chat_template
 
 
 def test_a_given_base_is_used(

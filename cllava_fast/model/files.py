@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, ne
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import increments_card, is_repo_id
-from cllava_fast.model.patching import check_not_merged, get_increments, patch, unpatch
+from cllava_fast.model.instructions import template_markers
+from cllava_fast.model.patching import check_not_merged, find_processor, get_increments, patch, unpatch
 from cllava_fast.names import brief
 from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
@@ -34,7 +36,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Saved:
-    """What ``adapter_config.json`` says. Files from before ``base_model`` and ``base_dtype`` have None there."""
+    """What ``adapter_config.json`` says. Fields that an older file does not have are None."""
 
     config: MethodConfig
     tasks: list[str]
@@ -43,6 +45,7 @@ class Saved:
     base_fingerprint: str
     surrogate_fingerprint: str | None
     weights_sha256: str
+    chat_template: str | None
 
 
 def save_pretrained(
@@ -101,6 +104,7 @@ def write_increments(
         "base_dtype": str(model.dtype).removeprefix("torch."),
         "base_fingerprint": base_fingerprint(model),
         "surrogate_fingerprint": surrogate,
+        "chat_template": _text_template(getattr(getattr(model, "increments", None), "processor", None)),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     with new_folder(target) as folder:
@@ -117,7 +121,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     Args:
         model: the base that the increments were learned on, in the same dtype.
         path: the folder.
-        processor: as in ``patch``.
+        processor: as in ``patch``, which then speaks its own chat template. One that is found beside the base speaks
+            the template that the increments were learned with.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -131,7 +136,10 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     if was_patched:
         check_not_merged(get_increments(model))
     saved, state = read_increments(model, folder)
+    if processor is None and not was_patched:
+        processor = speak_as_learned(find_processor(model), saved, folder)
     patch(model, saved.config, processor=processor)
+    _warn_of_another_template(get_increments(model).processor if processor is None else processor, saved, folder)
     increments = get_increments(model)
     try:
         present = increments.surrogate.fingerprint if increments.surrogate else None
@@ -145,6 +153,36 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
             unpatch(model)
         raise
     return model
+
+
+def speak_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | None:
+    """Sets the chat template that the increments were learned with; transformers renders it in its sandbox."""
+    if processor is not None and saved.chat_template is not None:
+        processor.chat_template = saved.chat_template
+        try:
+            template_markers(processor)
+        except Exception as error:  # a template may raise whatever it likes
+            raise ValueError(
+                f"chat_template in {folder / CONFIG} cannot be rendered: {error}; expected a file written by "
+                "save_pretrained()"
+            ) from error
+    return processor
+
+
+def _warn_of_another_template(processor: Any | None, saved: Saved, folder: Path) -> None:
+    if processor is not None and saved.chat_template not in (None, _text_template(processor)):
+        warnings.warn(
+            f"the processor's chat template is not the one that {folder} was learned with, so prompts read otherwise "
+            f"than in training; set processor.chat_template to chat_template in {folder / CONFIG}, or leave out "
+            "processor=, which sets it",
+            stacklevel=3,
+        )
+
+
+def _text_template(processor: Any | None) -> str | None:
+    """None where there is none, or several by name."""
+    template = getattr(processor, "chat_template", None)
+    return template if isinstance(template, str) else None
 
 
 def read_increments(model: Any, folder: Path) -> tuple[Saved, dict[str, Tensor]]:
@@ -186,6 +224,7 @@ def read_config(folder: Path) -> Saved:
             base_fingerprint=values["base_fingerprint"],
             surrogate_fingerprint=values["surrogate_fingerprint"],
             weights_sha256=values["weights_sha256"],
+            chat_template=values.get("chat_template"),
         )
         names = saved.tasks
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -195,7 +234,7 @@ def read_config(folder: Path) -> Saved:
         for field in ("base_fingerprint", "weights_sha256"):
             if not isinstance(getattr(saved, field), str):
                 raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
-        for field in ("base_model", "base_dtype", "surrogate_fingerprint"):
+        for field in ("base_model", "base_dtype", "surrogate_fingerprint", "chat_template"):
             if not isinstance(getattr(saved, field), str | None):
                 raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
         if saved.base_dtype not in (None, *DTYPES):

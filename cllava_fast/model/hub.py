@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from cllava_fast.model.card import is_repo_id
-from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained
+from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained, speak_as_learned
 from cllava_fast.names import brief, nearest
 
 SHOWN = 20  # names of a folder in an error
@@ -37,7 +37,8 @@ def from_pretrained(
     Args:
         path_or_repo: a folder that ``save_pretrained`` wrote, or a hub's repository that ``push_to_hub`` did.
         model: the base; by default the one that the folder names, from its folder or by its name on the hub.
-        processor: as in ``patch``; by default the one saved beside the base.
+        processor: as in ``patch``; by default the one saved beside the base, with the chat template that the
+            increments were learned with.
         revision: branch, tag or commit of the repository.
         token, cache_dir, force_download: as everywhere in huggingface_hub, for the repository and for the base.
         local_files_only: True never downloads. By default so for a folder, but not for a repository;
@@ -62,7 +63,8 @@ def from_pretrained(
     saved = read_config(folder)
     if model is None:
         model = _load_base(saved, folder, {**options, **base_options})
-        processor = _find_processor(saved, options) if processor is None else processor
+        if processor is None:
+            processor = speak_as_learned(_find_processor(saved, options), saved, folder)
     return load_pretrained(model, folder, processor=processor)
 
 

@@ -84,7 +84,7 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     _check_not_adapted(model)
     attentions = paths.attentions(model)
     config = IncrementConfig() if config is None else config
-    increments = Increments(model, config, _find_processor(model) if processor is None else processor)
+    increments = Increments(model, config, find_processor(model) if processor is None else processor)
     linears = increments.linears(model)
     readers = attentions[: len(linears)] if increments.method.reads else []  # an o_proj each
     projections = [paths.query_projection(attention) for attention in readers]
@@ -176,7 +176,7 @@ def _check_processor(model: Any, processor: Any) -> None:
     )
 
 
-def _find_processor(model: Any) -> Any | None:
+def find_processor(model: Any) -> Any | None:
     """The processor, or a plain language model's tokenizer, saved beside the weights. Nothing is downloaded."""
     folder, with_images = Path(model.name_or_path or ""), paths.vision_tower(model) is not None
     files = ("processor_config.json", "preprocessor_config.json") if with_images else ("tokenizer_config.json",)
