@@ -13,6 +13,7 @@ from unittest.mock import create_autospec
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import CommitInfo, ModelCard, RepoUrl
 from huggingface_hub.errors import HFValidationError
 
@@ -20,6 +21,7 @@ import cllava_fast as cf
 from cllava_fast.data import chat_template
 from cllava_fast.demo import load_base
 from cllava_fast.model import files, hub
+from tests.base_models import new_model, new_processor
 from tests.helpers import QUESTIONS, inputs, learn
 
 COMMIT = "c" * 40
@@ -129,6 +131,19 @@ def test_prompts_are_served_as_they_were_learned(
     assert cf.from_pretrained(saved).increments.processor.chat_template == silent.chat_template
 
 
+def test_a_base_of_text_alone_is_loaded(tmp_path: Path, generator: torch.Generator) -> None:
+    name = "LlamaForCausalLM"
+    tokenizer = new_processor(name)
+    new_model(name, tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = cf.patch(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), cf.IncrementConfig(a_std=0.1))
+    learn(model, 1, generator)
+    again = cf.from_pretrained(cf.save_pretrained(model, tmp_path / "out"))
+    ids = tokenizer("USER: which bar is the tallest? ASSISTANT:", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
 def test_a_given_base_is_used(
     base: Path, tmp_path: Path, generator: torch.Generator, new_llava: Callable, processor: Any
 ) -> None:
@@ -212,7 +227,7 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
     assert asked[0]["allow_patterns"] == list(files.FILES) and asked[0]["token"] == "t"
     assert asked[0]["repo_id"] == "me/mine" and asked[0]["revision"] == "v1"
     # a folder's base comes from this machine alone
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig
 
     loads: list[dict[str, Any]] = []
 
@@ -220,13 +235,18 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
         loads.append({"name": name, **options})
         raise OSError("not here")
 
+    def configuration(name: str, **options: Any) -> LlavaConfig:
+        loads.append({"name": name, **options, "use_safetensors": True})
+        return LlavaConfig()
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", configuration)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
     values = json.loads((saved / files.CONFIG).read_text())
     (saved / files.CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": "lab/llava"}))
     for source, options in ((saved, {}), (saved, {"local_files_only": False}), ("me/mine", {})):
         with pytest.raises(FileNotFoundError, match=r"model=base\), or let it be downloaded by local_files_only=False"):
             cf.from_pretrained(source, **options)
-    assert [call["local_files_only"] for call in loads] == [True, False, False]
+    assert [call["local_files_only"] for call in loads] == [True, True, False, False, False, False]
     assert all(call["trust_remote_code"] is False and call["use_safetensors"] for call in loads)
 
 

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
 
 from cllava_fast import distributed
 from cllava_fast.config import ModelConfig
@@ -23,6 +16,7 @@ from cllava_fast.data.encode import Encoder
 from cllava_fast.environment import require
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model.card import is_repo_id
+from cllava_fast.model.hub import auto_class
 from cllava_fast.model.paths import BASES, adapted_linears
 
 
@@ -36,14 +30,14 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
         ModuleNotFoundError: the quantisation needs a package that is not installed.
     """
     base = _model_config(config)
-    cls = _auto_class(base)._model_mapping.get(type(base), None)
+    cls = auto_class(base)._model_mapping.get(type(base), None)
     if cls is None or cls.__name__ not in BASES:
         name = base.model_type if cls is None else cls.__name__
         raise TypeError(f"model.path is {config.path!r}, a {name}; expected one of {', '.join(BASES)}")
     if config.quantization is not None:
         require("bitsandbytes", f"model.quantization={config.quantization}")
     with torch.device("meta"):
-        model = _auto_class(base).from_config(base)
+        model = auto_class(base).from_config(base)
     adapted_linears(model, method.targets)
 
 
@@ -74,18 +68,13 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
-    model = _auto_class(_model_config(config)).from_pretrained(path, **options)
+    model = auto_class(_model_config(config)).from_pretrained(path, **options)
     return model.eval(), processor
 
 
 def default_device() -> torch.device:
     """The GPU of this process, or the CPU where there is none."""
     return distributed.device() if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _auto_class(base: Any) -> Any:
-    sees = base.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _path(config: ModelConfig) -> str:

@@ -62,7 +62,7 @@ def from_pretrained(
     folder = _find(path_or_repo, revision, options)
     saved = read_config(folder)
     if model is None:
-        model = _load_base(saved, folder, {**options, **base_options})
+        model = _load_base(saved, folder, options, base_options)
         if processor is None:
             processor = speak_as_learned(_find_processor(saved, options), saved, folder)
     return load_pretrained(model, folder, processor=processor)
@@ -92,16 +92,27 @@ def _find(path_or_repo: str | os.PathLike[str], revision: str | None, options: d
         ) from error
 
 
-def _load_base(saved: Saved, folder: Path, options: dict[str, Any]) -> Any:
+def auto_class(base: Any) -> Any:
+    """The class of transformers that loads a base by its configuration: with images, or of text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    sees = base.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def _load_base(saved: Saved, folder: Path, options: dict[str, Any], base_options: dict[str, Any]) -> Any:
     if saved.base_model is None:
         raise ValueError(f"{folder} does not say where its base model is; from_pretrained(..., model=base)")
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig
 
+    base_options.setdefault("use_safetensors", True)
     if saved.base_dtype is not None:
-        options.setdefault("dtype", saved.base_dtype)
-    options.setdefault("use_safetensors", True)
+        base_options.setdefault("dtype", saved.base_dtype)
+    safe = {**options, "trust_remote_code": False}
     try:
-        return AutoModelForImageTextToText.from_pretrained(saved.base_model, trust_remote_code=False, **options)
+        kind = auto_class(AutoConfig.from_pretrained(saved.base_model, **safe))
+        return kind.from_pretrained(saved.base_model, **base_options, **safe)
     except OSError as error:
         fetch = ", or let it be downloaded by local_files_only=False" if is_repo_id(saved.base_model) else ""
         raise FileNotFoundError(
