@@ -131,6 +131,28 @@ def test_prompts_are_served_as_they_were_learned(
     assert cf.from_pretrained(saved).increments.processor.chat_template == silent.chat_template
 
 
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "LlamaForCausalLM"])
+def test_a_method_that_reads_no_instruction_has_a_processor_too(
+    name: str, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """That of a base in the hub's cache, which no folder of the model leads to."""
+    processor = new_processor(name)
+    cache, base = tmp_path / "cache", tmp_path / "base"
+    model = cf.patch(new_model(name, processor), cf.LoraConfig(), processor=processor)
+    learn(model, 1, generator)
+    saved = cf.save_pretrained(model, tmp_path / "out", base_model="lab/base")
+    cf.unpatch(model).save_pretrained(base)
+    put_in_cache(cache, "lab/bare", base)
+    processor.save_pretrained(base)
+    put_in_cache(cache, "lab/base", base)
+    again = cf.from_pretrained(saved, cache_dir=cache).increments
+    assert again.processor.chat_template == processor.chat_template and again.reader is not None
+    # where there is none, none is needed
+    values = json.loads((saved / files.CONFIG).read_text())
+    (saved / files.CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": "lab/bare"}))
+    assert cf.from_pretrained(saved, cache_dir=cache).increments.processor is None
+
+
 def test_a_base_of_text_alone_is_loaded(tmp_path: Path, generator: torch.Generator) -> None:
     name = "LlamaForCausalLM"
     tokenizer = new_processor(name)

@@ -124,11 +124,9 @@ def _load_base(saved: Saved, folder: Path, options: dict[str, Any], base_options
 def _find_processor(saved: Saved, options: dict[str, Any]) -> Any | None:
     from transformers import AutoProcessor
 
-    if not hasattr(saved.config, "surrogate"):
-        return None
     try:
         return AutoProcessor.from_pretrained(saved.base_model, trust_remote_code=False, **options)
-    except OSError:
+    except (OSError, ValueError):  # a language model without a tokenizer is the latter
         return None  # patch() says so where one is needed
 
 
