@@ -280,6 +280,11 @@ def test_refusals(
             cf.from_pretrained(source)
     with pytest.raises(FileNotFoundError, match=f"{files.CONFIG} does not exist"):
         cf.from_pretrained(base)
+    for name in ("01-color", "02-shape"):
+        (tmp_path / "run" / "increments" / name).mkdir(parents=True)
+    for load in (cf.from_pretrained, lambda folder: cf.load_pretrained(new_llava(), folder)):
+        with pytest.raises(FileNotFoundError, match="folder of a run, and what it has learned is in .*02-shape$"):
+            load(tmp_path / "run")
     with pytest.raises(ValueError, match="trust_remote_code=True was given"):
         cf.from_pretrained(base, trust_remote_code=True)
     with pytest.raises(ValueError, match="not patched"):

@@ -290,8 +290,13 @@ def _check_header(path: Path) -> None:
 
 
 def _check_is_there(path: Path, error: type[FileNotFoundError]) -> None:
-    if not os.path.isfile(path):
-        raise error(f"{path} does not exist; expected a folder written by save_pretrained()")
+    if os.path.isfile(path):
+        return
+    from cllava_fast.train.loop import saved_increments  # not above: it imports this module
+
+    newest = saved_increments(path.parent)[-1:]
+    hint = f"; {path.parent} is the folder of a run, and what it has learned is in {newest[0]}" if newest else ""
+    raise error(f"{path} does not exist; expected a folder written by save_pretrained(){hint}")
 
 
 def _check_base(model: Any, saved: Saved, folder: Path) -> None:
