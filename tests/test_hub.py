@@ -88,8 +88,9 @@ def test_the_base_is_loaded_by_the_name_and_the_dtype_in_the_file(
         assert torch.equal(again(**batch).logits, model(**batch).logits)
     assert again.increments.pool.task_names == ["task0", "task1"]
     # with another dtype it is another base
-    with pytest.raises(ValueError, match="were float32, these are bfloat16; load the base with dtype='float32'"):
-        cf.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    for name in ("dtype", "torch_dtype"):
+        with pytest.raises(ValueError, match="were float32, these are bfloat16; load the base with dtype='float32'"):
+            cf.from_pretrained(tmp_path / "out", **{name: torch.bfloat16})
 
 
 def test_prompts_are_served_as_they_were_learned(

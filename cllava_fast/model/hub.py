@@ -54,6 +54,8 @@ def from_pretrained(
         raise ValueError("trust_remote_code=True was given; code of others is never run here: load the base yourself")
     if model is not None and base_options:
         raise ValueError(f"{sorted(base_options)} say how to load the base, but model= was given; give one of them")
+    if "torch_dtype" in base_options:  # its older name
+        base_options.setdefault("dtype", base_options.pop("torch_dtype"))
     if local_files_only is None:
         local_files_only = os.path.isdir(path_or_repo)
     options = {
