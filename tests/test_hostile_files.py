@@ -54,6 +54,7 @@ def adapter(tmp_path: Path) -> Path:
         ({"weights_sha256": 5}, "weights_sha256 is 5; expected a text"),
         ({"base_fingerprint": None}, "base_fingerprint is None; expected a text"),
         ({"surrogate_fingerprint": []}, "surrogate_fingerprint is"),
+        ({"base_quantization": 4}, "base_quantization is 4; expected a text"),
         ({"chat_template": {"default": "x"}}, "chat_template is .*expected a text"),
         ({"base_dtype": "__class__"}, "base_dtype is '__class__'; expected one of float64"),
         ({"base_model_name_or_path": ["a"]}, "base_model is"),

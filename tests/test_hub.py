@@ -167,6 +167,28 @@ def test_a_base_of_text_alone_is_loaded(tmp_path: Path, generator: torch.Generat
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
 
+def test_files_say_how_the_base_was_quantised(base: Path, tmp_path: Path, generator: torch.Generator) -> None:
+    exact = cf.save_pretrained(learned_on(base, generator), tmp_path / "exact")
+    model = learned_on(base, generator)
+    model.lm_head.weight.data += 0.01
+    model.config.quantization_config = {"quant_method": "gptq"}
+    quantised = cf.save_pretrained(model, tmp_path / "quantised")
+    card = (quantised / files.CARD).read_text()
+    assert "bfloat16, quantised: gptq" in card and 'folder", quantization_config=quantization)' in card
+    assert "quanti" not in (exact / files.CARD).read_text()
+    with pytest.raises(ValueError, match=r"on a quantised base \('gptq'\), .* pass .*quantization_config="):
+        cf.from_pretrained(quantised)
+    with pytest.raises(ValueError, match="quantisation was 'gptq', this one's is 'none'; load the base with that"):
+        cf.from_pretrained(quantised, cf.unpatch(learned_on(base, generator)))
+    with pytest.raises(ValueError, match="was 'none', this one's is 'gptq'; load the base without quantization_config"):
+        cf.load_pretrained(cf.unpatch(model), exact)
+    # files from before it was recorded
+    values = json.loads((exact / files.CONFIG).read_text())
+    del values["base_quantization"]
+    (exact / files.CONFIG).write_text(json.dumps(values))
+    assert cf.from_pretrained(exact).increments.pool.num_tasks == 2
+
+
 def test_a_given_base_is_used(
     base: Path, tmp_path: Path, generator: torch.Generator, new_llava: Callable, processor: Any
 ) -> None:

@@ -13,7 +13,7 @@ import transformers
 
 import cllava_fast as cf
 from cllava_fast.model import get_increments, paths
-from cllava_fast.model.files import base_fingerprint
+from cllava_fast.model.files import base_fingerprint, base_quantization
 from tests.base_models import new_model, new_processor
 from tests.helpers import QUESTIONS, image, inputs, learn
 
@@ -160,8 +160,23 @@ def test_files_and_refusals(
         cf.merge(model, instruction=BATCH[0])
     assert not get_increments(model).pristine
     exact = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
-    with pytest.raises(ValueError, match="another base model"):
+    with pytest.raises(ValueError, match="another base model: its quantisation was '.*', this one's is 'none'; load"):
         cf.load_pretrained(exact, tmp_path / "out", processor=processor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bitsandbytes-nf4", "bitsandbytes nf4"),
+        ("bitsandbytes-int8", "bitsandbytes llm_int8"),
+        ("torchao-int8", "torchao"),
+    ],
+)
+def test_the_quantisation_in_words(kind: str, words: str, folder: Path) -> None:
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, quantization_config=KINDS[kind](), device_map="cpu"
+    )
+    assert base_quantization(model) == words
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 LIBRARY = "cllava-fast"
 FOLDER = "path/of/this/folder"
+EXACT = "none"  # the quantisation of a base that has none
 
 
 def increments_card(config: dict[str, Any], rows: int, location: str | None = None) -> str:
@@ -21,7 +22,8 @@ def increments_card(config: dict[str, Any], rows: int, location: str | None = No
         rows: rows in the pool.
         location: name that the folder is loaded by, where one is known.
     """
-    base = ", model=base" if config["base_model_name_or_path"] is None else ""
+    base = ", quantization_config=quantization" if config["base_quantization"] != EXACT else ""
+    base = ", model=base" if config["base_model_name_or_path"] is None else base
     load = f'import cllava_fast as cf\n\nmodel = cf.from_pretrained("{location or FOLDER}"{base})'
     what = (
         "# Increments for a frozen LLaVA\n\n"
@@ -54,8 +56,9 @@ def clip_card(config: dict[str, Any], rows: int, location: str | None = None) ->
 
 def _learned_card(config: dict[str, Any], facts: dict[str, str], what: str, load: str, pipeline: str) -> str:
     method = config["config"]["method"]
+    quantised = "" if config["base_quantization"] == EXACT else f", quantised: {config['base_quantization']}"
     facts = {
-        "base model": f"{_base(config)}, {config['base_dtype']}",
+        "base model": f"{_base(config)}, {config['base_dtype']}{quantised}",
         "method": as_code(method),
         "tasks": ", ".join(as_code(name) for name in config["tasks"]) or "not recorded by this method",
         **facts,

@@ -14,11 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, new_folder
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
-from cllava_fast.model.card import increments_card, is_repo_id
+from cllava_fast.model.card import EXACT, increments_card, is_repo_id
 from cllava_fast.model.instructions import template_markers
 from cllava_fast.model.patching import check_not_merged, find_processor, get_increments, patch, unpatch
 from cllava_fast.names import brief
@@ -46,6 +47,7 @@ class Saved:
     surrogate_fingerprint: str | None
     weights_sha256: str
     chat_template: str | None
+    base_quantization: str | None  # EXACT, or how its weights were quantised
 
 
 def save_pretrained(
@@ -102,6 +104,7 @@ def write_increments(
         "tasks": pool.task_names,
         "base_model_name_or_path": base_model,
         "base_dtype": str(model.dtype).removeprefix("torch."),
+        "base_quantization": base_quantization(model),
         "base_fingerprint": base_fingerprint(model),
         "surrogate_fingerprint": surrogate,
         "chat_template": _text_template(getattr(getattr(model, "increments", None), "processor", None)),
@@ -225,6 +228,7 @@ def read_config(folder: Path) -> Saved:
             surrogate_fingerprint=values["surrogate_fingerprint"],
             weights_sha256=values["weights_sha256"],
             chat_template=values.get("chat_template"),
+            base_quantization=values.get("base_quantization"),
         )
         names = saved.tasks
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -234,7 +238,7 @@ def read_config(folder: Path) -> Saved:
         for field in ("base_fingerprint", "weights_sha256"):
             if not isinstance(getattr(saved, field), str):
                 raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
-        for field in ("base_model", "base_dtype", "surrogate_fingerprint", "chat_template"):
+        for field in ("base_model", "base_dtype", "surrogate_fingerprint", "chat_template", "base_quantization"):
             if not isinstance(getattr(saved, field), str | None):
                 raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
         if saved.base_dtype not in (None, *DTYPES):
@@ -308,6 +312,13 @@ def _check_base(model: Any, saved: Saved, folder: Path) -> None:
             f"{folder} was learned on another base model: its weights were {saved.base_dtype}, these are {dtype}; "
             f"load the base with dtype={saved.base_dtype!r}"
         )
+    present = base_quantization(model)
+    if saved.base_quantization not in (None, present):
+        raise ValueError(
+            f"{folder} was learned on another base model: its quantisation was {brief(saved.base_quantization)}, "
+            f"this one's is {brief(present)}; load the base "
+            + ("without quantization_config" if saved.base_quantization == EXACT else "with that quantization_config")
+        )
     name = "" if saved.base_model is None else f" ({saved.base_model})"
     raise ValueError(f"{folder} was learned on another base model; load the base that it was trained with{name}")
 
@@ -316,6 +327,16 @@ def base_name(model: Any) -> str | None:
     """Where the base was loaded from: a folder's full path, a hub's repository, or None for a model made in place."""
     name: str = model.name_or_path or ""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+
+
+def base_quantization(model: Any) -> str:
+    """How the base's weights are quantised, in a word or two: ``"bitsandbytes nf4"``, ``"torchao"``; or ``EXACT``."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return EXACT
+    method = config["quant_method"] if isinstance(config, dict) else config.quant_method
+    kind = config.quantization_method() if isinstance(config, BitsAndBytesConfig) else None
+    return " ".join(str(getattr(word, "value", word)) for word in (method, kind) if word is not None)
 
 
 def base_fingerprint(model: Any) -> str:

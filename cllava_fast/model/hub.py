@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from cllava_fast.model.card import is_repo_id
+from cllava_fast.model.card import EXACT, is_repo_id
 from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained, speak_as_learned
 from cllava_fast.names import brief, nearest
 
@@ -113,14 +113,26 @@ def _load_base(saved: Saved, folder: Path, options: dict[str, Any], base_options
         base_options.setdefault("dtype", saved.base_dtype)
     safe = {**options, "trust_remote_code": False}
     try:
-        kind = auto_class(AutoConfig.from_pretrained(saved.base_model, **safe))
-        return kind.from_pretrained(saved.base_model, **base_options, **safe)
+        base = AutoConfig.from_pretrained(saved.base_model, **safe)
+        _check_quantization(saved, folder, base, base_options)
+        return auto_class(base).from_pretrained(saved.base_model, **base_options, **safe)
     except OSError as error:
         fetch = ", or let it be downloaded by local_files_only=False" if is_repo_id(saved.base_model) else ""
         raise FileNotFoundError(
             f"the base model {saved.base_model!r} that {folder} names cannot be loaded; "
             f"give it as from_pretrained(..., model=base){fetch}: {error}"
         ) from error
+
+
+def _check_quantization(saved: Saved, folder: Path, base: Any, base_options: dict[str, Any]) -> None:
+    """Refuses to load exact weights for what was learned on quantised ones."""
+    given = "quantization_config" in base_options or getattr(base, "quantization_config", None) is not None
+    if saved.base_quantization not in (None, EXACT) and not given:
+        raise ValueError(
+            f"{folder} was learned on a quantised base ({brief(saved.base_quantization)}), and "
+            f"{brief(saved.base_model)} is not quantised as it lies there; pass that quantisation as "
+            "from_pretrained(..., quantization_config=...)"
+        )
 
 
 def _find_processor(saved: Saved, options: dict[str, Any]) -> Any | None:
