@@ -194,9 +194,15 @@ def test_a_given_base_is_used(
 ) -> None:
     cf.save_pretrained(learned_on(base, generator), tmp_path / "out")
     model = new_llava().bfloat16()
-    shutil.rmtree(base)
-    with pytest.raises(FileNotFoundError, match=r"the base model '.*base' .*model=base"):
+    shutil.move(base, tmp_path / "moved")
+    with pytest.raises(
+        FileNotFoundError, match=r"the base model '.*base' .*base_model=PATH\) or --model PATH, .*model=base"
+    ):
         cf.from_pretrained(tmp_path / "out")
+    moved = cf.from_pretrained(tmp_path / "out", base_model=str(tmp_path / "moved")).increments
+    assert moved.pool.num_tasks == 2 and moved.processor is not None
+    with pytest.raises(ValueError, match="base_model is 'moved', but model= was given; give one of them"):
+        cf.from_pretrained(tmp_path / "out", model, base_model="moved")
     with pytest.raises(ValueError, match=r"\['dtype'\] say how to load the base, but model= was given"):
         cf.from_pretrained(tmp_path / "out", model, dtype="float32")
     learned = cf.from_pretrained(str(tmp_path / "out"), model, processor)
@@ -289,7 +295,7 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
     values = json.loads((saved / files.CONFIG).read_text())
     (saved / files.CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": "lab/llava"}))
     for source, options in ((saved, {}), (saved, {"local_files_only": False}), ("me/mine", {})):
-        with pytest.raises(FileNotFoundError, match=r"model=base\), or let it be downloaded by local_files_only=False"):
+        with pytest.raises(FileNotFoundError, match="model=base, or let it be downloaded by local_files_only=False"):
             cf.from_pretrained(source, **options)
     assert [call["local_files_only"] for call in loads] == [True, True, False, False, False, False]
     assert all(call["trust_remote_code"] is False and call["use_safetensors"] for call in loads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,26 @@ def test_ask_refuses_what_the_model_cannot_read(run: Path, capsys: pytest.Captur
     assert cli.main(["ask", str(run), "what color? " * 90]) == 1
     refused = capsys.readouterr().err
     assert "ask: 'the question' has" in refused and "expected 256 at most, the model's max_position" in refused
+
+
+def test_a_base_that_moved_is_named(data: Path, run: Path, printed: Callable[..., str], capsys: Any) -> None:
+    moved, lost = data / "moved", data / "nothing"
+    shutil.copytree(run, moved)
+    increments = moved / "increments" / "02-shape"
+    for file in (moved / "config.yaml", increments / "adapter_config.json"):
+        text = file.read_text()
+        assert str(FOLDER) in text
+        file.write_text(text.replace(str(FOLDER), str(lost)))
+    asked = ("--image", str(picture(data)), "--quiet", QUESTION)
+    for source in (moved, increments):
+        assert cli.main(["ask", str(source), *asked]) == 1
+        error = capsys.readouterr().err
+        assert str(lost) in error and "--model PATH" in error
+        assert printed("ask", source, "--model", FOLDER, *asked) == printed("ask", run, *asked)
+    assert printed("eval", moved, "--model", FOLDER, "--frozen").splitlines()[-1].startswith("Frozen")
+    assert "a LoRA of rank" in printed(
+        "export", moved, "--model", FOLDER, "--task", "color", "--output", data / "lora2"
+    )
 
 
 def test_report_is_drawn_again(run: Path, printed: Callable[..., str]) -> None:

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="the picture that is asked about")
     parser.add_argument("--task", help="the question's task, for a method that must be told it")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
+    parser.add_argument("--model", metavar="PATH", help="folder or hub name of the base (default: what RUN names)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer (default: as in training)")
     parser.add_argument("--quiet", action="store_true", help="print the answer alone")
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     sample = Sample(arguments.question, "", arguments.image, id="the question")
     check_texts(replace(sample, answer="-"), "the question")
     sample.open_image()  # refused now, not behind the weights
-    model, processor = open_run(arguments.run_dir, arguments.after)
+    model, processor = open_run(arguments.run_dir, arguments.after, arguments.model)
     encoder = Encoder(processor)
     examples = encoder.encode([sample])
     check_lengths(examples, token_limit(encoder.tokenizer, model), "ask", answers=False)

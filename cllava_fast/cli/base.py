@@ -86,7 +86,9 @@ def _path(config: ModelConfig) -> str:
 def _model_config(config: ModelConfig) -> Any:
     path = _path(config)
     if Path(path).is_absolute() and not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"model.path: {path}/config.json does not exist; expected a model's folder")
+        raise FileNotFoundError(
+            f"model.path: {path}/config.json does not exist; expected a model's folder: give --model PATH"
+        )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="DIR", help="folder that that stream's relative paths start from")
     parser.add_argument("--split", default="test", choices=("test", "validation"), help="(default: %(default)s)")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
+    parser.add_argument("--model", metavar="PATH", help="folder or hub name of the base (default: what RUN names)")
     parser.add_argument("--frozen", action="store_true", help="measure the base model without what was learned")
     parser.add_argument("--output", metavar="DIR", help="folder for predictions and a report (default: print only)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation in that folder")
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cllava_fast.evaluate.report import print_table
 
     check_positive(arguments, "batch_size", "max_new_tokens")
-    config = run_config(Path(arguments.run_dir))
+    config = run_config(Path(arguments.run_dir), arguments.model)
     asked = config
     if arguments.stream is not None:
         asked = load_config(arguments.stream, {"model.path": config.model.path}, arguments.base)
@@ -40,7 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_tasks(stream, arguments.split)
     if arguments.output is not None:
         check_output(Path(arguments.output), arguments.overwrite)
-    model, processor = open_base(config) if arguments.frozen else open_run(arguments.run_dir, arguments.after)
+    if arguments.frozen:
+        model, processor = open_base(config)
+    else:
+        model, processor = open_run(arguments.run_dir, arguments.after, arguments.model)
     results = evaluate_stream(
         model,
         processor,

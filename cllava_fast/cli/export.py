@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rank", type=int, metavar="N", help="at most this rank; the answer says what it costs")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
+    parser.add_argument("--model", metavar="PATH", help="folder or hub name of the base (default: what RUN names)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_positive(arguments, "rank")
     if Path(arguments.output).exists() and (Path(arguments.output).is_file() or any(Path(arguments.output).iterdir())):
         raise FileExistsError(f"{arguments.output} holds something already; give an empty or a new folder")
-    model, _ = open_run(arguments.run_dir, arguments.after)
+    model, _ = open_run(arguments.run_dir, arguments.after, arguments.model)
     report = cf.export_peft(
         model, arguments.output, task=arguments.task, instruction=arguments.instruction, rank=arguments.rank
     )

@@ -93,30 +93,32 @@ def open_base(config: RunConfig) -> tuple[Any, Any]:
     return load_base(config.model)
 
 
-def open_run(path: str, after: str | None = None) -> tuple[Any, Any]:
+def open_run(path: str, after: str | None = None, base: str | None = None) -> tuple[Any, Any]:
     """The patched model with what it has learned, and its processor.
 
     Args:
         path: folder of a run, folder of saved increments, or a hub's repository of them.
         after: for a run, its state after this task; by default after the last one.
+        base: folder or hub name of the base, by default what the run or the increments name.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file() and ((folder / "adapter_config.json").is_file() or not folder.exists()):
         if after is not None:
             raise ValueError(f"{path} is no folder of a run, so --after has no meaning; leave it out")
         logging.disable_progress_bar()
-        model = cf.from_pretrained(path)
+        model = cf.from_pretrained(path, base_model=base)
         return model.eval(), model.increments.processor
-    config, saved = run_config(folder), increments_of(folder, after)
+    config, saved = run_config(folder, base), increments_of(folder, after)
     model, processor = open_base(config)
     return cf.load_pretrained(model, saved, processor=processor), processor
 
 
-def run_config(folder: Path) -> RunConfig:
-    """The configuration that ``cllava-fast train`` left in a run's folder."""
+def run_config(folder: Path, base: str | None = None) -> RunConfig:
+    """The configuration that ``cllava-fast train`` left in a run's folder; ``base`` as in ``open_run``."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; expected the folder of a cllava-fast train run")
-    return load_config(folder / CONFIG, {"training.output_dir": str(folder)})
+    moved = {} if base is None else {"model.path": base}
+    return load_config(folder / CONFIG, {"training.output_dir": str(folder), **moved})
 
 
 def answer_tokens(path: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ def from_pretrained(
     model: Any | None = None,
     processor: Any | None = None,
     *,
+    base_model: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -39,30 +41,35 @@ def from_pretrained(
         model: the base; by default the one that the folder names, from its folder or by its name on the hub.
         processor: as in ``patch``; by default the one saved beside the base, with the chat template that the
             increments were learned with.
+        base_model: folder or hub name of the base, in place of what the folder names.
         revision: branch, tag or commit of the repository.
         token, cache_dir, force_download: as everywhere in huggingface_hub, for the repository and for the base.
-        local_files_only: True never downloads. By default so for a folder, but not for a repository;
-            ``HF_HUB_OFFLINE=1`` always wins.
+        local_files_only: True never downloads. By default so for a folder that names the base itself, but not for a
+            repository; ``HF_HUB_OFFLINE=1`` always wins.
         base_options: for the base's own ``from_pretrained``: ``device_map``, ``attn_implementation``,
             ``quantization_config`` and so on. ``dtype`` is that of the saved run by default.
 
     Raises:
         FileNotFoundError: neither a folder nor a repository that can be reached.
-        ValueError: as ``load_pretrained``, or options for the base beside ``model``.
+        ValueError: as ``load_pretrained``, or another name or options for the base beside ``model``.
     """
     if base_options.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code=True was given; code of others is never run here: load the base yourself")
+    if model is not None and base_model is not None:
+        raise ValueError(f"base_model is {base_model!r}, but model= was given; give one of them")
     if model is not None and base_options:
         raise ValueError(f"{sorted(base_options)} say how to load the base, but model= was given; give one of them")
     if "torch_dtype" in base_options:  # its older name
         base_options.setdefault("dtype", base_options.pop("torch_dtype"))
     if local_files_only is None:
-        local_files_only = os.path.isdir(path_or_repo)
+        local_files_only = os.path.isdir(path_or_repo) and base_model is None
     options = {
         "token": token, "cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only,
     }  # fmt: skip
     folder = _find(path_or_repo, revision, options)
     saved = read_config(folder)
+    if base_model is not None:
+        saved = replace(saved, base_model=base_model)
     if model is None:
         model = _load_base(saved, folder, options, base_options)
         if processor is None:
@@ -104,8 +111,9 @@ def auto_class(base: Any) -> Any:
 
 
 def _load_base(saved: Saved, folder: Path, options: dict[str, Any], base_options: dict[str, Any]) -> Any:
+    give = "give its folder as from_pretrained(..., base_model=PATH) or --model PATH, or itself as model=base"
     if saved.base_model is None:
-        raise ValueError(f"{folder} does not say where its base model is; from_pretrained(..., model=base)")
+        raise ValueError(f"{folder} does not say where its base model is; {give}")
     from transformers import AutoConfig
 
     base_options.setdefault("use_safetensors", True)
@@ -119,8 +127,7 @@ def _load_base(saved: Saved, folder: Path, options: dict[str, Any], base_options
     except OSError as error:
         fetch = ", or let it be downloaded by local_files_only=False" if is_repo_id(saved.base_model) else ""
         raise FileNotFoundError(
-            f"the base model {saved.base_model!r} that {folder} names cannot be loaded; "
-            f"give it as from_pretrained(..., model=base){fetch}: {error}"
+            f"the base model {saved.base_model!r} of {folder} cannot be loaded; {give}{fetch}: {error}"
         ) from error
 
 
