@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from tests.hostile_mutants import HOSTILE_MUTANTS  # noqa: E402
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
+from tests.serving_mutants import SERVING_MUTANTS  # noqa: E402
 from tests.tuned_mutants import TUNED_MUTANTS  # noqa: E402
 
 PLUGINS = ("-p", "no:cacheprovider", "-p", "tests.any_order")
@@ -345,6 +346,7 @@ MUTANTS = [
         " and factors not in selection.seen", "", ("tests/test_method_smora.py",),
     ),
     Mutant("clip: half a task stays open", "cllava_fast/clip.py", "self.pool.drop_block()", "pass", CLIP),
+    *(Mutant(name, file, old, new, (test,)) for name, file, old, new, test in SERVING_MUTANTS),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(

@@ -127,15 +127,18 @@ class TestLengths:
         with pytest.raises(ValueError, match="task 'a', test: 'long one' has"):
             cf.evaluate_stream(cf.unpatch(llava), processor, self.prepared(processor, picture, lazy), progress=False)
 
-    def test_the_lower_limit_counts(self, llava: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_model_says_and_else_the_tokenizer(
+        self, llava: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         tokenizer, config = processor.tokenizer, llava.config.get_text_config()
         assert token_limit(tokenizer, None) is None, "nobody said"
-        assert token_limit(tokenizer, llava) == (256, "the model's max_position_embeddings")
         monkeypatch.setattr(tokenizer, "model_max_length", 100)
-        assert (
-            token_limit(tokenizer, llava) == token_limit(tokenizer, None) == (100, "the tokenizer's model_max_length")
-        )
-        monkeypatch.setattr(tokenizer, "model_max_length", 10**30)
+        assert token_limit(tokenizer, llava) == (256, "the model's max_position_embeddings")
+        with monkeypatch.context() as changed:
+            changed.setattr(config, "max_position_embeddings", 10**20)
+            assert token_limit(tokenizer, llava) == (100, "the tokenizer's model_max_length")
+            changed.setattr(tokenizer, "model_max_length", 10**30)
+            assert token_limit(tokenizer, llava) is None
         for rope, positions in (
             ({"rope_type": "default"}, 256), ({"rope_type": "linear", "factor": 4.0}, 1024),
             ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),

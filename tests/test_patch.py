@@ -476,6 +476,17 @@ def test_a_new_turn_on_an_old_cache_asks_anew(llava: Any, processor: Any, genera
     assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9]])}, past_key_values=cache), wanted)
 
 
+def test_a_cache_that_generate_was_handed_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Though what comes out are tokens alone."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator)
+    cache = DynamicCache(config=llava.config.get_text_config())
+    batch = processor(text=[f"USER: {QUESTIONS[0]} ASSISTANT:"], return_tensors="pt")
+    ids = llava.generate(**batch, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    rows = selected(llava, {"input_ids": ids[:, -1:]}, past_key_values=cache)
+    assert torch.equal(rows, selected(llava, dict(batch)))
+
+
 def test_a_cache_from_a_tuple_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, generator)

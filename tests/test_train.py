@@ -16,12 +16,14 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast import distributed, ops
+from cllava_fast.data import chat_template
 from cllava_fast.methods.branch_lora import BranchLoraConfig
 from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
 from cllava_fast.train import ContinualArguments, ContinualTrainer
 from cllava_fast.train.align import align_keys
-from cllava_fast.train.tune import training_options
+from cllava_fast.train.runfile import NEWER, RunFile
+from cllava_fast.train.tune import check_report_to, training_options
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
@@ -228,6 +230,25 @@ def test_new_tasks_come_after_those_that_were_learned(
         run("alone", of(every, 2, 3), tmp_path / "whole" / "increments" / "01-task0", resume=True)
 
 
+def test_a_run_of_an_earlier_version_goes_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    expected = trainer(new_llava(), processor, tmp_path / "run", max_steps=1, align_steps=1).train()
+    file = RunFile(tmp_path / "run")
+    found = file.read()
+    assert found is not None
+    file.write({name: value for name, value in found.items() if name not in NEWER})
+    again = trainer(new_llava(), processor, tmp_path / "run", max_steps=1, align_steps=1, resume=True).train()
+    assert again.accuracy_matrix == expected.accuracy_matrix
+
+
+def test_increments_say_the_template_that_a_method_without_a_processor_learned_with(
+    new_llava: Callable, processor: Any, tmp_path: Path
+) -> None:
+    model = cf.patch(new_llava(), cf.LoraConfig(rank=2))
+    ContinualTrainer(model, processor, stream(1), arguments(tmp_path / "run", max_steps=1)).train()
+    saved = json.loads((tmp_path / "run" / "increments" / "01-task0" / "adapter_config.json").read_text())
+    assert saved["chat_template"] == processor.chat_template
+
+
 def test_a_joint_method_does_not_go_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     def run(tasks: int, **values: Any) -> ContinualTrainer:
         return trainer(new_llava(), processor, tmp_path / "run", tasks, cf.JointLoraConfig(rank=2), **values)
@@ -386,6 +407,7 @@ def test_every_argument_has_help_and_an_option() -> None:
 
 def test_report_to_reaches_transformers() -> None:
     options = training_options(ContinualArguments("x", report_to=["wandb"], fp16=True), torch.device("cuda"), seed=1)
+    check_report_to(ContinualArguments("x", trainer_options={"report_to": ["none"]}))
     assert options["report_to"] == ["wandb"] and options["fp16"] and options["data_seed"] == 1
     assert training_options(ContinualArguments("x"), torch.device("cpu"), seed=1)["report_to"] == "none"
 
@@ -444,15 +466,31 @@ class TestRefusals:
             ContinualTrainer(torch.nn.Linear(1, 1), processor, stream(), arguments(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
+    def test_another_chat_template_than_the_models(self, llava: Any, processor: Any, tmp_path: Path) -> None:
+        cf.patch(llava, CONFIG, processor=processor)
+        other = copy.deepcopy(processor)
+        other.chat_template = chat_template("vicuna_v1")
+        with pytest.raises(ValueError, match="another chat template than the one that the model was patched with"):
+            ContinualTrainer(llava, other, stream(), arguments(tmp_path / "run"))
+
     def test_a_model_that_has_learned_already(self, llava: Any, processor: Any, tmp_path: Path) -> None:
         trainer(llava, processor, tmp_path / "run").train()
         with pytest.raises(ValueError, match=r"has learned \['task0', 'task1'\] already; leave them out"):
             trainer(llava, processor, tmp_path / "other", tasks=3)
+        with pytest.raises(ValueError, match=r"already; give a freshly patched model, which loads"):
+            trainer(llava, processor, tmp_path / "run", tasks=3, resume=True)
         get_increments(llava).pool.open_block(
             4, keys=torch.ones(4, 384), a_std=0.1, context_init=None, generator=torch.Generator()
         )
         with pytest.raises(ValueError, match="a part of a task"):
             trainer(llava, processor, tmp_path / "other")
+        cf.unpatch(llava)
+        run = trainer(llava, processor, tmp_path / "first")
+        run.increments.pool.open_block(
+            4, keys=torch.ones(4, 384), a_std=0.1, context_init=None, generator=torch.Generator()
+        )
+        with pytest.raises(ValueError, match="a part of a task"):
+            trainer(llava, processor, tmp_path / "first")
         cf.unpatch(llava)
         trainer(llava, processor, tmp_path / "joint", config=cf.JointLoraConfig(rank=2)).train()
         with pytest.raises(ValueError, match="joint_lora learns all tasks at once"):

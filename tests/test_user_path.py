@@ -133,6 +133,10 @@ def test_a_task_that_comes_later(
     assert all(torch.equal(now[name][: len(rows)], rows) for name, rows in old.items() if not name.endswith("context"))
     method = yaml.safe_load((output / "config.yaml").read_text())["method"]
     assert method == yaml.safe_load((run / "config.yaml").read_text())["method"]
+    # what it began with is in what it saved
+    written = (output / "config.yaml").read_text()
+    assert str(increments) in written
+    (output / "config.yaml").write_text(written.replace(str(increments), str(data / "removed")))
     assert "color" in printed("ask", output, "--image", picture(data), QUESTION)
 
 

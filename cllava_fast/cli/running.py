@@ -118,7 +118,9 @@ def run_config(folder: Path, base: str | None = None) -> RunConfig:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; expected the folder of a cllava-fast train run")
     moved = {} if base is None else {"model.path": base}
-    return load_config(folder / CONFIG, {"training.output_dir": str(folder), **moved})
+    # what the run began with is in what it saved
+    flags = {"training.output_dir": str(folder), "model.increments": None, **moved}
+    return load_config(folder / CONFIG, flags)
 
 
 def answer_tokens(path: str) -> int:

@@ -18,13 +18,14 @@ class Limit(NamedTuple):
 
 
 def token_limit(tokenizer: Any, model: Any | None) -> Limit | None:
-    """The lower one of what tokenizer and model allow; None where neither says, or by the tokenizer alone without a
-    model."""
-    limits = [Limit(tokenizer.model_max_length, "the tokenizer's model_max_length")]
-    if model is not None:
-        limits.append(Limit(_positions(model.config.get_text_config()), "the model's max_position_embeddings"))
-    lowest = min(limits)
-    return lowest if lowest.tokens < UNKNOWN else None
+    """What the model says, and only where it does not, the tokenizer; None where neither does, or without a model."""
+    if model is None:
+        return None
+    limits = (
+        Limit(_positions(model.config.get_text_config()), "the model's max_position_embeddings"),
+        Limit(tokenizer.model_max_length, "the tokenizer's model_max_length"),
+    )
+    return next((limit for limit in limits if limit.tokens < UNKNOWN), None)
 
 
 def _positions(config: Any) -> int:

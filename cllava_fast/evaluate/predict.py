@@ -66,7 +66,10 @@ def predict(
 def _greedy(model: Any) -> Iterator[None]:
     """Of the model's generation config, leaves what says nothing about which token is best."""
     whole = model.generation_config
-    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation")
+    kept = (
+        "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "cache_config",
+        "compile_config", "disable_compile", "prefill_chunk_size",
+    )  # fmt: skip
     model.generation_config = GenerationConfig(**{name: getattr(whole, name, None) for name in kept})
     try:
         yield

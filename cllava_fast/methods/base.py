@@ -57,8 +57,8 @@ class Selection:
         mix: sum the factors before multiplying them (``context="factor"``).
         rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
             ``Method.route`` makes them from what it keeps.
-        mask: ``[B, S]``, 0 where a prompt has padding, and in training in all of a sample without a label, for
-            ``Method.route``; None where nobody said.
+        mask: ``[B, S]``, 0 where a prompt has padding, for ``Method.route``; None where nobody said. In training, 0 in
+            all of a sample without a label, too, unless the method goes by first tokens.
         memory: by linear, what ``Method.route`` decided for the prompt and needs again for the tokens that follow,
             which come without it, for methods with ``by_first_token``; None in training, where a layer that is
             recomputed must find what its first pass found.

@@ -149,6 +149,13 @@ class Increments(nn.Module):
         )
 
     @property
+    def is_within_a_task(self) -> bool:
+        """Whether a part of a task is learned. Rows that all tasks share stay open behind a task, too."""
+        pool = self.pool
+        stays_open = not pool.num_rows and (pool.num_tasks > 0 or not self.method.uses_query)
+        return pool.block_rows > 0 and not stays_open
+
+    @property
     def groups(self) -> int:
         """Parts of queries and keys whose cosines are averaged: the method's own choice, or the surrogate's."""
         chosen: int | None = getattr(self.config, "groups", None)
@@ -199,7 +206,8 @@ class Increments(nn.Module):
         selection = selection.expand(request.batch)
         if not self.method.routes:
             return selection
-        selection = replace(selection, mask=_mask(request, self.training))
+        counts = self.training and not self.method.by_first_token
+        selection = replace(selection, mask=_mask(request, counts))
         if self.training or not self.method.by_first_token:
             return selection
         return replace(selection, memory={}, begun=self._begun(request.past_key_values))
@@ -453,11 +461,12 @@ def linear_shape(linear: nn.Module, model: nn.Module) -> LinearShape:
     return LinearShape(linear.in_features, linear.out_features, dtype, paths.execution_device(linear))  # type: ignore[arg-type]
 
 
-def _mask(request: Request, training: bool = False) -> Tensor | None:
-    """``[B, S]``, of all tokens so far; None where there is none, or none of that form."""
+def _mask(request: Request, counts: bool = False) -> Tensor | None:
+    """``[B, S]``, of all tokens so far; None where there is none, or none of that form. ``counts``: 0 in samples that
+    are not learned, too."""
     mask = request.attention_mask
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    if not training or request.labels is None:
+    if not counts or request.labels is None:
         return mask
     learned = (request.labels != IGNORE).any(1, keepdim=True)  # [B, 1]; without a label, a sample fills up a batch
     return learned.expand(request.labels.shape) if mask is None else mask * learned

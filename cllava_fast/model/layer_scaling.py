@@ -78,8 +78,7 @@ def scale_layers(model: Any, *, alpha: float, beta: float) -> LayerScaling:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}; expected a finite number")
     pool = increments.pool
-    stays_open = not increments.method.uses_query or (pool.num_tasks and not pool.num_rows)  # from task to task
-    if pool.block_rows and not stays_open:
+    if increments.is_within_a_task:
         raise ValueError("a task is being learned; finish it first")
     if not pool.num_rows and not pool.block_rows:
         raise ValueError("nothing has been learned yet")

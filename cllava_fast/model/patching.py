@@ -284,7 +284,8 @@ def _generate(
         output = original(None, *args, **kwargs)
     finally:
         increments.call.pending = outer
-    increments.remember(_cache_of(output), pending)
+    cache = _cache_of(output)  # None where tokens alone come out, though a cache that came in is filled
+    increments.remember(kwargs.get("past_key_values") if cache is None else cache, pending)
     return output
 
 

@@ -18,9 +18,9 @@ class ContinualCallback(TrainerCallback):
     runs. Like those, all are called on every process.
 
     In each hook ``task`` is the task's name (names joined by ``+`` where a method learns tasks together), ``number``
-    its place among all tasks that the model learns, from 0, and ``stage`` one of ``STAGES``. ``metrics`` are: of
-    ``"align"`` and ``"tune"`` the last ``loss``; of ``"evaluate"`` the ``accuracy/<task>`` of every task of the stream
-    seen so far; of the whole task all of these, as ``<stage>/<name>``.
+    its place, from 0, behind those that the model had learned before the run where its method counts them, and
+    ``stage`` one of ``STAGES``. ``metrics`` are: of ``"align"`` and ``"tune"`` the last ``loss``; of ``"evaluate"`` the
+    ``accuracy/<task>`` of every task of the stream seen so far; of the whole task all of these, as ``<stage>/<name>``.
     """
 
     def on_task_begin(self, task: str, number: int, **kwargs: Any) -> None:

@@ -147,6 +147,7 @@ class ContinualTrainer:
     def _check(self) -> str:
         """What ``run.json`` says before the first task, as JSON."""
         self._check_learned()
+        self._check_processor()
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
         if self.args.liger:
@@ -169,11 +170,22 @@ class ContinualTrainer:
         }  # fmt: skip
         return json.dumps(fresh)
 
+    def _check_processor(self) -> None:
+        """What is saved says which chat template was learned with: the trainer's."""
+        mine, patched = self.data.encoder.processor, self.increments.processor
+        if patched is None:
+            self.increments.processor = mine
+        elif getattr(mine, "chat_template", None) != getattr(patched, "chat_template", None):
+            raise ValueError(
+                "the processor has another chat template than the one that the model was patched with; unpatch(model), "
+                "then patch(model, processor=processor) with this one"
+            )
+
     def _check_learned(self) -> None:
         """What the model has learned before this run, and whether the stream can come after it."""
         pool, method = self.increments.pool, self.increments.method
         self._before = list(pool.task_names)
-        if pool.block_rows and pool.num_rows:
+        if self.increments.is_within_a_task:
             raise ValueError("the model has learned a part of a task; a run starts from whole tasks, or from none")
         if pool.block_rows and method.joint:
             raise ValueError(
@@ -182,7 +194,11 @@ class ContinualTrainer:
             )
         again = [name for name in self.stream.task_names if name in self._before]
         if again:
-            raise ValueError(f"the model has learned {again} already; leave them out of the stream")
+            advice = "give a freshly patched model, which loads what the run has learned"
+            raise ValueError(
+                f"the model has learned {again} already; "
+                + (advice if self.args.resume else f"leave them out of the stream, or set resume and {advice}")
+            )
         # a copy: rows that tasks share go on learning in place
         self._state_before = {name: tensor.clone() for name, tensor in pool.state().items()}
 

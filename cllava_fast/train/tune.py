@@ -142,6 +142,8 @@ def check_report_to(args: ContinualArguments) -> None:
         ImportError: the package of a name is not installed.
     """
     names = args.trainer_options.get("report_to", args.report_to)
+    if names in (None, "none", ["none"]):
+        return
     try:
         for callback in get_reporting_integration_callbacks("all" if names == ["all"] else names):
             callback()

@@ -1,0 +1,69 @@
+"""Mutants of runs that go on and of models that serve, for `mutants.py`: (name, file, old, new, tests)."""
+
+from __future__ import annotations
+
+LOOP, RUNFILE = "cllava_fast/train/loop.py", "cllava_fast/train/runfile.py"
+CACHES = "cllava_fast/model/caches.py"
+CHECKPOINT, TRAIN, PATCH = "tests/test_checkpoint.py", "tests/test_train.py", "tests/test_patch.py"
+
+SERVING_MUTANTS = [
+    (
+        "task 100 is older than task 11", LOOP, "[folder for _, folder in sorted(numbered)]",
+        "sorted(folder for _, folder in numbered)", CHECKPOINT,
+    ),
+    (
+        "a task that could not be saved stays learned", LOOP,
+        "self.increments.pool.load_state(self._state_before, self._before)", "pass", CHECKPOINT,
+    ),
+    (
+        "what was learned before goes on learning in what a run begins with", LOOP,
+        "{name: tensor.clone() for name, tensor in pool.state().items()}", "pool.state()", TRAIN,
+    ),
+    (
+        "a run goes on whatever the model had learned", LOOP, '"learned_before": learned_before(self.increments.pool),',
+        "", TRAIN,
+    ),
+    ("tasks are counted from the run's first", LOOP, "[[]] * first + ", "", TRAIN),
+    ("a run goes on with other tasks", RUNFILE, "entries[0] == entries[1][: len(entries[0])]", "True", TRAIN),
+    (
+        "joint training goes on with more tasks", RUNFILE, ' or METHODS[identity["method"]["method"]][1].joint', "",
+        TRAIN,
+    ),
+    (
+        "evaluation samples as the base would", "cllava_fast/evaluate/predict.py",
+        "model.generation_config = GenerationConfig(**{name: getattr(whole, name, None) for name in kept})", "pass",
+        "tests/test_evaluation.py",
+    ),
+    (
+        "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:", PATCH,
+    ),
+    (
+        "generate within generate ends the outer one's", "cllava_fast/model/patching.py",
+        "increments.call.pending = outer", "increments.call.pending = None", "tests/test_bases.py",
+    ),
+    ("samples of a cache move alone", CACHES, "found.samples.to(given.device)[given]", "found.samples", PATCH),
+    (
+        "a branch is chosen before the prompt begins", "cllava_fast/methods/branch_lora.py", "if complete:", "if True:",
+        "tests/test_method_branch_lora.py",
+    ),
+    (
+        "the means of the context are not scaled", "cllava_fast/model/layer_scaling.py", '("B", "mean_B", "block_B")',
+        '("B", "block_B")', "tests/test_layer_scaling.py",
+    ),
+    (
+        "prompts are served by the base's template", "cllava_fast/model/files.py",
+        "processor.chat_template = saved.chat_template", "pass", "tests/test_hub.py",
+    ),
+    (
+        "biases that a forward casts count", "cllava_fast/surrogate.py",
+        'own.pop(f"{prefix}bias", None)', "pass", "tests/test_files.py",
+    ),
+    (
+        "one reference is none", "cllava_fast/data/records.py", "if accepted and accepted !=",
+        "if len(accepted) > 1 and accepted !=", "tests/test_data_readers.py",
+    ),
+    (
+        "a sample may be one token too long", "cllava_fast/data/lengths.py", "if tokens > limit.tokens:",
+        "if tokens > limit.tokens + 1:", "tests/test_data.py",
+    ),
+]  # fmt: skip
