@@ -240,15 +240,6 @@ def test_a_run_of_an_earlier_version_goes_on(new_llava: Callable, processor: Any
     assert again.accuracy_matrix == expected.accuracy_matrix
 
 
-def test_increments_say_the_template_that_a_method_without_a_processor_learned_with(
-    new_llava: Callable, processor: Any, tmp_path: Path
-) -> None:
-    model = cf.patch(new_llava(), cf.LoraConfig(rank=2))
-    ContinualTrainer(model, processor, stream(1), arguments(tmp_path / "run", max_steps=1)).train()
-    saved = json.loads((tmp_path / "run" / "increments" / "01-task0" / "adapter_config.json").read_text())
-    assert saved["chat_template"] == processor.chat_template
-
-
 def test_a_joint_method_does_not_go_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     def run(tasks: int, **values: Any) -> ContinualTrainer:
         return trainer(new_llava(), processor, tmp_path / "run", tasks, cf.JointLoraConfig(rank=2), **values)

@@ -171,11 +171,9 @@ class ContinualTrainer:
         return json.dumps(fresh)
 
     def _check_processor(self) -> None:
-        """What is saved says which chat template was learned with: the trainer's."""
+        """What is saved says which chat template it was learned with: that of the patched model."""
         mine, patched = self.data.encoder.processor, self.increments.processor
-        if patched is None:
-            self.increments.processor = mine
-        elif getattr(mine, "chat_template", None) != getattr(patched, "chat_template", None):
+        if getattr(mine, "chat_template", None) != getattr(patched, "chat_template", None):
             raise ValueError(
                 "the processor has another chat template than the one that the model was patched with; unpatch(model), "
                 "then patch(model, processor=processor) with this one"
