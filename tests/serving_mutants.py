@@ -16,10 +16,6 @@ SERVING_MUTANTS = [
         "self.increments.pool.load_state(self._state_before, self._before)", "pass", CHECKPOINT,
     ),
     (
-        "what was learned before goes on learning in what a run begins with", LOOP,
-        "{name: tensor.clone() for name, tensor in pool.state().items()}", "pool.state()", TRAIN,
-    ),
-    (
         "a run goes on whatever the model had learned", LOOP, '"learned_before": learned_before(self.increments.pool),',
         "", TRAIN,
     ),

@@ -197,8 +197,7 @@ class ContinualTrainer:
                 f"the model has learned {again} already; "
                 + (advice if self.args.resume else f"leave them out of the stream, or set resume and {advice}")
             )
-        # a copy: rows that tasks share go on learning in place
-        self._state_before = {name: tensor.clone() for name, tensor in pool.state().items()}
+        self._state_before = pool.state()  # never learned in place: each ``train`` begins with a copy
 
     @contextmanager
     def locked(self) -> Iterator[None]:
