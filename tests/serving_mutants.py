@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 LOOP, RUNFILE = "cllava_fast/train/loop.py", "cllava_fast/train/runfile.py"
-CACHES = "cllava_fast/model/caches.py"
-CHECKPOINT, TRAIN, PATCH = "tests/test_checkpoint.py", "tests/test_train.py", "tests/test_patch.py"
+CHECKPOINT, LATER = "tests/test_checkpoint.py", "tests/test_later_tasks.py"
 
 SERVING_MUTANTS = [
     (
@@ -17,13 +16,13 @@ SERVING_MUTANTS = [
     ),
     (
         "a run goes on whatever the model had learned", LOOP, '"learned_before": learned_before(self.increments.pool),',
-        "", TRAIN,
+        "", LATER,
     ),
-    ("tasks are counted from the run's first", LOOP, "[[]] * first + ", "", TRAIN),
-    ("a run goes on with other tasks", RUNFILE, "entries[0] == entries[1][: len(entries[0])]", "True", TRAIN),
+    ("tasks are counted from the run's first", LOOP, "[[]] * first + ", "", LATER),
+    ("a run goes on with other tasks", RUNFILE, "entries[0] == entries[1][: len(entries[0])]", "True", LATER),
     (
         "joint training goes on with more tasks", RUNFILE, ' or METHODS[identity["method"]["method"]][1].joint', "",
-        TRAIN,
+        LATER,
     ),
     (
         "evaluation samples as the base would", "cllava_fast/evaluate/predict.py",
@@ -31,13 +30,17 @@ SERVING_MUTANTS = [
         "tests/test_evaluation.py",
     ),
     (
-        "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:", PATCH,
+        "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",
+        "tests/test_patch.py",
     ),
     (
         "generate within generate ends the outer one's", "cllava_fast/model/patching.py",
         "increments.call.pending = outer", "increments.call.pending = None", "tests/test_bases.py",
     ),
-    ("samples of a cache move alone", CACHES, "found.samples.to(given.device)[given]", "found.samples", PATCH),
+    (
+        "samples of a cache move alone", "cllava_fast/model/caches.py", "found.samples.to(given.device)[given]",
+        "found.samples", "tests/test_caches.py",
+    ),
     (
         "a branch is chosen before the prompt begins", "cllava_fast/methods/branch_lora.py", "if complete:", "if True:",
         "tests/test_method_branch_lora.py",

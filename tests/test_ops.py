@@ -40,6 +40,7 @@ class Op(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = DTYPES
     draws: int = 1  # of plain's error: one draw of a few numbers may be lucky
     repeated: tuple[int, ...] = ()  # cases that must repeat themselves bit for bit
+    redraws: int = 0  # at most, where very few numbers are small differences of large ones, which are all rounding
 
 
 class Measured(NamedTuple):
@@ -213,15 +214,13 @@ def mix_factors_limit(m: Measured) -> float:
 
 def rounding_limit(m: Measured, most: float) -> float:
     """The rule, and never more than one rounding of an exact result, or `most` in float32. As plain may be lucky, a few
-    roundings of the sum of its terms' absolute values are no error; very few numbers may all be small differences of
-    large ones."""
+    roundings of the sum of its terms' absolute values are no error."""
     eps = torch.finfo(m.ours.dtype).eps
     if m.ours.dtype == torch.float64:
         return 1e-12
     condition = (m.terms.max() / m.exact.abs().max().clamp(min=1e-12)).item() if m.exact.numel() else 1.0
     rule = max((3 if m.gradient else 2) * m.plain_error, 2 * eps, 4 * torch.finfo(torch.float32).eps * condition)
-    few = max(1.0, condition) if 0 < m.exact.numel() < 8 else 1.0
-    return min(rule, most * few if m.ours.dtype == torch.float32 else 1.01 * eps)
+    return min(rule, most if m.ours.dtype == torch.float32 else 1.01 * eps)
 
 
 def inject(case: Any, x: Any, weight: Any, A: Any, B: Any, index: Any, coefficient: Any, bias: Any, *past: Any) -> Any:
@@ -325,7 +324,7 @@ OPS = {
     "aggregate": Op(
         aggregate_cases.CASES, make_aggregate, aggregate, aggregate_formula, aggregate,
         trained=(1, 4), source=(1,), shapes=lambda c: [(c.B, c.M + c.N)], limit=aggregate_limit,
-        dtypes=(torch.float32, torch.float64), draws=10, repeated=(3, 6),
+        dtypes=(torch.float32, torch.float64), draws=10, repeated=(3, 6), redraws=8,
     ),
     "select_aggregate": Op(
         select_aggregate_cases.CASES,
@@ -336,7 +335,7 @@ OPS = {
     "mix_factors": Op(
         aggregate_cases.MIX_CASES, make_mix_factors, mix_factors, mix_factors_formula, mix_factors,
         trained=(0, 1, 2), source=(0, 1), shapes=lambda c: [(c.B, c.R, c.d_in), (c.B, c.R, c.d_out)],
-        limit=mix_factors_limit, draws=10, repeated=(2, 4),
+        limit=mix_factors_limit, draws=10, repeated=(2, 4), redraws=8,
     ),
     "inject": Op(
         inject_cases.CASES + inject_cases.ODD + inject_cases.ROUTED, make_inject, inject, inject_formula, inject_plain,
@@ -379,11 +378,19 @@ def test_conforms(op, case, dtype, backend, rng):
     check(OPS[op], case, dtype, backend, rng)
 
 
+def is_all_rounding(exact: torch.Tensor, terms: torch.Tensor) -> bool:
+    """Whether very few numbers are all small differences of large ones."""
+    return 0 < exact.numel() < 8 and exact.is_floating_point() and bool(terms.max() > 16 * exact.abs().max())
+
+
 def check(op: Op, case: Any, dtype: torch.dtype, backend: Any, rng: torch.Generator, views: bool = True) -> None:
-    inputs, upstream = draw(op, case, dtype, backend.device, rng)
-    doubles = [up.double() for up in upstream]
-    exact = run(op, op.formula, case, changed(inputs, to_double), doubles)
-    terms = run(op, op.formula, case, changed(inputs, to_magnitude), [up.abs() for up in doubles])
+    for _ in range(1 + op.redraws):
+        inputs, upstream = draw(op, case, dtype, backend.device, rng)
+        doubles = [up.double() for up in upstream]
+        exact = run(op, op.formula, case, changed(inputs, to_double), doubles)
+        terms = run(op, op.formula, case, changed(inputs, to_magnitude), [up.abs() for up in doubles])
+        if not any(is_all_rounding(*pair) for pair in zip(flat(exact), flat(terms), strict=True)):
+            break
     with ops.backend("reference"):
         plain = run(op, op.plain, case, inputs, upstream)
     plain_errors = [errors(plain, exact)]

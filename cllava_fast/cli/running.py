@@ -19,7 +19,8 @@ from cllava_fast.evaluate.evaluation import check_tasks
 from cllava_fast.model.files import read_config
 from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
-from cllava_fast.train.loop import run_identity, saved_increments
+from cllava_fast.train.identity import run_identity
+from cllava_fast.train.loop import saved_increments
 from cllava_fast.train.runfile import find_run
 from cllava_fast.train.tune import check_report_to, training_options
 

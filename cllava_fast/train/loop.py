@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, set_seed
 
@@ -23,21 +20,20 @@ from cllava_fast import distributed
 from cllava_fast.atomic import DamagedError, MissingError, check_sums, remove_folder, sums_of, sweep, write_text
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
-from cllava_fast.data.stream import Stream, fingerprint
+from cllava_fast.data.stream import Stream
 from cllava_fast.evaluate import evaluation, metrics
 from cllava_fast.evaluate.budget import within_budget
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.evaluate.report import RESULTS
-from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import base_fingerprint
 from cllava_fast.model.liger import kernels_for
-from cllava_fast.pool import Pool
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.callbacks import TaskEvents
 from cllava_fast.train.checkpoint import Checkpoints, TaskSaver
 from cllava_fast.train.committed import CommittedRows
+from cllava_fast.train.identity import base_identity, learned_before, run_identity
 from cllava_fast.train.lock import run_lock
 from cllava_fast.train.numbers import check_queries
 from cllava_fast.train.runfile import RunFile, find_run
@@ -497,37 +493,3 @@ def saved_increments(output_dir: Path) -> list[Path]:
     found = [(folder.name.partition("-")[0], folder) for folder in (output_dir / INCREMENTS).glob("[0-9]*-*")]
     numbered = [(int(number), folder) for number, folder in found if number.isdecimal() and folder.is_dir()]
     return [folder for _, folder in sorted(numbered)]
-
-
-def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream) -> dict[str, Any]:
-    """What makes a run that run, as ``run.json`` holds it; of several processes, once they are connected."""
-    arguments = args.identity()
-    # so that a run may go on with fewer processes and more samples on each
-    per_device, accumulated = (
-        arguments.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    arguments["train_batch_size"] = per_device * accumulated * distributed.count()
-    return {
-        "method": method.to_dict(),
-        "arguments": arguments,
-        "stream": {task.name: [len(task.train), len(getattr(task, args.eval_split))] for task in stream},
-        "metrics": {task.name: task.metric for task in stream},
-        "stream_sha256": [fingerprint(chain(task.train, getattr(task, args.eval_split))) for task in stream],
-    }
-
-
-def base_identity(model: Any, processor: Any) -> dict[str, Any]:
-    """The part of a run's identity that takes the patched base to know, and what is said to it."""
-    surrogate, template = get_increments(model).surrogate, getattr(processor, "chat_template", None)
-    return {
-        "base_fingerprint": base_fingerprint(model),
-        "surrogate_fingerprint": None if surrogate is None else surrogate.fingerprint,
-        "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest(),
-    }
-
-
-def learned_before(pool: Pool) -> dict[str, Any] | None:
-    """The part of a run's identity that is what the model has learned when the run begins."""
-    if not pool.num_tasks and not pool.block_rows:
-        return None
-    return {"tasks": list(pool.task_names), "sha256": hashlib.sha256(save(pool.state())).hexdigest()}

@@ -57,10 +57,9 @@ class RunFile:
         self.last = json.dumps(values)
 
 
-BY_TASK = ("stream", "metrics", "stream_sha256")  # of a run's identity; a run goes on with new tasks at the end
-
-
-NEWER = ("base_fingerprint", "surrogate_fingerprint", "chat_template_sha256", "learned_before")  # than some files
+# Of a run's identity: where new tasks may come at the end, and what files of earlier versions do not say.
+BY_TASK = ("stream", "metrics", "stream_sha256")
+NEWER = ("base_fingerprint", "surrogate_fingerprint", "chat_template_sha256", "learned_before")
 
 
 def _is_same(name: str, found: dict[str, Any], identity: dict[str, Any]) -> bool:

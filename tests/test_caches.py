@@ -1,0 +1,165 @@
+"""A cache that a patched model filled: whose rows act on what comes behind it, wherever its samples are moved."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import cllava_fast as cf
+from tests.helpers import QUESTIONS, inputs, learn
+from tests.test_patch import CONFIG, last_logits, selected
+
+
+def test_cached_decoding_by_hand_keeps_the_prompts_selection(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS, generator)
+    with torch.no_grad():
+        prefill = llava(**batch, use_cache=True)
+        token = torch.full((len(QUESTIONS), 1), 9)  # a word: what the model would say may be the start of a turn
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
+        step = llava(input_ids=token, attention_mask=mask, past_key_values=prefill.past_key_values)
+        full = {**batch, "input_ids": torch.cat([batch["input_ids"], token], 1), "attention_mask": mask}
+        whole = llava(**full)
+    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
+
+
+MOVED = {
+    "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),
+    "batch_select_indices": (torch.tensor([2, 2, 0, 1, 0]), [2, 2, 0, 1, 0]),
+    "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("moves", ["reorder_cache, static", *MOVED, "batch_repeat_interleave, batch_select_indices"])
+def test_rows_follow_the_samples_of_a_cache(moves: str, llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS[:3], generator)
+    tokens, ones = torch.tensor([[9], [10], [11]]), torch.ones(3, 1, dtype=torch.int64)
+    mask = torch.cat([batch["attention_mask"], ones], 1)
+
+    def step(cache: Any, samples: list[int]) -> Tensor:
+        inputs = {"input_ids": tokens[samples], "attention_mask": mask[samples], "past_key_values": cache}
+        return last_logits(llava, inputs, position_ids=mask[samples].sum(1, keepdim=True) - 1)
+
+    names, static, _ = moves.partition(", static")
+    caches, samples = [], [0, 1, 2]
+    for _ in range(2):
+        config = llava.config.text_config
+        cache = StaticCache(config=config, max_cache_len=60) if static else DynamicCache(config=config)
+        last_logits(llava, batch, past_key_values=cache, use_cache=True)
+        caches.append(cache)
+    for name in names.split(", "):
+        given, order = MOVED[name]
+        getattr(caches[1], name)(given)
+        samples = [samples[i] for i in order]
+    expected = step(caches[0], [0, 1, 2])
+    torch.testing.assert_close(step(caches[1], samples), expected[samples], atol=2e-5, rtol=1e-4)
+
+
+def test_rows_of_a_cache_that_others_filled_are_not_guessed(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    with torch.no_grad():
+        cache = llava(**inputs(processor, QUESTIONS[:2], generator), use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.keys, layer.values = (part[:1].repeat(3, 1, 1, 1) for part in (layer.keys, layer.values))
+    cache.reorder_cache(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="its instruction is unknown"):
+        llava(input_ids=torch.tensor([[9], [9]]), past_key_values=cache)
+
+
+def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    batch = inputs(processor, QUESTIONS[:2], generator)
+    with torch.no_grad():
+        cache = llava(**batch, use_cache=True).past_key_values
+    keys = cache.layers[0].keys
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    for copied in copies:
+        copied.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(copied.layers[0].keys, keys.flip(0)) and torch.equal(cache.layers[0].keys, keys)
+    gone = [weakref.ref(each) for each in (cache, *copies)]
+    gc.disable()  # the memory of a GPU cannot wait for it
+    try:
+        del cache, copies, copied
+        assert [each() for each in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_beams_of_a_cache_that_was_filled_before(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS[:2], generator)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    options["suppress_tokens"] = [llava.config.image_token_id]  # random weights may say it
+    wanted = llava.generate(**batch, **options)
+    part = {**batch, "input_ids": batch["input_ids"][:, :-2], "attention_mask": batch["attention_mask"][:, :-2]}
+    with torch.no_grad():
+        cache = llava(**part, use_cache=True, instructions=list(QUESTIONS[:2])).past_key_values
+    cache.batch_repeat_interleave(3)
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(llava.generate(**texts, past_key_values=cache, **options), wanted)
+
+
+def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    batch = inputs(processor, QUESTIONS[:2], generator)
+    with torch.no_grad():
+        cache = llava(**batch, use_cache=True).past_key_values
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    token = torch.full((2, 1), 9)
+    with pytest.raises(ValueError, match="its instruction is unknown"):
+        llava(input_ids=token, past_key_values=cache)
+    llava(input_ids=token, past_key_values=cache, instructions=list(QUESTIONS[:2]))
+
+
+def test_a_new_turn_on_an_old_cache_asks_anew(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator)
+    first = processor(text=[f"USER: {QUESTIONS[0]} ASSISTANT:"], return_tensors="pt")
+    second = processor(text=[f"USER: {QUESTIONS[3]} ASSISTANT:"], return_tensors="pt")
+    wanted = selected(llava, dict(second))
+    assert not torch.equal(selected(llava, dict(first)), wanted)
+    with torch.no_grad():
+        cache = llava(**first, use_cache=True).past_key_values
+    rows = selected(llava, {"input_ids": second["input_ids"]}, past_key_values=cache)
+    assert torch.equal(rows, wanted)
+    # and the next token goes on with the new turn
+    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9]])}, past_key_values=cache), wanted)
+
+
+def test_a_cache_that_generate_was_handed_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Though what comes out are tokens alone."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator)
+    cache = DynamicCache(config=llava.config.get_text_config())
+    batch = processor(text=[f"USER: {QUESTIONS[0]} ASSISTANT:"], return_tensors="pt")
+    ids = llava.generate(**batch, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    rows = selected(llava, {"input_ids": ids[:, -1:]}, past_key_values=cache)
+    assert torch.equal(rows, selected(llava, dict(batch)))
+
+
+def test_a_cache_from_a_tuple_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator)
+    batch = inputs(processor, QUESTIONS[:2], generator)
+    wanted = selected(llava, batch)
+    with torch.no_grad():
+        _, cache, *_ = llava(**batch, use_cache=True, return_dict=False)
+    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9], [10]])}, past_key_values=cache), wanted)
