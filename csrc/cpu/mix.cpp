@@ -1,5 +1,6 @@
-// mix_factors on the CPU, in strips of columns. The rows that act are copied to a scratch first, each once and in
-// float32: side by side they stay in cache for all samples, where rows a power of two apart displace each other.
+// mix_factors on the CPU, in strips of columns. What is added up (the rows that act; backward, the samples' gradients) is
+// copied to a scratch first, each once and in float32: side by side it stays in cache, where rows a power of two apart
+// displace each other.
 #include <algorithm>
 #include <vector>
 
@@ -52,11 +53,13 @@ struct Distinct {
 struct Sums {
   std::vector<std::vector<Term>> terms;
   Distinct distinct;
+  std::vector<int64_t> before;  // terms of the rows before each
   int64_t count = 0;  // of terms
 
   Sums(std::vector<std::vector<Term>> of_rows, int64_t sources) : terms(std::move(of_rows)), distinct(sources) {
     for (auto& row : terms) {
       for (Term& term : row) term.source = distinct.place(term.source);
+      before.push_back(count);
       count += row.size();
     }
   }
@@ -114,34 +117,36 @@ void add_up(const Sums& sums, const T* source, int64_t apart, int64_t size, T* o
   each_strip(sums.distinct, source, apart, size, rows, cost, body);
 }
 
-// out[strip of the columns, pair] = gradient of its sample . its row
+// out[strip of the columns, term] = row . the term's source, terms being counted through all rows
 template <typename T>
-void add_products(const MixFactorsBackward& call, const T* grad, const T* factor, int64_t apart, int64_t size, float* out) {
-  constexpr int64_t quads = 3, rows_at_once = quads * keys_at_once;
-  Distinct distinct(call.N);
-  for (int64_t p = 0; p < call.samples * call.P; ++p) distinct.place(call.index[p]);
-  const auto body = [&](auto vectors, int64_t number, int64_t first, int64_t width, int64_t b, const float* scratch) CLLAVA_INLINED {
+void add_products(const Sums& sums, const T* source, const T* factor, int64_t apart, int64_t size, float* out) {
+  const int64_t rows = sums.terms.size(), cost = strip * (1 + sums.count / std::max<int64_t>(1, rows));
+  const auto body = [&](auto vectors, int64_t number, int64_t first, int64_t width, int64_t row, const float* scratch) CLLAVA_INLINED {
     using V = decltype(vectors);
+    const std::vector<Term>& terms = sums.terms[row];
+    const int64_t count = terms.size();
+    if (count == 0) return;
+    if (row + 1 < rows) prefetch(factor + (row + 1) * apart + first, width);
     float own[strip] = {};
-    convert<V>(grad + b * size + first, own, width);
-    const int64_t* index = call.index + b * call.P;
-    float* to = out + (number * call.samples + b) * call.P;
-    for (int64_t p = 0; p < call.P; p += rows_at_once) {
-      const int64_t here = std::min(rows_at_once, call.P - p);
-      const float* rows[rows_at_once];
-      for (int64_t j = 0; j < rows_at_once; ++j)  // the last one again where there are fewer
-        rows[j] = scratch + distinct.places[index[p + std::min(j, here - 1)]] * strip;
+    convert<V>(factor + row * apart + first, own, width);
+    float* to = out + number * sums.count + sums.before[row];
+    constexpr int64_t quads = 3, at_once = quads * keys_at_once;
+    for (int64_t p = 0; p < count; p += at_once) {
+      const int64_t here = std::min(at_once, count - p);
+      const float* samples[at_once];
+      for (int64_t j = 0; j < at_once; ++j)  // the last one again where there are fewer
+        samples[j] = scratch + terms[p + std::min(j, here - 1)].source * strip;
       Quad found[quads];
       if (here > 2 * keys_at_once)
-        dots<V, 1, false, 3>(own, 0, rows, width, found);
+        dots<V, 1, false, 3>(own, 0, samples, width, found);
       else if (here > keys_at_once)
-        dots<V, 1, false, 2>(own, 0, rows, width, found);
+        dots<V, 1, false, 2>(own, 0, samples, width, found);
       else
-        dots<V, 1, false, 1>(own, 0, rows, width, found);
+        dots<V, 1, false, 1>(own, 0, samples, width, found);
       for (int64_t j = 0; j < here; ++j) to[p + j] = found[j / keys_at_once][j % keys_at_once];
     }
   };
-  each_strip(distinct, factor, apart, size, call.samples, strip * (1 + call.P), body);
+  each_strip(sums.distinct, source, size, size, rows, cost, body);
 }
 
 }  // namespace
@@ -160,15 +165,16 @@ void mix_factors(const MixFactors& call) {
 }
 
 void mix_factors_backward(const MixFactorsBackward& call) {
+  const int64_t pairs = call.samples * call.P;
   std::vector<std::vector<Term>> terms(call.N);  // of each row, samples in order; a sample once, its pairs added up
-  for (int64_t b = 0; b < call.samples; ++b)
-    for (int64_t p = b * call.P; p < (b + 1) * call.P; ++p) {
-      auto& row = terms[call.index[p]];
-      if (row.empty() || row.back().source != b) row.push_back({b, 0.f});
-      row.back().strength += call.coefficient[p];
-    }
-  for (auto& row : terms)
-    row.erase(std::remove_if(row.begin(), row.end(), [](const Term& term) { return term.strength == 0; }), row.end());
+  std::vector<int64_t> place(pairs);  // where each pair's term stands among its row's
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const int64_t b = pair / call.P;
+    auto& row = terms[call.index[pair]];
+    if (row.empty() || row.back().source != b) row.push_back({b, 0.f});
+    row.back().strength += call.coefficient[pair];
+    place[pair] = row.size() - 1;
+  }
   const Sums sums(std::move(terms), call.samples);
   with_type(call.type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -177,15 +183,15 @@ void mix_factors_backward(const MixFactorsBackward& call) {
     if (call.to_A) add_up(sums, grad_A, call.size_A, call.size_A, static_cast<T*>(call.to_A));
     if (call.to_B) add_up(sums, grad_B, call.size_B, call.size_B, static_cast<T*>(call.to_B));
     if (!call.to_coefficient) return;
-    const int64_t pairs = call.samples * call.P, strips_A = (call.size_A + strip - 1) / strip;
-    const int64_t strips = strips_A + (call.size_B + strip - 1) / strip;
-    std::vector<float> products(strips * pairs);
-    add_products(call, grad_A, static_cast<const T*>(call.A), call.stride_A, call.size_A, products.data());
-    add_products(
-        call, grad_B, static_cast<const T*>(call.B), call.stride_B, call.size_B, products.data() + strips_A * pairs);
-    std::fill(call.to_coefficient, call.to_coefficient + pairs, 0.f);
+    const int64_t strips_A = (call.size_A + strip - 1) / strip, strips = strips_A + (call.size_B + strip - 1) / strip;
+    std::vector<float> products(strips * sums.count), totals(sums.count);
+    add_products(sums, grad_A, static_cast<const T*>(call.A), call.stride_A, call.size_A, products.data());
+    float* const of_B = products.data() + strips_A * sums.count;
+    add_products(sums, grad_B, static_cast<const T*>(call.B), call.stride_B, call.size_B, of_B);
     for (int64_t piece = 0; piece < strips; ++piece)
-      for (int64_t p = 0; p < pairs; ++p) call.to_coefficient[p] += products[piece * pairs + p];
+      for (int64_t i = 0; i < sums.count; ++i) totals[i] += products[piece * sums.count + i];
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      call.to_coefficient[pair] = totals[sums.before[call.index[pair]] + place[pair]];
   });
 }
 

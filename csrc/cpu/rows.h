@@ -193,9 +193,9 @@ CLLAVA_INLINE void sums_of(const Lanes* value, Quad& out) {  // of each of four
 
 // out[i, quad] = dots of query i, padded with zeros to a multiple of the lanes, with four keys; where asked for,
 // out[queries, quad] = the keys' dots with themselves, which cost no reading of their own.
-template <typename V, int64_t queries, bool squares, int64_t quads = 1>
+template <typename V, int64_t queries, bool squares, int64_t quads = 1, typename K>
 CLLAVA_INLINE void dots(
-    const float* query, int64_t query_stride, const float* const* key, int64_t width, Quad* out) {
+    const float* query, int64_t query_stride, const K* const* key, int64_t width, Quad* out) {
   constexpr int64_t keys = quads * keys_at_once;
   typename V::Lanes sums[queries + squares][keys], q[queries], k;
   CLLAVA_UNROLL for (auto& of_query : sums)
@@ -218,18 +218,21 @@ CLLAVA_INLINE void dots(
     sums_of(sums[i / quads] + i % quads * keys_at_once, out[i]);
 }
 
-// total[i] += strength * row[i]
-template <typename V, typename T>
-CLLAVA_INLINE void add(float* total, const T* row, float strength, int64_t size) {
+// total[i] += sum over rows of strength * row[i]
+template <typename V, int64_t rows, typename T>
+CLLAVA_INLINE void add(float* total, const T* const* row, const float* strength, int64_t size) {
   int64_t i = 0;
   typename V::Lanes value, sums;
   for (; i + V::lanes <= size; i += V::lanes) {
-    load<V>(value, row + i);
     load<V>(sums, total + i);
-    sums += strength * value;
+    CLLAVA_UNROLL for (int64_t j = 0; j < rows; ++j) {
+      load<V>(value, row[j] + i);
+      sums += strength[j] * value;
+    }
     store<V>(sums, total + i);
   }
-  for (; i < size; ++i) total[i] += strength * static_cast<float>(row[i]);
+  for (; i < size; ++i)
+    for (int64_t j = 0; j < rows; ++j) total[i] += strength[j] * static_cast<float>(row[j][i]);
 }
 
 // Converts `size` numbers; one of the types is float.

@@ -49,6 +49,7 @@ MIX_CASES = (
     MixCase(B=2, P=2, N=3, R=64, d_in=40, d_out=17),
     MixCase(B=3, P=4, N=2, R=4, d_in=4096, d_out=192),
     MixCase(B=2, P=3, N=130, R=1, d_in=5, d_out=4),
+    MixCase(B=25, P=2, N=2, R=2, d_in=24, d_out=17),
     MixCase(B=0, P=4, N=8, R=2, d_in=8, d_out=8),
     MixCase(B=3, P=0, N=8, R=2, d_in=8, d_out=8),
 )
