@@ -16,11 +16,10 @@ from cllava_fast.cli.base import check_base, default_device, load_base
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
-from cllava_fast.model.files import read_config
+from cllava_fast.model.files import read_config, saved_increments
 from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.identity import run_identity
-from cllava_fast.train.loop import saved_increments
 from cllava_fast.train.runfile import find_run
 from cllava_fast.train.tune import check_report_to, training_options
 
