@@ -22,6 +22,7 @@ NATIVE_MUTANTS = [
     ("mix_factors: repeated rows lost", "cpu/mix.cpp", "strength += call", "strength = call", AGGREGATE),
     ("mix_factors: every strip goes to the first", "cpu/mix.cpp", "convert<V>(total, out + row * size + first, width)", "convert<V>(total, out + row * size, width)", AGGREGATE),
     ("mix_factors: products of eight samples of twelve", "cpu/mix.cpp", "dots<V, 1, false, 3>", "dots<V, 1, false, 2>", AGGREGATE),
+    ("mix_factors: padding spreads", "cpu/mix.cpp", "if (term.strength == 0) continue;", "", AGGREGATE),
     ("mix_factors: products of the first row", "cpu/mix.cpp", "+ sums.before[row]", "", AGGREGATE),
     ("mix_factors: products of a row's first sample", "cpu/mix.cpp", "+ place[pair]]", "]", AGGREGATE),
     ("select: norms of the query", "cpu/rows.h", "sums[queries][j] += k * k", "sums[queries][j] += q[0] * k", SELECT),

@@ -82,6 +82,23 @@ def test_mix_factors_adds_up_repeated_rows(dtype, backend, rng):
 
 
 @mix_everywhere
+def test_mix_factors_padding_does_not_spread(backend, rng):
+    """What a coefficient of 0 names may be infinite, forward a row and backward a sample's gradient; plain PyTorch
+    multiplies it by 0."""
+    if backend.name == "reference":
+        pytest.skip("the definition is a sum of products")
+    A, B = torch.randn(4, 2, 5, generator=rng), torch.randn(4, 2, 7, generator=rng)
+    A[3] = math.inf
+    index, coefficient = torch.tensor([[0, 3], [1, 3], [2, 2]]), torch.tensor([[1.0, 0], [1, 0], [1, -1]])
+    upstream = [torch.full((3, 2, 5), math.inf), torch.ones(3, 2, 7)]
+    upstream[0][1] = 1
+    A, B, coefficient, index, upstream = on(backend.device, (A, B, coefficient, index, upstream))
+    mixed, grads = mix_grads(A, B, coefficient, index, upstream)
+    assert mixed[0][:2].isfinite().all() and torch.equal(mixed[0][:2], A[:2])
+    assert grads[0].isfinite().all((1, 2)).tolist() == [False, True, True, True]
+
+
+@mix_everywhere
 def test_mix_factors_only_the_gradients_asked_for(backend, rng):
     case = aggregate_cases.MIX_CASES[1]
     A, B, coefficient, index = on(backend.device, aggregate_cases.make_mix(case, torch.float32, rng))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import cllava_fast as cf
 from cllava_fast import ops
 from cllava_fast.model.paths import adapted_linears
-from cllava_fast.ops import library
+from cllava_fast.ops import dispatch, library
 from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.inject import autograd as inject_autograd
 from cllava_fast.ops.inject import cases as inject_cases
@@ -191,6 +191,46 @@ def test_second_derivatives_are_refused(rng):
         (grad,) = torch.autograd.grad(square, tensor, create_graph=True)
         with pytest.raises(NotImplementedError, match="second derivatives"):
             grad.sum().backward()
+
+
+def test_forward_mode_is_refused(rng):  # torch would say zero
+    *inputs, A, B = (tensor.detach() for tensor in chain_inputs(rng))
+    index, coefficient = torch.zeros(3, 1).long(), torch.ones(3, 1)
+
+    def injected(x):
+        return ops.inject(x, inputs[6], A, B, index, coefficient)
+
+    calls = (
+        (injected, inputs[5]),
+        (lambda keys: ops.select(inputs[0], keys, 2, check_values=False)[2], inputs[1]),
+        (lambda A: ops.mix_factors(A, B, coefficient[:1], index[:1], check_values=False)[0], A),
+    )
+    for call, tensor in calls:
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(call, (tensor,), (torch.ones_like(tensor),))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(injected(inputs[5]), ops.inject(inputs[5], inputs[6], A, B, index, coefficient))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            injected(torch.autograd.forward_ad.make_dual(inputs[5], inputs[5]))
+
+
+def test_a_backend_named_in_a_compiled_function_runs_or_is_refused(rng, monkeypatch):
+    inputs = [tensor.detach() for tensor in chain_inputs(rng)]
+    ran = []
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda op, site: ran.append(choose(op, site).backend) or choose(op, site))
+
+    def named(*inputs):
+        with ops.backend("reference"):
+            return chain(*inputs)[0] + 1
+
+    torch._dynamo.reset()
+    torch.compile(named, backend="aot_eager")(*inputs)
+    assert set(ran) == {"reference"}
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(named, backend="aot_eager", fullgraph=True)(*inputs)
+    torch._dynamo.reset()
 
 
 def test_values_are_checked_only_where_they_can_be_read(rng):

@@ -105,6 +105,9 @@ def test_select_unchecked_shortage_gives_no_weight_to_disallowed_rows(backend):
         ({"query": torch.ones(3, 8).long()}, "query: expected a floating dtype"),
         ({"groups": 3}, "groups: expected a divisor of D = 8, got 3"),
         ({"groups": 0}, "groups: "),
+        ({"groups": 2.0}, "groups: expected a whole number, got 2.0"),
+        ({"top_m": 2.0}, "top_m: expected a whole number, got 2.0"),
+        ({"allowed": [True] * 6}, "allowed: expected a tensor, got list"),
         ({"top_m": 0}, "top_m: expected at least 1, got 0"),
         ({"top_m": 7}, "top_m: expected at most the 6 rows"),
         ({"reduce": "mean"}, "reduce: expected 'sample' or 'batch', got 'mean'"),
@@ -198,6 +201,20 @@ def test_select_query_of_another_dtype(query_dtype, backend, rng):
     wanted = select_reference.select(query.double(), keys.double(), 4, None, 1, False)
     assert torch.equal(index, wanted[2]) and similarity.dtype == torch.float32
     close(similarity, wanted[0], 1e-6)
+
+
+@everywhere
+@pytest.mark.parametrize("length", [1e60, 1e-60])  # beyond what float32 holds
+def test_select_query_of_any_length(length, backend, rng):
+    query, keys = (torch.randn(n, 24, generator=rng).double().to(backend.device) for n in (3, 11))
+    keys = leaf(keys.float())
+    found, upstream = [], torch.randn(3, 4, generator=rng).to(backend.device)
+    for given in (query, query * length):
+        index, weight, similarity = ops.select(given, keys, 4)
+        found.append((index, weight, similarity, torch.autograd.grad(similarity, keys, upstream)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    for of_one, of_other in zip(found[0][1:], found[1][1:], strict=True):
+        close(of_other, of_one.double(), 1e-6)
 
 
 @pytest.mark.skipif(triton_backend.usable() is not None, reason=str(triton_backend.usable()))

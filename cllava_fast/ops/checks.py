@@ -6,13 +6,23 @@ values ask `can_read` first.
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}.")
+
+
 def shape(name: str, tensor: Tensor, pattern: str, sizes: dict[str, int]) -> None:
     """`tensor` must look like `pattern` ("B S d_in"); `sizes` holds what earlier arguments said, and learns more."""
+    tensors(**{name: tensor})
     names, found = pattern.split(), tensor.shape
     if len(found) != len(names):
         raise ValueError(
@@ -27,10 +37,26 @@ def shape(name: str, tensor: Tensor, pattern: str, sizes: dict[str, int]) -> Non
             )
 
 
+def number(name: str, value: Any) -> None:
+    if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise ValueError(
+            f"{name}: expected a number, got {type(value).__name__}; it has no gradient. "
+            "What is trained belongs into the coefficients."
+        )
+
+
+def count(name: str, value: Any) -> None:
+    if not isinstance(value, torch.SymInt) and not hasattr(value, "__index__"):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}.")
+
+
 def device(reference: Tensor, **others: Tensor | None) -> None:
     wanted = reference.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != wanted:
+        if tensor is None:
+            continue
+        tensors(**{name: tensor})
+        if tensor.device != wanted:
             raise ValueError(
                 f"{name}: is on {tensor.device}, expected {wanted} like the first argument. "
                 f"Move it with {name}.to({str(wanted)!r})."

@@ -184,6 +184,7 @@ def _known(backend: str) -> None:
         raise BackendError(f"unknown backend {backend!r}: expected one of {', '.join(ORDER)}")
 
 
+@torch.compiler.disable  # traced, the block would be over before the compiled ops run
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run every op of this process on backend `name` inside the block; `"auto"` restores the automatic choice.
@@ -191,7 +192,8 @@ def backend(name: str) -> Iterator[None]:
     Several names, such as `"cuda,triton"`, mean the first of them that can run a call.
 
     Takes precedence over `CLLAVA_BACKEND`. Raises at once if no op has that backend, and at the call if this op or
-    this shape has not. A backward pass obeys the block that it runs in, not the one its forward ran in.
+    this shape has not. A backward pass obeys the block that it runs in, not the one its forward ran in. Around a
+    compiled function it holds for the ops inside; within one it breaks the graph, which `fullgraph=True` refuses.
     """
     for one in [] if name == AUTO else _names(name):
         if not any(one in kernels for kernels in _kernels.values()):

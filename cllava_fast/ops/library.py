@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import _C
+from torch.autograd import forward_ad
 
 from cllava_fast.ops import dispatch
 
@@ -89,6 +90,8 @@ def differentiable(
             return (*found, None) if isinstance(found, tuple) else (found, None)
 
     def autograd(keys: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
             return Differentiable.apply(*args, keys)
         return below_autograd(keys, args)
@@ -99,6 +102,15 @@ def differentiable(
     Differentiable.__name__ = f"{op._opname}_backward"
     _library.impl(op._opname, autograd, "Autograd", with_keyset=True)
     return call
+
+
+def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
+    """Torch would take the derivative of an op that has no rule for it to be zero."""
+    for argument in args:
+        if isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative (jvp, jacfwd, dual numbers). Take the gradient by backward."
+            )
 
 
 def _nothing_between(args: tuple[Any, ...]) -> bool:

@@ -93,6 +93,7 @@ CLLAVA_INLINE void weighted_sum(const std::vector<Term>& terms, const float* sou
     typename V::Lanes sums[at_once], value;
     CLLAVA_UNROLL for (int64_t j = 0; j < at_once; ++j) sums[j] = typename V::Lanes{};
     for (const Term& term : terms) {
+      if (term.strength == 0) continue;  // padding: what is there may be infinite
       const float* row = source + term.source * strip + i;
       CLLAVA_UNROLL for (int64_t j = 0; j < at_once; ++j) {
         load<V>(value, row + j * V::lanes);

@@ -79,7 +79,7 @@ def inject(
         coefficient: float32 `[B, P]`, or `[B, S, P]`, for each token (float64 is taken with float64 x); applied in
             float32 between the two products, or to B where rows share A. A coefficient of 0 with any valid row is
             padding.
-        bias: `[d_out]`, or None. scale: a number.
+        bias: `[d_out]`, or None. scale: a number, without a gradient.
         past: frozen rows that all act on every sample, of their own number C and rank Q (`Past`). The same as more
             pairs, but nothing is gathered and no gradient of these rows exists; the past's coefficient has one.
         check_values: also check, for CPU tensors, that `index` is in range.
@@ -97,11 +97,12 @@ def inject(
     checks.shape("weight", weight, "d_out d_in", sizes)
     checks.floating(x=x)
     checks.same_dtype("weight", weight, "x", x)
-    check_frozen(weight, bias)
     if bias is not None:
         checks.shape("bias", bias, "d_out", sizes)
         checks.same_dtype("bias", bias, "x", x)
+    check_frozen(weight, bias)
     checks.device(x, weight=weight, bias=bias)
+    checks.number("scale", scale)
     _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
     return inject_unchecked(x, weight, A, B, index, coefficient, bias, scale, past and Past(*past))
 
@@ -153,6 +154,7 @@ def inject_add(
     checks.floating(y=y, x=x)
     checks.same_dtype("x", x, "y", y)
     checks.device(y, x=x)
+    checks.number("scale", scale)
     _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
     return inject_add_unchecked(y, x, A, B, index, coefficient, scale, past and Past(*past))
 
@@ -229,6 +231,7 @@ def check_frozen(weight: Tensor, bias: Tensor | None) -> None:
 
 def _check_past(x: Tensor, past: Past, sizes: dict[str, int]) -> None:
     names = {f"past.{name}": tensor for name, tensor in past._asdict().items()}
+    checks.tensors(**names)
     coefficients = "1 C" if past.coefficient.dim() == 2 and past.coefficient.shape[0] == 1 else "B C"
     for (name, tensor), pattern in zip(names.items(), ("C Q d_in", "C Q d_out", coefficients), strict=True):
         checks.shape(name, tensor, pattern, sizes)
@@ -247,6 +250,7 @@ def _check_pairs(
     x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, past: Past | None, sizes: dict[str, int],
     check_values: bool,
 ) -> None:  # fmt: skip
+    checks.tensors(A=A, B=B, coefficient=coefficient)
     one = A.dim() == B.dim() == 3 and A.shape[0] == 1 < B.shape[0]
     checks.shape("A", A, "1 R d_in" if one else "N R d_in", sizes)
     checks.shape("B", B, "N R d_out", sizes)

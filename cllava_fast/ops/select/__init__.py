@@ -87,6 +87,8 @@ def check(
     checks.shape("keys", keys, "N D", sizes)
     checks.floating(query=query, keys=keys)
     checks.device(query, keys=keys, allowed=allowed)
+    checks.count("groups", groups)
+    checks.count("top_m", top_m)
     if groups < 1 or sizes["D"] % groups != 0:
         raise ValueError(f"groups: expected a divisor of D = {sizes['D']}, got {groups}. Pad both with zeros.")
     if reduce not in ("sample", "batch"):

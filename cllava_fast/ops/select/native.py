@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.native import dense_rows
+from cllava_fast.ops.select.reference import in_range
 
 # The CPU's kernel packs a row into 31 bits, and beyond M a list that is kept in order is no way to a top-M. The limits
 # of csrc/cuda/ops.cuh are no lower.
@@ -48,7 +49,7 @@ def prepared(
         elif by_batch:
             allowed = allowed.all(0, keepdim=True)
         allowed = allowed.view(torch.uint8)
-    return query.float().contiguous(), dense_rows(keys), allowed
+    return in_range(query).float().contiguous(), dense_rows(keys), allowed
 
 
 def select_backward(
@@ -57,7 +58,7 @@ def select_backward(
     if grad.numel() == 0 or keys.numel() == 0:
         return torch.zeros_like(keys, memory_format=torch.contiguous_format)
     out = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    grad, query = grad.float().contiguous(), query.float().contiguous()
+    grad, query = grad.float().contiguous(), in_range(query).float().contiguous()
     library.select_backward(grad, query, dense_rows(keys), index.contiguous(), groups, by_batch, out)
     return out
 

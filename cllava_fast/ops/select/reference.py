@@ -65,6 +65,13 @@ def select_backward(
     return across.flatten(1).to(keys.dtype)
 
 
+def in_range(query: Tensor) -> Tensor:  # [B, D]
+    """For backends that compute in float32, whose range a float64 row may exceed: its length makes no difference."""
+    if query.dtype != torch.float64 or query.numel() == 0:
+        return query
+    return query / query.abs().amax(1, keepdim=True).clamp(min=torch.finfo(query.dtype).tiny)
+
+
 def _weights(similarity: Tensor) -> Tensor:  # [B, M] -> [B, M]
     positive = similarity.clamp(min=0)
     total = positive.sum(1, keepdim=True)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cllava_fast.ops.select.reference import in_range
 from cllava_fast.ops.select.triton_kernels import gradient_kernel, mean_unit_kernel, merge_kernel, scan_kernel
 from cllava_fast.ops.triton_backend import Shipped
 
@@ -103,7 +104,7 @@ def select_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, gr
 
 
 def _query(query: Tensor) -> Tensor:
-    return (query.float() if query.dtype == torch.float64 else query).contiguous()
+    return (in_range(query).float() if query.dtype == torch.float64 else query).contiguous()
 
 
 def _rows(keys: Tensor) -> Tensor:
