@@ -163,6 +163,7 @@ def failures(folder: Path) -> dict[str, str]:
     found["check_equal"] = message(lambda: distributed.check_equal({"seed": distributed.rank()}, "the seed"))
     found["arguments"] = message(lambda: trainer(folder / "other", seed=distributed.rank()))
     found["run.json"] = message(lambda: trainer(folder / "run"))  # only there is it found by the main process alone
+    found["no shared disk"] = message(trainer(folder / ("within" if main else "elsewhere"), resume=True)._train)
     broken = trainer(folder / "broken")
     collate, calls = broken._train_collate, iter(range(100))
 
@@ -192,6 +193,9 @@ if __name__ == "__main__":
     learn(folder / "counted", folder / f"counted{rank}.json", resume=True, **branch)
     ended = stopped(folder / "stopped")
     learn(folder / "stopped", folder / f"stopped{rank}.json", resume=True)
+    # within the second of its epochs of three steps
+    assert stopped(folder / "within", at=5)["saved"] == ["0001-tune-000005"]
+    learn(folder / "within", folder / f"within{rank}.json", resume=True)
     with fsdp(version="1"):
         refused = message(trainer(folder / "refused")._train)
     with fsdp():

@@ -117,10 +117,14 @@ def test_a_signal_to_one_process_ends_both_behind_the_same_step(two: Path) -> No
     for rank in range(2):
         ended = json.loads((two / f"failures{rank}.json").read_text())["stopped"]
         assert ended == {"code": 143, "steps": 3, "saved": ["0001-tune-000003"]}
-        # and the same command goes on to the same bits
-        (expected, state), (found, other) = read(two / f"rank{rank}.json"), read(two / f"stopped{rank}.json")
+
+
+@pytest.mark.parametrize("name", ["stopped", "within"])  # behind an epoch, and within the second
+def test_a_stopped_run_goes_on_to_the_same_bits(two: Path, name: str) -> None:
+    for rank in range(2):
+        (expected, state), (found, other) = read(two / f"rank{rank}.json"), read(two / f"{name}{rank}.json")
         assert found["losses"] == expected["losses"] and found["accuracy_matrix"] == expected["accuracy_matrix"]
-        assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+        assert all(torch.equal(tensor, other[key]) for key, tensor in state.items())
 
 
 def test_a_failure_on_one_process_ends_both(two: Path) -> None:
@@ -133,6 +137,9 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
     assert main["check_equal"] == other["check_equal"] == (
         "ValueError: the seed of process 1 is not that of process 0; every process needs the same"
     )  # fmt: skip
+    assert main["no shared disk"].endswith("belongs on a disk that all share, of process 1 is not that of process 0; "
+                                           "every process needs the same")  # fmt: skip
+    assert other["no shared disk"].replace("elsewhere", "within") == main["no shared disk"]
     assert main["arguments"] == other["arguments"] and "of process 1 is not that of" in main["arguments"]
     assert "fsdp_version is 1; expected 2" in main["fsdp1"] and main["fsdp1"] == other["fsdp1"]
     assert (
@@ -142,13 +149,14 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
 
 @pytest.mark.parametrize("samples", [1, 7, 16, 22])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_a_step_holds_the_same_samples_on_any_number_of_processes(samples: int, processes: int) -> None:
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_a_step_holds_the_same_samples_on_any_number_of_processes(samples: int, processes: int, shuffled: bool) -> None:
     per_process = 8 // processes
 
     def steps(count: int, per_process: int, epoch: int) -> list[list[int]]:
         shards = []
         for rank in range(count):
-            order = _GlobalOrder(samples, per_process * count if count > 1 else 1, seed=3)
+            order = _GlobalOrder(samples, per_process * count if count > 1 else 1, 3, shuffled)
             order.set_epoch(epoch)
             batches = BatchSampler(order, per_process, drop_last=False)
             shards.append(list(BatchSamplerShard(batches, count, rank) if count > 1 else batches))
@@ -157,7 +165,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_processes(samples: int, 
 
     for epoch in range(2):
         assert steps(processes, per_process, epoch) == steps(1, 8, epoch)
-    assert samples <= 8 or steps(1, 8, 0) != steps(1, 8, 1), "each epoch has its own order"
+    assert samples <= 8 or (steps(1, 8, 0) != steps(1, 8, 1)) == shuffled, "each epoch has its own order"
 
 
 def test_the_example_by_accelerate_launch(tmp_path: Path) -> None:

@@ -444,6 +444,7 @@ class TestRefusals:
             ("eval_batch_size", 0),
             ("logging_steps", 0),
             ("trainer_options", {"label_smoothing_factor": 0.1}),
+            ("trainer_options", {"train_sampling_strategy": "group_by_length"}),
         ],  # fmt: skip
     )
     def test_arguments(self, field: str, value: Any) -> None:

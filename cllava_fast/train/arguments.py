@@ -117,6 +117,12 @@ class ContinualArguments:
                 "trainer_options has label_smoothing_factor, which transformers would apply to labels that are not "
                 "shifted to the next token; leave it out"
             )
+        sampling = self.trainer_options.get("train_sampling_strategy", "random")
+        if sampling not in ("random", "sequential"):
+            raise ValueError(
+                f"trainer_options has train_sampling_strategy {sampling!r}; expected random or sequential, which give "
+                "the same batches on any number of processes"
+            )
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one of them")
         names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)

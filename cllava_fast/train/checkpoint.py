@@ -57,8 +57,8 @@ class Checkpoints:
         for old in self.names()[:-KEPT]:
             remove_folder(self.folder / old)
 
-    def newest(self, number: int) -> dict[str, Any] | None:
-        """The newest whole checkpoint of task ``number``: stage, step, state and, as ``folder``, where it is."""
+    def newest(self, number: int) -> str | None:
+        """The name of the newest whole checkpoint of task ``number``."""
         for name in reversed(self.names()):
             try:
                 values = self.read(name)
@@ -66,10 +66,11 @@ class Checkpoints:
                 warnings.warn(f"{error}; going on from what was saved before", stacklevel=2)
                 continue
             if values["number"] == number:
-                return values
+                return name
         return None
 
     def read(self, name: str) -> dict[str, Any]:
+        """Stage, step, state and, as ``folder``, where it is."""
         folder = self.folder / name
         values = read_json(folder / MANIFEST)
         check_sums(folder, values["files"])
@@ -89,7 +90,7 @@ class TaskSaver:
     """Saves one task while it is learned, and brings it back.
 
     Args:
-        saved: what ``Checkpoints.newest`` found, None to begin anew.
+        saved: what ``Checkpoints.read`` found, None to begin anew.
         before: called on the main process before anything is written.
         counted: names of the pool's tensors that are each process's own within a task (``Method.counted``).
     """

@@ -279,16 +279,19 @@ class ContinualTrainer:
     def _load(self, phases: list[list[str]]) -> int:
         """Brings back the newest saved increments that are whole, and returns how many tasks they have learned."""
         progress, first = self._progress, len(self._before)
+        seen = [folder.name for folder in saved_increments(self.output_dir)], self._checkpoints.names()
+        distributed.check_equal(seen, f"the content of {self.output_dir}, which belongs on a disk that all share,")
         good, learned = first, first + len(progress["losses"])
         for number in reversed(range(first, learned)):
             folder = self._saved(number, phases)
             try:
-                check_sums(folder, progress["files"][folder.name])
-                load_pretrained(self.model, folder)
-                good = number + 1
-                break
+                distributed.on_main(functools.partial(check_sums, folder, progress["files"][folder.name]))
             except (DamagedError, MissingError) as error:
                 warnings.warn(f"{error}; going on from the task before", stacklevel=4)
+                continue
+            load_pretrained(self.model, folder)
+            good = number + 1
+            break
         if not progress["losses"]:
             self.increments.pool.load_state(self._state_before, self._before)
         elif good == first:
@@ -454,9 +457,10 @@ class ContinualTrainer:
         return tuned
 
     def _saver(self, number: int) -> TaskSaver:
-        saved = self._checkpoints.newest(number)
-        if saved is None:
+        name = distributed.on_main(functools.partial(self._checkpoints.newest, number))
+        if name is None:
             distributed.on_main(self._checkpoints.clear)
+        saved = None if name is None else self._checkpoints.read(name)
         return TaskSaver(
             self.increments.pool, self.args, self._checkpoints, self._watch, number, saved, self._begin_files,
             self.increments.method.counted,

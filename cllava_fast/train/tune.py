@@ -232,11 +232,17 @@ class TaskTrainer(Trainer):
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if getattr(self.args, "train_sampling_strategy", "random") != "random":
-            return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.world_size if self.args.world_size > 1 else 1
         assert isinstance(self.train_dataset, _TuneSet)
-        return _GlobalOrder(len(self.train_dataset), together, self.args.data_seed or 0)
+        shuffled = getattr(self.args, "train_sampling_strategy", "random") == "random"
+        self._order = _GlobalOrder(len(self.train_dataset), together, self.args.data_seed or 0, shuffled)
+        return self._order
+
+    def go_on_behind(self, step: int) -> None:
+        """The order of the epoch that holds the next step. With several processes, nobody else sets it: accelerate does
+        not reach the sampler below the batches that transformers skips."""
+        batches = math.ceil(len(self._order) / (self.args.train_batch_size * self.args.world_size))
+        self._order.set_epoch(step // math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled:
@@ -312,6 +318,7 @@ class _Saving(TrainerCallback):
             return
         self.losses.losses += self.saved["losses"]
         self.trainer.numbers.load_state(self.saved["numbers"])
+        self.trainer.go_on_behind(self.saved["step"])
         for _ in range(self.saved["step"]):
             self.losses.advance("")
         # the loss of steps that are not logged yet
@@ -346,22 +353,25 @@ class _Saving(TrainerCallback):
 
 
 class _GlobalOrder(Sampler[int]):
-    """A random order of ``samples``, the same for any number of processes; accelerate deals it out batch by batch.
+    """An order of ``samples``, the same for any number of processes; accelerate deals it out batch by batch.
 
     It is filled up to a multiple of ``together`` by the index ``samples``, which stands for an item without a label.
     Accelerate would fill up with samples, which then count twice.
     """
 
-    def __init__(self, samples: int, together: int, seed: int) -> None:
-        self.samples, self.seed, self.epoch = samples, seed, 0
+    def __init__(self, samples: int, together: int, seed: int, shuffled: bool = True) -> None:
+        self.samples, self.seed, self.shuffled, self.epoch = samples, seed, shuffled, 0
         self.length = -(-samples // together) * together
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        yield from order.tolist()
+        order = list(range(self.samples))
+        if self.shuffled:
+            random = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.samples, generator=random).tolist()
+        yield from order
         yield from [self.samples] * (self.length - self.samples)
 
     def set_epoch(self, epoch: int) -> None:
