@@ -182,8 +182,8 @@ def adds_up(x: Tensor, past: Past, products: int) -> bool:
 
 def added_up(past: Past, scale: float, dtype: torch.dtype) -> Tensor:  # [d_out, d_in]
     """`scale * sum_c coefficient[c] * B[c]^T A[c]`, with its gradient to the coefficient."""
-    strength = (past.coefficient * scale).view(-1, 1, 1)
-    return reference.columns(past.B * strength, dtype).t() @ reference.columns(past.A, dtype)
+    weighed = autograd.Weighed.apply(past.B, (past.coefficient * scale).view(-1, 1, 1), dtype)  # [C, Q, d_out]
+    return reference.columns(weighed, dtype).t() @ reference.columns(past.A, dtype)
 
 
 # On a GPU, projecting on this many columns still costs little more than reading the activations once.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cllava_fast.ops import dispatch, library
 from cllava_fast.ops.inject.reference import Acting
@@ -160,3 +161,20 @@ def _add_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 inject = library.differentiable(INJECT, _backward, _setup_context)
 inject_add = library.differentiable(INJECT_ADD, _add_backward, _add_setup_context)
 inject_backward = library.no_second_derivative(BACKWARD)
+
+
+class Weighed(torch.autograd.Function):
+    """`(rows * strength).to(dtype)` of frozen rows; backward, one copy of them in full precision instead of two."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:  # [C, Q, d], [C, 1, 1]
+        ctx.save_for_backward(rows, strength)
+        return (rows * strength).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        rows, strength = ctx.saved_tensors
+        exact = torch.promote_types(rows.dtype, strength.dtype)
+        products = grad.to(exact, copy=True).mul_(rows)
+        return None, products.sum((1, 2), keepdim=True).to(strength.dtype), None
