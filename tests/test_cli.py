@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -68,6 +70,24 @@ def test_a_report_is_not_written_over_other_files(
     assert cli.main(["report", str(finished), "--output", str(tmp_path / "other")]) == 1
     assert "thesis.txt" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_a_report_into_a_folder_that_cannot_be_made(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(path: Path, *mode: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    assert cli.main(["report", str(finished), "--output", str(tmp_path / "a" / "b")]) == 3
+    assert f"{tmp_path}/a/b cannot be written: Read-only file system" in capsys.readouterr().err
+
+
+def test_a_report_of_results_that_were_cut_off(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished / "results.json"
+    file.write_text(file.read_text()[:-20])
+    assert cli.main(["report", str(finished)]) == 4
+    assert f"{file} is no JSON" in capsys.readouterr().err
 
 
 def test_the_table_fits_a_terminal_of_80_columns(finished: Path) -> None:
