@@ -7,6 +7,7 @@ and their help all come from it. Values of both are checked here, alike, and ref
 from __future__ import annotations
 
 import os
+import shlex
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -155,7 +156,7 @@ def load_config(
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
     if not os.path.exists(file):
-        raise FileNotFoundError(f"{file} does not exist; cllava-fast init {file} writes an example")
+        raise FileNotFoundError(f"{file} does not exist; cllava-fast init {shlex.quote(str(file))} writes an example")
     values = untrusted.read_yaml(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}; expected a mapping with tasks, model, ...")

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import random
+import shlex
 import signal
 import threading
 import warnings
@@ -456,3 +457,19 @@ def test_exit_codes(
     assert cli.main(["train", "a b.yaml", "--output", "x"]) == code
     said = capsys.readouterr().err
     assert words in said and said.rstrip().endswith("--resume") == (code > 100)
+
+
+def test_the_command_that_goes_on_is_understood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cllava_fast.cli import train
+
+    def run(arguments: Any) -> int:
+        if getattr(arguments, "training.resume"):
+            return 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", run)
+    assert cli.main(["train", "--output", "x", "--", "a b.yaml"]) == 130
+    _, _, printed = capsys.readouterr().err.partition("cllava_fast.cli ")
+    assert cli.main(shlex.split(printed)) == 0

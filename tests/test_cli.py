@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -68,6 +70,24 @@ def test_a_report_is_not_written_over_other_files(
     assert cli.main(["report", str(finished), "--output", str(tmp_path / "other")]) == 1
     assert "thesis.txt" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_a_report_into_a_folder_that_cannot_be_made(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(path: Path, *mode: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    assert cli.main(["report", str(finished), "--output", str(tmp_path / "a" / "b")]) == 3
+    assert f"{tmp_path}/a/b cannot be written: Read-only file system" in capsys.readouterr().err
+
+
+def test_a_report_of_results_that_were_cut_off(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished / "results.json"
+    file.write_text(file.read_text()[:-20])
+    assert cli.main(["report", str(finished)]) == 4
+    assert f"{file} is no JSON" in capsys.readouterr().err
 
 
 def test_the_table_fits_a_terminal_of_80_columns(finished: Path) -> None:
@@ -254,6 +274,23 @@ def test_train_refuses_before_it_loads_or_writes(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_train_says_how_to_ask(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = finished.rename(tmp_path / "x #y")
+    monkeypatch.setattr("cllava_fast.cli.running.train", lambda config: None)
+    assert cli.main(["train", str(stream_file(tmp_path)), "--output", str(output)]) == 0
+    _, _, command = capsys.readouterr().out.partition("Ask it: ")
+    assert shlex.split(command) == ["cllava-fast", "ask", str(output), "--image", "FILE", "QUESTION"]
+
+
+def test_a_stream_that_is_not_there_can_be_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x #y.yaml"
+    assert cli.main(["train", str(file)]) == 1
+    command = re.findall("; (cllava-fast init .*) writes an example", capsys.readouterr().err)
+    assert [shlex.split(line) for line in command] == [["cllava-fast", "init", str(file)]]
+
+
 def test_errors_show_where_they_came_from_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError):
         cli.main(["report", str(tmp_path / "nothing"), "--traceback"])
@@ -300,6 +337,22 @@ def test_init_writes_a_file_that_train_understands(tmp_path: Path, capsys: pytes
     before = file.read_text()
     assert cli.main(["init", str(file)]) == 1
     assert "exists" in capsys.readouterr().err and file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["2024", "yes", "[1]", "a: b", "'q", "x #y", "- a", "~", "a\nb", "a\x1bb", "größe 大 🙂", "long " * 40],
+)
+def test_init_writes_a_file_of_any_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cllava_fast.config import load_config
+
+    file = tmp_path / f"{name}.yaml"
+    assert cli.main(["init", str(file)]) == 0
+    config = load_config(file)
+    assert config.stream["name"] == name
+    assert config.training.output_dir == str(tmp_path / "runs" / name)
+    _, _, command = capsys.readouterr().out.partition("then: ")
+    assert shlex.split(command) == ["cllava-fast", "train", str(file), "--model", "PATH"]
 
 
 def test_init_finds_the_tasks_of_a_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -267,6 +268,16 @@ def test_a_wheel_is_free_of_the_python_version(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-linux_" in wheel.name
     assert "cllava_fast/_native_cpu.so" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_the_source_distribution_has_what_the_readme_speaks_of_and_no_tests(tmp_path: Path) -> None:
+    done = setup("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"README.md", "CONTRIBUTING.md", "SECURITY.md", "csrc/build.py", "cllava_fast/cli/init.py"} <= names
+    assert not [name for name in names if name.startswith("tests")]
 
 
 def test_import_is_cheap_and_touches_no_gpu() -> None:

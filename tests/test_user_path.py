@@ -183,6 +183,15 @@ def test_ask_takes_saved_increments_too(data: Path, run: Path, printed: Callable
     assert printed("ask", run / "increments" / "02-shape", *asked) == printed("ask", run, *asked)
 
 
+def test_ask_says_when_a_saved_file_is_gone(data: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torn = shutil.copytree(run, data / "torn")
+    file = torn / "increments" / "02-shape" / "adapter_config.json"
+    file.unlink()
+    for source in (torn, file.parent):
+        assert cli.main(["ask", str(source), QUESTION]) == 4
+        assert f"{file} does not exist" in capsys.readouterr().err
+
+
 def test_ask_refuses_what_the_model_cannot_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ask", str(run), "what color? " * 90]) == 1
     refused = capsys.readouterr().err

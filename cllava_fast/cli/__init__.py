@@ -129,9 +129,11 @@ def _go_on(command: ModuleType, argv: list[str]) -> str:
         return ""
     started = Path(sys.argv[0]).name
     program = ["cllava-fast"] if started.startswith("cllava-fast") else ["python", "-m", "cllava_fast.cli"]
-    resume = [] if "--resume" in argv else ["--resume"]
+    end = argv.index("--") if "--" in argv else len(argv)  # behind it all are positional
+    resume = [] if "--resume" in argv[:end] else ["--resume"]
     launched = ", by the same launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    return f"; what was saved is whole, go on with{launched}:\n  {shlex.join([*program, *argv, *resume])}"
+    line = shlex.join([*program, *argv[:end], *resume, *argv[end:]])
+    return f"; what was saved is whole, go on with{launched}:\n  {line}"
 
 
 def _warning(message: Warning | str, *where: object, **line: object) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import shlex
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +17,7 @@ EXAMPLE = """examples:
   cllava-fast init stream.yaml --from NAME   # a copy of a ready stream, to be changed"""
 
 HEAD = """\
-# A stream of tasks, and how it is learned:  cllava-fast train {file}
+# A stream of tasks, and how it is learned:  {command}
 # Relative paths start from the folder of this file. A line that starts with # and no space shows a default.
 
 name: {name}
@@ -50,19 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from cllava_fast.atomic import write_text
+    from cllava_fast.untrusted import printable
 
     file = Path(arguments.file)
     if file.exists():
         raise FileExistsError(f"{file} exists; give another name, or remove it first")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent} does not exist; make that folder first")
+    command = shlex.join(["cllava-fast", "train", str(file)])
     if arguments.ready is not None:
         stream = _ready(arguments.ready)
     else:
         tasks = TASKS if arguments.data is None else found_tasks(Path(arguments.data), file.parent)
-        stream = HEAD.format(file=file, name=file.stem) + tasks
+        # a comment is one line, of characters that YAML takes
+        shown = printable(command).replace("\n", " ")
+        stream = HEAD.format(command=shown, name=_yaml(file.stem)) + tasks
     write_text(file, f"{stream.rstrip()}\n\n{settings(file.stem)}")
-    print(f"{file} is written. Look through it, then: cllava-fast train {file} --model PATH")
+    print(f"{file} is written. Look through it, then: {command} --model PATH")
     return 0
 
 
@@ -101,22 +107,27 @@ def settings(name: str) -> str:
 
 def _section(title: str, cls: type[Any], given: dict[str, tuple[str, str | None]]) -> str:
     """The fields of a dataclass: ``given`` ones as they are, the others as comments."""
-    import yaml
-
     from cllava_fast.config import default_of
 
     helps = {entry.name: entry.metadata.get("help") for entry in fields(cls)}
     lines = [f"{title}:"]
     for key, (value, words) in given.items():
-        lines += [*_comment(words or helps.get(key)), f"  {key}: {value}"]
+        lines += [*_comment(words or helps.get(key)), f"  {key}: {_yaml(value)}"]
     for entry in fields(cls):
         if entry.name in given or entry.name == "resume":  # which one run alone may want
             continue
         default = default_of(entry)
-        value = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-        value = value.removesuffix("\n").removesuffix("\n...")
-        lines += [*_comment(helps[entry.name]), f"  #{entry.name}: {value}"]
+        default = list(default) if isinstance(default, tuple) else default
+        lines += [*_comment(helps[entry.name]), f"  #{entry.name}: {_yaml(default)}"]
     return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    """A value of one line, a text quoted where it would read back as something else."""
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _comment(words: str | None) -> list[str]:

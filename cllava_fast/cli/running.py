@@ -16,7 +16,8 @@ from cllava_fast.cli.base import check_base, default_device, load_base
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
-from cllava_fast.model.files import read_config, saved_increments
+from cllava_fast.model.files import CONFIG as INCREMENTS
+from cllava_fast.model.files import WEIGHTS, read_config, saved_increments
 from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.identity import run_identity
@@ -102,7 +103,8 @@ def open_run(path: str, after: str | None = None, base: str | None = None) -> tu
         base: folder or hub name of the base, by default what the run or the increments name.
     """
     folder = Path(path)
-    if not (folder / CONFIG).is_file() and ((folder / "adapter_config.json").is_file() or not folder.exists()):
+    holds_increments = any((folder / name).is_file() for name in (INCREMENTS, WEIGHTS))
+    if not (folder / CONFIG).is_file() and (holds_increments or not folder.exists()):
         if after is not None:
             raise ValueError(f"{path} is no folder of a run, so --after has no meaning; leave it out")
         logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import MISSING
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -63,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         results = load_results(f"{output}/results.json")
         write_report(results, output)
         print_table(results)
-        print(f"\nReport: {output}/report.md   Ask it: cllava-fast ask {output} --image FILE QUESTION")
+        ask = shlex.join(["cllava-fast", "ask", output])
+        print(f"\nReport: {output}/report.md   Ask it: {ask} --image FILE QUESTION")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cllava_fast.atomic import write_file, write_text
+from cllava_fast.atomic import DamagedError, make_folder, naming, write_file, write_text
 from cllava_fast.evaluate.metrics import learned_tasks, mean_over_seeds, paired_p_value, runs_by_order
 from cllava_fast.evaluate.page import html_page
 from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses, plot_selection
@@ -48,10 +48,12 @@ REPORT_FILES = (RESULTS, "matrix.csv", *PICTURES, "report.md", "report.html")
 def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
     """Writes ``REPORT_FILES``, each whole or not at all.
 
-    losses.png only where losses were logged, selection.png only where rows were selected.
+    losses.png only where losses were logged, selection.png only where rows were selected. Raises SaveError where there
+    is no space or no permission.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        make_folder(folder)
     write_text(folder / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_text(folder / "matrix.csv", _csv(results))
     write_file(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
@@ -71,11 +73,21 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads ``results.json``. Raises ValueError where it is no results file, FileNotFoundError where there is none."""
+    """Reads ``results.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedError: it was cut off.
+        ValueError: it is no results file.
+    """
     file = Path(path)
     if not os.path.exists(file):
         raise FileNotFoundError(f"{file} does not exist; give the folder of a run")
-    results = parse_json(read_file(file, MAX_RESULTS_BYTES), str(file))
+    data = read_file(file, MAX_RESULTS_BYTES)
+    try:
+        results = parse_json(data, str(file))
+    except ValueError as error:
+        raise DamagedError(f"{error}; was it changed since it was saved?") from error
     check_results(results, str(file))
     return results
 

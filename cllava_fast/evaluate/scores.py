@@ -152,7 +152,7 @@ def _edit_distance(a: str, b: str) -> int:
 def option_letter(prediction: str, references: Sequence[str]) -> float:
     """1 if the prediction names the option of a reference, else 0; for multiple choice.
 
-    Lu et al. 2022 (ScienceQA, arXiv:2209.09513). Both may say "B", "(B)", "b.", "B. text" or "The answer is B.".
+    Lu et al. 2022 (ScienceQA, arXiv:2209.09513). Both may say "B", "(B)", "'B'", "b.", "B. text" or "The answer is B.".
     """
     wanted = {_known_option(reference) for reference in references}
     return float(_option(prediction) in wanted)
@@ -160,10 +160,14 @@ def option_letter(prediction: str, references: Sequence[str]) -> float:
 
 # a letter that stands for an option, not the article or a word's first one: "A dog" and "the answer is a dog" name none
 _FIRST = re.compile(r"""[\s"'*(\[]*([A-Za-z])(?:[)\]*]|[.:,](?!\w)|\s*(?:\n|$))""")
-_SAID = re.compile(r"""\b(?i:answer(?:\s+is|\s*:))[\s"'*(\[]*([A-HJ-Z](?![\w'])|[A-Za-z](?=[)\]*,:;]|\.(?!\w)|\s*$))""")
+_SAID = re.compile(
+    r"""\b(?i:answer(?:\s+is|\s*:)+)[\s"'*(\[]*([A-HJ-Z](?![\w'])|[A-Za-z](?=[)\]*,:;]|\.(?!\w)|\s*$))"""
+)
+_QUOTED = re.compile(r"""(?<!\w)(["'])([A-Za-z])\1(?!\w)""")
 
 
 def _option(text: str) -> str | None:
+    text = _QUOTED.sub(r"(\2)", text)  # in quotes it stands for an option as it does in brackets
     said = {letter.upper() for letter in _SAID.findall(text)}
     if said:
         return said.pop() if len(said) == 1 else None

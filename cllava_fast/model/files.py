@@ -266,7 +266,8 @@ def _method_config(values: Any) -> MethodConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    _check_is_there(path, FileNotFoundError)
+    # weights without it are what is left of saved increments
+    _check_is_there(path, MissingError if (path.parent / WEIGHTS).is_file() else FileNotFoundError)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
