@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_the_layer_and_its_gradients(state: str, llava: Any, processor: Any, rng
 
 
 def test_the_most_active_branches_freeze(rng: torch.Generator) -> None:
-    """Activity is a running mean of gates over batches; a branch that was frozen before stays so."""
+    """Activity is a running mean of gates over steps; a branch that was frozen before stays so."""
     method = BranchLora(CONFIG)
     pool = Pool(3, D, {"o": LinearShape(D, 5)}, shares_A=True, own_tensors=method.own_tensors, shared_rows=True)
     factors, frozen = pool.factors("o"), set[int]()
@@ -180,7 +181,12 @@ def test_the_most_active_branches_freeze(rng: torch.Generator) -> None:
         activity = torch.zeros(5, dtype=torch.float64)
         for _ in range(6):
             x = torch.randn(4, 3, D, generator=rng)
-            method.route(method.select(pool, torch.randn(4, D, generator=rng), 1, True), factors, x)
+            for part in x.split(3):  # a step's batches, the last one filled up with a sample that is not learned
+                selection = method.select(pool, torch.randn(3, D, generator=rng), 1, True)
+                filled = torch.cat([part, torch.randn(3 - len(part), 3, D, generator=rng)])
+                learned = (torch.arange(3) < len(part)).int()[:, None].expand(3, 3)
+                method.route(replace(selection, mask=learned), factors, filled)
+            method.end_step(pool)
             activity *= MOMENTUM
             for sample in x:
                 for j, gate in gates_of(sample[0], factors.block_router.detach(), 2).items():
@@ -194,6 +200,26 @@ def test_the_most_active_branches_freeze(rng: torch.Generator) -> None:
     for rows, keys, message in ((4, 1, "rows is 4; all tasks share 5 rows"), (5, 5, r"expected \[1, 12\]")):
         with pytest.raises(ValueError, match=message):
             pool.open_block(rows, keys=torch.ones(keys, D), a_std=1.0, context_init=None, generator=rng)
+
+
+def test_a_loop_that_does_not_end_steps_is_followed(rng: torch.Generator) -> None:
+    """What an optimizer changed tells one step from the next."""
+    moved = []
+    for says_so in (True, False):
+        method, pool = BranchLora(CONFIG), Pool(3, D, {"o": LinearShape(D, 5)}, shares_A=True, shared_rows=True)
+        method.open_task(pool, torch.ones(8, D), torch.Generator().manual_seed(0))
+        factors = pool.factors("o")
+        for step in range(3):
+            for x in torch.randn(2, 4, 3, D, generator=torch.Generator().manual_seed(step)):
+                method.route(method.select(pool, torch.ones(4, D), 1, True), factors, x)
+            with torch.no_grad():
+                factors.block_B.add_(1.0)
+            if says_so:
+                method.end_step(pool)
+        if not says_so:
+            method.end_step(pool)
+        moved.append(factors.activity.clone())
+    assert moved[0].sum() > 0 and torch.equal(*moved)
 
 
 def test_what_trains_and_what_is_frozen(llava: Any, processor: Any, tmp_path: Path) -> None:

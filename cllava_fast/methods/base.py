@@ -58,7 +58,7 @@ class Selection:
         rows: ``A [n, R, d_in]`` and ``B [n, R, d_out]`` that ``block`` counts in place of the open block's, where
             ``Method.route`` makes them from what it keeps.
         mask: ``[B, S]``, 0 where a prompt has padding, for ``Method.route``; None where nobody said. In training, 0 in
-            all of a sample without a label, too, unless the method goes by first tokens.
+            all of a sample without a label, too.
         memory: by linear, what ``Method.route`` decided for the prompt and needs again for the tokens that follow,
             which come without it, for methods with ``by_first_token``; None in training, where a layer that is
             recomputed must find what its first pass found.
@@ -222,7 +222,6 @@ class Method(ABC):
     by_first_token: ClassVar[bool] = False  # ``route`` decides on a prompt's first token, for all that follow
     shares_A: ClassVar[bool] = False  # a pool's rows have one A, ``[1, R, d_in]``
     shared_rows: ClassVar[bool] = False  # every task trains the same rows, and keys are those of tasks (``Pool``)
-    counted: ClassVar[frozenset[str]] = frozenset()  # kept tensors that are each process's own within a task
     by_batch: bool = False  # one selection for all samples of a batch, so evaluation mixes no tasks
     remembers_queries: ClassVar[bool] = False  # the pool keeps a Gaussian of each task's queries (``calibration``)
     reads: ClassVar[bool] = False  # ``read`` changes what ``o_proj`` is handed; no increments are added behind it
@@ -280,6 +279,11 @@ class Method(ABC):
 def layers_of(pool: Pool) -> list[Any]:
     """The ``Factors`` of every linear; what methods keep in them (``Factors.keep``), no type knows."""
     return list(pool.layers.values())
+
+
+def pool_version(pool: Pool) -> int:
+    """Another number after every step of an optimizer, which changes parameters in place."""
+    return sum(parameter._version for parameter in pool.parameters())
 
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {}  # config and policy by the config's ``method``

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast import distributed, ops
-from cllava_fast.methods.base import Begun, Method, MethodConfig, Pairs, Selection, layers_of, register
+from cllava_fast.methods.base import Begun, Method, MethodConfig, Pairs, Selection, layers_of, pool_version, register
 from cllava_fast.pool import Factors, LinearShape, Pool
 
-MOMENTUM = 0.99  # of a branch's activity: about the last hundred batches count, in which the router has found its form
+MOMENTUM = 0.99  # of a branch's activity: about the last hundred steps count, in which the router has found its form
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,15 @@ class BranchLora(Method):
     shares_A = True
     shared_rows = True
     config: BranchLoraConfig
-    counted = frozenset({"activity"})
 
     def __init__(self, config: BranchLoraConfig) -> None:
         self.config = config
+        self.step_gates: dict[Factors, Tensor] = {}  # [N] by linear: the sum over the step's samples
+        self.step: int | None = None  # the pool's version while it is summed
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         assert queries is not None
+        self.step_gates.clear()
         N = self.config.branches
         keys = task_key(queries, groups=2 if self.config.surrogate == "text+image" else 1)
         pool.open_block(N, keys=keys, a_std=self.config.a_std, context_init=None, generator=generator)
@@ -91,11 +93,11 @@ class BranchLora(Method):
             factors.keep("activity", torch.zeros(N, device=factors.A.device))
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
+        self.end_step(pool)
         learned: list[tuple[Factors, Tensor, Tensor]] = []
         for factors in layers_of(pool):
             assert factors.block_B is not None
             activity: Tensor = factors.activity
-            distributed.average(activity)
             most_active = activity.sort(descending=True, stable=True).indices[: self.config.top_k]
             router, frozen = factors.block_router.detach()[None], torch.zeros_like(activity, dtype=torch.bool)
             if pool.num_tasks:
@@ -112,6 +114,10 @@ class BranchLora(Method):
         """The task ``[B, 1]`` whose routers will choose branches, in the place of the pairs that they choose."""
         assert query is not None
         if training and pool.block_rows:
+            step = pool_version(pool)
+            if self.step != step:
+                self.end_step(pool)  # of a loop that does not say so
+            self.step = step
             task = torch.full((len(query), 1), pool.num_tasks, device=query.device)
             return Selection(block=Pairs(task, torch.ones(task.shape, device=query.device)))
         if not pool.num_tasks:
@@ -126,7 +132,7 @@ class BranchLora(Method):
         router, frozen = factors.block_router, getattr(factors, "frozen", None)
         assert isinstance(router, Tensor)
         chosen = choose(first, router.expand(len(first), -1, -1), self.config.top_k)
-        self._observe(factors, chosen)
+        self._observe(factors, chosen, selection.mask)
         if frozen is None:
             return replace(selection, block=chosen)
         fixed = frozen[chosen.index]  # [B, k]
@@ -134,12 +140,29 @@ class BranchLora(Method):
         return replace(selection, block=block, past=past)
 
     @torch.no_grad()
-    def _observe(self, factors: Factors, chosen: Pairs) -> None:
-        """Keeps the running mean of gates. A layer that is recomputed is seen twice, as with a lower momentum."""
+    def _observe(self, factors: Factors, chosen: Pairs, mask: Tensor | None) -> None:
+        """Sums gates; of layers that are recomputed twice, which leaves their shares as they are."""
         gates = chosen.coefficient.new_zeros(len(chosen.index), self.config.branches)  # [B, N]
-        share = gates.scatter_(1, chosen.index, chosen.coefficient).mean(0).float()
-        activity: Tensor = factors.activity  # type: ignore[assignment]
-        activity.lerp_(share, 1 - MOMENTUM)
+        gates = gates.scatter_(1, chosen.index, chosen.coefficient).float()
+        if mask is not None:  # without the samples that fill up a batch
+            gates *= (mask != 0).any(1, keepdim=True).to(gates.device)
+        before = self.step_gates.get(factors)
+        self.step_gates[factors] = gates.sum(0) if before is None else before + gates.sum(0)
+
+    @torch.no_grad()
+    def end_step(self, pool: Pool) -> None:
+        """Moves each linear's running mean of gates by that of the step's samples, on all processes together."""
+        if not self.step_gates:
+            return
+        device = pool.row_task.device
+        layers = [factors for factors in layers_of(pool) if factors in self.step_gates]
+        gates = torch.stack([self.step_gates[factors].to(device) for factors in layers])  # [L, N]
+        self.step_gates.clear()
+        distributed.average(gates)
+        samples = gates.sum(1, keepdim=True)  # the gates of one add up to 1
+        weight = torch.where(samples > 0, 1 - MOMENTUM, 0.0)
+        for factors, share, one in zip(layers, gates / samples.clamp(min=1e-6), weight, strict=True):
+            factors.activity.lerp_(share.to(factors.activity.device), one.to(factors.activity.device))
 
     def own_tensors(
         self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast import distributed
-from cllava_fast.methods.base import Selection, layers_of, register
+from cllava_fast.methods.base import Selection, layers_of, pool_version, register
 from cllava_fast.methods.moe_lora import MoeLora, MoeLoraConfig
 from cllava_fast.pool import Factors, LinearShape, Pool
 
@@ -52,7 +52,7 @@ class Smora(MoeLora):
     """A token's top-k experts act on it; all others have a coefficient of zero."""
 
     config: SmoraConfig
-    counted_at: int | None = None  # what ``_version`` was when the step that is counted began; None between steps
+    counted_at: int | None = None  # what ``pool_version`` was when the step that is counted began; None between steps
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         is_new, self.counted_at = not pool.block_rows, None
@@ -71,7 +71,7 @@ class Smora(MoeLora):
         selection = super().select(pool, query, groups, training)
         if selection is None or not training or not self.config.balance_rate:
             return selection
-        version = _version(pool)
+        version = pool_version(pool)
         if self.counted_at not in (None, version):
             self.end_step(pool)  # of a loop that does not say so
         self.counted_at = version
@@ -110,8 +110,3 @@ def balance(pool: Pool, rate: float) -> None:
     for factors, step in zip(layers, steps, strict=True):
         factors.balance += step.to(factors.balance.device)
         factors.load.zero_()
-
-
-def _version(pool: Pool) -> int:
-    """Another number after every step of an optimizer, which changes parameters in place."""
-    return sum(parameter._version for parameter in pool.parameters())

@@ -206,8 +206,7 @@ class Increments(nn.Module):
         selection = selection.expand(request.batch)
         if not self.method.routes:
             return selection
-        counts = self.training and not self.method.by_first_token
-        selection = replace(selection, mask=_mask(request, counts))
+        selection = replace(selection, mask=_mask(request, counts=self.training))
         if self.training or not self.method.by_first_token:
             return selection
         return replace(selection, memory={}, begun=self._begun(request.past_key_values))

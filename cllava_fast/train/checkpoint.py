@@ -92,7 +92,6 @@ class TaskSaver:
     Args:
         saved: what ``Checkpoints.read`` found, None to begin anew.
         before: called on the main process before anything is written.
-        counted: names of the pool's tensors that are each process's own within a task (``Method.counted``).
     """
 
     def __init__(
@@ -104,9 +103,7 @@ class TaskSaver:
         number: int,
         saved: dict[str, Any] | None,
         before: Callable[[], None],
-        counted: frozenset[str] = frozenset(),
     ) -> None:
-        self.counted = counted
         self.pool, self.args, self.checkpoints, self.watch, self.number = pool, args, checkpoints, watch, number
         self.before, self._saved = before, saved
         state: dict[str, Any] = {} if saved is None else saved["state"]
@@ -116,9 +113,7 @@ class TaskSaver:
         self._last = time.perf_counter()
         if saved is not None:
             self._load_block(state["block"])
-            each = state["each"]
-            several = len(each) == distributed.count() > 1
-            pool.restore({**state["kept"], **(each[distributed.rank()].get("counted", {}) if several else {})})
+            pool.restore(state["kept"])
 
     def _load_block(self, block: dict[str, Tensor]) -> None:
         found = dict(self.pool.named_parameters())
@@ -151,13 +146,11 @@ class TaskSaver:
         return distributed.highest(STOP if self.watch.requested else SAVE if save else GO_ON)
 
     def save(self, stage: str, step: int, state: dict[str, Any], own: Any = None, files: Any = None) -> None:
-        """``state`` is every process's; ``own``, the random state and what the method counts are this one's."""
-        kept = self.pool.kept()
-        counted = {name: tensor.cpu() for name, tensor in kept.items() if name.rpartition(".")[2] in self.counted}
-        each = distributed.gather({"random": random_state(), "own": own, "counted": counted})
+        """``state`` is every process's; ``own`` and the random state are this one's."""
+        each = distributed.gather({"random": random_state(), "own": own})
         whole = {
             "block": {name: parameter.detach() for name, parameter in self.pool.named_parameters()},
-            "kept": kept,
+            "kept": self.pool.kept(),
             "stage": state,
             "each": each,
             "measured": self.measured,

@@ -462,9 +462,8 @@ class ContinualTrainer:
             distributed.on_main(self._checkpoints.clear)
         saved = None if name is None else self._checkpoints.read(name)
         return TaskSaver(
-            self.increments.pool, self.args, self._checkpoints, self._watch, number, saved, self._begin_files,
-            self.increments.method.counted,
-        )  # fmt: skip
+            self.increments.pool, self.args, self._checkpoints, self._watch, number, saved, self._begin_files
+        )
 
     def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
         sizes = {task.name: len(getattr(task, self.args.eval_split)) for task in self.stream if task.name in names}
