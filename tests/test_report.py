@@ -6,6 +6,8 @@ import base64
 import csv
 import io
 import json
+import math
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from cllava_fast.evaluate import metrics, plots, report, wording
+from cllava_fast.evaluate.results import MAX_TASKS
 from cllava_fast.evaluate.selection import selection_study
 
 
@@ -213,6 +216,86 @@ def test_losses_have_a_picture_where_there_are_any(results: dict, strange: dict,
         assert not (tmp_path / name).exists()
         assert name not in (tmp_path / "report.md").read_text()
     assert "What is selected" not in (tmp_path / "report.html").read_text()
+
+
+def long_stream(size: int, methods: int) -> dict[str, Any]:
+    names = [f"a long name of task {i}" for i in range(size)]
+    matrix: list[list[float | None]] = [[i / size if j <= i else None for j in range(size)] for i in range(size)]
+    study = {name: [1.0] * size for name in ("block_rows", "rows_used", "effective_rows")}
+    study |= {name: [[0.5] * size for _ in names] for name in ("block_weight", "overlap")}
+    result = {**method(matrix), "losses": {name: [2.0, 1.0] for name in names}, "selection": {"tasks": names, **study}}
+    chosen = ["continual_llava", "slm", "diki"][:methods]
+    return {
+        "stream": names, "seeds": [0, 1], "methods": dict.fromkeys(chosen, result),
+        "environment": {"torch": "2.13.0"}, "config": {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Receives the figures as they are drawn; refuses a large one before it takes minutes to save."""
+    drawn = []
+    save = plots._save
+
+    def keep(figure: Any, path: Path) -> None:
+        assert math.prod(140 * figure.get_size_inches()) < 12e6  # pixels
+        drawn.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return drawn
+
+
+@pytest.mark.parametrize("methods", [1, 3])
+@pytest.mark.filterwarnings("error")
+def test_a_report_of_many_tasks_is_small_and_quick(methods: int, figures: list, tmp_path: Path) -> None:
+    results = long_stream(MAX_TASKS, methods)
+    start = time.process_time()
+    report.write_report(results, tmp_path)
+    assert time.process_time() - start < 30
+    assert len(figures) == len(report.PICTURES)
+    for figure in figures:
+        panels = [axes for axes in figure.axes if axes.get_visible()]
+        assert len(panels) <= 24 and not any(axes.texts or axes.get_legend() for axes in panels)
+        assert all(len(axes.get_xticks()) <= 20 and len(axes.get_yticks()) <= 20 for axes in panels)
+    matrices, _, losses, selection = figures
+    bars = [sum(axes.get_label() == "<colorbar>" for axes in figure.axes) for figure in (matrices, selection)]
+    assert bars == [methods, 2 * methods]
+    named = [label.get_text() for label in losses.axes[0].get_xticklabels()]
+    assert named[:2] == ["a long name of task…"] * 2 and 2 <= len(named) <= 6
+    for name in report.PICTURES:
+        with Image.open(tmp_path / name) as picture:
+            assert math.prod(picture.size) < 12e6, (name, picture.size)
+    assert (tmp_path / "report.html").stat().st_size < 8 << 20 > (tmp_path / "report.md").stat().st_size
+    title = (tmp_path / "report.md").read_text().splitlines()[0]
+    assert len(title) < 200 and title.endswith("… → a long name of task 199 (200 tasks)")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_of_few_tasks_leaves_nothing_out(figures: list, tmp_path: Path) -> None:
+    size, methods = plots.FEW, 3
+    results = long_stream(size, methods)
+    report.write_report(results, tmp_path)
+    matrices, forgetting, losses, selection = ([a for a in figure.axes if a.get_visible()] for figure in figures)
+    for panels, count in ((matrices, methods), (forgetting, size), (selection, 2 * methods)):
+        assert [len(axes.get_xticks()) for axes in panels] == [size] * count
+    assert [len(axes.texts) for axes in matrices] == [size * (size + 1) // 2] * methods
+    assert [len(axes.texts) for axes in selection] == [size**2] * 2 * methods
+    assert [len(axes.get_legend().get_texts()) for axes in losses] == [size] * methods
+    assert "…" not in wording.headline(results)
+
+
+@pytest.mark.parametrize(("size", "maps", "full"), [(12, 40, True), (13, 40, False), (30, 1, True), (32, 1, False)])
+def test_cells_have_texts_where_there_is_room(size: int, maps: int, full: bool) -> None:
+    assert plots._is_full(size, maps) == full
+
+
+def test_forgetting_tells_that_it_leaves_tasks_out(figures: list, tmp_path: Path) -> None:
+    for size, panels, told in ((24, 24, False), (25, 13, True)):
+        plots.plot_forgetting(long_stream(size, 1), tmp_path / "forgetting.png")
+        figure = figures[-1]
+        assert sum(axes.get_visible() for axes in figure.axes) == panels
+        assert ("(one task in 2 is shown)" in figure.get_supxlabel()) == told
 
 
 def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":")  # where there are more methods than colours
 METHOD = 30  # characters of a method's title
 
+# A picture of many tasks leaves some out, to stay readable and be drawn in seconds
+FEW = 12  # tasks that every picture shows in full
+TEXTS = 1000  # cells with a text: those of one heat map of 31 tasks, or of three of 18
+SIDE = 8.0  # inches, of a heat map without texts
+PANELS = 24  # of forgetting
+MAP_TICKS, PANEL_TICKS = 20, 6  # names at an axis
+PERCENT = ([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+
 
 def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     """One heat map a method: accuracy on each task (columns) after each task (rows), all on one scale.
@@ -30,8 +38,9 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     size = len(tasks)
     columns = math.ceil(math.sqrt(len(methods)))
     rows = math.ceil(len(methods) / columns)
-    cell = min(0.62, 60 / (columns * size))  # inches
-    figure = Figure(figsize=(columns * (cell * size + 1.5), rows * (cell * size + 1.7)), layout="constrained")
+    full = _is_full(size, len(methods))
+    side = min(0.62 * size, 60 / columns if full else SIDE)  # inches
+    figure = Figure(figsize=(columns * (side + 1.5), rows * (side + 1.7)), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(methods) :]:
         axes.set_visible(False)
@@ -40,7 +49,7 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
         if results.get("orders"):
             _, runs = next(iter(runs_by_order(results, result)))
             shown = mean_over_seeds(runs)
-        _heat_map(axes, shown["accuracy_matrix"], tasks, tasks)
+        _heat_map(axes, shown["accuracy_matrix"], tasks, full)
         axes.set_title(_with_average(name, shown), fontsize=11)
     for axes in grid[:, 0]:
         axes.set_ylabel("after learning")
@@ -48,19 +57,34 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _heat_map(axes: Any, matrix: Any, rows: list[str], columns: list[str]) -> None:
-    """Fractions in 0..1 in %; None is left blank."""
+def _is_full(size: int, maps: int) -> bool:
+    """Whether every cell has a text and every task a name at the axes."""
+    return size <= FEW or maps * size**2 <= TEXTS
+
+
+def _heat_map(axes: Any, matrix: Any, tasks: list[str], full: bool) -> None:
+    """Fractions in 0..1 ``[T, T]`` in %; None is left blank. If not ``full``, colours alone tell them."""
     values = [[math.nan if v is None else v for v in row] for row in matrix]
-    axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            if not math.isnan(value):
-                color = "white" if value < 0.6 else "black"
-                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=10)
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
+    image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
+    if full:
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if not math.isnan(value):
+                    color = "white" if value < 0.6 else "black"
+                    axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=10)
+    else:
+        axes.figure.colorbar(image, ax=axes, shrink=0.6).ax.set_yticks(*PERCENT)
+    places, names = _ticks(range(len(tasks)), tasks, len(tasks) if full else MAP_TICKS)
+    axes.set_xticks(places, names, rotation=30, ha="right")
+    axes.set_yticks(places, names)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+
+
+def _ticks(places: Sequence[int], names: Sequence[str], most: int) -> tuple[Sequence[int], Sequence[str]]:
+    """All of few, otherwise evenly spread ones from the first on."""
+    step = 1 if len(names) <= FEW else math.ceil(len(names) / most)
+    return places[::step], names[::step]
 
 
 def plot_selection(results: Mapping[str, Any], path: Path) -> None:
@@ -69,14 +93,15 @@ def plot_selection(results: Mapping[str, Any], path: Path) -> None:
 
     studies = {name: result["selection"] for name, result in results["methods"].items() if result.get("selection")}
     size = max(len(study["tasks"]) for study in studies.values())
-    width, height = 2 * (0.62 * size + 1.7), len(studies) * (0.62 * size + 1.7)
-    figure = Figure(figsize=(width, height), layout="constrained")
+    full = _is_full(size, 2 * len(studies))
+    side = 0.62 * size if full else min(0.62 * size, SIDE)  # inches
+    figure = Figure(figsize=(2 * (side + 1.7), len(studies) * (side + 1.7)), layout="constrained")
     grid = figure.subplots(len(studies), 2, squeeze=False)
     for (blocks, shared), (name, study) in zip(grid, studies.items(), strict=True):
         tasks = [_plain(task) for task in study["tasks"]]
-        _heat_map(blocks, study["block_weight"], tasks, tasks)
+        _heat_map(blocks, study["block_weight"], tasks, full)
         blocks.set_title(f"{_plain(title_of(name), METHOD)}\nweight in rows of", fontsize=11)
-        _heat_map(shared, study["overlap"], tasks, tasks)
+        _heat_map(shared, study["overlap"], tasks, full)
         shared.set_title(f"{_plain(title_of(name), METHOD)}\nweight shared with", fontsize=11)
         blocks.set_ylabel("questions of")
     figure.supxlabel("% of the selection weight", fontsize=10)
@@ -86,40 +111,45 @@ def plot_selection(results: Mapping[str, Any], path: Path) -> None:
 def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
     """One panel a task: its accuracy as the stream goes on, one line a method, a band over the runs.
 
-    Along the stream, or, where the tasks came in several orders, along the number of tasks learned since.
+    Along the stream, or, where the tasks came in several orders, along the number of tasks learned since. Of more than
+    ``PANELS`` tasks, evenly spread ones.
     """
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
     names, methods, several = results["stream"], results["methods"], bool(results.get("orders"))
-    ticks = [str(i) for i in range(len(names))] if several else [_plain(task) for task in names]
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
+    every = math.ceil(len(names) / PANELS)
+    tasks = names[::every]
+    labels = [str(i) for i in range(len(names))] if several else [_plain(task) for task in names]
+    places, ticks = _ticks(range(len(names)), labels, PANEL_TICKS)
+    columns = min(4, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.9 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    panels = list(grid.flat)
-    for axes in panels[len(names) :]:
+    panels, size = list(grid.flat), 5 if every == 1 else 2
+    for axes in panels[len(tasks) :]:
         axes.set_visible(False)
-    for task, axes in zip(names, panels, strict=False):
+    for task, axes in zip(tasks, panels, strict=False):
         for number, (method, result) in enumerate(methods.items()):
             color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
             curve = _curve_since(results, result, task) if several else _curve(results, result, task)
             steps = list(curve)
             line = [middle for middle, _ in curve.values()]
             dashes, label = DASHES[number // len(COLORS) % len(DASHES)], _plain(title_of(method), METHOD)
-            axes.plot(steps, line, dashes, color=color, marker=marker, markersize=5, label=label, zorder=3)
+            axes.plot(steps, line, dashes, color=color, marker=marker, markersize=size, label=label, zorder=3)
             if any(len(spread) > 1 for _, spread in curve.values()):
                 low, high = ([limit(spread) for _, spread in curve.values()] for limit in (min, max))
                 axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set_title(_plain(task), fontsize=11)
-        axes.set_xticks(range(len(ticks)), ticks, rotation=0 if several else 30, ha="center" if several else "right")
+        axes.set_xticks(places, ticks, rotation=0 if several else 30, ha="center" if several else "right")
         axes.set_xlim(-0.3, len(names) - 0.7)
         axes.set_ylim(-0.02, 1.02)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+        axes.set_yticks(*PERCENT)
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{quantity(results)} (%)")
-    figure.supxlabel("tasks learned since" if several else "after learning", fontsize=10)
+    shown = f" (one task in {every} is shown)" if every > 1 else ""
+    figure.supxlabel(("tasks learned since" if several else "after learning") + shown, fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(methods)), frameon=False)
     _save(figure, path)
@@ -150,23 +180,33 @@ def _curve_since(results: Mapping[str, Any], result: Mapping[str, Any], task: st
 
 
 def plot_losses(results: Mapping[str, Any], path: Path) -> None:
-    """One panel a method: the losses that were logged, task after task; a method without any has no panel."""
+    """One panel a method: the losses that were logged, task after task; a method without any has no panel.
+
+    Of many tasks, names at the axis tell where some of them begin, not a legend.
+    """
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
     methods = {name: result["losses"] for name, result in results["methods"].items() if result.get("losses")}
-    figure = Figure(figsize=(3.4 * len(methods) + 0.6, 3.2), layout="constrained")
+    few = max(map(len, methods.values())) <= FEW
+    inches, width, size = (3.4, 1.4, 6) if few else (6.8, 0.8, 2)  # of a panel, and points of a line and its markers
+    figure = Figure(figsize=(inches * len(methods) + 0.6, 3.2), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for (method, losses), axes in zip(methods.items(), panels, strict=True):
-        start = 1
+        start, starts = 1, []
         for number, (task, values) in enumerate(losses.items()):
+            starts.append(start)
             steps = range(start, start + len(values))
             start = steps.stop
             label = _plain(task) if len(losses) > 1 else "all tasks"
-            axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.4, marker=".", label=label)
+            color = COLORS[number % len(COLORS)]
+            axes.plot(steps, values, color=color, linewidth=width, marker=".", markersize=size, label=label)
         axes.set_title(_plain(title_of(method), METHOD), fontsize=11)
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        if len(losses) <= FEW:
+            axes.legend(frameon=False, fontsize=8)
+        else:
+            axes.set_xticks(*_ticks(starts, [_plain(task) for task in losses], PANEL_TICKS), rotation=30, ha="right")
     panels[0].set_ylabel("loss")
     panels[0].set_ylim(bottom=0)  # once all are drawn: the panels share it
     figure.supxlabel("entries of the log, task after task", fontsize=10)

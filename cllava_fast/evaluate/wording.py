@@ -12,6 +12,7 @@ from cllava_fast.methods import METHODS
 
 YARDSTICK = "continual_llava"  # what other methods are compared with
 P_VALUE = "p"
+TITLE_TASKS = 30  # that a title names
 
 
 def title_of(method: str) -> str:
@@ -59,7 +60,10 @@ def measures_base(results: Mapping[str, Any]) -> bool:
 
 def headline(results: Mapping[str, Any]) -> str:
     between = ", " if results.get("orders") else " → "
-    return f"Continual tuning: {between.join(results['stream'])}"
+    tasks = results["stream"]
+    if len(tasks) <= TITLE_TASKS:
+        return f"Continual tuning: {between.join(tasks)}"
+    return f"Continual tuning: {between.join([*tasks[:3], '…', tasks[-1]])} ({len(tasks)} tasks)"
 
 
 def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
