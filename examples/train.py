@@ -4,7 +4,7 @@
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py \\
         --model llava-hf/llava-1.5-7b-hf --stream stream.yaml --output_dir runs/mine --bf16
 
-Every field of ``ContinualArguments`` is an option: ``python examples/train.py --help``.
+Every field of ``ContinualArguments`` but ``trainer_options`` is an option: ``python examples/train.py --help``.
 """
 
 from __future__ import annotations

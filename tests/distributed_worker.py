@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 import cllava_fast as cf
 from cllava_fast import distributed
+from cllava_fast.evaluate import evaluation
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.methods.branch_lora import BranchLoraConfig
 from cllava_fast.methods.smora import SmoraConfig
@@ -98,6 +99,22 @@ def learn(output: Path, report: Path, config: Any = CONFIG, **values: Any) -> An
              "gradients": gradients.norms}  # fmt: skip
     report.write_text(json.dumps({**found, "files": sorted(str(p.relative_to(output)) for p in output.rglob("*"))}))
     return run.model
+
+
+def evaluated(model: Any, output: Path) -> list[float]:
+    """The scores of each task; only the main process may write."""
+    from cllava_fast.demo.tokenizer import build_processor
+
+    write = evaluation.write_report
+
+    def on_main(*given: Any) -> None:
+        assert distributed.is_main()
+        write(*given)
+
+    with patch.object(evaluation, "write_report", on_main):
+        found = cf.evaluate_stream(model, build_processor(), stream(), output, max_new_tokens=5, progress=False)
+    scores: list[float] = found["methods"]["continual_llava"]["accuracy_matrix"][-1]
+    return scores
 
 
 class Stop(TrainerCallback):
@@ -182,7 +199,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     distributed.start()
     rank = distributed.rank()
-    learn(folder / "run", folder / f"rank{rank}.json")
+    model = learn(folder / "run", folder / f"rank{rank}.json")
+    (folder / f"evaluated{rank}.json").write_text(json.dumps(evaluated(model, folder / "evaluated")))
     learn(folder / "accumulated", folder / f"accumulated{rank}.json", per_device_train_batch_size=2,
           gradient_accumulation_steps=2)  # fmt: skip
     for name, config in ROUTERS.items():

@@ -113,6 +113,12 @@ def test_both_processes_end_with_the_same_bits(two: Path) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
+def test_one_process_writes_an_evaluation(two: Path) -> None:
+    expected = json.loads((two / "rank0.json").read_text())["accuracy_matrix"][-1]
+    assert all(json.loads((two / f"evaluated{rank}.json").read_text()) == expected for rank in range(2))
+    assert (two / "evaluated" / "report.html").exists() and (two / "evaluated" / "predictions" / "task1.jsonl").exists()
+
+
 def test_a_signal_to_one_process_ends_both_behind_the_same_step(two: Path) -> None:
     for rank in range(2):
         ended = json.loads((two / f"failures{rank}.json").read_text())["stopped"]

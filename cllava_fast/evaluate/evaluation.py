@@ -6,6 +6,7 @@ The training loop calls ``evaluate_tasks`` after every task; ``evaluate_stream``
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cllava_fast import distributed
 from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.data.prepared import PreparedStream
@@ -313,7 +315,7 @@ def evaluate_stream(
 
     Args:
         model: a LLaVA, patched (with what it has learned) or plain.
-        output_dir: receives ``predictions/<task>.jsonl`` and the report; None writes nothing.
+        output_dir: receives ``predictions/<task>.jsonl`` and the report, from the main process; None writes nothing.
         split: ``"test"`` or ``"validation"``.
         overwrite: replace an earlier evaluation in ``output_dir``.
 
@@ -335,7 +337,7 @@ def evaluate_stream(
     check_tasks(data.stream, split)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        check_output(folder, overwrite)
+        distributed.on_main(functools.partial(check_output, folder, overwrite))
     start = time.perf_counter()
     names = data.stream.task_names
     evaluations = evaluate_tasks(
@@ -359,7 +361,11 @@ def evaluate_stream(
     }  # fmt: skip
     examples = {evaluation.task: evaluation.examples for evaluation in evaluations}
     results = results_of_run(data.stream, method, 0, measured, config, {}, examples)
-    if folder is not None:
+
+    def write(folder: Path) -> None:
         write_predictions(folder / PREDICTIONS, evaluations)
         write_report(results, folder)
+
+    if folder is not None:
+        distributed.on_main(functools.partial(write, folder))
     return results
