@@ -30,6 +30,12 @@ def start() -> None:
         _state()
 
 
+def finish() -> None:
+    """Parts from the other processes: their connections must not last until the interpreter ends."""
+    if count() > 1:
+        dist.destroy_process_group()
+
+
 def device() -> torch.device:
     """Where this process computes, as accelerate decides it."""
     return _state().device

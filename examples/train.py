@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> cf.ContinualResult:
     result = cf.ContinualTrainer(model, processor, load_stream(script.stream, script.limit), args).train()
     if Accelerator().is_main_process:
         print(f"average accuracy {result.average_accuracy:.3f}, forgetting {result.average_forgetting}")
+    Accelerator().end_training()
     return result
 
 

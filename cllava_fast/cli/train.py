@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_table(results)
         ask = shlex.join(["cllava-fast", "ask", output])
         print(f"\nReport: {output}/report.md   Ask it: {ask} --image FILE QUESTION")
+    distributed.finish()
     return 0
 
 
