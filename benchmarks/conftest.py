@@ -34,7 +34,7 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 SUBJECTS = ("inject", "select", "aggregate", "merge", "mix_factors", "align", "generate", "step")  # in this order
 UNAVAILABLE = (measure.Unavailable, measure.ops.BackendError, torch.OutOfMemoryError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECONDS = {"cpu": 2.5, "cuda": 0.6}  # of a comparison
+SECONDS = {"cpu": 2.0, "cuda": 0.6}  # of a comparison
 
 
 def pytest_addoption(parser):
@@ -64,6 +64,10 @@ def backends(module):
 
 def own(module):
     return getattr(module, "OWN", module.OP)
+
+
+def is_rival(name, module, ways):
+    return name in module.WAYS and name != own(module) and getattr(ways[name], "rival", False)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -125,7 +129,8 @@ class State:
                 except Exception as reason:  # a rival that another version of its package broke, say
                     ways[name] = reason
             budget = 0.7 if self.config.getoption("quick") else SECONDS[DEVICE]
-            self.compared = (key, measure.compare(ways, point, budget))
+            rivals = [name for name in ways if is_rival(name, module, ways)]
+            self.compared = (key, measure.compare(ways, point, budget, own(module), rivals))
             self._break_down(module, point, ways)
             self._record(module, point, ways)
         return self.compared[1]
@@ -156,7 +161,7 @@ class State:
             else:
                 row |= {
                     "ours": name == own(module),
-                    "rival": name in module.WAYS and name != own(module) and ways[name].rival,
+                    "rival": is_rival(name, module, ways),
                 }
                 row |= {"note": ways[name].note, "median": found.median, "iqr": found.iqr, "error": found.error}
                 row |= {"rounds": len(found.seconds), "extra_memory": found.extra_memory}

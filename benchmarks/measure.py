@@ -23,6 +23,7 @@ from cllava_fast.ops import native, triton_backend
 
 # Largest error relative to the largest entry, the same for all ways. Roundings of sums over up to 16,384 tokens.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+FEW, CLOSE = 25, 1.2  # rounds, and times over one another, that leave a comparison undecided
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "both")
 # How work reaches a device. host: there is none. queued: behind other work, so that only the device's own time counts,
 # as in training. idle: the device waits for each launch, as in decoding without graphs. graph: a CUDA graph's replay.
@@ -123,8 +124,13 @@ def points(
     return found
 
 
-def compare(ways: Mapping[str, Way | Job | Exception], point: Point, budget: float) -> dict[str, Measured | Exception]:
-    """Times for about `budget` seconds; a way that cannot run or is wrong has the reason instead."""
+def compare(
+    ways: Mapping[str, Way | Job | Exception], point: Point, budget: float, own: str = "", rivals: Iterable[str] = ()
+) -> dict[str, Measured | Exception]:
+    """Times for about `budget` seconds; a way that cannot run or is wrong has the reason instead.
+
+    Where few rounds leave `own` and the fastest of `rivals` close, these two go on for as long again.
+    """
     found: dict[str, Any] = {}
     runs = {}
     exact: dict[Any, tuple[Tensor, ...]] = {}
@@ -153,7 +159,7 @@ def compare(ways: Mapping[str, Way | Job | Exception], point: Point, budget: flo
             runs[name] = run
             found[name] = Measured([], worst, peak)
     exact.clear()
-    _take_turns(runs, ways, found, point.launch, budget)
+    _take_turns(runs, ways, found, point.launch, budget, own, rivals)
     return found
 
 
@@ -162,12 +168,13 @@ def _tidy() -> None:
     torch.cuda.empty_cache()
 
 
-def _take_turns(runs: Any, ways: Any, found: Any, launch: str, budget: float) -> None:
-    order = list(runs)
+def _take_turns(
+    runs: Any, ways: Any, found: Any, launch: str, budget: float, own: str = "", rivals: Iterable[str] = ()
+) -> None:
     shuffle = random.Random(0).shuffle
     whole = any(isinstance(ways[name], Job) for name in runs)
 
-    def turn() -> dict[str, float]:
+    def turn(order: list[str]) -> dict[str, float]:
         shuffle(order)  # whoever comes right after a way whose threads still spin would pay for it each time
         taken = {}
         if whole:
@@ -177,20 +184,33 @@ def _take_turns(runs: Any, ways: Any, found: Any, launch: str, budget: float) ->
                 taken[name] = _seconds(runs[name], launch)
         return taken
 
+    def take(order: list[str], least: int) -> None:
+        start, rounds = time.perf_counter(), 0
+        while order and (rounds < least or (rounds < 200 and time.perf_counter() < start + budget)):
+            for name, seconds in turn(order).items():
+                found[name].seconds.append(seconds)
+            rounds += 1
+
     gc.collect()
     gc.freeze()  # what is there by now need not be looked at again
     gc.disable()
     try:
         if not whole:
-            turn()
-        start, least, rounds = time.perf_counter(), 3 if whole else 5, 0
-        while rounds < least or (rounds < 200 and time.perf_counter() < start + budget):
-            for name, seconds in turn().items():
-                found[name].seconds.append(seconds)
-            rounds += 1
+            turn(list(runs))
+        take(list(runs), 3 if whole else 4)
+        take(undecided(found, own, [name for name in rivals if name in runs]) if own in runs else [], 0)
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def undecided(found: Mapping[str, Measured], own: str, rivals: Iterable[str]) -> list[str]:
+    """`own` and its fastest rival, where a few rounds leave them so close that noise would say who is ahead."""
+    fastest = min(rivals, key=lambda name: found[name].median, default=None)
+    if fastest is None or len(found[own].seconds) >= FEW:
+        return []
+    ratio = found[own].median / found[fastest].median
+    return [own, fastest] if 1 / CLOSE < ratio < CLOSE else []
 
 
 def turns(runs: Mapping[Any, Callable[[], Any]], launch: str, budget: float) -> dict[Any, float]:

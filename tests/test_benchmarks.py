@@ -25,6 +25,28 @@ def point(direction: str) -> Point:
     return Point("case", torch.float32, direction, measure.HOST)
 
 
+def test_what_few_rounds_leave_undecided_goes_on():
+    measured = {name: measure.Measured([at] * 5, 0.0, None) for name, at in {"ours": 1.0, "a": 1.1, "b": 1.15}.items()}
+    assert measure.undecided(measured, "ours", ["a", "b"]) == ["ours", "a"]
+    assert measure.undecided(measured, "ours", ["b"]) == ["ours", "b"]
+    assert measure.undecided(measured, "ours", []) == []
+    measured["b"].seconds[:] = [3.0] * 5
+    assert measure.undecided(measured, "ours", ["b"]) == [], "far behind"
+    measured["ours"].seconds.extend([1.0] * 20)
+    assert measure.undecided(measured, "ours", ["a"]) == [], "decided"
+
+
+def test_two_that_are_close_take_more_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "_seconds", lambda run, launch: run())
+    runs = {"ours": lambda: 1.0, "close": lambda: 1.01, "far": lambda: 2.0}
+    found = {name: measure.Measured([], 0.0, None) for name in runs}
+    ways = {name: measure.Way(run, run, ()) for name, run in runs.items()}
+    monkeypatch.setattr(measure, "FEW", 1 << 30)
+    measure._take_turns(runs, ways, found, "host", 0.02, "ours", ["close", "far"])
+    rounds = {name: len(measured.seconds) for name, measured in found.items()}
+    assert rounds["ours"] == rounds["close"] > rounds["far"] >= 4
+
+
 @pytest.mark.parametrize("direction", measure.DIRECTIONS)
 def test_a_wrong_way_has_no_time(direction: str) -> None:
     x = torch.randn(3, 4, requires_grad=True)
@@ -39,7 +61,7 @@ def test_a_wrong_way_has_no_time(direction: str) -> None:
         del ways["another shape"]  # a gradient has its input's shape
     found = measure.compare(ways, point(direction), budget=0.0)
     right = found.pop("right")
-    assert isinstance(right, Measured) and len(right.seconds) == 5 and 0 < right.median < 1 and right.error < 1e-6
+    assert isinstance(right, Measured) and len(right.seconds) == 4 and 0 < right.median < 1 and right.error < 1e-6
     # 3 * 4 entries for the result, as many again for what autograd adds on its way
     assert right.extra_memory is not None and 48 <= right.extra_memory <= 1024
     assert isinstance(found.pop("absent"), Unavailable)
