@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -288,6 +289,12 @@ def test_a_report_of_few_tasks_leaves_nothing_out(figures: list, tmp_path: Path)
 @pytest.mark.parametrize(("size", "maps", "full"), [(12, 40, True), (13, 40, False), (30, 1, True), (32, 1, False)])
 def test_cells_have_texts_where_there_is_room(size: int, maps: int, full: bool) -> None:
     assert plots._is_full(size, maps) == full
+
+
+def test_a_cell_of_nearly_nothing_has_no_sign() -> None:
+    axes = matplotlib.figure.Figure().subplots()
+    plots._heat_map(axes, [[1.0, -1e-9], [0.004, 0.996]], ["a", "b"], full=True)
+    assert [text.get_text() for text in axes.texts] == ["100", "0", "0", "100"]
 
 
 def test_forgetting_tells_that_it_leaves_tasks_out(figures: list, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def _heat_map(axes: Any, matrix: Any, tasks: list[str], full: bool) -> None:
             for j, value in enumerate(row):
                 if not math.isnan(value):
                     color = "white" if value < 0.6 else "black"
-                    axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=10)
+                    axes.text(j, i, f"{round(100 * value)}", ha="center", va="center", color=color, fontsize=10)
     else:
         axes.figure.colorbar(image, ax=axes, shrink=0.6).ax.set_yticks(*PERCENT)
     places, names = _ticks(range(len(tasks)), tasks, len(tasks) if full else MAP_TICKS)
