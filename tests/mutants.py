@@ -250,10 +250,6 @@ MUTANTS = [
         ("tests/test_demo.py",),
     ),
     Mutant(
-        "resume: one process's counts for all", "cllava_fast/train/checkpoint.py", "if several else {}",
-        "if False else {}", ("tests/test_distributed.py",),
-    ),
-    Mutant(
         "decoding: context lost", "cllava_fast/model/increments.py", "    pairs = selection.joined\n",
         "    pairs = selection.past\n", ("tests/test_decoding.py",),
     ),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 LOOP, RUNFILE = "cllava_fast/train/loop.py", "cllava_fast/train/runfile.py"
+BRANCH, PROCESSES = "cllava_fast/methods/branch_lora.py", "tests/test_distributed.py"
 CHECKPOINT, LATER = "tests/test_checkpoint.py", "tests/test_later_tasks.py"
 
 SERVING_MUTANTS = [
     (
-        "task 100 is older than task 11", LOOP, "[folder for _, folder in sorted(numbered)]",
+        "task 100 is older than task 11", "cllava_fast/model/files.py", "[folder for _, folder in sorted(numbered)]",
         "sorted(folder for _, folder in numbered)", CHECKPOINT,
     ),
     (
@@ -64,5 +65,22 @@ SERVING_MUTANTS = [
     (
         "a sample may be one token too long", "cllava_fast/data/lengths.py", "if tokens > limit.tokens:",
         "if tokens > limit.tokens + 1:", "tests/test_data.py",
+    ),
+    (
+        "a run goes on in its first epoch", "cllava_fast/train/tune.py",
+        'self.trainer.go_on_behind(self.saved["step"])', "pass", PROCESSES,
+    ),
+    ("activity is each process's own", BRANCH, "distributed.average(gates)", "pass", PROCESSES),
+    (
+        "what fills up a batch is active", BRANCH, "gates *= (mask != 0)", "gates *= (mask == mask)",
+        "tests/test_method_branch_lora.py",
+    ),
+    (
+        "a tangent is zero", "cllava_fast/ops/library.py", "_refuse_tangents(op, args)", "pass",
+        "tests/test_op_library.py",
+    ),
+    (
+        "gradient of a weighed past", "cllava_fast/ops/inject/autograd.py", "copy=True).mul_(rows)", "copy=True)",
+        "tests/test_op_inject.py",
     ),
 ]  # fmt: skip
