@@ -361,11 +361,11 @@ def evaluate_stream(
     }  # fmt: skip
     examples = {evaluation.task: evaluation.examples for evaluation in evaluations}
     results = results_of_run(data.stream, method, 0, measured, config, {}, examples)
-
-    def write(folder: Path) -> None:
-        write_predictions(folder / PREDICTIONS, evaluations)
-        write_report(results, folder)
-
     if folder is not None:
-        distributed.on_main(functools.partial(write, folder))
+        distributed.on_main(functools.partial(_write, folder, evaluations, results))
     return results
+
+
+def _write(folder: Path, evaluations: Sequence[TaskEvaluation], results: Mapping[str, Any]) -> None:
+    write_predictions(folder / PREDICTIONS, evaluations)
+    write_report(results, folder)
