@@ -45,7 +45,7 @@ TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
-CLIP = ("tests/test_clip.py",)
+CLIP, CHECKS = ("tests/test_clip.py",), ("tests/test_checks.py",)
 RESUME, ATOMIC = ("tests/test_checkpoint.py",), ("tests/test_atomic.py",)
 
 MUTANTS = [
@@ -97,6 +97,23 @@ MUTANTS = [
     Mutant(
         "inject: a past rounded away under autocast", f"{INJECT}/__init__.py",
         " and not checks.under_autocast(x)", "", INJECT_TESTS,
+    ),
+    Mutant(
+        "checks: a trained weight looks like a frozen one", "cllava_fast/ops/checks.py",
+        "argument.device, argument.requires_grad)", "argument.device)", CHECKS,
+    ),
+    Mutant(
+        "checks: one count looks like another", "cllava_fast/ops/checks.py", "seen.append(argument)",
+        "seen.append(kind)", CHECKS,
+    ),
+    Mutant(
+        "checks: autocast looks like none", "cllava_fast/ops/checks.py", "seen.append(autocast)", "pass",
+        CHECKS,
+    ),
+    Mutant(
+        "checks: what is refused has passed", "cllava_fast/ops/checks.py",
+        "            check(*arguments)\n            if like is not None:", "            if like is not None:",
+        CHECKS,
     ),
     Mutant(
         "inject: each sample's past is added up", f"{INJECT}/__init__.py",

@@ -72,7 +72,7 @@ SERVING_MUTANTS = [
     ),
     ("activity is each process's own", BRANCH, "distributed.average(gates)", "pass", PROCESSES),
     (
-        "what fills up a batch is active", BRANCH, "gates *= (mask != 0)", "gates *= (mask == mask)",
+        "what fills up a batch is active", BRANCH, "gates *= present", "gates *= (present == present)",
         "tests/test_method_branch_lora.py",
     ),
     (

@@ -89,13 +89,17 @@ class Selection:
         return pairs.index.shape[0]
 
     @cached_property
+    def present(self) -> Tensor | None:
+        """``[B]`` bool, whether a sample has any token that is no padding; None where nobody said."""
+        return None if self.mask is None else (self.mask != 0).any(1)
+
+    @cached_property
     def first(self) -> Tensor | None:
         """``[B]`` int64, where each sample's first token behind its padding stands, behind the mask where all of it is
         padding; None where nobody said."""
-        if self.mask is None:
+        if self.mask is None or self.present is None:
             return None
-        real = self.mask != 0
-        return real.int().argmax(1).where(real.any(1), real.shape[1])
+        return (self.mask != 0).int().argmax(1).where(self.present, self.mask.shape[1])
 
     @cached_property
     def last(self) -> int:

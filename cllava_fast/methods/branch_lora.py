@@ -132,7 +132,7 @@ class BranchLora(Method):
         router, frozen = factors.block_router, getattr(factors, "frozen", None)
         assert isinstance(router, Tensor)
         chosen = choose(first, router.expand(len(first), -1, -1), self.config.top_k)
-        self._observe(factors, chosen, selection.mask)
+        self._observe(factors, chosen, selection.present)
         if frozen is None:
             return replace(selection, block=chosen)
         fixed = frozen[chosen.index]  # [B, k]
@@ -140,12 +140,12 @@ class BranchLora(Method):
         return replace(selection, block=block, past=past)
 
     @torch.no_grad()
-    def _observe(self, factors: Factors, chosen: Pairs, mask: Tensor | None) -> None:
+    def _observe(self, factors: Factors, chosen: Pairs, present: Tensor | None) -> None:
         """Sums gates; of layers that are recomputed twice, which leaves their shares as they are."""
         gates = chosen.coefficient.new_zeros(len(chosen.index), self.config.branches)  # [B, N]
         gates = gates.scatter_(1, chosen.index, chosen.coefficient).float()
-        if mask is not None:  # without the samples that fill up a batch
-            gates *= (mask != 0).any(1, keepdim=True).to(gates.device)
+        if present is not None:  # without the samples that fill up a batch
+            gates *= present.unsqueeze(1).to(gates.device)
         before = self.step_gates.get(factors)
         self.step_gates[factors] = gates.sum(0) if before is None else before + gates.sum(0)
 

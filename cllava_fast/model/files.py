@@ -30,7 +30,7 @@ from cllava_fast.untrusted import parse_json, read_file
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = (CONFIG, WEIGHTS, CARD)
 FORMAT = 1
-RUN_FOLDER = "increments"  # of a run's folder: one subfolder for the state after each task
+INCREMENTS_FOLDER = "increments"  # of a run's folder: one subfolder for the state after each task
 # far above what any pool needs, far below what would hurt
 MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_RANK = 1 << 20, 1 << 22, 1 << 16
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -297,7 +297,7 @@ def _check_header(path: Path) -> None:
 
 def saved_increments(output_dir: Path) -> list[Path]:
     """The folders of increments in a run's folder, oldest first."""
-    found = [(folder.name.partition("-")[0], folder) for folder in (output_dir / RUN_FOLDER).glob("[0-9]*-*")]
+    found = [(folder.name.partition("-")[0], folder) for folder in (output_dir / INCREMENTS_FOLDER).glob("[0-9]*-*")]
     numbered = [(int(number), folder) for number, folder in found if number.isdecimal() and folder.is_dir()]
     return [folder for _, folder in sorted(numbered)]
 

@@ -6,12 +6,62 @@ values ask `can_read` first.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import wraps
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+REMEMBERED = 4096  # calls that passed, of each check
+
+
+def once(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of shapes, dtypes and devices alone need not look again at a call like one that has passed.
+
+    Its Python costs most where other work has pushed it out of the caches: between large products, that is always.
+    """
+    passed: set[Hashable] = set()
+
+    @wraps(check)
+    def run(*arguments: Any) -> None:
+        like = None if torch.compiler.is_compiling() else _like(arguments)
+        if like is None or like not in passed:
+            check(*arguments)
+            if like is not None:
+                if len(passed) >= REMEMBERED:
+                    passed.clear()
+                passed.add(like)
+
+    return run
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_BY_VALUE = frozenset((type(None), bool, int, str))
+
+
+def _like(arguments: tuple[Any, ...]) -> Hashable:
+    """What such a check sees of them; None where that cannot be told."""
+    seen: list[Any] = []
+    autocast = None
+    for argument in arguments:
+        kind = type(argument)
+        if kind in _PLAIN:
+            seen += (argument.shape, argument.dtype, argument.device, argument.requires_grad)
+            if autocast is None:
+                autocast = under_autocast(argument)
+        elif kind in _BY_VALUE:
+            seen.append(argument)
+        elif kind is float:
+            seen.append(kind)
+        elif isinstance(argument, tuple) and (of_parts := _like(argument)) is not None:
+            seen.append(of_parts)
+        else:
+            return None
+    seen.append(autocast)
+    return tuple(seen)
 
 
 def tensors(**given: Any) -> None:
@@ -107,8 +157,8 @@ def can_read(tensor: Tensor, cuda: bool) -> bool:
 
 
 def within(name: str, tensor: Tensor, limit: int, limit_name: str) -> None:
-    """Every entry of an integer tensor is in [0, limit). Reads values."""
-    if tensor.numel() == 0:
+    """Every entry of an integer tensor is in [0, limit). Reads values, of a CPU's tensors."""
+    if tensor.numel() == 0 or not can_read(tensor, cuda=False):
         return
     if tensor.numel() <= 4096:  # a list takes fewer calls, which is what costs between large products
         values = tensor.flatten().tolist()

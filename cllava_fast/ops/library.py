@@ -15,11 +15,14 @@ NAMESPACE = "cllava_fast"
 DEVICES = ("cpu", "cuda")
 
 _kernels: dict[Any, Callable[..., Any]] = {}  # of each op
-_nothing_between_in: dict[tuple[int, int, int, bool], bool] = {}  # the dispatcher's keys, and whether gradients are on
+_nothing_between_in: dict[tuple[int, bool], bool] = {}  # the dispatcher's keys, and whether gradients are on
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # noqa: TOR901 (what it registers lives as long as it does)
 _PLAIN = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 _AUTOGRAD = (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA)
 _BELOW_AUTOGRAD = (*_PLAIN, _C.DispatchKey.ADInplaceOrView)
+_profiler_enabled, _has_torch_function = torch.autograd._profiler_enabled, torch.overrides.has_torch_function
+_included, _excluded = _C._dispatch_tls_local_include_set, _C._dispatch_tls_local_exclude_set
+_keys_of = _C._dispatch_keys
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list))
 
 
@@ -70,7 +73,7 @@ def differentiable(
     kernel = _kernels[op]
 
     def below_autograd(keys: Any, args: tuple[Any, ...]) -> Any:
-        if keys is None or (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _PLAIN:
+        if (keys & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _PLAIN:
             return kernel(*args)
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & _C._after_autograd_keyset, *args)
@@ -78,10 +81,10 @@ def differentiable(
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            *inputs, keys = args
-            output = below_autograd(keys, tuple(inputs))
+            inputs, keys = args[:-1], args[-1]
+            output = kernel(*inputs) if keys is None else below_autograd(keys, inputs)
             if setup_context is not None:
-                setup_context(ctx, tuple(inputs), output)
+                setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
@@ -94,7 +97,7 @@ def differentiable(
             _refuse_tangents(op, args)
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
             return Differentiable.apply(*args, keys)
-        return below_autograd(keys, args)
+        return kernel(*args) if keys is None else below_autograd(keys, args)
 
     def call(*args: Any) -> Any:
         return autograd(None, *args) if _nothing_between(args) else op(*args)
@@ -115,16 +118,15 @@ def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
 
 def _nothing_between(args: tuple[Any, ...]) -> bool:
     """Whether nobody but autograd has a part in a call: no compiler, mode, transform, autocast, profiler, subclass."""
-    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+    if torch.compiler.is_compiling() or _profiler_enabled():
         return False
-    if torch.overrides.has_torch_function(args) or not _PLAIN_TYPES.issuperset(map(type, args)):
+    if _has_torch_function(args) or not _PLAIN_TYPES.issuperset(map(type, args)):
         return False
-    included, excluded = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()
-    of_tensor = _C._dispatch_keys(args[0])
-    situation = included.raw_repr(), excluded.raw_repr(), of_tensor.raw_repr(), torch.is_grad_enabled()
+    keys = (_included() | _keys_of(args[0])) - _excluded()
+    situation = keys.raw_repr(), torch.is_grad_enabled()
     known = _nothing_between_in.get(situation)
     if known is None:
-        known = _nothing_between_in[situation] = _no_key_between((included | of_tensor) - excluded)
+        known = _nothing_between_in[situation] = _no_key_between(keys)
     return known
 
 

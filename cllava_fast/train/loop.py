@@ -26,7 +26,7 @@ from cllava_fast.evaluate.budget import within_budget
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
-from cllava_fast.model.files import RUN_FOLDER, base_fingerprint, saved_increments
+from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
 from cllava_fast.model.liger import kernels_for
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
@@ -220,7 +220,7 @@ class ContinualTrainer:
         found.read()
         if found.last != self._run_file.last:
             raise FileExistsError(f"{self.output_dir} was written by another run meanwhile; start again with resume")
-        for folder in (self.output_dir, self.output_dir / RUN_FOLDER, self.output_dir / evaluation.PREDICTIONS):
+        for folder in (self.output_dir, self.output_dir / INCREMENTS_FOLDER, self.output_dir / evaluation.PREDICTIONS):
             sweep(folder)
         sweep(self._checkpoints.folder)
 
@@ -395,7 +395,7 @@ class ContinualTrainer:
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
         name = "all" if self.increments.method.joint else phases[number][0]
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-        return self.output_dir / RUN_FOLDER / f"{number + 1:02d}-{safe}"
+        return self.output_dir / INCREMENTS_FOLDER / f"{number + 1:02d}-{safe}"
 
     def _learn(self, number: int, phases: list[list[str]], events: TaskEvents) -> Tuned:
         """Stages and commit of one task (of all tasks, for a joint method), saved at the end."""

@@ -48,7 +48,7 @@ void inject_add_as(const InjectAdd& call) {
     int64_t converted = -1;
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t b = piece / groups, first = piece % groups * at_once;
-      const int64_t here = std::min<int64_t>(at_once, columns[b].size() - first);
+      const int64_t here = std::min(at_once, static_cast<int64_t>(columns[b].size()) - first);
       if (here <= 0) continue;
       if (converted != b)
         for (int64_t s = 0; s < call.S; ++s)

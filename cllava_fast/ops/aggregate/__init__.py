@@ -53,22 +53,26 @@ def aggregate(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
     """
-    sizes: dict[str, int] = {}
-    checks.shape("index", index, "B M", sizes)
-    checks.shape("weight", weight, "B M", sizes)
-    check_tasks(row_task, row_mean, context, sizes, index, check_values)
-    checks.integer(index=index)
-    checks.full_precision(True, weight=weight)
-    checks.device(index, weight=weight)
-    if check_values and checks.can_read(index, cuda=False):
-        checks.within("index", index, sizes["N"], "N")
+    _check_aggregate(index, weight, row_task, row_mean, context)
+    if check_values:
+        checks.within("row_task", row_task, context.shape[0], "T")
+        checks.within("index", index, row_task.shape[0], "N")
     coefficient, rows = autograd.aggregate(index, weight, row_task, row_mean, context)
     return rows, coefficient
 
 
-def check_tasks(
-    row_task: Tensor, row_mean: Tensor, context: Tensor, sizes: dict[str, int], first: Tensor, check_values: bool
-) -> None:
+@checks.once
+def _check_aggregate(index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor) -> None:
+    sizes: dict[str, int] = {}
+    checks.shape("index", index, "B M", sizes)
+    checks.shape("weight", weight, "B M", sizes)
+    check_tasks(row_task, row_mean, context, sizes, index)
+    checks.integer(index=index)
+    checks.full_precision(True, weight=weight)
+    checks.device(index, weight=weight)
+
+
+def check_tasks(row_task: Tensor, row_mean: Tensor, context: Tensor, sizes: dict[str, int], first: Tensor) -> None:
     """Refuses what does not fit; `sizes` is what the arguments before said, `first` the call's first."""
     checks.shape("row_task", row_task, "N", sizes)
     checks.shape("row_mean", row_mean, "N", sizes)
@@ -76,8 +80,6 @@ def check_tasks(
     checks.integer(row_task=row_task)
     checks.full_precision(True, row_mean=row_mean, context=context)
     checks.device(first, row_task=row_task, row_mean=row_mean, context=context)
-    if check_values and checks.can_read(row_task, cuda=False):
-        checks.within("row_task", row_task, sizes["T"], "T")
 
 
 def mix_factors(
@@ -107,6 +109,15 @@ def mix_factors(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
     """
+    _check_mix(A, B, coefficient, index)
+    if check_values:
+        checks.within("index", index, A.shape[0], "N")
+    mixed: tuple[Tensor, Tensor] = autograd.mix_factors(A, B, coefficient, index)
+    return mixed
+
+
+@checks.once
+def _check_mix(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> None:
     sizes: dict[str, int] = {}
     checks.shape("A", A, "N R d_in", sizes)
     checks.shape("B", B, "N R d_out", sizes)
@@ -116,7 +127,3 @@ def mix_factors(
     checks.integer(index=index)
     checks.full_precision(A.dtype == B.dtype == torch.float64, coefficient=coefficient)
     checks.device(A, B=B, coefficient=coefficient, index=index)
-    if check_values and checks.can_read(index, cuda=False):
-        checks.within("index", index, sizes["N"], "N")
-    mixed: tuple[Tensor, Tensor] = autograd.mix_factors(A, B, coefficient, index)
-    return mixed

@@ -92,18 +92,9 @@ def inject(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
     """
-    sizes: dict[str, int] = {}
-    checks.shape("x", x, "B S d_in", sizes)
-    checks.shape("weight", weight, "d_out d_in", sizes)
-    checks.floating(x=x)
-    checks.same_dtype("weight", weight, "x", x)
-    if bias is not None:
-        checks.shape("bias", bias, "d_out", sizes)
-        checks.same_dtype("bias", bias, "x", x)
-    check_frozen(weight, bias)
-    checks.device(x, weight=weight, bias=bias)
-    checks.number("scale", scale)
-    _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
+    _check_inject(x, weight, bias, A, B, index, coefficient, scale, past)
+    if check_values:
+        checks.within("index", index, B.shape[0], "N")
     return inject_unchecked(x, weight, A, B, index, coefficient, bias, scale, past and Past(*past))
 
 
@@ -148,14 +139,9 @@ def inject_add(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
     """
-    sizes: dict[str, int] = {}
-    checks.shape("y", y, "B S d_out", sizes)
-    checks.shape("x", x, "B S d_in", sizes)
-    checks.floating(y=y, x=x)
-    checks.same_dtype("x", x, "y", y)
-    checks.device(y, x=x)
-    checks.number("scale", scale)
-    _check_pairs(x, A, B, index, coefficient, past, sizes, check_values)
+    _check_inject_add(y, x, A, B, index, coefficient, scale, past)
+    if check_values:
+        checks.within("index", index, B.shape[0], "N")
     return inject_add_unchecked(y, x, A, B, index, coefficient, scale, past and Past(*past))
 
 
@@ -229,6 +215,39 @@ def check_frozen(weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
+@checks.once
+def _check_inject(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor,
+    scale: float, past: Past | None,
+) -> None:  # fmt: skip
+    sizes: dict[str, int] = {}
+    checks.shape("x", x, "B S d_in", sizes)
+    checks.shape("weight", weight, "d_out d_in", sizes)
+    checks.floating(x=x)
+    checks.same_dtype("weight", weight, "x", x)
+    if bias is not None:
+        checks.shape("bias", bias, "d_out", sizes)
+        checks.same_dtype("bias", bias, "x", x)
+    check_frozen(weight, bias)
+    checks.device(x, weight=weight, bias=bias)
+    checks.number("scale", scale)
+    _check_pairs(x, A, B, index, coefficient, past, sizes)
+
+
+@checks.once
+def _check_inject_add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, scale: float, past: Past | None
+) -> None:
+    sizes: dict[str, int] = {}
+    checks.shape("y", y, "B S d_out", sizes)
+    checks.shape("x", x, "B S d_in", sizes)
+    checks.floating(y=y, x=x)
+    checks.same_dtype("x", x, "y", y)
+    checks.device(y, x=x)
+    checks.number("scale", scale)
+    _check_pairs(x, A, B, index, coefficient, past, sizes)
+
+
 def _check_past(x: Tensor, past: Past, sizes: dict[str, int]) -> None:
     names = {f"past.{name}": tensor for name, tensor in past._asdict().items()}
     checks.tensors(**names)
@@ -247,9 +266,8 @@ def _check_past(x: Tensor, past: Past, sizes: dict[str, int]) -> None:
 
 
 def _check_pairs(
-    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, past: Past | None, sizes: dict[str, int],
-    check_values: bool,
-) -> None:  # fmt: skip
+    x: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, past: Past | None, sizes: dict[str, int]
+) -> None:
     checks.tensors(A=A, B=B, coefficient=coefficient)
     one = A.dim() == B.dim() == 3 and A.shape[0] == 1 < B.shape[0]
     checks.shape("A", A, "1 R d_in" if one else "N R d_in", sizes)
@@ -260,7 +278,5 @@ def _check_pairs(
     checks.integer(index=index)
     checks.full_precision(x.dtype == torch.float64, coefficient=coefficient)
     checks.device(x, A=A, B=B, index=index, coefficient=coefficient)
-    if check_values and checks.can_read(index, cuda=False):
-        checks.within("index", index, sizes["N"], "N")
     if past is not None:
         _check_past(x, Past(*past), sizes)

@@ -11,7 +11,7 @@ up before they meet the tokens (`sum_of_B`); where every token has its own, that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -278,7 +278,7 @@ def sum_of_B(given: Acting) -> Tensor:  # -> [B, R, d_out]
     else:
         strength = as_dtype(by_scale(given.coefficient, given.scale), exact).unsqueeze(1)  # [B, 1, P]
         total = torch.cat([torch.bmm(part, _by_pair(rows, given)) for rows, part in _turns(given.B, given, strength)])
-    return total.view(len(given.index), *given.B.shape[1:])
+    return total.view(given.index.shape[0], *given.B.shape[1:])
 
 
 def sum_of_B_backward(
@@ -332,38 +332,43 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _turns(factor: Tensor, given: Acting, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _turns(factor: Tensor, given: Acting, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Of samples that are worked on together: the rows of `factor` that act on them, [b, K, d], and their parts of
     `tensors`, whose first one's dtype the rows have."""
     samples, pairs = given.index.shape
-    _, rank, size = factor.shape
     dtype = tensors[0].dtype
     if factor.shape[0] <= samples * pairs:  # whichever is smaller is cast
         factor = as_dtype(factor, dtype)
-    together = max(1, GATHERED // max(1, pairs * rank * size))
-
-    def rows(index: Tensor, count: int) -> Tensor:
-        # copies whole rows, where factor[index] goes through them entry by entry
-        return as_dtype(factor.index_select(0, index), dtype).view(count, pairs * rank, size)
-
+    together = GATHERED // max(1, pairs * factor.shape[1] * factor.shape[2])
     if together >= samples:
-        yield rows(given.flat_index, samples), *tensors
-        return
+        return ((_gather(factor, given.flat_index, samples, pairs, dtype), *tensors),)
+    return _in_turns(factor, given, max(1, together), tensors)
+
+
+def _in_turns(factor: Tensor, given: Acting, together: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    samples, pairs = given.index.shape
     for first in range(0, samples, together):
         last = min(first + together, samples)
         index = given.flat_index[first * pairs : last * pairs]
-        yield rows(index, last - first), *(tensor[first:last] for tensor in tensors)
+        parts = (tensor[first:last] for tensor in tensors)
+        yield _gather(factor, index, last - first, pairs, tensors[0].dtype), *parts
+
+
+def _gather(factor: Tensor, index: Tensor, samples: int, pairs: int, dtype: torch.dtype) -> Tensor:  # -> [b, K, d]
+    # copies whole rows, where factor[index] goes through them entry by entry
+    rows = as_dtype(factor.index_select(0, index), dtype)
+    return rows.view(samples, pairs * factor.shape[1], factor.shape[2])
 
 
 def _by_pair(rows: Tensor, given: Acting) -> Tensor:  # [b, P * R, d] -> [b, P, R * d]
     pairs, rank = given.index.shape[1], given.B.shape[1]
-    return rows.view(len(rows), pairs, rank * rows.shape[2])
+    return rows.view(rows.shape[0], pairs, rank * rows.shape[2])
 
 
 def _sum_of_products(low_grad: Tensor, low: Tensor, rows: int, rank: int, scale: float) -> Tensor:  # -> [B, rows]
     """The gradient of a coefficient, before its dtype."""
     by_column = (as_dtype(low_grad, _exact(low)) * low).sum(1)  # [B, K]
-    return by_scale(by_column.view(len(low), rows, rank).sum(2), scale)
+    return by_scale(by_column.view(low.shape[0], rows, rank).sum(2), scale)
 
 
 def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting) -> Tensor:  # -> like coefficient

@@ -50,7 +50,7 @@ def merge(
     checks.integer(index=index)
     checks.full_precision(weight.dtype.itemsize == 8, coefficient=coefficient)
     checks.device(weight, A=A, B=B, index=index, coefficient=coefficient)
-    if check_values and checks.can_read(index, cuda=False):
+    if check_values:
         checks.within("index", index, sizes["N"], "N")
     frozen = (tensor.detach() for tensor in (weight, A, B, index, coefficient))
     merged: Tensor = autograd.MERGE(*frozen, scale)

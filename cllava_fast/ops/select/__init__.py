@@ -72,16 +72,16 @@ def select(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
     """
-    check(query, keys, top_m, allowed, groups, reduce, check_values)
+    check(query, keys, top_m, allowed, groups, reduce)
+    if check_values:
+        check_numbers(query, keys, top_m, allowed, reduce)
     by_batch = reduce == "batch"
     similarity, weight, index = autograd.select(query, keys, top_m, allowed, groups, by_batch)
     return index, weight, similarity
 
 
-def check(
-    query: Tensor, keys: Tensor, top_m: int, allowed: Tensor | None, groups: int, reduce: str, check_values: bool
-) -> dict[str, int]:
-    """Refuses arguments that do not fit; returns the sizes B, D and N."""
+@checks.once
+def check(query: Tensor, keys: Tensor, top_m: int, allowed: Tensor | None, groups: int, reduce: str) -> None:
     sizes: dict[str, int] = {}
     checks.shape("query", query, "B D", sizes)
     checks.shape("keys", keys, "N D", sizes)
@@ -103,12 +103,14 @@ def check(
         if allowed.dtype != torch.bool:
             raise ValueError(f"allowed: expected torch.bool, got {allowed.dtype}. Cast it with allowed.bool().")
         checks.shape("allowed", allowed, "N" if allowed.dim() == 1 else "B N", sizes)
-    if check_values and checks.can_read(query, cuda=True):
+
+
+def check_numbers(query: Tensor, keys: Tensor, top_m: int, allowed: Tensor | None, reduce: str) -> None:
+    if checks.can_read(query, cuda=True):
         checks.finite("query", query)
         checks.finite("keys", keys)
         if allowed is not None:
             _enough_rows(allowed, top_m, reduce)
-    return sizes
 
 
 def _enough_rows(allowed: Tensor, top_m: int, reduce: str) -> None:

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from cllava_fast.ops import dispatch, triton_backend
+from cllava_fast.ops import checks, dispatch, triton_backend
 from cllava_fast.ops import native as native_backend
 from cllava_fast.ops.aggregate import check_tasks
-from cllava_fast.ops.select import check, triton_accepts
+from cllava_fast.ops.select import check, check_numbers, triton_accepts
 from cllava_fast.ops.select import native as select_native
 from cllava_fast.ops.select_aggregate import autograd, native, reference
 
@@ -53,9 +53,17 @@ def select_aggregate(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, before anything runs.
     """
-    sizes = check(query, keys, top_m, allowed, groups, reduce, check_values)
-    check_tasks(row_task, row_mean, context, sizes, query, check_values)
+    check(query, keys, top_m, allowed, groups, reduce)
+    _check_tasks(query, keys, row_task, row_mean, context)
+    if check_values:
+        check_numbers(query, keys, top_m, allowed, reduce)
+        checks.within("row_task", row_task, context.shape[0], "T")
     coefficient, index = autograd.select_aggregate(
         query, keys, top_m, allowed, groups, reduce == "batch", row_task, row_mean, context
     )
     return index, coefficient
+
+
+@checks.once
+def _check_tasks(query: Tensor, keys: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor) -> None:
+    check_tasks(row_task, row_mean, context, {"N": keys.shape[0]}, query)
