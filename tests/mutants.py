@@ -99,6 +99,18 @@ MUTANTS = [
         " and not checks.under_autocast(x)", "", INJECT_TESTS,
     ),
     Mutant(
+        "the second task has another precision", "cllava_fast/train/tune.py",
+        '("_original_forward", "_is_accelerate_prepared")', '("_original_forward",)', ("tests/test_train.py",),
+    ),
+    Mutant(
+        "what a logger wrote is another run's", "cllava_fast/train/loop.py",
+        'if self.callbacks or self.args.report_to or "report_to"', 'if "report_to"', ("tests/test_train.py",),
+    ),
+    Mutant(
+        "an optimizer's average is not what is learned", "cllava_fast/train/tune.py", "            optimizer.eval()",
+        "            pass", ("tests/test_train.py",),
+    ),
+    Mutant(
         "checks: a trained weight looks like a frozen one", "cllava_fast/ops/checks.py",
         "argument.device, argument.requires_grad)", "argument.device)", CHECKS,
     ),

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast import distributed, ops
 from cllava_fast.data import chat_template
+from cllava_fast.methods.base import layers_of
 from cllava_fast.model import get_increments
 from cllava_fast.train import ContinualArguments, ContinualTrainer
 from cllava_fast.train.align import align_keys
-from cllava_fast.train.tune import check_report_to, training_options
+from cllava_fast.train.tune import check_engine, training_options
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
@@ -214,6 +215,61 @@ def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Pat
     cf.unpatch(llava)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_task_is_tuned_in_the_precision_asked_for(
+    dtype: torch.dtype, llava: Any, processor: Any, tmp_path: Path
+) -> None:
+    run = trainer(llava, processor, tmp_path / "run", bf16=dtype == torch.bfloat16)
+    linear, seen = llava.model.language_model.layers[0].self_attn.q_proj, []
+    linear.register_forward_hook(lambda module, x, y: seen.append(y.dtype) if llava.training else None)
+    run.train()
+    assert seen == [dtype] * 12
+    cf.unpatch(llava)
+    assert not hasattr(llava, "_is_accelerate_prepared"), "another trainer's own precision would not reach it"
+
+
+def test_what_an_optimizer_averages_is_what_is_learned(
+    llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    class Averaging(torch.optim.SGD):
+        def eval(self) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.fill_(0.25)
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *args: (Averaging, {"lr": 1e-3}))
+    trainer(llava, processor, tmp_path / "run", tasks=1).train()
+    assert all((factors.B == 0.25).all() for factors in layers_of(get_increments(llava).pool))
+
+
+class Logger(TrainerCallback):
+    """Writes beside the run, as some loggers do, and may end it in its first step."""
+
+    def __init__(self, folder: Path, fails: bool) -> None:
+        self.folder, self.fails = folder, fails
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.folder.mkdir(exist_ok=True)
+        if self.fails:
+            raise KeyError("no more")
+
+
+def test_a_run_goes_on_beside_what_its_loggers_wrote(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    def run(fails: bool) -> ContinualTrainer:
+        cf.patch(model, CONFIG, processor=processor)
+        values = arguments(tmp_path / "run", resume=not fails)
+        return ContinualTrainer(
+            model, processor, stream(1), values, callbacks=[Logger(tmp_path / "run" / "logs", fails)]
+        )
+
+    model = new_llava()
+    with pytest.raises(KeyError):
+        run(fails=True).train()
+    assert not model.training, "what failed leaves the model as it was"
+    model = new_llava()
+    assert run(fails=False).train().accuracy_matrix[0][0] is not None
+
+
 class Recorder(cf.ContinualCallback):
     """Writes down what a callback is told, in order."""
 
@@ -320,7 +376,7 @@ def test_every_argument_has_help_and_an_option() -> None:
 
 def test_report_to_reaches_transformers() -> None:
     options = training_options(ContinualArguments("x", report_to=["wandb"], fp16=True), torch.device("cuda"), seed=1)
-    check_report_to(ContinualArguments("x", trainer_options={"report_to": ["none"]}))
+    check_engine(ContinualArguments("x", trainer_options={"report_to": ["none"]}), torch.device("cpu"))
     assert options["report_to"] == ["wandb"] and options["fp16"] and options["data_seed"] == 1
     assert training_options(ContinualArguments("x"), torch.device("cpu"), seed=1)["report_to"] == "none"
 
@@ -444,6 +500,13 @@ class TestRefusals:
             ("eval_batch_size", 0),
             ("logging_steps", 0),
             ("trainer_options", {"label_smoothing_factor": 0.1}),
+            ("trainer_options", {"dataloader_drop_last": True}),
+            ("trainer_options", {"eval_strategy": "steps"}),
+            ("trainer_options", {"load_best_model_at_end": True}),
+            ("trainer_options", {"save_strategy": "epoch"}),
+            ("trainer_options", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+            ("trainer_options", {"accelerator_config": {"split_batches": True}}),
+            ("num_train_epochs", -1.0),
             ("trainer_options", {"train_sampling_strategy": "group_by_length"}),
         ],  # fmt: skip
     )

@@ -22,7 +22,7 @@ from cllava_fast.names import check_names
 from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.identity import run_identity
 from cllava_fast.train.runfile import find_run
-from cllava_fast.train.tune import check_report_to, training_options
+from cllava_fast.train.tune import check_engine
 
 DEFAULT_TOKENS = 16  # of an answer, where no run says how many
 
@@ -70,8 +70,7 @@ def _check_trainer_options(config: RunConfig) -> None:
     options, known = config.training.trainer_options, [field.name for field in fields(TrainingArguments)]
     check_names(options, known, f"{config.source}: training.trainer_options.")
     try:
-        TrainingArguments(**training_options(config.training, default_device(), 0))
-        check_report_to(config.training)
+        check_engine(config.training, default_device())
     except (TypeError, ValueError, ImportError) as error:
         raise type(error)(f"{config.source}: training: {error}") from error
 

@@ -13,6 +13,25 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+# Of trainer_options: what may not be set, and why.
+_EVALUATES = "would evaluate within a task; the loop does so after each one"
+_REENTRANT = "would cut the gradient to what the layers get by keyword; leave it out, or set activation_checkpointing"
+_DEALS = "would deal samples out otherwise than a resumed run, or one process, does; leave it out"
+REFUSED = {
+    "use_liger_kernel": "would replace the forward that carries increments; use liger instead",
+    "label_smoothing_factor": "transformers would apply to labels that are not shifted to the next token; leave it out",
+    "dataloader_drop_last": "would leave samples out, all of them where a task is smaller than a batch; leave it out",
+    "eval_strategy": _EVALUATES,
+    "eval_on_start": _EVALUATES,
+    "load_best_model_at_end": _EVALUATES,
+    "save_strategy": "would save beside the run's own checkpoints; use save_steps or save_minutes",
+    "gradient_checkpointing_kwargs.use_reentrant": _REENTRANT,
+    "activation_checkpointing_kwargs.use_reentrant": _REENTRANT,
+    "accelerator_config.split_batches": _DEALS,
+    "accelerator_config.dispatch_batches": _DEALS,
+}
+
+
 @dataclass(frozen=True)
 class ContinualArguments:
     """Arguments of ``ContinualTrainer``; each field says what it is (``transformers.HfArgumentParser`` shows it).
@@ -99,6 +118,8 @@ class ContinualArguments:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; expected a positive number")
+        if not self.num_train_epochs >= 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; expected 0 or more")
         if not self.save_minutes >= 0 or self.save_steps < 0:
             raise ValueError(
                 f"save_minutes is {self.save_minutes} and save_steps is {self.save_steps}; expected 0 or more"
@@ -107,26 +128,28 @@ class ContinualArguments:
             raise ValueError(
                 f"keep_increments is {self.keep_increments}; expected at least 2: the last, and one to fall back to"
             )
-        if self.trainer_options.get("use_liger_kernel"):
-            raise ValueError(
-                "trainer_options has use_liger_kernel, which would replace the forward that carries increments; use "
-                "liger instead"
-            )
-        if self.trainer_options.get("label_smoothing_factor"):
-            raise ValueError(
-                "trainer_options has label_smoothing_factor, which transformers would apply to labels that are not "
-                "shifted to the next token; leave it out"
-            )
-        sampling = self.trainer_options.get("train_sampling_strategy", "random")
+        self._check_trainer_options()
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both set; choose one of them")
+        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        object.__setattr__(self, "report_to", [name for name in names if name != "none"])
+
+    def _check_trainer_options(self) -> None:
+        """Refuses what transformers would take and no task could be tuned with as it should be."""
+        options = self.trainer_options
+        for name, why in REFUSED.items():
+            field, _, part = name.partition(".")
+            value = options.get(field)
+            if part:
+                value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+            if value and value != "no":
+                raise ValueError(f"trainer_options has {name}, which {why}")
+        sampling = options.get("train_sampling_strategy", "random")
         if sampling not in ("random", "sequential"):
             raise ValueError(
                 f"trainer_options has train_sampling_strategy {sampling!r}; expected random or sequential, which give "
                 "the same batches on any number of processes"
             )
-        if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both set; choose one of them")
-        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
-        object.__setattr__(self, "report_to", [name for name in names if name != "none"])
 
     def identity(self) -> dict[str, Any]:
         """What makes a run that run: all but where it is written, how it is shown and how fast it is."""

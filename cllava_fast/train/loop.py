@@ -38,7 +38,7 @@ from cllava_fast.train.lock import run_lock
 from cllava_fast.train.numbers import check_queries
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
-from cllava_fast.train.tune import Tuned, check_report_to, tune
+from cllava_fast.train.tune import Tuned, check_engine, tune
 
 
 @dataclass
@@ -146,7 +146,7 @@ class ContinualTrainer:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
         if self.args.liger:
             kernels_for(self.model)
-        check_report_to(self.args)
+        check_engine(self.args, self.increments.pool.row_task.device)
         if distributed.count() > 1:
             self.increments.base_fingerprint = base_fingerprint(self.model)  # FSDP has not yet sharded the base
         identity = {
@@ -250,6 +250,8 @@ class ContinualTrainer:
         learned = self._load(phases)
         self._committed = CommittedRows(self.increments.pool)
         self._read_ahead(tasks)
+        if self.callbacks or self.args.report_to or "report_to" in self.args.trainer_options:
+            distributed.on_main(self._begin_files)  # they may write beside it from the first step on
         for number in range(first + len(self._progress["matrix"]), len(phases)):
             self._watch.check()
             names = phases[number]

@@ -84,11 +84,13 @@ def tune(
             callback = _Losses(title, advance)
             trainer.add_callback(callback)
             model.train()
-            with fused(model) if args.liger else nullcontext():
-                trainer.train_with(saver, callback)
+            try:
+                with fused(model) if args.liger else nullcontext():
+                    trainer.train_with(saver, callback)
+            finally:
+                model.eval()
             bad_numbers = trainer.numbers.finish()
     trainer.release()
-    model.eval()
     model.zero_grad(set_to_none=True)
     return Tuned(callback.losses, trainer, bad_numbers)
 
@@ -134,13 +136,15 @@ def training_options(
     return {**options, **args.trainer_options}
 
 
-def check_report_to(args: ContinualArguments) -> None:
-    """What transformers would refuse of ``report_to`` when the first task is tuned.
+def check_engine(args: ContinualArguments, device: torch.device) -> None:
+    """What transformers would refuse when the first task is tuned.
 
     Raises:
-        ValueError: a name that transformers does not know.
-        ImportError: the package of a name is not installed.
+        ValueError: of a field of ``TrainingArguments``, or a name in ``report_to`` that it does not know.
+        TypeError: ``trainer_options`` has what is no such field.
+        ImportError: the package of a name in ``report_to`` is not installed.
     """
+    TrainingArguments(**training_options(args, device, 0))
     names = args.trainer_options.get("report_to", args.report_to)
     if names in (None, "none", ["none"]):
         return
@@ -194,12 +198,15 @@ class TaskTrainer(Trainer):
         """
         if saver is None:
             self.train()
-            return
-        saving = self._saving = _Saving(self, saver, losses)
-        self.add_callback(saving)
-        self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
-        if saving.stopped:
-            saver.stop()
+        else:
+            saving = self._saving = _Saving(self, saver, losses)
+            self.add_callback(saving)
+            self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
+            if saving.stopped:
+                saver.stop()
+        optimizer = _without_wrapper(self.optimizer)
+        if hasattr(optimizer, "eval"):  # one without a schedule: its weights so far are not those that it has learned
+            optimizer.eval()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._saving.save()
@@ -225,8 +232,7 @@ class TaskTrainer(Trainer):
         step = self.state.global_step + 1
         loss = self.numbers.after_batch(step, samples, super().training_step(model, inputs, *args, **kwargs))
         if self.accelerator.sync_gradients:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
-            self.numbers.end_step(step, optimizer, self.accelerator.scaler)
+            self.numbers.end_step(step, _without_wrapper(self.optimizer), self.accelerator.scaler)
             increments = get_increments(self.model)
             increments.method.end_step(increments.pool)
         return loss
@@ -419,6 +425,10 @@ def _samples(items: Sequence[_Item], labels: Tensor) -> Samples:
     return Samples([name for name, counts in names if counts], unlabelled)
 
 
+def _without_wrapper(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate's
+
+
 def _on_one_device(args: TrainingArguments) -> TrainingArguments:
     # one process with several GPUs in sight would copy the model onto each for every batch (DataParallel)
     if args.n_gpu > 1:
@@ -443,13 +453,14 @@ def _checkpointing_options() -> dict[str, Any]:
 @contextmanager
 def _keeps_forward(model: Any) -> Iterator[None]:
     """Takes off what mixed precision and FSDP wrap around our methods: accelerate's own unwrapping would take ours off,
-    too."""
+    too. So is its mark, with which the next task would get none."""
     ours = {name: model.__dict__[name] for name in ("forward", "generate")}
     try:
         yield
     finally:
         model.__dict__.update(ours)
-        model.__dict__.pop("_original_forward", None)
+        for name in ("_original_forward", "_is_accelerate_prepared"):
+            model.__dict__.pop(name, None)
 
 
 @contextmanager
