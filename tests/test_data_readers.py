@@ -119,6 +119,28 @@ def test_columns_by_other_names() -> None:
     assert (sample.instruction, sample.answer) == ("What?", "It.")
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_columns_that_no_record_has(folder: Path, suffix: str) -> None:
+    path = write(folder / f"a{suffix}", [GOOD, {**GOOD, "img": "a.png", "who": 7}])
+    _, b = read_samples(path, folder / "images", columns={"image": "img", "id": "who"})
+    assert b.image == folder / "images" / "a.png" and b.id == "7"
+    for ours in ("image", "id", "system", "history", "references"):
+        with pytest.raises(ValueError, match=rf"a{suffix}: columns=\{{'{ours}': 'imgg'\}} names what no record has"):
+            read_samples(path, folder / "images", columns={"image": "img", ours: "imgg"})
+    assert list(read_samples(write(folder / f"none{suffix}", []), columns={"id": "who"})) == []
+
+
+@pytest.mark.parametrize("name", ["images", "image_path", "img"])
+def test_images_by_another_name(folder: Path, name: str) -> None:
+    for value in ("a.png", ["a.png"]):
+        record = {**GOOD, name: value}
+        with pytest.raises(ValueError, match=rf"record 1 has '{name}' and no image; read it by columns=.*'{name}'"):
+            read_samples([GOOD, record], folder / "images")
+        assert read_samples([record], folder / "images", columns={"image": name})[0].image is not None
+        assert read_samples([{**record, "image": "a.png"}], folder / "images")[0].image is not None
+    assert all(s.image is None for s in read_samples([{**GOOD, name: None}, {**GOOD, name: []}]))
+
+
 def test_lists_of_records_and_samples(folder: Path) -> None:
     own = Sample("What?", "It.", Image.new("RGB", (4, 4)))
     picture = Image.new("L", (4, 4))
@@ -455,8 +477,18 @@ class TestDatasets:
         for wrong in (dataset.to_iterable_dataset(), datasets.DatasetDict(train=dataset)):
             with pytest.raises(ValueError, match=f"is a {type(wrong).__name__}; expected a datasets.Dataset"):
                 read_samples(wrong)
-        with pytest.raises(ValueError, match=r"record 0 has no question; it has 'query', 'label', 'picture'"):
-            read_samples(dataset)
+        with pytest.raises(ValueError, match=r"record 0 has no question; it has 'query', 'label', expected"):
+            read_samples(dataset.remove_columns("picture"))
+
+    def test_images_that_nobody_reads(self, dataset: Any) -> None:
+        names = {"question": "query", "answer": "label"}
+        with pytest.raises(
+            ValueError, match=r"column 'picture' are not read; read them by columns=\{'image': 'picture'\}"
+        ):
+            read_samples(dataset, columns=names)
+        with pytest.raises(ValueError, match=r"columns=\{'image': 'pictur'\} names .*; did you mean picture\?"):
+            read_samples(dataset, columns={**names, "image": "pictur"})
+        assert read_samples(dataset.remove_columns("picture"), columns=names)[0].image is None
 
     def test_not_installed(self, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)

@@ -184,6 +184,13 @@ class _Rows(_LazySamples):
         self.reader = reader
         self._labels = {name: f for name, f in features.items() if isinstance(f, datasets.ClassLabel)}
         self._pictures = [name for name, f in features.items() if isinstance(f, datasets.Image)]
+        reader.check_columns(dataset.column_names)
+        if self._pictures and reader.columns.get("image", "image") not in dataset.column_names:
+            name = self._pictures[0]
+            raise ValueError(
+                f"{reader.source}: the images of column {name!r} are not read; read them by "
+                f"columns={{'image': {name!r}}}, or remove the column"
+            )
         for name in self._pictures:
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         # columns with an image in every row need no look at the row
@@ -270,6 +277,8 @@ def _checked(pairs: Iterable[tuple[Sample, str]], reader: RecordReader) -> Itera
             if len(seen) == size:
                 repeated.add(brief(sample.id))
         yield sample
+    if total:
+        reader.check_columns()
     if missing.count:
         folder = f" in {reader.images.root}" if reader.images else ""
         raise FileNotFoundError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from PIL import Image
 
 from cllava_fast.data.images import ImageFolder, StoredImage
 from cllava_fast.data.stream import ImageSource, Sample, check_texts
-from cllava_fast.names import brief, check_names
+from cllava_fast.names import brief, check_names, nearest
 
 IMAGE = "<image>"  # how LLaVA's files mark where the image stands
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
@@ -21,6 +21,7 @@ QUESTIONS = ("instruction", "question", "text")
 ANSWERS = ("answer", "answers", "references", "answer_bbox")  # the last one in CoIN's grounding
 IDS = ("id", "question_id")
 COLUMNS = ("conversations", *QUESTIONS, *ANSWERS, "image", *IDS, "history", "system")
+NOT_IMAGE = ("images", "image_path", "image_paths", "image_file", "img", "img_path")  # others' names of an image
 
 
 @dataclass
@@ -38,9 +39,11 @@ class RecordReader:
     images: ImageFolder | None = None
     prompt: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    unseen: set[str] = field(init=False)  # names of columns that no record had so far
 
     def __post_init__(self) -> None:
         check_names(self.columns, COLUMNS, f"{self.source}: columns.")
+        self.unseen = set(self.columns.values())
         if self.prompt is not None and (self.prompt.strip().startswith(IMAGE) or self.prompt.strip().endswith(IMAGE)):
             raise ValueError(
                 f"{self.source}: prompt is {brief(self.prompt)}; leave {IMAGE} out, the chat template puts the image in"
@@ -50,6 +53,14 @@ class RecordReader:
                 f"{self.source}: prompt is {brief(self.prompt)}; expected a text with {{question}} in it, such as "
                 "'{question}\\nAnswer the question using a single word or phrase.'"
             )
+
+    def check_columns(self, known: Collection[str] = ()) -> None:
+        """Raises ValueError where ``columns`` names what is not among ``known`` and was in no record."""
+        self.unseen.difference_update(known)
+        for ours, name in self.columns.items():
+            if name in self.unseen:
+                hint = nearest(name, known) if known else "check how it is spelled, or leave it out"
+                raise ValueError(f"{self.source}: columns={{{ours!r}: {brief(name)}}} names what no record has; {hint}")
 
     def where(self, record: Any, place: str) -> str:
         name = self._first(record, IDS) if isinstance(record, Mapping) else None
@@ -64,6 +75,8 @@ class RecordReader:
         where = self.where(record, place)
         if not isinstance(record, Mapping):
             raise ValueError(f"{where} is {brief(record)}; expected an object with a question and an answer")
+        if self.unseen:
+            self.unseen.difference_update(record)
         image = self._image(record, where)
         turns, accepted = self._get(record, "conversations"), self._answers(record, where)
         if turns is not None:
@@ -139,6 +152,11 @@ class RecordReader:
                 raise ValueError(f"{where} names {len(image)} images; expected at most one for each sample")
             image = image[0] if image else None
         if image is None or image == "":
+            other = next((name for name in NOT_IMAGE if not _is_empty(record.get(name))), None)
+            if other is not None and "image" not in self.columns:
+                raise ValueError(
+                    f"{where} has {other!r} and no image; read it by columns={{'image': {other!r}}}, or remove it"
+                )
             return None
         if isinstance(image, (Image.Image, StoredImage)):
             return image
@@ -198,6 +216,10 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
     if marks > first:
         raise ValueError(f"{where}: {marks} {IMAGE} marks in one turn; expected one at most, in the first user turn")
     return text
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _is_answer(entry: Any) -> bool:
