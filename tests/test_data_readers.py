@@ -119,6 +119,39 @@ def test_columns_by_other_names() -> None:
     assert (sample.instruction, sample.answer) == ("What?", "It.")
 
 
+@pytest.mark.parametrize(
+    ("names", "instruction", "answer", "references"),
+    [
+        ({"question": "query"}, "Which bar?", "it", ("red", "blue")),
+        ({"answer": "gold"}, "Be brief.", "blue", ()),
+        ({"answers": "gold", "text": "query"}, "Which bar?", "blue", ()),
+        ({"answer_bbox": "gold"}, "Be brief.", "blue", ()),
+        ({"references": "gold"}, "Be brief.", "it", ("blue",)),
+        ({"answer": "gold", "references": "answers"}, "Be brief.", "blue", ("red", "blue")),
+        ({"question_id": "query"}, "Be brief.", "it", ("red", "blue")),
+        ({"conversations": "talk"}, "Who?", "Ann", ("red", "blue")),
+    ],
+)
+def test_what_is_mapped_wins(names: Any, instruction: str, answer: str, references: Any) -> None:
+    record = {"query": "Which bar?", "instruction": "Be brief.", "gold": "blue", "answers": ["red", "blue"]}
+    record |= {"id": "1", "talk": turns("Who?", "Ann")} | ({} if "conversations" in names else {"answer": "it"})
+    (sample,) = read_samples([record], columns=names)
+    assert (sample.instruction, sample.answer, sample.references) == (instruction, answer, references)
+    assert sample.id == ("Which bar?" if "question_id" in names else "1")
+
+
+def test_a_mapped_question_beside_conversations() -> None:
+    talk = {"conversations": turns("Who?", "Ann")}
+    a, b = read_samples([{**talk, "query": "Which?", "answer": "It."}, talk], columns={"question": "query"})
+    assert (a.instruction, a.answer, b.instruction, b.answer) == ("Which?", "It.", "Who?", "Ann")
+
+
+def test_a_mapped_name_is_what_is_missing() -> None:
+    for names in ({"answer": "labl"}, {"references": "labl"}):
+        with pytest.raises(ValueError, match=r"record 0 has no answer; it has 'question', 'label', .*one of labl"):
+            read_samples([{"question": "Q?", "label": "A"}], columns=names)
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_columns_that_no_record_has(folder: Path, suffix: str) -> None:
     path = write(folder / f"a{suffix}", [GOOD, {**GOOD, "img": "a.png", "who": 7}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class RecordReader:
             self.unseen.difference_update(record)
         image = self._image(record, where)
         turns, accepted = self._get(record, "conversations"), self._answers(record, where)
+        if "conversations" not in self.columns and any(name in self.columns for name in QUESTIONS):
+            turns = None if self._first(record, QUESTIONS) is not None else turns
         if turns is not None:
             said = _conversation(turns, where, image is not None)
             self._check_learned(record, said["answer"], where)
@@ -100,12 +102,13 @@ class RecordReader:
     ) -> dict[str, Any]:
         question = self._first(record, QUESTIONS)
         if question is None or not answers:
-            missing, known = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
+            missing, names = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
+            known = [self.columns.get(name, name) for name in self._read(names)]
             raise ValueError(
                 f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
-        single = self._get(record, "answer")
+        single = self._learned(record)
         answer = str(single) if isinstance(single, (str, int, float)) else Counter(answers).most_common(1)[0][0]
         history = self._get(record, "history") or ()
         if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
@@ -125,7 +128,7 @@ class RecordReader:
 
     def _check_learned(self, record: Mapping[str, Any], learned: str, where: str) -> None:
         """Raises ValueError where an ``answer`` beside a conversation is not the one that its last turn has learned."""
-        answer = self._get(record, "answer")
+        answer = self._learned(record)
         if isinstance(answer, (str, int, float)) and str(answer).strip() != learned:
             raise ValueError(
                 f"{where}: answer is {brief(answer)}, and the last gpt turn, which is learned, is {brief(learned)}; "
@@ -134,7 +137,7 @@ class RecordReader:
 
     def _answers(self, record: Mapping[str, Any], where: str) -> list[str]:
         """All accepted answers; those of VQA's annotators are objects with an ``answer``."""
-        for name in ("references", "answers", "answer", "answer_bbox"):
+        for name in self._read(("references", "answers", "answer", "answer_bbox")):
             value = self._get(record, name)
             if value in (None, [], ()):
                 continue
@@ -167,8 +170,18 @@ class RecordReader:
     def _get(self, record: Mapping[str, Any], name: str) -> Any:
         return record.get(self.columns.get(name, name))
 
-    def _first(self, record: Mapping[str, Any], names: Iterable[str]) -> Any:
-        return next((value for name in names if (value := self._get(record, name)) is not None), None)
+    def _learned(self, record: Mapping[str, Any]) -> Any:
+        return self._get(record, "answer") if "answer" in self._read(ANSWERS) else None
+
+    def _read(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of one meaning that are looked for: where ``columns`` has some, no others."""
+        mapped = [name for name in names if name in self.columns]
+        if mapped == ["references"]:
+            mapped.append("answer")  # references alone say what is accepted, not what is learned
+        return mapped or names
+
+    def _first(self, record: Mapping[str, Any], names: Sequence[str]) -> Any:
+        return next((value for name in self._read(names) if (value := self._get(record, name)) is not None), None)
 
 
 def _conversation(turns: Any, where: str, image: bool) -> dict[str, Any]:
