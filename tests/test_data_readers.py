@@ -492,6 +492,25 @@ class TestDatasets:
         finally:
             type(samples._images).__getitem__ = original
 
+    @pytest.mark.parametrize("kind", ["List", "LargeList", "one"])
+    def test_a_list_of_one_image(self, dataset: Any, kind: str) -> None:
+        import datasets
+
+        image = datasets.Image()
+        lists = {"List": [image], "LargeList": datasets.LargeList(image), "one": datasets.Sequence(image, length=1)}
+        stored = dataset.with_format("arrow")[:].column("picture").to_pylist()
+        rows = [[picture] for picture in stored] if kind == "one" else [*([p] for p in stored[:2]), []]
+        features = datasets.Features({**dataset.features, "picture": lists[kind]})
+        columns = {"query": dataset["query"], "label": dataset["label"], "picture": rows}
+        lists = datasets.Dataset.from_dict(columns, features=features)
+        self.check(read_samples(lists, columns=self.NAMES))
+        both = read_samples(lists.select([0, 1]).flatten_indices(), columns=self.NAMES)
+        assert both._whole == ["picture"] and [s.open_image().getpixel((0, 0))[0] for s in both] == [255, 0]
+        if kind != "one":
+            columns["picture"] = [rows[0], rows[0] + rows[1], []]
+            with pytest.raises(ValueError, match="record 1 names 2 images; expected at most one"):
+                read_samples(datasets.Dataset.from_dict(columns, features=features), columns=self.NAMES)
+
     def test_a_row_that_points_out_of_the_folder(self, folder: Path) -> None:
         datasets = pytest.importorskip("datasets")
         data = {"question": ["Q?"], "answer": ["A"], "image": [{"bytes": None, "path": "/etc/hostname"}]}

@@ -183,7 +183,7 @@ class _Rows(_LazySamples):
         features = dataset.features
         self.reader = reader
         self._labels = {name: f for name, f in features.items() if isinstance(f, datasets.ClassLabel)}
-        self._pictures = [name for name, f in features.items() if isinstance(f, datasets.Image)]
+        self._pictures = [name for name, f in features.items() if isinstance(_inside(f), datasets.Image)]
         reader.check_columns(dataset.column_names)
         if self._pictures and reader.columns.get("image", "image") not in dataset.column_names:
             name = self._pictures[0]
@@ -191,8 +191,7 @@ class _Rows(_LazySamples):
                 f"{reader.source}: the images of column {name!r} are not read; read them by "
                 f"columns={{'image': {name!r}}}, or remove the column"
             )
-        for name in self._pictures:
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        dataset = dataset.with_format("arrow")  # which decodes nothing
         # columns with an image in every row need no look at the row
         self._whole = [name for name in self._pictures if _has_all_bytes(dataset, name)]
         self._images, self._rest = dataset, dataset.remove_columns(self._whole)
@@ -202,22 +201,37 @@ class _Rows(_LazySamples):
         return len(self._images)
 
     def at(self, index: int) -> Sample:
-        record = dict(self._rest[index]) if self._rest.column_names else {}
+        record = self._rest[index].to_pylist()[0] if self._rest.column_names else {}
         for name in self._pictures:
             if name in self._whole:
                 record[name] = StoredImage(self._images, index, name)
-            elif record[name] is not None:
-                inside = record[name]["bytes"] is not None
-                record[name] = StoredImage(self._images, index, name) if inside else record[name]["path"]
+                continue
+            image = record[name]
+            if isinstance(image, list) and len(image) == 1:
+                (image,) = image
+            if isinstance(image, dict):
+                image = image["path"] if image["bytes"] is None else StoredImage(self._images, index, name)
+            record[name] = image
         for name, label in self._labels.items():
             if record[name] is not None:
                 record[name] = label.int2str(record[name])
         return self.reader.sample(record, f"record {index}")
 
 
+def _inside(feature: Any) -> Any:
+    """What a list's entries are; any other feature itself."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+
+
 def _has_all_bytes(dataset: Any, column: str) -> bool:
-    chunks = dataset.data.column(column).chunks
-    return all(chunk.null_count == 0 and chunk.field("bytes").null_count == 0 for chunk in chunks)
+    for chunk in dataset.data.column(column).chunks:
+        if not hasattr(chunk, "field"):  # lists
+            if chunk.null_count or chunk.value_lengths().unique().to_pylist() != [1]:
+                return False
+            chunk = chunk.flatten()
+        if chunk.null_count or chunk.field("bytes").null_count:
+            return False
+    return True
 
 
 def _parquet_files(folder: Path) -> list[Path]:
