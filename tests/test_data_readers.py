@@ -511,6 +511,40 @@ class TestDatasets:
             with pytest.raises(ValueError, match="record 1 names 2 images; expected at most one"):
                 read_samples(datasets.Dataset.from_dict(columns, features=features), columns=self.NAMES)
 
+    def test_class_labels(self) -> None:
+        datasets = pytest.importorskip("datasets")
+        names = datasets.ClassLabel(names=["cat", "dog"])
+
+        def read(answers: Any, feature: Any, **columns: Any) -> Any:
+            data = {"question": ["Q?"], "answers": [answers], **columns}
+            features = datasets.Features(question=datasets.Value("string"), answers=feature)
+            features |= dict.fromkeys(columns, names)
+            return read_samples(datasets.Dataset.from_dict(data, features=datasets.Features(features)))
+
+        for feature in ([names], datasets.Sequence(names), datasets.LargeList(names)):
+            (sample,) = read([1, 1, 0], feature)
+            assert (sample.answer, sample.references) == ("dog", ("dog", "dog", "cat"))
+        (sample,) = read(1, names, unread=[-1])
+        assert (sample.answer, sample.references) == ("dog", ())
+        for wrong, feature in ((-1, names), ([0, -1], [names])):
+            with pytest.raises(
+                ValueError, match=r"dataset: record 0: answers is .*-1\]?; expected class labels from 0 to 1"
+            ):
+                read(wrong, feature)
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch", "arrow", "pandas"])
+    def test_a_format_changes_nothing(self, dataset: Any, kind: str) -> None:
+        if kind == "pandas":
+            pytest.importorskip("pandas")
+        self.check(read_samples(dataset.with_format(kind), columns=self.NAMES))
+        lists = dataset.remove_columns("picture").add_column("references", [["a", "b"], ["a"], ["b"]])
+        for source in (lists, lists.with_format(kind)):
+            assert read_samples(source, columns={"question": "query"})[0].references == ("a", "b")
+
+    def test_a_transform_is_refused(self, dataset: Any) -> None:
+        with pytest.raises(ValueError, match=r"dataset has a transform \(set_transform\), which is not applied"):
+            read_samples(dataset.with_transform(lambda rows: rows), columns=self.NAMES)
+
     def test_a_row_that_points_out_of_the_folder(self, folder: Path) -> None:
         datasets = pytest.importorskip("datasets")
         data = {"question": ["Q?"], "answer": ["A"], "image": [{"bytes": None, "path": "/etc/hostname"}]}

@@ -12,7 +12,7 @@ from typing import Any
 
 from cllava_fast.data.images import ImageFolder, StoredImage
 from cllava_fast.data.lazy import LazySequence
-from cllava_fast.data.records import RecordReader
+from cllava_fast.data.records import COLUMNS, RecordReader
 from cllava_fast.data.stream import Sample, check_texts
 from cllava_fast.environment import require
 from cllava_fast.names import brief
@@ -180,9 +180,16 @@ class _Rows(_LazySamples):
                 f"{reader.source} is a {type(dataset).__name__}; expected a datasets.Dataset, one split that is not "
                 "streamed"
             )
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                f"{reader.source} has a transform (set_transform), which is not applied; expected a data set without, "
+                "such as map() makes"
+            )
         features = dataset.features
         self.reader = reader
-        self._labels = {name: f for name, f in features.items() if isinstance(f, datasets.ClassLabel)}
+        read = {reader.columns.get(name, name) for name in COLUMNS}
+        labels = {name: _inside(feature) for name, feature in features.items() if name in read}
+        self._labels = {name: f for name, f in labels.items() if isinstance(f, datasets.ClassLabel)}
         self._pictures = [name for name, f in features.items() if isinstance(_inside(f), datasets.Image)]
         reader.check_columns(dataset.column_names)
         if self._pictures and reader.columns.get("image", "image") not in dataset.column_names:
@@ -212,10 +219,17 @@ class _Rows(_LazySamples):
             if isinstance(image, dict):
                 image = image["path"] if image["bytes"] is None else StoredImage(self._images, index, name)
             record[name] = image
+        place = f"record {index}"
         for name, label in self._labels.items():
             if record[name] is not None:
-                record[name] = label.int2str(record[name])
-        return self.reader.sample(record, f"record {index}")
+                try:
+                    record[name] = label.int2str(record[name])
+                except ValueError:
+                    raise ValueError(
+                        f"{self.reader.source}: {place}: {name} is {brief(record[name])}; expected class labels from 0 "
+                        f"to {label.num_classes - 1} (-1 stands for none: filter such rows out)"
+                    ) from None
+        return self.reader.sample(record, place)
 
 
 def _inside(feature: Any) -> Any:
