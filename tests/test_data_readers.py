@@ -19,6 +19,7 @@ from cllava_fast.data import Sample, Stream, Task, read_samples
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures, LazyExamples
 from cllava_fast.data.stream import fingerprint
 from cllava_fast.evaluate.evaluation import references_of
+from cllava_fast.evaluate.scores import grounding_accuracy
 from tests.test_train import CONFIG, arguments
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."
@@ -106,6 +107,28 @@ def test_references_are_what_evaluation_accepts() -> None:
                 assert read_samples([{**record, name: same}])[0].references == ()
     (sample,) = read_samples([{"conversations": turns("Where?", "There."), "answer_bbox": "[0, 0, 1, 1]"}])
     assert references_of(sample) == ("[0, 0, 1, 1]",)
+
+
+def test_a_box_of_numbers_is_one_answer() -> None:
+    a, b, c = read_samples([{"question": "Where?", "answer_bbox": box} for box in BOXES])
+    assert (a.answer, a.references) == ("[0.1, 0.2, 0.3, 1]", ()) and b.answer == "[0, 0, 1, 1]"
+    assert c.references == ("[0, 0, 1, 1]", "[0, 0, 2, 2]")
+    assert grounding_accuracy("[0.1, 0.2, 0.3, 0.9]", [a.answer]) == 1.0
+
+
+def test_a_list_of_answers_beside_references_is_what_is_learned() -> None:
+    record = {"question": "Q?", "answer": ["x", "y", "y"], "references": ["z", "z"]}
+    assert [(s.answer, s.references) for s in read_samples([record])] == [("y", ("z", "z"))]
+
+
+def test_nan_is_nothing() -> None:
+    """As pandas writes what a row lacks."""
+    nan = float("nan")
+    lacks = dict.fromkeys(("id", "image", "images", "system", "history", "conversations", "instruction"), nan)
+    (sample,) = read_samples([{"question": "Q?", "answer": nan, "answers": ["x", "y", "y"], **lacks}])
+    assert (sample.answer, sample.references, sample.id) == ("y", ("x", "y", "y"), "samples: record 0")
+    with pytest.raises(ValueError, match="record 0 has no answer"):
+        read_samples([{"question": "Q?", "answer": nan}])
 
 
 def test_a_prompt_is_no_format_string() -> None:
@@ -206,6 +229,7 @@ def test_a_folder_of_classes(folder: Path) -> None:
 
 
 GOOD = {"question": "Q?", "answer": "A"}
+BOXES = ([0.1, 0.2, 0.3, 1], "[0, 0, 1, 1]", ["[0, 0, 1, 1]", "[0, 0, 2, 2]"])
 BAD: list[tuple[Any, str]] = [
     ("text", r"record 1 is 'text'; expected an object with a question and an answer"),
     ({"id": "k", "question": "Q?"}, r"record 1 \(id 'k'\) has no answer; it has 'id', 'question', expected"),
@@ -214,7 +238,10 @@ BAD: list[tuple[Any, str]] = [
     ({"question": "Q?", "answer": ""}, r"record 1: answer is ''"),
     ({"question": "Q?", "answer": ["A", None]}, r"record 1: answer is \['A', None\]; expected a text or a list"),
     ({"question": "Q?", "answer": True}, r"record 1: answer is True"),
+    ({**GOOD, "answer": True, "answers": ["yes"]}, "record 1: answer is True; expected a text or a list of texts"),
     ({"question": "Q?", "answers": []}, "record 1 has no answer"),
+    ({"question": "Q?", "answer_bbox": [1, 2, 3]}, r"answer_bbox is \[1, 2, 3\]; expected a text or a box of four"),
+    ({"question": "Q?", "answer_bbox": 0.5}, "answer_bbox is 0.5; expected a text or a box of four numbers"),
     ({"question": ["Q?"], "answer": "A"}, r"a question is \['Q\?'\]; expected a text"),
     ({**GOOD, "history": [["a"]]}, r"history is \[\['a'\]\]; expected pairs"),
     ({**GOOD, "history": [["a", " "]]}, r"record 1: history is ' '"),
@@ -224,6 +251,10 @@ BAD: list[tuple[Any, str]] = [
     ({"question": "<image>\nQ?", "answer": "A"}, "has an <image> mark, but the record names no image"),
     ({"question": "<image>\n<image>Q?", "answer": "A", "image": "a.png"}, "2 <image> marks in one turn"),
     ({"conversations": turns("Q?", "A"), "answer": "B"}, "answer is 'B', and the last gpt turn, .*, is 'A'; expected"),
+    (
+        {"conversations": turns("Q?", "A"), "answer": ["B"], "answers": ["A"]},
+        r"answer is \['B'\], and the last gpt turn",
+    ),
     ({"conversations": turns("Q?", "A"), "references": [["A"]]}, r"references is \[\['A'\]\]; expected a text"),
     ({"conversations": []}, r"conversations is \[\]; expected a list of turns"),
     ({"conversations": turns("Q?")}, "the turns are user; expected human and gpt in turn, gpt at the end"),

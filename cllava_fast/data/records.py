@@ -108,8 +108,7 @@ class RecordReader:
                 f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
-        single = self._learned(record)
-        answer = str(single) if isinstance(single, (str, int, float)) else Counter(answers).most_common(1)[0][0]
+        answer = Counter(self._learned(record, where) or answers).most_common(1)[0][0]
         history = self._get(record, "history") or ()
         if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
             raise ValueError(f"{where}: history is {brief(history)}; expected pairs of texts, (user, assistant)")
@@ -128,25 +127,36 @@ class RecordReader:
 
     def _check_learned(self, record: Mapping[str, Any], learned: str, where: str) -> None:
         """Raises ValueError where an ``answer`` beside a conversation is not the one that its last turn has learned."""
-        answer = self._learned(record)
-        if isinstance(answer, (str, int, float)) and str(answer).strip() != learned:
+        answers = self._learned(record, where)
+        if answers and learned not in map(str.strip, answers):
+            given = brief(self._get(record, "answer"))
             raise ValueError(
-                f"{where}: answer is {brief(answer)}, and the last gpt turn, which is learned, is {brief(learned)}; "
+                f"{where}: answer is {given}, and the last gpt turn, which is learned, is {brief(learned)}; "
                 "expected the same: call it 'references' if it is what evaluation accepts, or leave it out"
             )
 
     def _answers(self, record: Mapping[str, Any], where: str) -> list[str]:
-        """All accepted answers; those of VQA's annotators are objects with an ``answer``."""
-        for name in self._read(("references", "answers", "answer", "answer_bbox")):
-            value = self._get(record, name)
-            if value in (None, [], ()):
-                continue
-            values = value if isinstance(value, (list, tuple)) else [value]
-            values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
-            if not all(_is_answer(entry) for entry in values):
-                raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a list of texts")
-            return [str(entry) for entry in values]
-        return []
+        """All accepted answers."""
+        names = self._read(("references", "answers", "answer", "answer_bbox"))
+        return next((texts for name in names if (texts := self._texts(record, name, where))), [])
+
+    def _learned(self, record: Mapping[str, Any], where: str) -> list[str]:
+        return self._texts(record, "answer", where) if "answer" in self._read(ANSWERS) else []
+
+    def _texts(self, record: Mapping[str, Any], name: str, where: str) -> list[str]:
+        """Answers under one name; those of VQA's annotators are objects with an ``answer``."""
+        value = self._get(record, name)
+        if value in (None, [], ()):
+            return []
+        values = value if isinstance(value, (list, tuple)) else [value]
+        values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
+        if not all(_is_answer(entry) for entry in values):
+            raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a list of texts")
+        if name == "answer_bbox" and not all(isinstance(entry, str) for entry in values):
+            if len(values) != 4 or any(isinstance(entry, str) for entry in values):
+                raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a box of four numbers")
+            return [f"[{', '.join(map(str, values))}]"]
+        return [str(entry) for entry in values]
 
     def _image(self, record: Mapping[str, Any], where: str) -> ImageSource | None:
         image = self._get(record, "image")
@@ -155,7 +165,7 @@ class RecordReader:
                 raise ValueError(f"{where} names {len(image)} images; expected at most one for each sample")
             image = image[0] if image else None
         if image is None or image == "":
-            other = next((name for name in NOT_IMAGE if not _is_empty(record.get(name))), None)
+            other = next((name for name in NOT_IMAGE if not _is_empty(_given(record.get(name)))), None)
             if other is not None and "image" not in self.columns:
                 raise ValueError(
                     f"{where} has {other!r} and no image; read it by columns={{'image': {other!r}}}, or remove it"
@@ -168,10 +178,7 @@ class RecordReader:
         return self.images.path(image, where)
 
     def _get(self, record: Mapping[str, Any], name: str) -> Any:
-        return record.get(self.columns.get(name, name))
-
-    def _learned(self, record: Mapping[str, Any]) -> Any:
-        return self._get(record, "answer") if "answer" in self._read(ANSWERS) else None
+        return _given(record.get(self.columns.get(name, name)))
 
     def _read(self, names: Sequence[str]) -> Sequence[str]:
         """Those of one meaning that are looked for: where ``columns`` has some, no others."""
@@ -229,6 +236,11 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
     if marks > first:
         raise ValueError(f"{where}: {marks} {IMAGE} marks in one turn; expected one at most, in the first user turn")
     return text
+
+
+def _given(value: Any) -> Any:
+    """What a record holds; NaN is how pandas writes that it holds nothing."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _is_empty(value: Any) -> bool:
