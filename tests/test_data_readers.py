@@ -74,6 +74,14 @@ def test_a_leading_answer_is_left_out_as_llava_does(tmp_path: Path) -> None:
     assert read_samples([record])[0].history == () and read_samples([record])[0].instruction == "Say hi."
 
 
+def test_a_system_text_beside_conversations() -> None:
+    said, turn = {"conversations": turns("Q?", "A")}, {"from": "system", "value": "Be brief."}
+    both = {"conversations": [turn, *turns("Q?", "A")]}
+    samples = read_samples([said | {"system": "Be brief."}, both | {"system": "Be brief.\n", "history": []}, both])
+    assert [s.system for s in samples] == ["Be brief."] * 3
+    assert read_samples([said | {"system": ""}])[0].system == ""
+
+
 def test_question_files(folder: Path) -> None:
     records = [
         {"question_id": 7, "image": "./a.png", "text": "What is it?", "answer": "square"},
@@ -254,6 +262,15 @@ BAD: list[tuple[Any, str]] = [
     (
         {"conversations": turns("Q?", "A"), "answer": ["B"], "answers": ["A"]},
         r"answer is \['B'\], and the last gpt turn",
+    ),
+    (
+        {"conversations": turns("Q?", "A"), "history": [["Who?", "I."]]},
+        "history is .* expected earlier turns in conversa",
+    ),
+    ({"conversations": turns("Q?", "A"), "system": 1}, "system is 1; expected a text"),
+    (
+        {"conversations": [{"from": "system", "value": "S"}, *turns("Q?", "A")], "system": "T"},
+        "system is 'T', and the system turn 'S'; expected one of them",
     ),
     ({"conversations": turns("Q?", "A"), "references": [["A"]]}, r"references is \[\['A'\]\]; expected a text"),
     ({"conversations": []}, r"conversations is \[\]; expected a list of turns"),

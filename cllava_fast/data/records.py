@@ -84,6 +84,14 @@ class RecordReader:
         if turns is not None:
             said = _conversation(turns, where, image is not None)
             self._check_learned(record, said["answer"], where)
+            if not _is_empty(history := self._get(record, "history")):
+                raise ValueError(f"{where}: history is {brief(history)}; expected earlier turns in conversations alone")
+            if (system := self._system(record, where)) and said["system"] not in ("", system):
+                raise ValueError(
+                    f"{where}: system is {brief(system)}, and the system turn {brief(said['system'])}; expected one of "
+                    "them"
+                )
+            said["system"] = said["system"] or system
         else:
             said = self._question_and_answer(record, accepted, where, image is not None)
         if accepted and accepted != [said["answer"]]:
@@ -112,9 +120,6 @@ class RecordReader:
         history = self._get(record, "history") or ()
         if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
             raise ValueError(f"{where}: history is {brief(history)}; expected pairs of texts, (user, assistant)")
-        system = self._get(record, "system") or ""
-        if not isinstance(system, str):
-            raise ValueError(f"{where}: system is {brief(system)}; expected a text")
         return {
             "instruction": _without_mark(question, where, image, first=not history),
             "answer": answer,
@@ -122,8 +127,14 @@ class RecordReader:
                 (_without_mark(user, where, image, first=number == 0), reply)
                 for number, (user, reply) in enumerate(history)
             ),
-            "system": system,
+            "system": self._system(record, where),
         }
+
+    def _system(self, record: Mapping[str, Any], where: str) -> str:
+        system = self._get(record, "system") or ""
+        if not isinstance(system, str):
+            raise ValueError(f"{where}: system is {brief(system)}; expected a text")
+        return system.strip()
 
     def _check_learned(self, record: Mapping[str, Any], learned: str, where: str) -> None:
         """Raises ValueError where an ``answer`` beside a conversation is not the one that its last turn has learned."""
