@@ -217,10 +217,10 @@ def test_lists_of_records_and_samples(folder: Path) -> None:
 
 def test_a_folder_of_classes(folder: Path) -> None:
     images = folder / "images"
+    (images / "a.png").unlink()
     for name in ("Persian cat/2.jpg", "Persian cat/1.PNG", "beagle/1.png"):
         (images / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(images / name)
-    (images / "beagle" / "notes.txt").write_text("no image")
     samples = read_samples(images, prompt="What is the object in the image?")
     expected = ["Persian cat/1.PNG", "Persian cat/2.jpg", "beagle/1.png", "coco/b.png"]
     assert [s.id for s in samples] == expected and {s.instruction for s in samples} == {
@@ -232,8 +232,34 @@ def test_a_folder_of_classes(folder: Path) -> None:
     with pytest.raises(ValueError, match="takes no images"):
         read_samples(images, images, "What?")
     (images / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty has no image; expected files that end in \.bmp"):
+    with pytest.raises(ValueError, match=r"empty has no image; expected files of BMP, GIF, JPEG"):
         read_samples(images, prompt="What?")
+
+
+def test_no_image_of_a_folder_of_classes_is_lost(tmp_path: Path) -> None:
+    cat, picture = tmp_path / "cat", Image.new("RGB", (8, 8))
+    cat.mkdir()
+    for name, form in (("a.jpg", "JPEG"), ("b.jfif", "JPEG"), ("c", "PNG"), ("d.dat", "WEBP"), ("e.jpg", "PNG")):
+        picture.save(cat / name, form)
+    (cat / ".hidden").write_text("")
+    (tmp_path / "README").write_text("no image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        samples = read_samples(tmp_path, prompt="Which?")
+    assert [s.id for s in samples] == ["cat/a.jpg", "cat/b.jfif", "cat/c", "cat/d.dat", "cat/e.jpg"]
+    assert all(sample.image_size() == (8, 8) for sample in samples)
+    for name in ("notes.txt", "f.heic"):
+        (cat / name).write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.warns(UserWarning, match=r"2 files are no images and left out \(cat/f\.heic, cat/notes\.txt\)"):
+        assert len(read_samples(tmp_path, prompt="Which?")) == 5
+    for name in ("loose.png", "loose"):
+        picture.save(tmp_path / name, "PNG")
+        with pytest.raises(ValueError, match=f"holds the image '{name}' beside the folders; put it into"):
+            read_samples(tmp_path, prompt="Which?")
+        (tmp_path / name).unlink()
+    (cat / "more").mkdir()
+    with pytest.raises(ValueError, match="cat holds the folder 'more'; expected one folder for each answer"):
+        read_samples(tmp_path, prompt="Which?")
 
 
 GOOD = {"question": "Q?", "answer": "A"}

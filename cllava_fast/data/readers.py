@@ -12,13 +12,15 @@ from typing import Any
 
 from cllava_fast.data.images import ImageFolder, StoredImage
 from cllava_fast.data.lazy import LazySequence
+from cllava_fast.data.pixels import FORMATS, is_image
 from cllava_fast.data.records import COLUMNS, RecordReader
 from cllava_fast.data.stream import Sample, check_texts
 from cllava_fast.environment import require
 from cllava_fast.names import brief
 from cllava_fast.untrusted import open_regular, parse_json, read_file
 
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# files that need no look into them to be known as images
+PICTURES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SHOWN = 5  # of many faults of one kind
 MAX_JSON_BYTES, MAX_LINE_BYTES = 4 << 30, 16 << 20  # of a .json, which is read whole, and of a record of a .jsonl
 
@@ -157,17 +159,46 @@ def _from_image_folder(folder: Path, prompt: str | None) -> list[Sample]:
     reader = RecordReader(str(folder), ImageFolder(folder))
     assert reader.images is not None
     pairs: list[tuple[Sample, str]] = []
-    for answer in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        names = sorted(f.name for f in answer.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
-        if not names:
-            raise ValueError(f"{answer} has no image; expected files that end in {', '.join(PICTURES)}")
-        for name in names:
-            place = f"{answer.name}/{name}"
+    skipped = _Faults()
+    folders, loose = _entries(folder)
+    for answer in folders:
+        inner, files = _entries(folder / answer)
+        if inner:
+            raise ValueError(
+                f"{folder / answer} holds the folder {brief(inner[0])}; expected one folder for each answer, and in it "
+                "images alone"
+            )
+        before = len(pairs)
+        for name in files:
+            place = f"{answer}/{name}"
             image = reader.images.path(place, f"{folder}: {place}")
-            pairs.append((Sample(prompt, answer.name, image, id=place), place))
+            if _is_picture(image):
+                pairs.append((Sample(prompt, answer, image, id=place), place))
+            else:
+                skipped.add(place)
+        if len(pairs) == before:
+            raise ValueError(f"{folder / answer} has no image; expected files of {', '.join(FORMATS)}")
     if not pairs:
         raise ValueError(f"{folder} holds no parquet file, no saved Dataset, and no folder of images for each answer")
+    for name in loose:
+        if _is_picture(reader.images.path(name, str(folder))):
+            raise ValueError(
+                f"{folder} holds the image {brief(name)} beside the folders; put it into its answer's folder"
+            )
+    if skipped.count:
+        warnings.warn(f"{folder}: {skipped.count} files are no images and left out ({skipped})", stacklevel=3)
     return list(_checked(pairs, reader))
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the other files in a folder, without hidden ones."""
+    with os.scandir(folder) as entries:
+        shown = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    return [name for name, is_folder in shown if is_folder], [name for name, is_folder in shown if not is_folder]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES or is_image(path)
 
 
 class _Rows(_LazySamples):
