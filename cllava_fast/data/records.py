@@ -116,7 +116,8 @@ class RecordReader:
                 f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
-        answer = Counter(self._learned(record, where) or answers).most_common(1)[0][0]
+        learned = self._learned(record, where) or answers
+        answer = learned[0] if len(learned) == 1 else Counter(learned).most_common(1)[0][0]
         history = self._get(record, "history") or ()
         if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
             raise ValueError(f"{where}: history is {brief(history)}; expected pairs of texts, (user, assistant)")
@@ -176,7 +177,9 @@ class RecordReader:
                 raise ValueError(f"{where} names {len(image)} images; expected at most one for each sample")
             image = image[0] if image else None
         if image is None or image == "":
-            other = next((name for name in NOT_IMAGE if not _is_empty(_given(record.get(name)))), None)
+            other = next(
+                (name for name in NOT_IMAGE if name in record and not _is_empty(_given(record.get(name)))), None
+            )
             if other is not None and "image" not in self.columns:
                 raise ValueError(
                     f"{where} has {other!r} and no image; read it by columns={{'image': {other!r}}}, or remove it"
@@ -193,6 +196,8 @@ class RecordReader:
 
     def _read(self, names: Sequence[str]) -> Sequence[str]:
         """Those of one meaning that are looked for: where ``columns`` has some, no others."""
+        if not self.columns:
+            return names
         mapped = [name for name in names if name in self.columns]
         if mapped == ["references"]:
             mapped.append("answer")  # references alone say what is accepted, not what is learned
