@@ -22,7 +22,7 @@ HOSTILE_MUTANTS = [
     ("half a surrogate pair", STREAM, "or not _is_unicode(value)", "", DATA),
     ("a control token enters by a text", TEXT, "if written and overlapping(said, start, end) >= 0:", "if False:", DATA),
     ("a text may pass for a role marker", READER, "parts += [MARK + self._plain.control[i] for i in run]", "parts += [self._plain.control[i] for i in run]", DATA),
-    ("any decoder", PIXELS, ", formats=FORMATS)", ")", IMAGES),
+    ("any decoder", PIXELS, "image = Image.open(file, formats=FORMATS)", "image = Image.open(file)", IMAGES),
     ("any number of pixels", PIXELS, "width * height > Image.MAX_IMAGE_PIXELS", "False", IMAGES),
     ("any shape", PIXELS, "max(width, height) > MAX_ASPECT * min(width, height)", "False", IMAGES),
     ("images lie on their side", PIXELS, "turn = TURNS.get(_orientation(image))", "turn = None", IMAGES),

@@ -156,6 +156,29 @@ class TestLengths:
             check_lengths(examples, Limit(3, "mine"), "a", answers=False)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_template_that_refuses_a_sample_is_told_with_the_sample(
+    processor: Any, monkeypatch: pytest.MonkeyPatch, lazy: bool
+) -> None:
+    """As Gemma's, which knows no system turn."""
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    monkeypatch.setattr(processor, "chat_template", refuses + processor.chat_template)
+    samples = [Sample("is it?", "no"), Sample("is it?", "no", system="be brief", id="s7")]
+
+    class Lazy(LazySequence[Sample]):
+        def __len__(self) -> int:
+            return len(samples)
+
+        def at(self, index: int) -> Sample:
+            return samples[index]
+
+    data = PreparedStream(Stream([Task("a", Lazy() if lazy else samples, samples[:1])]), processor)
+    told = r"task 'a', train: sample 's7': the chat template does not write 2 turns \(system, user\): no system role; "
+    with pytest.raises(ValueError, match=told + "leave out what it does not know, or set processor.chat_template"):
+        list(data.examples("a", "train", None))
+    assert len(data.examples("a", "test", None)) == 1
+
+
 def test_labels_cover_the_answer_alone(processor: Any) -> None:
     encoder = Encoder(processor)
     samples = [Sample("is the box ticked?", "yes"), Sample("is it?", "five red")]

@@ -19,6 +19,7 @@ from cllava_fast.data import Sample, Stream, Task, read_samples
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures, LazyExamples
 from cllava_fast.data.stream import fingerprint
 from cllava_fast.evaluate.evaluation import references_of
+from cllava_fast.evaluate.scores import grounding_accuracy
 from tests.test_train import CONFIG, arguments
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."
@@ -73,6 +74,14 @@ def test_a_leading_answer_is_left_out_as_llava_does(tmp_path: Path) -> None:
     assert read_samples([record])[0].history == () and read_samples([record])[0].instruction == "Say hi."
 
 
+def test_a_system_text_beside_conversations() -> None:
+    said, turn = {"conversations": turns("Q?", "A")}, {"from": "system", "value": "Be brief."}
+    both = {"conversations": [turn, *turns("Q?", "A")]}
+    samples = read_samples([said | {"system": "Be brief."}, both | {"system": "Be brief.\n", "history": []}, both])
+    assert [s.system for s in samples] == ["Be brief."] * 3
+    assert read_samples([said | {"system": ""}])[0].system == ""
+
+
 def test_question_files(folder: Path) -> None:
     records = [
         {"question_id": 7, "image": "./a.png", "text": "What is it?", "answer": "square"},
@@ -108,6 +117,28 @@ def test_references_are_what_evaluation_accepts() -> None:
     assert references_of(sample) == ("[0, 0, 1, 1]",)
 
 
+def test_a_box_of_numbers_is_one_answer() -> None:
+    a, b, c = read_samples([{"question": "Where?", "answer_bbox": box} for box in BOXES])
+    assert (a.answer, a.references) == ("[0.1, 0.2, 0.3, 1]", ()) and b.answer == "[0, 0, 1, 1]"
+    assert c.references == ("[0, 0, 1, 1]", "[0, 0, 2, 2]")
+    assert grounding_accuracy("[0.1, 0.2, 0.3, 0.9]", [a.answer]) == 1.0
+
+
+def test_a_list_of_answers_beside_references_is_what_is_learned() -> None:
+    record = {"question": "Q?", "answer": ["x", "y", "y"], "references": ["z", "z"]}
+    assert [(s.answer, s.references) for s in read_samples([record])] == [("y", ("z", "z"))]
+
+
+def test_nan_is_nothing() -> None:
+    """As pandas writes what a row lacks."""
+    nan = float("nan")
+    lacks = dict.fromkeys(("id", "image", "images", "system", "history", "conversations", "instruction"), nan)
+    (sample,) = read_samples([{"question": "Q?", "answer": nan, "answers": ["x", "y", "y"], **lacks}])
+    assert (sample.answer, sample.references, sample.id) == ("y", ("x", "y", "y"), "samples: record 0")
+    with pytest.raises(ValueError, match="record 0 has no answer"):
+        read_samples([{"question": "Q?", "answer": nan}])
+
+
 def test_a_prompt_is_no_format_string() -> None:
     sample = read_samples([{"question": "{answer} {0.__class__}?", "answer": "x"}], prompt="{question} {1} {answer}")[0]
     assert sample.instruction == "{answer} {0.__class__}? {1} {answer}"
@@ -117,6 +148,61 @@ def test_columns_by_other_names() -> None:
     names = {"question": "query", "answer": "label"}
     (sample,) = read_samples([{"query": "What?", "label": "It.", "answer": 5}], columns=names)
     assert (sample.instruction, sample.answer) == ("What?", "It.")
+
+
+@pytest.mark.parametrize(
+    ("names", "instruction", "answer", "references"),
+    [
+        ({"question": "query"}, "Which bar?", "it", ("red", "blue")),
+        ({"answer": "gold"}, "Be brief.", "blue", ()),
+        ({"answers": "gold", "text": "query"}, "Which bar?", "blue", ()),
+        ({"answer_bbox": "gold"}, "Be brief.", "blue", ()),
+        ({"references": "gold"}, "Be brief.", "it", ("blue",)),
+        ({"answer": "gold", "references": "answers"}, "Be brief.", "blue", ("red", "blue")),
+        ({"question_id": "query"}, "Be brief.", "it", ("red", "blue")),
+        ({"conversations": "talk"}, "Who?", "Ann", ("red", "blue")),
+    ],
+)
+def test_what_is_mapped_wins(names: Any, instruction: str, answer: str, references: Any) -> None:
+    record = {"query": "Which bar?", "instruction": "Be brief.", "gold": "blue", "answers": ["red", "blue"]}
+    record |= {"id": "1", "talk": turns("Who?", "Ann")} | ({} if "conversations" in names else {"answer": "it"})
+    (sample,) = read_samples([record], columns=names)
+    assert (sample.instruction, sample.answer, sample.references) == (instruction, answer, references)
+    assert sample.id == ("Which bar?" if "question_id" in names else "1")
+
+
+def test_a_mapped_question_beside_conversations() -> None:
+    talk = {"conversations": turns("Who?", "Ann")}
+    a, b = read_samples([{**talk, "query": "Which?", "answer": "It."}, talk], columns={"question": "query"})
+    assert (a.instruction, a.answer, b.instruction, b.answer) == ("Which?", "It.", "Who?", "Ann")
+
+
+def test_a_mapped_name_is_what_is_missing() -> None:
+    for names in ({"answer": "labl"}, {"references": "labl"}):
+        with pytest.raises(ValueError, match=r"record 0 has no answer; it has 'question', 'label', .*one of labl"):
+            read_samples([{"question": "Q?", "label": "A"}], columns=names)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_columns_that_no_record_has(folder: Path, suffix: str) -> None:
+    path = write(folder / f"a{suffix}", [GOOD, {**GOOD, "img": "a.png", "who": 7}])
+    _, b = read_samples(path, folder / "images", columns={"image": "img", "id": "who"})
+    assert b.image == folder / "images" / "a.png" and b.id == "7"
+    for ours in ("image", "id", "system", "history", "references"):
+        with pytest.raises(ValueError, match=rf"a{suffix}: columns=\{{'{ours}': 'imgg'\}} names what no record has"):
+            read_samples(path, folder / "images", columns={"image": "img", ours: "imgg"})
+    assert list(read_samples(write(folder / f"none{suffix}", []), columns={"id": "who"})) == []
+
+
+@pytest.mark.parametrize("name", ["images", "image_path", "img"])
+def test_images_by_another_name(folder: Path, name: str) -> None:
+    for value in ("a.png", ["a.png"]):
+        record = {**GOOD, name: value}
+        with pytest.raises(ValueError, match=rf"record 1 has '{name}' and no image; read it by columns=.*'{name}'"):
+            read_samples([GOOD, record], folder / "images")
+        assert read_samples([record], folder / "images", columns={"image": name})[0].image is not None
+        assert read_samples([{**record, "image": "a.png"}], folder / "images")[0].image is not None
+    assert all(s.image is None for s in read_samples([{**GOOD, name: None}, {**GOOD, name: []}]))
 
 
 def test_lists_of_records_and_samples(folder: Path) -> None:
@@ -131,10 +217,10 @@ def test_lists_of_records_and_samples(folder: Path) -> None:
 
 def test_a_folder_of_classes(folder: Path) -> None:
     images = folder / "images"
+    (images / "a.png").unlink()
     for name in ("Persian cat/2.jpg", "Persian cat/1.PNG", "beagle/1.png"):
         (images / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(images / name)
-    (images / "beagle" / "notes.txt").write_text("no image")
     samples = read_samples(images, prompt="What is the object in the image?")
     expected = ["Persian cat/1.PNG", "Persian cat/2.jpg", "beagle/1.png", "coco/b.png"]
     assert [s.id for s in samples] == expected and {s.instruction for s in samples} == {
@@ -146,11 +232,38 @@ def test_a_folder_of_classes(folder: Path) -> None:
     with pytest.raises(ValueError, match="takes no images"):
         read_samples(images, images, "What?")
     (images / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty has no image; expected files that end in \.bmp"):
+    with pytest.raises(ValueError, match=r"empty has no image; expected files of BMP, GIF, JPEG"):
         read_samples(images, prompt="What?")
 
 
+def test_no_image_of_a_folder_of_classes_is_lost(tmp_path: Path) -> None:
+    cat, picture = tmp_path / "cat", Image.new("RGB", (8, 8))
+    cat.mkdir()
+    for name, form in (("a.jpg", "JPEG"), ("b.jfif", "JPEG"), ("c", "PNG"), ("d.dat", "WEBP"), ("e.jpg", "PNG")):
+        picture.save(cat / name, form)
+    (cat / ".hidden").write_text("")
+    (tmp_path / "README").write_text("no image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        samples = read_samples(tmp_path, prompt="Which?")
+    assert [s.id for s in samples] == ["cat/a.jpg", "cat/b.jfif", "cat/c", "cat/d.dat", "cat/e.jpg"]
+    assert all(sample.image_size() == (8, 8) for sample in samples)
+    for name in ("notes.txt", "f.heic"):
+        (cat / name).write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.warns(UserWarning, match=r"2 files are no images and left out \(cat/f\.heic, cat/notes\.txt\)"):
+        assert len(read_samples(tmp_path, prompt="Which?")) == 5
+    for name in ("loose.png", "loose"):
+        picture.save(tmp_path / name, "PNG")
+        with pytest.raises(ValueError, match=f"holds the image '{name}' beside the folders; put it into"):
+            read_samples(tmp_path, prompt="Which?")
+        (tmp_path / name).unlink()
+    (cat / "more").mkdir()
+    with pytest.raises(ValueError, match="cat holds the folder 'more'; expected one folder for each answer"):
+        read_samples(tmp_path, prompt="Which?")
+
+
 GOOD = {"question": "Q?", "answer": "A"}
+BOXES = ([0.1, 0.2, 0.3, 1], "[0, 0, 1, 1]", ["[0, 0, 1, 1]", "[0, 0, 2, 2]"])
 BAD: list[tuple[Any, str]] = [
     ("text", r"record 1 is 'text'; expected an object with a question and an answer"),
     ({"id": "k", "question": "Q?"}, r"record 1 \(id 'k'\) has no answer; it has 'id', 'question', expected"),
@@ -159,7 +272,10 @@ BAD: list[tuple[Any, str]] = [
     ({"question": "Q?", "answer": ""}, r"record 1: answer is ''"),
     ({"question": "Q?", "answer": ["A", None]}, r"record 1: answer is \['A', None\]; expected a text or a list"),
     ({"question": "Q?", "answer": True}, r"record 1: answer is True"),
+    ({**GOOD, "answer": True, "answers": ["yes"]}, "record 1: answer is True; expected a text or a list of texts"),
     ({"question": "Q?", "answers": []}, "record 1 has no answer"),
+    ({"question": "Q?", "answer_bbox": [1, 2, 3]}, r"answer_bbox is \[1, 2, 3\]; expected a text or a box of four"),
+    ({"question": "Q?", "answer_bbox": 0.5}, "answer_bbox is 0.5; expected a text or a box of four numbers"),
     ({"question": ["Q?"], "answer": "A"}, r"a question is \['Q\?'\]; expected a text"),
     ({**GOOD, "history": [["a"]]}, r"history is \[\['a'\]\]; expected pairs"),
     ({**GOOD, "history": [["a", " "]]}, r"record 1: history is ' '"),
@@ -169,6 +285,19 @@ BAD: list[tuple[Any, str]] = [
     ({"question": "<image>\nQ?", "answer": "A"}, "has an <image> mark, but the record names no image"),
     ({"question": "<image>\n<image>Q?", "answer": "A", "image": "a.png"}, "2 <image> marks in one turn"),
     ({"conversations": turns("Q?", "A"), "answer": "B"}, "answer is 'B', and the last gpt turn, .*, is 'A'; expected"),
+    (
+        {"conversations": turns("Q?", "A"), "answer": ["B"], "answers": ["A"]},
+        r"answer is \['B'\], and the last gpt turn",
+    ),
+    (
+        {"conversations": turns("Q?", "A"), "history": [["Who?", "I."]]},
+        "history is .* expected earlier turns in conversa",
+    ),
+    ({"conversations": turns("Q?", "A"), "system": 1}, "system is 1; expected a text"),
+    (
+        {"conversations": [{"from": "system", "value": "S"}, *turns("Q?", "A")], "system": "T"},
+        "system is 'T', and the system turn 'S'; expected one of them",
+    ),
     ({"conversations": turns("Q?", "A"), "references": [["A"]]}, r"references is \[\['A'\]\]; expected a text"),
     ({"conversations": []}, r"conversations is \[\]; expected a list of turns"),
     ({"conversations": turns("Q?")}, "the turns are user; expected human and gpt in turn, gpt at the end"),
@@ -437,6 +566,59 @@ class TestDatasets:
         finally:
             type(samples._images).__getitem__ = original
 
+    @pytest.mark.parametrize("kind", ["List", "LargeList", "one"])
+    def test_a_list_of_one_image(self, dataset: Any, kind: str) -> None:
+        import datasets
+
+        image = datasets.Image()
+        lists = {"List": [image], "LargeList": datasets.LargeList(image), "one": datasets.Sequence(image, length=1)}
+        stored = dataset.with_format("arrow")[:].column("picture").to_pylist()
+        rows = [[picture] for picture in stored] if kind == "one" else [*([p] for p in stored[:2]), []]
+        features = datasets.Features({**dataset.features, "picture": lists[kind]})
+        columns = {"query": dataset["query"], "label": dataset["label"], "picture": rows}
+        lists = datasets.Dataset.from_dict(columns, features=features)
+        self.check(read_samples(lists, columns=self.NAMES))
+        both = read_samples(lists.select([0, 1]).flatten_indices(), columns=self.NAMES)
+        assert both._whole == ["picture"] and [s.open_image().getpixel((0, 0))[0] for s in both] == [255, 0]
+        if kind != "one":
+            columns["picture"] = [rows[0], rows[0] + rows[1], []]
+            with pytest.raises(ValueError, match="record 1 names 2 images; expected at most one"):
+                read_samples(datasets.Dataset.from_dict(columns, features=features), columns=self.NAMES)
+
+    def test_class_labels(self) -> None:
+        datasets = pytest.importorskip("datasets")
+        names = datasets.ClassLabel(names=["cat", "dog"])
+
+        def read(answers: Any, feature: Any, **columns: Any) -> Any:
+            data = {"question": ["Q?"], "answers": [answers], **columns}
+            features = datasets.Features(question=datasets.Value("string"), answers=feature)
+            features |= dict.fromkeys(columns, names)
+            return read_samples(datasets.Dataset.from_dict(data, features=datasets.Features(features)))
+
+        for feature in ([names], datasets.Sequence(names), datasets.LargeList(names)):
+            (sample,) = read([1, 1, 0], feature)
+            assert (sample.answer, sample.references) == ("dog", ("dog", "dog", "cat"))
+        (sample,) = read(1, names, unread=[-1])
+        assert (sample.answer, sample.references) == ("dog", ())
+        for wrong, feature in ((-1, names), ([0, -1], [names])):
+            with pytest.raises(
+                ValueError, match=r"dataset: record 0: answers is .*-1\]?; expected class labels from 0 to 1"
+            ):
+                read(wrong, feature)
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch", "arrow", "pandas"])
+    def test_a_format_changes_nothing(self, dataset: Any, kind: str) -> None:
+        if kind == "pandas":
+            pytest.importorskip("pandas")
+        self.check(read_samples(dataset.with_format(kind), columns=self.NAMES))
+        lists = dataset.remove_columns("picture").add_column("references", [["a", "b"], ["a"], ["b"]])
+        for source in (lists, lists.with_format(kind)):
+            assert read_samples(source, columns={"question": "query"})[0].references == ("a", "b")
+
+    def test_a_transform_is_refused(self, dataset: Any) -> None:
+        with pytest.raises(ValueError, match=r"dataset has a transform \(set_transform\), which is not applied"):
+            read_samples(dataset.with_transform(lambda rows: rows), columns=self.NAMES)
+
     def test_a_row_that_points_out_of_the_folder(self, folder: Path) -> None:
         datasets = pytest.importorskip("datasets")
         data = {"question": ["Q?"], "answer": ["A"], "image": [{"bytes": None, "path": "/etc/hostname"}]}
@@ -455,8 +637,18 @@ class TestDatasets:
         for wrong in (dataset.to_iterable_dataset(), datasets.DatasetDict(train=dataset)):
             with pytest.raises(ValueError, match=f"is a {type(wrong).__name__}; expected a datasets.Dataset"):
                 read_samples(wrong)
-        with pytest.raises(ValueError, match=r"record 0 has no question; it has 'query', 'label', 'picture'"):
-            read_samples(dataset)
+        with pytest.raises(ValueError, match=r"record 0 has no question; it has 'query', 'label', expected"):
+            read_samples(dataset.remove_columns("picture"))
+
+    def test_images_that_nobody_reads(self, dataset: Any) -> None:
+        names = {"question": "query", "answer": "label"}
+        with pytest.raises(
+            ValueError, match=r"column 'picture' are not read; read them by columns=\{'image': 'picture'\}"
+        ):
+            read_samples(dataset, columns=names)
+        with pytest.raises(ValueError, match=r"columns=\{'image': 'pictur'\} names .*; did you mean picture\?"):
+            read_samples(dataset, columns={**names, "image": "pictur"})
+        assert read_samples(dataset.remove_columns("picture"), columns=names)[0].image is None
 
     def test_not_installed(self, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)

@@ -15,6 +15,14 @@ from cllava_fast.evaluate.scores import SCORES, find_metric
         (" dark  blue", ["Dark blue"], 1.0),
         ('"Red".', ["red"], 1.0),
         ("**(red)**", ["red"], 1.0),
+        ("“red”", ["red"], 1.0),
+        ("«red».", ["red"], 1.0),
+        ("red。", ["red"], 1.0),
+        ("（red）！", ["red"], 1.0),
+        ("red…", ["red"], 1.0),
+        ("(red.).", ["red"], 1.0),
+        ("…", ["。"], 0.0),
+        ("$5", ["5"], 0.0),
         ("red green", ["red"], 0.0),
         ("blue", ["red", "blue"], 1.0),  # any of them
         ("-5", ["5"], 0.0),
@@ -26,6 +34,14 @@ from cllava_fast.evaluate.scores import SCORES, find_metric
 )
 def test_exact_match(prediction: str, references: list[str], score: float) -> None:
     assert scores.exact_match(prediction, references) == score
+
+
+@pytest.mark.parametrize("name", ["exact_match", "vqa_accuracy", "relaxed_accuracy", "anls", "rouge_l"])
+def test_a_letter_and_its_accent_are_one_however_they_are_written(name: str) -> None:
+    decomposed, composed = "pa\u0302te\u0301", "p\xe2t\xe9"
+    for prediction, reference in ((composed, decomposed), (decomposed, composed)):
+        assert SCORES[name]([prediction], [[reference]]) == 1.0
+    assert SCORES[name](["pate"], [[composed]]) < 1.0
 
 
 @pytest.mark.parametrize(

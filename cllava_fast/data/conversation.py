@@ -133,7 +133,14 @@ class Conversation:
         if not answered:
             messages.pop()
             marks.pop()
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
+        try:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
+        except Exception as error:  # whatever a template raises
+            roles = ", ".join(str(message["role"]) for message in messages[:4])
+            raise ValueError(
+                f"the chat template does not write {len(messages)} turns ({roles}{', ...' * (len(messages) > 4)}): "
+                f"{str(error) or type(error).__name__}; leave out what it does not know, or {SET_TEMPLATE}"
+            ) from error
         literals = []
         for mark in marks:
             literal, found, text = text.partition(mark)

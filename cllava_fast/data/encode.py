@@ -16,6 +16,7 @@ from cllava_fast.data.stream import Sample
 from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.patching import pooled_image, to_vision_tower
+from cllava_fast.names import brief
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +33,14 @@ class Example:
 class LazyExamples(LazySequence[Example]):
     """Examples of samples that are not in memory, encoded each time they are asked for."""
 
-    def __init__(self, encoder: Encoder, samples: Sequence[Sample]) -> None:
-        self.encoder, self.samples = encoder, samples
+    def __init__(self, encoder: Encoder, samples: Sequence[Sample], where: str) -> None:
+        self.encoder, self.samples, self.where = encoder, samples, where
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def at(self, index: int) -> Example:
-        return self.encoder.encode_one(self.samples[index])
+        return self.encoder.encode_one(self.samples[index], self.where)
 
 
 class Encoder:
@@ -63,13 +64,20 @@ class Encoder:
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
 
-    def encode(self, samples: Iterable[Sample]) -> Sequence[Example]:
-        """Examples at once of what is in memory, on demand of any other sequence."""
+    def encode(self, samples: Iterable[Sample], where: str = "") -> Sequence[Example]:
+        """Examples at once of what is in memory, on demand of any other sequence; ``where`` is how errors begin."""
         if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple)):
-            return LazyExamples(self, samples)
-        return [self.encode_one(sample) for sample in samples]
+            return LazyExamples(self, samples, where)
+        return [self.encode_one(sample, where) for sample in samples]
 
-    def encode_one(self, sample: Sample) -> Example:
+    def encode_one(self, sample: Sample, where: str = "") -> Example:
+        """Raises ValueError for a chat template that does not write the sample's turns, with the sample."""
+        try:
+            return self._encode(sample)
+        except ValueError as error:
+            raise ValueError(f"{where}sample {brief(sample.id or sample.instruction)}: {error}") from error
+
+    def _encode(self, sample: Sample) -> Example:
         turns = Turns(
             users=(*(user for user, _ in sample.history), sample.instruction),
             answers=(*(answer for _, answer in sample.history), sample.answer),

@@ -72,7 +72,7 @@ class StoredImage:
     """An image in a row of a Hugging Face data set, decoded each time it is opened.
 
     Args:
-        dataset: with the column as ``datasets.Image(decode=False)``.
+        dataset: in the format "arrow"; the column holds images, or lists of one.
     """
 
     dataset: Any
@@ -85,7 +85,10 @@ class StoredImage:
 
     def open(self) -> BinaryIO:
         """The encoded image."""
-        return io.BytesIO(self.dataset[self.row][self.column]["bytes"])
+        (image,) = self.dataset[self.row][self.column].to_pylist()
+        if isinstance(image, list):
+            (image,) = image
+        return io.BytesIO(image["bytes"])
 
 
 def _can_be_a_path(name: str) -> bool:

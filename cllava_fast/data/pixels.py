@@ -54,6 +54,18 @@ def read_size(source: str | os.PathLike[str] | BinaryIO | Image.Image, name: str
         return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
 
 
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as one of ``FORMATS`` does, damaged or not. Raises as ``open_regular``."""
+    with open_regular(path) as file:
+        try:
+            Image.open(file, formats=FORMATS)
+        except Image.UnidentifiedImageError:
+            return False
+        except Exception:  # damage is told when the pixels are read
+            return True
+        return True
+
+
 @contextmanager
 def _opened(source: str | os.PathLike[str] | BinaryIO | Image.Image, name: str) -> Iterator[Image.Image]:
     if isinstance(source, Image.Image):

@@ -30,7 +30,7 @@ class PreparedStream:
         """The encoded samples; ``model`` says how long they may be and computes features of images that are new.
 
         Raises:
-            ValueError: a sample is longer than tokenizer or model allow.
+            ValueError: a sample is longer than tokenizer or model allow, or the chat template does not write its turns.
         """
         samples = next(getattr(t, split) for t in self.stream if t.name == task)
         key = (task, split)
@@ -39,10 +39,11 @@ class PreparedStream:
         if model is not None and with_features and (*key, pooled) not in self._seen:
             self.features.add(samples, self.encoder, model, pooled=pooled)
             self._seen.add((*key, pooled))
+        where = f"task {task!r}, {split}"
         if key not in self._examples:
-            self._examples[key] = self.encoder.encode(samples)
+            self._examples[key] = self.encoder.encode(samples, f"{where}: ")
         limit = token_limit(self.encoder.tokenizer, model)
         if (*key, limit) not in self._fitting:
-            check_lengths(self._examples[key], limit, f"task {task!r}, {split}", answers=split == "train")
+            check_lengths(self._examples[key], limit, where, answers=split == "train")
             self._fitting.add((*key, limit))
         return self._examples[key]

@@ -12,13 +12,15 @@ from typing import Any
 
 from cllava_fast.data.images import ImageFolder, StoredImage
 from cllava_fast.data.lazy import LazySequence
-from cllava_fast.data.records import RecordReader
+from cllava_fast.data.pixels import FORMATS, is_image
+from cllava_fast.data.records import COLUMNS, RecordReader
 from cllava_fast.data.stream import Sample, check_texts
 from cllava_fast.environment import require
 from cllava_fast.names import brief
 from cllava_fast.untrusted import open_regular, parse_json, read_file
 
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# files that need no look into them to be known as images
+PICTURES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SHOWN = 5  # of many faults of one kind
 MAX_JSON_BYTES, MAX_LINE_BYTES = 4 << 30, 16 << 20  # of a .json, which is read whole, and of a record of a .jsonl
 
@@ -157,17 +159,46 @@ def _from_image_folder(folder: Path, prompt: str | None) -> list[Sample]:
     reader = RecordReader(str(folder), ImageFolder(folder))
     assert reader.images is not None
     pairs: list[tuple[Sample, str]] = []
-    for answer in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        names = sorted(f.name for f in answer.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
-        if not names:
-            raise ValueError(f"{answer} has no image; expected files that end in {', '.join(PICTURES)}")
-        for name in names:
-            place = f"{answer.name}/{name}"
+    skipped = _Faults()
+    folders, loose = _entries(folder)
+    for answer in folders:
+        inner, files = _entries(folder / answer)
+        if inner:
+            raise ValueError(
+                f"{folder / answer} holds the folder {brief(inner[0])}; expected one folder for each answer, and in it "
+                "images alone"
+            )
+        before = len(pairs)
+        for name in files:
+            place = f"{answer}/{name}"
             image = reader.images.path(place, f"{folder}: {place}")
-            pairs.append((Sample(prompt, answer.name, image, id=place), place))
+            if _is_picture(image):
+                pairs.append((Sample(prompt, answer, image, id=place), place))
+            else:
+                skipped.add(place)
+        if len(pairs) == before:
+            raise ValueError(f"{folder / answer} has no image; expected files of {', '.join(FORMATS)}")
     if not pairs:
         raise ValueError(f"{folder} holds no parquet file, no saved Dataset, and no folder of images for each answer")
+    for name in loose:
+        if _is_picture(reader.images.path(name, str(folder))):
+            raise ValueError(
+                f"{folder} holds the image {brief(name)} beside the folders; put it into its answer's folder"
+            )
+    if skipped.count:
+        warnings.warn(f"{folder}: {skipped.count} files are no images and left out ({skipped})", stacklevel=3)
     return list(_checked(pairs, reader))
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the other files in a folder, without hidden ones."""
+    with os.scandir(folder) as entries:
+        shown = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    return [name for name, is_folder in shown if is_folder], [name for name, is_folder in shown if not is_folder]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES or is_image(path)
 
 
 class _Rows(_LazySamples):
@@ -180,12 +211,25 @@ class _Rows(_LazySamples):
                 f"{reader.source} is a {type(dataset).__name__}; expected a datasets.Dataset, one split that is not "
                 "streamed"
             )
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                f"{reader.source} has a transform (set_transform), which is not applied; expected a data set without, "
+                "such as map() makes"
+            )
         features = dataset.features
         self.reader = reader
-        self._labels = {name: f for name, f in features.items() if isinstance(f, datasets.ClassLabel)}
-        self._pictures = [name for name, f in features.items() if isinstance(f, datasets.Image)]
-        for name in self._pictures:
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        read = {reader.columns.get(name, name) for name in COLUMNS}
+        labels = {name: _inside(feature) for name, feature in features.items() if name in read}
+        self._labels = {name: f for name, f in labels.items() if isinstance(f, datasets.ClassLabel)}
+        self._pictures = [name for name, f in features.items() if isinstance(_inside(f), datasets.Image)]
+        reader.check_columns(dataset.column_names)
+        if self._pictures and reader.columns.get("image", "image") not in dataset.column_names:
+            name = self._pictures[0]
+            raise ValueError(
+                f"{reader.source}: the images of column {name!r} are not read; read them by "
+                f"columns={{'image': {name!r}}}, or remove the column"
+            )
+        dataset = dataset.with_format("arrow")  # which decodes nothing
         # columns with an image in every row need no look at the row
         self._whole = [name for name in self._pictures if _has_all_bytes(dataset, name)]
         self._images, self._rest = dataset, dataset.remove_columns(self._whole)
@@ -195,22 +239,44 @@ class _Rows(_LazySamples):
         return len(self._images)
 
     def at(self, index: int) -> Sample:
-        record = dict(self._rest[index]) if self._rest.column_names else {}
+        record = self._rest[index].to_pylist()[0] if self._rest.column_names else {}
         for name in self._pictures:
             if name in self._whole:
                 record[name] = StoredImage(self._images, index, name)
-            elif record[name] is not None:
-                inside = record[name]["bytes"] is not None
-                record[name] = StoredImage(self._images, index, name) if inside else record[name]["path"]
+                continue
+            image = record[name]
+            if isinstance(image, list) and len(image) == 1:
+                (image,) = image
+            if isinstance(image, dict):
+                image = image["path"] if image["bytes"] is None else StoredImage(self._images, index, name)
+            record[name] = image
+        place = f"record {index}"
         for name, label in self._labels.items():
             if record[name] is not None:
-                record[name] = label.int2str(record[name])
-        return self.reader.sample(record, f"record {index}")
+                try:
+                    record[name] = label.int2str(record[name])
+                except ValueError:
+                    raise ValueError(
+                        f"{self.reader.source}: {place}: {name} is {brief(record[name])}; expected class labels from 0 "
+                        f"to {label.num_classes - 1} (-1 stands for none: filter such rows out)"
+                    ) from None
+        return self.reader.sample(record, place)
+
+
+def _inside(feature: Any) -> Any:
+    """What a list's entries are; any other feature itself."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
 
 
 def _has_all_bytes(dataset: Any, column: str) -> bool:
-    chunks = dataset.data.column(column).chunks
-    return all(chunk.null_count == 0 and chunk.field("bytes").null_count == 0 for chunk in chunks)
+    for chunk in dataset.data.column(column).chunks:
+        if not hasattr(chunk, "field"):  # lists
+            if chunk.null_count or chunk.value_lengths().unique().to_pylist() != [1]:
+                return False
+            chunk = chunk.flatten()
+        if chunk.null_count or chunk.field("bytes").null_count:
+            return False
+    return True
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -270,6 +336,8 @@ def _checked(pairs: Iterable[tuple[Sample, str]], reader: RecordReader) -> Itera
             if len(seen) == size:
                 repeated.add(brief(sample.id))
         yield sample
+    if total:
+        reader.check_columns()
     if missing.count:
         folder = f" in {reader.images.root}" if reader.images else ""
         raise FileNotFoundError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from PIL import Image
 
 from cllava_fast.data.images import ImageFolder, StoredImage
 from cllava_fast.data.stream import ImageSource, Sample, check_texts
-from cllava_fast.names import brief, check_names
+from cllava_fast.names import brief, check_names, nearest
 
 IMAGE = "<image>"  # how LLaVA's files mark where the image stands
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
@@ -21,6 +21,7 @@ QUESTIONS = ("instruction", "question", "text")
 ANSWERS = ("answer", "answers", "references", "answer_bbox")  # the last one in CoIN's grounding
 IDS = ("id", "question_id")
 COLUMNS = ("conversations", *QUESTIONS, *ANSWERS, "image", *IDS, "history", "system")
+NOT_IMAGE = ("images", "image_path", "image_paths", "image_file", "img", "img_path")  # others' names of an image
 
 
 @dataclass
@@ -38,9 +39,11 @@ class RecordReader:
     images: ImageFolder | None = None
     prompt: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    unseen: set[str] = field(init=False)  # names of columns that no record had so far
 
     def __post_init__(self) -> None:
         check_names(self.columns, COLUMNS, f"{self.source}: columns.")
+        self.unseen = set(self.columns.values())
         if self.prompt is not None and (self.prompt.strip().startswith(IMAGE) or self.prompt.strip().endswith(IMAGE)):
             raise ValueError(
                 f"{self.source}: prompt is {brief(self.prompt)}; leave {IMAGE} out, the chat template puts the image in"
@@ -50,6 +53,14 @@ class RecordReader:
                 f"{self.source}: prompt is {brief(self.prompt)}; expected a text with {{question}} in it, such as "
                 "'{question}\\nAnswer the question using a single word or phrase.'"
             )
+
+    def check_columns(self, known: Collection[str] = ()) -> None:
+        """Raises ValueError where ``columns`` names what is not among ``known`` and was in no record."""
+        self.unseen.difference_update(known)
+        for ours, name in self.columns.items():
+            if name in self.unseen:
+                hint = nearest(name, known) if known else "check how it is spelled, or leave it out"
+                raise ValueError(f"{self.source}: columns={{{ours!r}: {brief(name)}}} names what no record has; {hint}")
 
     def where(self, record: Any, place: str) -> str:
         name = self._first(record, IDS) if isinstance(record, Mapping) else None
@@ -64,11 +75,23 @@ class RecordReader:
         where = self.where(record, place)
         if not isinstance(record, Mapping):
             raise ValueError(f"{where} is {brief(record)}; expected an object with a question and an answer")
+        if self.unseen:
+            self.unseen.difference_update(record)
         image = self._image(record, where)
         turns, accepted = self._get(record, "conversations"), self._answers(record, where)
+        if "conversations" not in self.columns and any(name in self.columns for name in QUESTIONS):
+            turns = None if self._first(record, QUESTIONS) is not None else turns
         if turns is not None:
             said = _conversation(turns, where, image is not None)
             self._check_learned(record, said["answer"], where)
+            if not _is_empty(history := self._get(record, "history")):
+                raise ValueError(f"{where}: history is {brief(history)}; expected earlier turns in conversations alone")
+            if (system := self._system(record, where)) and said["system"] not in ("", system):
+                raise ValueError(
+                    f"{where}: system is {brief(system)}, and the system turn {brief(said['system'])}; expected one of "
+                    "them"
+                )
+            said["system"] = said["system"] or system
         else:
             said = self._question_and_answer(record, accepted, where, image is not None)
         if accepted and accepted != [said["answer"]]:
@@ -87,19 +110,17 @@ class RecordReader:
     ) -> dict[str, Any]:
         question = self._first(record, QUESTIONS)
         if question is None or not answers:
-            missing, known = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
+            missing, names = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
+            known = [self.columns.get(name, name) for name in self._read(names)]
             raise ValueError(
                 f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
-        single = self._get(record, "answer")
-        answer = str(single) if isinstance(single, (str, int, float)) else Counter(answers).most_common(1)[0][0]
+        learned = self._learned(record, where) or answers
+        answer = learned[0] if len(learned) == 1 else Counter(learned).most_common(1)[0][0]
         history = self._get(record, "history") or ()
         if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
             raise ValueError(f"{where}: history is {brief(history)}; expected pairs of texts, (user, assistant)")
-        system = self._get(record, "system") or ""
-        if not isinstance(system, str):
-            raise ValueError(f"{where}: system is {brief(system)}; expected a text")
         return {
             "instruction": _without_mark(question, where, image, first=not history),
             "answer": answer,
@@ -107,30 +128,47 @@ class RecordReader:
                 (_without_mark(user, where, image, first=number == 0), reply)
                 for number, (user, reply) in enumerate(history)
             ),
-            "system": system,
+            "system": self._system(record, where),
         }
+
+    def _system(self, record: Mapping[str, Any], where: str) -> str:
+        system = self._get(record, "system") or ""
+        if not isinstance(system, str):
+            raise ValueError(f"{where}: system is {brief(system)}; expected a text")
+        return system.strip()
 
     def _check_learned(self, record: Mapping[str, Any], learned: str, where: str) -> None:
         """Raises ValueError where an ``answer`` beside a conversation is not the one that its last turn has learned."""
-        answer = self._get(record, "answer")
-        if isinstance(answer, (str, int, float)) and str(answer).strip() != learned:
+        answers = self._learned(record, where)
+        if answers and learned not in map(str.strip, answers):
+            given = brief(self._get(record, "answer"))
             raise ValueError(
-                f"{where}: answer is {brief(answer)}, and the last gpt turn, which is learned, is {brief(learned)}; "
+                f"{where}: answer is {given}, and the last gpt turn, which is learned, is {brief(learned)}; "
                 "expected the same: call it 'references' if it is what evaluation accepts, or leave it out"
             )
 
     def _answers(self, record: Mapping[str, Any], where: str) -> list[str]:
-        """All accepted answers; those of VQA's annotators are objects with an ``answer``."""
-        for name in ("references", "answers", "answer", "answer_bbox"):
-            value = self._get(record, name)
-            if value in (None, [], ()):
-                continue
-            values = value if isinstance(value, (list, tuple)) else [value]
-            values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
-            if not all(_is_answer(entry) for entry in values):
-                raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a list of texts")
-            return [str(entry) for entry in values]
-        return []
+        """All accepted answers."""
+        names = self._read(("references", "answers", "answer", "answer_bbox"))
+        return next((texts for name in names if (texts := self._texts(record, name, where))), [])
+
+    def _learned(self, record: Mapping[str, Any], where: str) -> list[str]:
+        return self._texts(record, "answer", where) if "answer" in self._read(ANSWERS) else []
+
+    def _texts(self, record: Mapping[str, Any], name: str, where: str) -> list[str]:
+        """Answers under one name; those of VQA's annotators are objects with an ``answer``."""
+        value = self._get(record, name)
+        if value in (None, [], ()):
+            return []
+        values = value if isinstance(value, (list, tuple)) else [value]
+        values = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in values]
+        if not all(_is_answer(entry) for entry in values):
+            raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a list of texts")
+        if name == "answer_bbox" and not all(isinstance(entry, str) for entry in values):
+            if len(values) != 4 or any(isinstance(entry, str) for entry in values):
+                raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a box of four numbers")
+            return [f"[{', '.join(map(str, values))}]"]
+        return [str(entry) for entry in values]
 
     def _image(self, record: Mapping[str, Any], where: str) -> ImageSource | None:
         image = self._get(record, "image")
@@ -139,6 +177,13 @@ class RecordReader:
                 raise ValueError(f"{where} names {len(image)} images; expected at most one for each sample")
             image = image[0] if image else None
         if image is None or image == "":
+            other = next(
+                (name for name in NOT_IMAGE if name in record and not _is_empty(_given(record.get(name)))), None
+            )
+            if other is not None and "image" not in self.columns:
+                raise ValueError(
+                    f"{where} has {other!r} and no image; read it by columns={{'image': {other!r}}}, or remove it"
+                )
             return None
         if isinstance(image, (Image.Image, StoredImage)):
             return image
@@ -147,10 +192,19 @@ class RecordReader:
         return self.images.path(image, where)
 
     def _get(self, record: Mapping[str, Any], name: str) -> Any:
-        return record.get(self.columns.get(name, name))
+        return _given(record.get(self.columns.get(name, name)))
 
-    def _first(self, record: Mapping[str, Any], names: Iterable[str]) -> Any:
-        return next((value for name in names if (value := self._get(record, name)) is not None), None)
+    def _read(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of one meaning that are looked for: where ``columns`` has some, no others."""
+        if not self.columns:
+            return names
+        mapped = [name for name in names if name in self.columns]
+        if mapped == ["references"]:
+            mapped.append("answer")  # references alone say what is accepted, not what is learned
+        return mapped or names
+
+    def _first(self, record: Mapping[str, Any], names: Sequence[str]) -> Any:
+        return next((value for name in self._read(names) if (value := self._get(record, name)) is not None), None)
 
 
 def _conversation(turns: Any, where: str, image: bool) -> dict[str, Any]:
@@ -198,6 +252,15 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
     if marks > first:
         raise ValueError(f"{where}: {marks} {IMAGE} marks in one turn; expected one at most, in the first user turn")
     return text
+
+
+def _given(value: Any) -> Any:
+    """What a record holds; NaN is how pandas writes that it holds nothing."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _is_answer(entry: Any) -> bool:

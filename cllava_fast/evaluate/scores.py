@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,9 +26,12 @@ def normalize_answer(text: str) -> str:
 
     Signs stay, so -5 is not 5; a text of punctuation alone stays as it is.
     """
-    folded = " ".join(text.lower().split())
-    around = " \"'`*()[]{}"
-    return folded.strip(around).rstrip(".,;:!?").strip(around) or folded
+    folded = _folded(text)
+    return folded.lstrip(_AROUND).rstrip(_AROUND + _BEHIND) or folded
+
+
+_AROUND = " \"'`*()[]{}“”„‟‘’‚‛«»‹›「」『』《》〈〉（）［］【】"
+_BEHIND = ".,;:!?…。，、；：！？؟،؛।"
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -75,7 +79,7 @@ def normalize_vqa(text: str) -> str:
     Punctuation goes (beside a space, or where the text holds a number such as 1,000, without leaving a space), number
     words become digits, articles go, and contractions get their apostrophes.
     """
-    text = " ".join(text.split())
+    text = " ".join(_composed(text).split())
     grouped = re.search(r"\d,\d", text) is not None
     plain = text
     for sign in _PUNCTUATION:
@@ -127,7 +131,12 @@ def anls(prediction: str, references: Sequence[str]) -> float:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.lower().split())
+    return " ".join(_composed(text).lower().split())
+
+
+def _composed(text: str) -> str:
+    """Unicode's NFC: a letter with its accent is one character, however it was written."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _similarity(a: str, b: str) -> float:
@@ -233,7 +242,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
+    return re.findall(r"[^\W_]+", _composed(text).lower())
 
 
 def _lcs_f1(a: list[str], b: list[str]) -> float:
