@@ -43,6 +43,10 @@ SERVING_MUTANTS = [
         "found.samples", "tests/test_caches.py",
     ),
     (
+        "a cache outlives the increments it was filled with", "cllava_fast/pool.py", "self.loads += 1", "pass",
+        "tests/test_caches.py",
+    ),
+    (
         "a branch is chosen before the prompt begins", "cllava_fast/methods/branch_lora.py", "if complete:", "if True:",
         "tests/test_method_branch_lora.py",
     ),

@@ -129,6 +129,27 @@ def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generato
     llava(input_ids=token, past_key_values=cache, instructions=list(QUESTIONS[:2]))
 
 
+def test_a_cache_outlives_a_commit_and_no_load(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Rows are counted from the first task on: one more leaves their numbers, other increments do not."""
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 2, generator, b_std=0.1)
+    state, names = increments.pool.state(), list(increments.pool.task_names)
+    batch, token = inputs(processor, QUESTIONS[:2], generator), torch.full((2, 1), 9)
+
+    def cache() -> Any:
+        with torch.no_grad():
+            return llava(**batch, use_cache=True).past_key_values
+
+    filled = [cache() for _ in range(3)]
+    wanted = last_logits(llava, {"input_ids": token}, past_key_values=filled[0])
+    learn(llava, 2, generator, b_std=0.1)
+    assert torch.equal(last_logits(llava, {"input_ids": token}, past_key_values=filled[1]), wanted)
+    increments.pool.load_state(state, names)
+    with pytest.raises(ValueError, match="its instruction is unknown"):
+        llava(input_ids=token, past_key_values=filled[2])
+    assert torch.equal(last_logits(llava, {"input_ids": token}, past_key_values=cache()), wanted)
+
+
 def test_a_new_turn_on_an_old_cache_asks_anew(llava: Any, processor: Any, generator: torch.Generator) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, generator)

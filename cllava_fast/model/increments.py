@@ -217,8 +217,8 @@ class Increments(nn.Module):
         filled = caches.remembered(past_key_values, self)
         if filled is None or filled.begun is None:
             raise ValueError(
-                f"past_key_values was not filled by this patched model, and {self.config.method} goes by a prompt's "
-                "first token; pass the whole prompt without a cache"
+                "past_key_values was not filled by this patched model with the increments that it has now, and "
+                f"{self.config.method} goes by a prompt's first token; pass the whole prompt without a cache"
             )
         return filled.begun
 
@@ -238,8 +238,8 @@ class Increments(nn.Module):
         selection = caches.remembered(past_key_values, self)
         if selection is None:
             raise ValueError(
-                "past_key_values was not filled by this patched model, so its instruction is unknown; "
-                "pass instructions=[...] with one text for each sample"
+                "past_key_values was not filled by this patched model with the increments that it has now, so its "
+                "instruction is unknown; pass instructions=[...] with one text for each sample"
             )
         selection, mask = selection.expand(request.batch), _mask(request)
         # longer than the one before, behind which a sample may begin
