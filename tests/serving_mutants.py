@@ -43,6 +43,14 @@ SERVING_MUTANTS = [
         "found.samples", "tests/test_caches.py",
     ),
     (
+        "a turn that was cut off is forgotten", "cllava_fast/model/patching.py", "self._length() != self.length",
+        "False", "tests/test_caches.py",
+    ),
+    (
+        "a call that failed at once moved its cache on", "cllava_fast/model/patching.py",
+        "self._length() != self.length", "True", "tests/test_caches.py",
+    ),
+    (
         "a cache outlives the increments it was filled with", "cllava_fast/pool.py", "self.loads += 1", "pass",
         "tests/test_caches.py",
     ),

@@ -176,6 +176,42 @@ def test_a_cache_that_generate_was_handed_is_known(llava: Any, processor: Any, g
     assert torch.equal(rows, selected(llava, dict(batch)))
 
 
+class Gone(Exception):
+    """A client hung up."""
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_turn_that_is_cut_off_is_what_its_cache_holds(
+    static: bool, llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    """Before anything is in the cache, it goes on with the turn before."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    config = llava.config.get_text_config()
+    cache = StaticCache(config=config, max_cache_len=60) if static else DynamicCache(config=config)
+    first, second = (processor(text=[f"USER: {QUESTIONS[i]} ASSISTANT:"], return_tensors="pt") for i in (0, 3))
+    wanted = [selected(llava, dict(batch)) for batch in (first, second)]
+    assert not torch.equal(*wanted)
+    step = {"input_ids": torch.tensor([[9]])}
+
+    def hang_up(*_: Any, **__: Any) -> None:
+        raise Gone
+
+    with pytest.raises(Gone):
+        llava.generate(**first, past_key_values=cache, stopping_criteria=[hang_up])
+    ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        llava.generate(**turn, max_new_tokens=0)
+    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[0])
+    with pytest.raises(Gone):
+        llava.generate(**turn, stopping_criteria=[hang_up])
+    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[1])
+    with pytest.raises(ValueError, match="batch_size"):  # by the loss, behind the layers
+        llava(input_ids=first["input_ids"], labels=torch.zeros(2, 5, dtype=torch.int64), past_key_values=cache)
+    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[0])
+
+
 def test_a_cache_from_a_tuple_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, generator)

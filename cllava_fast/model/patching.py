@@ -251,13 +251,15 @@ def _forward(
     selection = _select(model, kwargs, instructions, query, goes_on=True)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
+    remember = _Remember(increments, kwargs, selection) if increments.call.pending is None else None
+    output = None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
         increments.call.active = increments.call.queries = None
-    if increments.call.pending is None:
-        increments.remember(_cache_of(output), selection)
+        if remember is not None:
+            remember(output)
     return output
 
 
@@ -279,14 +281,33 @@ def _generate(
     pending = _select(model, kwargs, instructions, query, goes_on=False)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
+    remember, output = _Remember(increments, kwargs, pending), None
     outer, increments.call.pending = increments.call.pending, pending  # assistant_early_exit generates within generate
     try:
         output = original(None, *args, **kwargs)
     finally:
         increments.call.pending = outer
-    cache = _cache_of(output)  # None where tokens alone come out, though a cache that came in is filled
-    increments.remember(kwargs.get("past_key_values") if cache is None else cache, pending)
+        remember(output)
     return output
+
+
+class _Remember:
+    """Has the cache of a call stand for its selection, even where the call was cut off behind the prompt."""
+
+    def __init__(self, increments: Increments, kwargs: dict[str, Any], selection: Selection | None) -> None:
+        self.increments, self.selection = increments, selection
+        self.given = None if selection is None else kwargs.get("past_key_values")
+        self.length = self._length()
+
+    def __call__(self, output: Any) -> None:
+        cache = _cache_of(output)
+        # tokens alone may come out, or nothing, though a cache that came in was filled
+        if cache is None and (output is not None or self._length() != self.length):
+            cache = self.given
+        self.increments.remember(cache, self.selection)
+
+    def _length(self) -> int:
+        return 0 if self.given is None else int(self.given.get_seq_length())
 
 
 def _cache_of(output: Any) -> Any | None:
