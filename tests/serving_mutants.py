@@ -36,7 +36,19 @@ SERVING_MUTANTS = [
     ),
     (
         "generate within generate ends the outer one's", "cllava_fast/model/patching.py",
-        "increments.call.pending = outer", "increments.call.pending = None", "tests/test_bases.py",
+        "call.pending, call.custom = outer, custom", "call.pending, call.custom = None, custom", "tests/test_bases.py",
+    ),
+    (
+        "a question within generate has the outer one's rows", "cllava_fast/model/patching.py",
+        "if kwargs.pop(STEP, False) or", "if kwargs.pop(STEP, False) or True or", "tests/test_patch.py",
+    ),
+    (
+        "a generate within generate has the outer one's rows", "cllava_fast/model/patching.py",
+        "pending=outer if assists or custom", "pending=outer if True", "tests/test_patch.py",
+    ),
+    (
+        "a loop of one's own loses the instructions", "cllava_fast/model/patching.py",
+        'kwargs.get("custom_generate") is not None', "False", "tests/test_patch.py",
     ),
     (
         "samples of a cache move alone", "cllava_fast/model/caches.py", "found.samples.to(given.device)[given]",

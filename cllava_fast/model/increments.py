@@ -43,13 +43,15 @@ class Call(threading.local):
 
     Attributes:
         active: what acts on the batch that is in the layers right now.
-        pending: what acts during the ``generate`` that is under way.
+        pending: what acts in the steps of the ``generate`` that is under way.
+        custom: its loop is the caller's (``custom_generate``), and whatever it asks the model is taken for a step.
         queries: ``[B, S, H, head_dim]`` of the attention that is computed right now, where the method reads them.
     """
 
     def __init__(self) -> None:  # for every thread; torch.compile would guard no default of the class
         self.active: Selection | None = None
         self.pending: Selection | None = None
+        self.custom = False
         self.queries: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[Call], tuple[()]]:
@@ -163,12 +165,15 @@ class Increments(nn.Module):
 
     # -- from a call to a selection ------------------------------------------------------------------------------
 
-    def select(self, request: Request, pooled_image: Any, goes_on: bool) -> Selection | None:
+    def select(
+        self, request: Request, pooled_image: Any, goes_on: bool, pending: Selection | None = None
+    ) -> Selection | None:
         """What acts on each sample of the request; None where nothing has been learned.
 
         Args:
             pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
             goes_on: without a new turn, the request goes on with the selection that its cache was filled with.
+            pending: what acts in the ``generate`` that the request is a step of.
         """
         learning = self.training and self.pool.block_rows > 0
         if self.pristine:
@@ -180,8 +185,8 @@ class Increments(nn.Module):
         if not self.method.uses_query:
             return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
         if request.query is None and request.instructions is None:
-            if self.call.pending is not None:
-                return self.call.pending.expand(request.batch)
+            if pending is not None:
+                return pending.expand(request.batch)
             remembered = self._remembered(request) if goes_on else None
             if remembered is not None:
                 return remembered

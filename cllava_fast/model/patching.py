@@ -1,8 +1,8 @@
 """``patch`` and ``unpatch``: one transformers model learns to carry increments, in place, and back again.
 
-Nothing is copied or subclassed: ``forward`` of the adapted linears, ``forward`` and ``generate`` of the model are
-shadowed on this instance, and the selection travels to the layers as a keyword argument, so that a layer recomputed by
-activation checkpointing sees the selection of its own forward pass.
+Nothing is copied or subclassed: ``forward`` of the adapted linears and ``SHADOWED`` of the model are shadowed on this
+instance, and the selection travels to the layers as a keyword argument, so that a layer recomputed by activation
+checkpointing sees the selection of its own forward pass.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from cllava_fast.model.increments import Increments, Request
 from cllava_fast.pool import Factors
 
 SELECTION = "increment_selection"  # the keyword argument that travels through the language model
+STEP = "step_of_generate"  # and the one that marks what generate's own loop asks
+SHADOWED = ("forward", "generate", "prepare_inputs_for_generation", "save_pretrained", "init_continuous_batching")
 
 
 @dataclass
@@ -107,6 +109,7 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
         _shadow(model.model, "get_image_features", _get_image_features)
     _shadow(model, "forward", _forward)
     _shadow(model, "generate", _generate)
+    _shadow(model, "prepare_inputs_for_generation", _prepare_inputs_for_generation)
     _shadow(model, "save_pretrained", _save_pretrained)
     _shadow(model, "init_continuous_batching", _init_continuous_batching)
     increments.train(model.training)
@@ -124,7 +127,7 @@ def unpatch(model: Any) -> Any:
     increments = get_increments(model)
     linears = increments.linears(model)
     check_not_merged(increments)
-    shadowed = [(model, name) for name in ("forward", "generate", "save_pretrained", "init_continuous_batching")]
+    shadowed = [(model, name) for name in SHADOWED]
     shadowed += [(model.model, "get_image_features")] if paths.base_of(model).takes_features else []
     shadowed += [(linear, "forward") for linear in linears.values()]
     for module, name in shadowed:
@@ -247,11 +250,12 @@ def _forward(
 ) -> Any:
     kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
     increments: Increments = model.increments
+    pending = increments.call.pending if kwargs.pop(STEP, False) or increments.call.custom else None
     _check_images(model, kwargs, image_features)
-    selection = _select(model, kwargs, instructions, query, goes_on=True)
+    selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
-    remember = _Remember(increments, kwargs, selection) if increments.call.pending is None else None
+    remember = _Remember(increments, kwargs, selection) if pending is None else None
     output = None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
@@ -276,19 +280,29 @@ def _generate(
     if inputs is not None:
         kwargs["input_ids"] = inputs
     increments: Increments = model.increments
+    call = increments.call
+    # assistant_early_exit generates within generate, for the same prompt; others there have a question of their own
+    assists = getattr(kwargs.get("generation_config"), "is_assistant", False)
+    outer, custom = call.pending, call.custom
     _check_images(model, kwargs, image_features)
     # with a cache, too, input_ids hold the whole conversation, and its last turn is what is asked now
-    pending = _select(model, kwargs, instructions, query, goes_on=False)
+    pending = _select(model, kwargs, instructions, query, goes_on=False, pending=outer if assists or custom else None)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
     remember, output = _Remember(increments, kwargs, pending), None
-    outer, increments.call.pending = increments.call.pending, pending  # assistant_early_exit generates within generate
+    call.pending, call.custom = pending, kwargs.get("custom_generate") is not None
     try:
         output = original(None, *args, **kwargs)
     finally:
-        increments.call.pending = outer
+        call.pending, call.custom = outer, custom
         remember(output)
     return output
+
+
+def _prepare_inputs_for_generation(model: Any, original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Only the loop of ``generate`` calls it, before each step; a streamer or a stopping criterion may ask, too."""
+    inputs: dict[str, Any] = original(*args, **kwargs)
+    return {**inputs, STEP: True} if model.increments.call.pending is not None else inputs
 
 
 class _Remember:
@@ -334,7 +348,12 @@ def _init_continuous_batching(model: Any, original: Any, *args: Any, **kwargs: A
 
 
 def _select(
-    model: Any, kwargs: dict[str, Any], instructions: list[str] | None, query: Tensor | None, goes_on: bool
+    model: Any,
+    kwargs: dict[str, Any],
+    instructions: list[str] | None,
+    query: Tensor | None,
+    goes_on: bool,
+    pending: Selection | None,
 ) -> Selection | None:
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
@@ -350,7 +369,7 @@ def _select(
         query=query,
         past_key_values=kwargs.get("past_key_values"),
     )
-    return model.increments.select(request, functools.partial(pooled_image, model), goes_on)
+    return model.increments.select(request, functools.partial(pooled_image, model), goes_on, pending)
 
 
 def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
