@@ -55,6 +55,18 @@ SERVING_MUTANTS = [
         "found.samples", "tests/test_caches.py",
     ),
     (
+        "later turns forget the images", "cllava_fast/model/increments.py",
+        "filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]", "none", "tests/test_caches.py",
+    ),
+    (
+        "an image that nobody looked at is none", "cllava_fast/model/increments.py",
+        "selection = replace(selection, images=None)", "pass", "tests/test_caches.py",
+    ),
+    (
+        "samples of a cache move without their images", "cllava_fast/methods/base.py",
+        "images=None if self.images is None else function(self.images)", "images=self.images", "tests/test_caches.py",
+    ),
+    (
         "a turn that was cut off is forgotten", "cllava_fast/model/patching.py", "self._length() != self.length",
         "False", "tests/test_caches.py",
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -290,7 +290,9 @@ def _generate(
     if image_features is not None:
         kwargs["pixel_values"] = image_features
     remember, output = _Remember(increments, kwargs, pending), None
-    call.pending, call.custom = pending, kwargs.get("custom_generate") is not None
+    # images lie on the CPU, and what a compiled step is handed must not
+    call.pending = pending and replace(pending, images=None)
+    call.custom = kwargs.get("custom_generate") is not None
     try:
         output = original(None, *args, **kwargs)
     finally:
@@ -356,18 +358,20 @@ def _select(
     pending: Selection | None,
 ) -> Selection | None:
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    tokens = ids if ids is not None else embeds
+    tokens, mask = ids if ids is not None else embeds, kwargs.get("attention_mask")
     if tokens is None:
         return None  # the model says what it misses
     request = Request(
         batch=len(tokens),
         input_ids=ids,
-        attention_mask=kwargs.get("attention_mask"),
+        attention_mask=mask,
         labels=kwargs.get("labels"),
         pixel_values=kwargs.get("pixel_values"),
         instructions=instructions,
         query=query,
         past_key_values=kwargs.get("past_key_values"),
+        # by what transformers goes: new tokens alone come with the mask of all
+        whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
     )
     return model.increments.select(request, functools.partial(pooled_image, model), goes_on, pending)
 
