@@ -59,6 +59,10 @@ SERVING_MUTANTS = [
         "filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]", "none", "tests/test_caches.py",
     ),
     (
+        "images of other sizes are shared out", "cllava_fast/model/increments.py", "if not clear or", "if",
+        "tests/test_bases.py",
+    ),
+    (
         "an image that nobody looked at is none", "cllava_fast/model/increments.py",
         "selection = replace(selection, images=None)", "pass", "tests/test_caches.py",
     ),

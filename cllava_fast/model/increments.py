@@ -82,6 +82,8 @@ class Increments(nn.Module):
         self.processor = processor
         # of images and videos; a model without any has no such id, and -1 is no token's
         self._image_token_id, video = (_token_id(model, name) for name in ("image_token_id", "video_token_id"))
+        # otherwise an image has as many tokens as its size and its neighbours ask for
+        self._equal_images = getattr(model.config, "image_grid_pinpoints", None) is None
         self._special_ids = _special_ids(model) | {self._image_token_id, video}
         self.reader = None if processor is None else InstructionReader(processor, self._image_token_id, video)
         self.surrogate = self._make_surrogate(model)
@@ -349,14 +351,18 @@ class Increments(nn.Module):
         )
 
     def _images_per_sample(self, input_ids: Tensor, images: int) -> Tensor:
-        """``[B]``: runs of image tokens, or, where images stand side by side, equal shares of the tokens."""
+        """``[B]``: runs of image tokens, or, where images stand side by side, equal shares of the tokens.
+
+        Raises ValueError where shares may be wrong.
+        """
         tokens = (input_ids == self._image_token_id).cpu()  # [B, S]
         before = torch.nn.functional.pad(tokens[:, :-1], (1, 0))
         runs = (tokens & ~before).sum(1)
         if int(runs.sum()) == images:
             return runs
         shares = tokens.sum(1) * images / int(tokens.sum())
-        if not torch.equal(shares, shares.round()):
+        clear = self._equal_images or int((shares > 0).sum()) == 1
+        if not clear or not torch.equal(shares, shares.round()):
             raise ValueError(
                 f"{images} images came with {int(tokens.sum())} image tokens in input_ids, and which are whose is not "
                 "clear; pass query= [B, D]"
