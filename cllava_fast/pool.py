@@ -202,6 +202,7 @@ class Pool(_Keeper):
         self.register_parameter("block_keys", None)
         self.register_parameter("block_context", None)
         self._block_rows = 0
+        self.loads = 0  # a row's number means another row behind each `load_state`; a commit leaves it its own
         self.last_block_start = 0  # rows from here on belong to the newest committed task and are nobody's context
 
     def factors(self, path: str) -> Factors:
@@ -401,6 +402,7 @@ class Pool(_Keeper):
             ValueError: missing or unexpected names, a tensor of a wrong shape or dtype, NaN or Inf.
         """
         self._check_state(state, len(task_names))
+        self.loads += 1
         self.drop_block()
         for name in {name for name, _ in self.named_buffers()} - set(state):  # what a method kept of other rows
             parent, _, leaf = name.rpartition(".")

@@ -36,11 +36,51 @@ SERVING_MUTANTS = [
     ),
     (
         "generate within generate ends the outer one's", "cllava_fast/model/patching.py",
-        "increments.call.pending = outer", "increments.call.pending = None", "tests/test_bases.py",
+        "call.pending, call.custom = outer, custom", "call.pending, call.custom = None, custom", "tests/test_bases.py",
+    ),
+    (
+        "a question within generate has the outer one's rows", "cllava_fast/model/patching.py",
+        "if kwargs.pop(STEP, False) or", "if kwargs.pop(STEP, False) or True or", "tests/test_patch.py",
+    ),
+    (
+        "a generate within generate has the outer one's rows", "cllava_fast/model/patching.py",
+        "pending=outer if assists or custom", "pending=outer if True", "tests/test_patch.py",
+    ),
+    (
+        "a loop of one's own loses the instructions", "cllava_fast/model/patching.py",
+        'kwargs.get("custom_generate") is not None', "False", "tests/test_patch.py",
     ),
     (
         "samples of a cache move alone", "cllava_fast/model/caches.py", "found.samples.to(given.device)[given]",
         "found.samples", "tests/test_caches.py",
+    ),
+    (
+        "later turns forget the images", "cllava_fast/model/increments.py",
+        "filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]", "none", "tests/test_caches.py",
+    ),
+    (
+        "images of other sizes are shared out", "cllava_fast/model/increments.py", "if not clear or", "if",
+        "tests/test_bases.py",
+    ),
+    (
+        "an image that nobody looked at is none", "cllava_fast/model/increments.py",
+        "selection = replace(selection, images=None)", "pass", "tests/test_caches.py",
+    ),
+    (
+        "samples of a cache move without their images", "cllava_fast/methods/base.py",
+        "images=None if self.images is None else function(self.images)", "images=self.images", "tests/test_caches.py",
+    ),
+    (
+        "a turn that was cut off is forgotten", "cllava_fast/model/patching.py", "self._length() != self.length",
+        "False", "tests/test_caches.py",
+    ),
+    (
+        "a call that failed at once moved its cache on", "cllava_fast/model/patching.py",
+        "self._length() != self.length", "True", "tests/test_caches.py",
+    ),
+    (
+        "a cache outlives the increments it was filled with", "cllava_fast/pool.py", "self.loads += 1", "pass",
+        "tests/test_caches.py",
     ),
     (
         "a branch is chosen before the prompt begins", "cllava_fast/methods/branch_lora.py", "if complete:", "if True:",

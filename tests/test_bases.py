@@ -275,6 +275,30 @@ def test_images_of_one_sample_are_counted(generator: torch.Generator) -> None:
         count(torch.tensor([one, uneven]), 3)
 
 
+def test_images_of_other_sizes_are_not_shared_out(generator: torch.Generator) -> None:
+    """Side by side, two small images may have as many tokens as one half of a large one."""
+    name = "LlavaNext" + FOR_IMAGES
+    processor, model = processor_of(name), patched(name, generator, cf.IncrementConfig(surrogate="text+image"))
+    small, large = (Image.new("RGB", size) for size in ((64, 8), (32, 64)))
+
+    def batch(*images: list[Image.Image]) -> dict[str, Any]:
+        texts = [
+            processor.apply_chat_template(
+                [message(processor, "user", QUESTIONS[0], images=len(own))], add_generation_prompt=True, tokenize=False
+            )
+            for own in images
+        ]
+        return dict(processor(text=texts, images=sum(images, []), return_tensors="pt", padding=True))
+
+    mixed = batch([small, small], [large])
+    tokens = (mixed["input_ids"] == model.config.image_token_id).sum(1)
+    assert (tokens * 3 % tokens.sum()).tolist() == [0, 0], "or nothing could be mistaken here"
+    with pytest.raises(ValueError, match="3 images came with .* which are whose is not clear; pass query="):
+        model(**mixed)
+    model(**mixed, query=torch.zeros(2, model.increments.pool.key_dim))
+    model(**batch([small, large]))  # one sample's are all its own
+
+
 def test_a_tokenizer_beside_the_weights_is_found(tmp_path: Path) -> None:
     name = "Qwen2ForCausalLM"
     model_of(name).save_pretrained(tmp_path)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 import cllava_fast as cf
 from tests.helpers import QUESTIONS, inputs, learn
+from tests.helpers import image as picture
 from tests.test_patch import CONFIG, last_logits, selected
 
 
@@ -129,6 +130,27 @@ def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generato
     llava(input_ids=token, past_key_values=cache, instructions=list(QUESTIONS[:2]))
 
 
+def test_a_cache_outlives_a_commit_and_no_load(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Rows are counted from the first task on: one more leaves their numbers, other increments do not."""
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 2, generator, b_std=0.1)
+    state, names = increments.pool.state(), list(increments.pool.task_names)
+    batch, token = inputs(processor, QUESTIONS[:2], generator), torch.full((2, 1), 9)
+
+    def cache() -> Any:
+        with torch.no_grad():
+            return llava(**batch, use_cache=True).past_key_values
+
+    filled = [cache() for _ in range(3)]
+    wanted = last_logits(llava, {"input_ids": token}, past_key_values=filled[0])
+    learn(llava, 2, generator, b_std=0.1)
+    assert torch.equal(last_logits(llava, {"input_ids": token}, past_key_values=filled[1]), wanted)
+    increments.pool.load_state(state, names)
+    with pytest.raises(ValueError, match="its instruction is unknown"):
+        llava(input_ids=token, past_key_values=filled[2])
+    assert torch.equal(last_logits(llava, {"input_ids": token}, past_key_values=cache()), wanted)
+
+
 def test_a_new_turn_on_an_old_cache_asks_anew(llava: Any, processor: Any, generator: torch.Generator) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, generator)
@@ -153,6 +175,119 @@ def test_a_cache_that_generate_was_handed_is_known(llava: Any, processor: Any, g
     ids = llava.generate(**batch, past_key_values=cache, max_new_tokens=2, do_sample=False)
     rows = selected(llava, {"input_ids": ids[:, -1:]}, past_key_values=cache)
     assert torch.equal(rows, selected(llava, dict(batch)))
+
+
+def test_later_turns_are_asked_about_earlier_images(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """As without a cache, by hand and by generate, wherever samples are moved; or an error where none are known."""
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate="text+image"), processor=processor)
+    increments = learn(llava, 2, generator, b_std=0.1)
+    asked: list[Tensor] = []
+    pick = increments.pick
+
+    def spy(query: Tensor) -> Any:
+        asked.append(query)
+        return pick(query)
+
+    increments.pick = spy  # type: ignore[method-assign]
+    first = inputs(processor, QUESTIONS[:2], generator)
+    later = [  # about the same images; about a second image; about both
+        dict(processor(text=[f"USER: {image} {QUESTIONS[q]} ASSISTANT:"] * 2, **images, return_tensors="pt"))
+        for q, image, images in (
+            (2, "", {}),
+            (3, "<image>", {"images": [picture(generator) for _ in range(2)]}),
+            (4, "", {}),
+        )  # fmt: skip
+    ]
+    mask = [first["attention_mask"], *(torch.ones_like(turn["input_ids"]) for turn in later)]
+    ids = [first["input_ids"], *(turn["input_ids"] for turn in later)]
+    pixels = [first["pixel_values"], later[1]["pixel_values"]]
+
+    def whole(turn: int, samples: list[int]) -> dict[str, Tensor]:
+        """The conversation up to ``turn``."""
+        texts = {"input_ids": torch.cat(ids[: turn + 1], 1), "attention_mask": torch.cat(mask[: turn + 1], 1)}
+        return {name: tensor[samples] for name, tensor in texts.items()}
+
+    both = [torch.stack([pixels[0][i], pixels[1][i]]) for i in range(2)]
+    for turn in (1, 2, 3):
+        seen = {"pixel_values": pixels[0] if turn < 2 else torch.cat(both)}
+        last_logits(llava, {**whole(turn, [0, 1]), **seen})
+    wanted = list(asked)
+    assert float((wanted[0] - wanted[1])[:, wanted[0].shape[1] // 2 :].abs().amax(1).min()) > 1e-3, "images must matter"
+
+    def same(found: Tensor, turn: int, samples: list[int]) -> None:
+        torch.testing.assert_close(found, wanted[turn - 1][samples], atol=1e-5, rtol=1e-4)
+
+    samples = [0, 1]
+    with torch.no_grad():
+        cache = llava(**first, use_cache=True).past_key_values
+        for turn in (1, 2, 3):
+            cache.batch_select_indices(torch.tensor([1, 0]))
+            samples.reverse()
+            step = {"input_ids": ids[turn][samples], "attention_mask": whole(turn, samples)["attention_mask"]}
+            images = {"pixel_values": pixels[1][samples]} if turn == 2 else {}
+            llava(**step, **images, past_key_values=cache)
+            same(asked[-1], turn, samples)
+    options = {"max_new_tokens": 1, "suppress_tokens": [llava.config.image_token_id], "return_dict_in_generate": True}
+    cache = llava.generate(**first, **options).past_key_values
+    llava.generate(**whole(1, [0, 1]), past_key_values=cache, **options)
+    same(asked[-1], 1, [0, 1])
+    cache.batch_repeat_interleave(2)
+    llava.generate(**whole(2, [0, 1]), pixel_values=pixels[1], past_key_values=cache, **options,
+                   num_return_sequences=2, do_sample=True)  # fmt: skip
+    same(asked[-1], 2, [0, 1])
+    step = {"input_ids": ids[1], "attention_mask": whole(1, [0, 1])["attention_mask"]}
+    with torch.no_grad():
+        copied = copy.deepcopy(llava(**first, use_cache=True).past_key_values)
+        asking = {"instructions": list(QUESTIONS[2:4])}
+        for call, given in ((llava, step), (llava.generate, whole(1, [0, 1])), (llava.generate, step)):
+            with pytest.raises(ValueError, match="which images lie in past_key_values is not known"):
+                call(**given, past_key_values=copied, **asking)
+        llava(**step, past_key_values=copied, query=wanted[0])
+        cache = llava(**first, use_cache=True).past_key_values
+        llava(input_ids=ids[2][:, 1:17], pixel_values=pixels[1], past_key_values=cache)  # an image alone asks nothing
+        with pytest.raises(ValueError, match="which images lie in past_key_values is not known"):
+            llava(input_ids=ids[1], past_key_values=cache)
+        texts = {name: tensor[:, :1] for name, tensor in whole(0, [0, 1]).items()}
+        assert not (texts["input_ids"] == llava.config.image_token_id).any()
+        copied = copy.deepcopy(llava(**texts, **asking, use_cache=True).past_key_values)
+        llava.generate(**whole(1, [0, 1]), pixel_values=pixels[0], past_key_values=copied, **options)
+        same(asked[-1], 1, [0, 1])
+
+
+class Gone(Exception):
+    """A client hung up."""
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_turn_that_is_cut_off_is_what_its_cache_holds(
+    static: bool, llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    """Before anything is in the cache, it goes on with the turn before."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    config = llava.config.get_text_config()
+    cache = StaticCache(config=config, max_cache_len=60) if static else DynamicCache(config=config)
+    first, second = (processor(text=[f"USER: {QUESTIONS[i]} ASSISTANT:"], return_tensors="pt") for i in (0, 3))
+    wanted = [selected(llava, dict(batch)) for batch in (first, second)]
+    assert not torch.equal(*wanted)
+    step = {"input_ids": torch.tensor([[9]])}
+
+    def hang_up(*_: Any, **__: Any) -> None:
+        raise Gone
+
+    with pytest.raises(Gone):
+        llava.generate(**first, past_key_values=cache, stopping_criteria=[hang_up])
+    ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        llava.generate(**turn, max_new_tokens=0)
+    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[0])
+    with pytest.raises(Gone):
+        llava.generate(**turn, stopping_criteria=[hang_up])
+    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[1])
+    with pytest.raises(ValueError, match="batch_size"):  # by the loss, behind the layers
+        llava(input_ids=first["input_ids"], labels=torch.zeros(2, 5, dtype=torch.int64), past_key_values=cache)
+    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[0])
 
 
 def test_a_cache_from_a_tuple_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:

@@ -193,6 +193,54 @@ def test_calls_in_two_threads_each_have_their_own_selection(
         assert all(torch.equal(*results) for results in zip(together, alone, strict=True))
 
 
+def test_a_question_within_generate_has_rows_of_its_own(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Asked by a stopping criterion, of another number of samples, in one call, token by token, and by generate."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator, b_std=0.3)
+    batch, other = inputs(processor, QUESTIONS[:2], generator), inputs(processor, QUESTIONS[3:], generator)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options["suppress_tokens"] = [llava.config.image_token_id]  # random weights may say it
+
+    def asked() -> list[Tensor]:
+        with torch.no_grad():
+            prefill = llava(**other, use_cache=True)
+            mask = torch.nn.functional.pad(other["attention_mask"], (0, 1), value=1)
+            step = {"input_ids": torch.full((3, 1), 9), "attention_mask": mask}
+            step = llava(**step, past_key_values=prefill.past_key_values)
+        return [prefill.logits, step.logits, llava.generate(**other, **options)]
+
+    found: list[list[Tensor]] = []
+
+    def judge(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        found.append(asked())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    wanted, answers = asked(), llava.generate(**batch, **options)
+    assert torch.equal(llava.generate(**batch, **options, stopping_criteria=[judge]), answers)
+    assert len(found) == 4
+    assert all(torch.equal(*pair) for each in found for pair in zip(each, wanted, strict=True))
+
+
+def test_a_decoding_loop_of_ones_own_has_the_rows_of_its_generate(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator, b_std=0.3)
+    batch = take(inputs(processor, QUESTIONS[:1], generator), 0)
+    options = {"instructions": [QUESTIONS[4]], "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    wanted = llava.generate(**batch, **options, return_dict_in_generate=True, output_logits=True)
+    found = []
+
+    def loop(model: Any, input_ids: Tensor, pixel_values: Tensor, **_: Any) -> Tensor:
+        for _ in range(3):
+            found.append(model(input_ids=input_ids, pixel_values=pixel_values).logits[:, -1])
+            input_ids = wanted.sequences[:, : input_ids.shape[1] + 1]
+        return input_ids
+
+    llava.generate(**batch, **options, custom_generate=loop)
+    torch.testing.assert_close(torch.cat(found), torch.cat(wanted.logits), atol=2e-4, rtol=1e-3)
+
+
 def test_said_outright_or_read_back_is_the_same(llava: Any, processor: Any, generator: torch.Generator) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     increments = learn(llava, 2, generator)

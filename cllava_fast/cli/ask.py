@@ -107,7 +107,8 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
         query=None,
     )
     with torch.no_grad():
-        query = increments.query(request, partial(pooled_image, model)).to(pool.keys.device)
+        images = increments.images(request, partial(pooled_image, model))
+        query = increments.query(request, images).to(pool.keys.device)
         selection = increments.pick(query)
     if selection is None or selection.index is None or selection.weight is None:
         return []

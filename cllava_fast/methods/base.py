@@ -64,6 +64,8 @@ class Selection:
             recomputed must find what its first pass found.
         begun: by linear, the first tokens that ``memory`` was decided on. They are the cache's: another selection that
             goes on with it decides on them anew.
+        images: ``[B, 1 + d]`` float64 on the CPU, number and sum of the pooled images that samples have shown, for
+            later turns of their conversations; None where nobody looked.
         seen: linears that ``Method.route`` has counted this forward pass's tokens in: one that is recomputed does not
             count again. None where nothing is counted.
     """
@@ -81,6 +83,7 @@ class Selection:
     begun: dict[Factors, Begun] | None = None
     seen: set[Factors] | None = None
     means: bool = False
+    images: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -163,6 +166,7 @@ class Selection:
             weight=None if self.weight is None else function(self.weight),
             strength=None if self.strength is None else function(self.strength),
             mask=None if self.mask is None else function(self.mask),
+            images=None if self.images is None else function(self.images),
         )
 
     def scaled(self, strength: Tensor) -> Selection:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cllava_fast.methods import Selection
+
+if TYPE_CHECKING:
+    from cllava_fast.model.increments import Increments
 
 MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # by which transformers moves samples
 
 
 @dataclass
 class _Filled:
-    """``samples [rows]`` int64: whose selection each row of the cache now has; None until one was moved."""
+    """``loads``: of the pool, when its rows were selected. ``samples [rows]`` int64: whose selection each row of the
+    cache now has; None until one was moved."""
 
-    model: ref[nn.Module]
+    model: ref[Increments]
+    loads: int
     selection: Selection
     samples: Tensor | None = None
 
@@ -26,18 +31,19 @@ class _Filled:
 _filled: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()
 
 
-def remember(cache: Any, increments: nn.Module, selection: Selection) -> None:
+def remember(cache: Any, increments: Increments, selection: Selection) -> None:
     """From now on the cache stands for ``selection``, whose samples follow those of the cache."""
-    _filled[cache] = _Filled(ref(increments), selection)
+    _filled[cache] = _Filled(ref(increments), increments.pool.loads, selection)
     for name in MOVES:
         if hasattr(cache, name) and name not in cache.__dict__:
             setattr(cache, name, _Move(cache, name))
 
 
-def remembered(cache: Any, increments: nn.Module) -> Selection | None:
-    """What ``increments`` filled the cache with, one sample for each of its rows; None if another model did."""
+def remembered(cache: Any, increments: Increments) -> Selection | None:
+    """What ``increments`` filled the cache with, one sample for each of its rows; None if another model did, or other
+    rows were loaded since."""
     found = _filled.get(cache)
-    if found is None or found.model() is not increments:
+    if found is None or found.model() is not increments or found.loads != increments.pool.loads:
         return None
     return found.selection if found.samples is None else found.selection.take(found.samples)
 

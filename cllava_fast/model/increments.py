@@ -20,11 +20,14 @@ from cllava_fast.ops import checks, dispatch
 from cllava_fast.ops.inject import autograd, check_frozen, inject_add_unchecked, inject_unchecked
 from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
-from cllava_fast.surrogate import BackboneSurrogate, Surrogate, make_surrogate
+from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, make_surrogate
 
 
 class Request(NamedTuple):
-    """What one call to the model says about its instructions."""
+    """What one call to the model says about its instructions.
+
+    ``whole``: ``input_ids`` begin with what lies in ``past_key_values``.
+    """
 
     batch: int
     input_ids: Tensor | None
@@ -34,6 +37,7 @@ class Request(NamedTuple):
     instructions: Sequence[str] | None
     query: Tensor | None
     past_key_values: Any | None = None
+    whole: bool = False
 
 
 class Call(threading.local):
@@ -43,13 +47,15 @@ class Call(threading.local):
 
     Attributes:
         active: what acts on the batch that is in the layers right now.
-        pending: what acts during the ``generate`` that is under way.
+        pending: what acts in the steps of the ``generate`` that is under way.
+        custom: its loop is the caller's (``custom_generate``), and whatever it asks the model is taken for a step.
         queries: ``[B, S, H, head_dim]`` of the attention that is computed right now, where the method reads them.
     """
 
     def __init__(self) -> None:  # for every thread; torch.compile would guard no default of the class
         self.active: Selection | None = None
         self.pending: Selection | None = None
+        self.custom = False
         self.queries: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[Call], tuple[()]]:
@@ -76,6 +82,8 @@ class Increments(nn.Module):
         self.processor = processor
         # of images and videos; a model without any has no such id, and -1 is no token's
         self._image_token_id, video = (_token_id(model, name) for name in ("image_token_id", "video_token_id"))
+        # otherwise an image has as many tokens as its size and its neighbours ask for
+        self._equal_images = getattr(model.config, "image_grid_pinpoints", None) is None
         self._special_ids = _special_ids(model) | {self._image_token_id, video}
         self.reader = None if processor is None else InstructionReader(processor, self._image_token_id, video)
         self.surrogate = self._make_surrogate(model)
@@ -163,12 +171,15 @@ class Increments(nn.Module):
 
     # -- from a call to a selection ------------------------------------------------------------------------------
 
-    def select(self, request: Request, pooled_image: Any, goes_on: bool) -> Selection | None:
+    def select(
+        self, request: Request, pooled_image: Any, goes_on: bool, pending: Selection | None = None
+    ) -> Selection | None:
         """What acts on each sample of the request; None where nothing has been learned.
 
         Args:
             pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
             goes_on: without a new turn, the request goes on with the selection that its cache was filled with.
+            pending: what acts in the ``generate`` that the request is a step of.
         """
         learning = self.training and self.pool.block_rows > 0
         if self.pristine:
@@ -180,8 +191,8 @@ class Increments(nn.Module):
         if not self.method.uses_query:
             return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
         if request.query is None and request.instructions is None:
-            if self.call.pending is not None:
-                return self.call.pending.expand(request.batch)
+            if pending is not None:
+                return pending.expand(request.batch)
             remembered = self._remembered(request) if goes_on else None
             if remembered is not None:
                 return remembered
@@ -189,7 +200,9 @@ class Increments(nn.Module):
 
     def choose(self, request: Request, pooled_image: Any) -> Selection | None:
         """What acts by the request's own instructions."""
-        return self._on_batch(self.pick(self.query(request, pooled_image)), request)
+        images = self.images(request, pooled_image)
+        selection = self.pick(self.query(request, images))
+        return self._on_batch(selection and replace(selection, images=images), request)
 
     def pick(self, query: Tensor) -> Selection | None:
         """What the method picks for queries ``[B, D]``, as strongly as calibration lets it act."""
@@ -217,8 +230,8 @@ class Increments(nn.Module):
         filled = caches.remembered(past_key_values, self)
         if filled is None or filled.begun is None:
             raise ValueError(
-                f"past_key_values was not filled by this patched model, and {self.config.method} goes by a prompt's "
-                "first token; pass the whole prompt without a cache"
+                "past_key_values was not filled by this patched model with the increments that it has now, and "
+                f"{self.config.method} goes by a prompt's first token; pass the whole prompt without a cache"
             )
         return filled.begun
 
@@ -231,16 +244,18 @@ class Increments(nn.Module):
         past_key_values = request.past_key_values
         if past_key_values is None or not past_key_values.get_seq_length():
             return None
-        ids = request.input_ids
-        # the single token of a decoding step asks nothing
-        if ids is not None and ids.shape[1] > 1 and self.reader is not None and self.reader.has_turn(ids):
+        # the single token of a decoding step asks nothing, and is no image
+        ids = None if request.input_ids is None or request.input_ids.shape[1] == 1 else request.input_ids
+        if ids is not None and self.reader is not None and self.reader.has_turn(ids):
             return None
         selection = caches.remembered(past_key_values, self)
         if selection is None:
             raise ValueError(
-                "past_key_values was not filled by this patched model, so its instruction is unknown; "
-                "pass instructions=[...] with one text for each sample"
+                "past_key_values was not filled by this patched model with the increments that it has now, so its "
+                "instruction is unknown; pass instructions=[...] with one text for each sample"
             )
+        if selection.images is not None and ids is not None and (ids == self._image_token_id).any():
+            selection = replace(selection, images=None)  # here, nobody looks
         selection, mask = selection.expand(request.batch), _mask(request)
         # longer than the one before, behind which a sample may begin
         return selection if mask is None or not self.method.by_first_token else replace(selection, mask=mask)
@@ -251,8 +266,11 @@ class Increments(nn.Module):
         numbers = [names.index(task) if task in names else len(names) for task in tasks]
         return torch.tensor(numbers, dtype=torch.float32).view(-1, 1)
 
-    def query(self, request: Request, pooled_image: Any) -> Tensor:
-        """Queries ``[B, D]`` float32 from what the request says, in this order: query, instructions, input_ids."""
+    def query(self, request: Request, images: Tensor | None) -> Tensor:
+        """Queries ``[B, D]`` float32 from what the request says, in this order: query, instructions, input_ids.
+
+        ``images`` is what ``images`` returns.
+        """
         surrogate = self.surrogate
         if self.method.uses_task:
             if request.query is None:
@@ -271,9 +289,9 @@ class Increments(nn.Module):
             ids = text_ids(request.input_ids, request.attention_mask, request.labels, self._special_ids)
             return surrogate.from_ids(ids)
         texts = self._texts(request)
-        if not surrogate.uses_image:
+        if images is None:
             return surrogate.query(texts)
-        return surrogate.query(texts, self._image_per_sample(pooled_image, request))
+        return surrogate.query(texts, (images[:, 1:] / images[:, :1].clamp(min=1)).float())
 
     def _texts(self, request: Request) -> list[str]:
         if request.instructions is None:
@@ -294,31 +312,57 @@ class Increments(nn.Module):
             raise ValueError("query holds NaN or Inf; check the surrogate's embeddings")
         return query.float()
 
-    def _image_per_sample(self, pooled_image: Any, request: Request) -> Tensor | None:
-        """Mean of each sample's pooled images ``[B, d]``; zeros for samples without, None where no sample has any."""
+    def images(self, request: Request, pooled_image: Any) -> Tensor | None:
+        """``Selection.images`` behind the request, earlier turns' among them; None where its query needs none.
+
+        Args:
+            pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
+        """
+        if not isinstance(self.surrogate, TextImageSurrogate) or request.query is not None:
+            return None
         if request.input_ids is None:
             raise ValueError('surrogate "text+image" counts images in input_ids; pass them, or query= [B, D]')
-        tokens = (request.input_ids == self._image_token_id).sum(1).cpu()  # [B]
-        if not tokens.any():
-            return None
+        none = torch.zeros(request.batch, 1 + self.surrogate.image_dim, dtype=torch.float64)
+        ids, shown = self._behind_cache(request, request.input_ids, none)
+        if not (ids == self._image_token_id).any():
+            return shown
         if request.pixel_values is None:
             raise ValueError('surrogate "text+image" needs pixel_values beside the image tokens, or query= [B, D]')
         pooled = pooled_image(request.pixel_values)
-        counts = self._images_per_sample(request.input_ids, len(pooled))
+        counts = self._images_per_sample(ids, len(pooled))
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        total = torch.zeros(len(counts), pooled.shape[1], dtype=torch.float64)
-        total.index_add_(0, owner, pooled.detach().double().cpu())
-        return (total / counts.clamp(min=1)[:, None]).float()
+        return shown.index_add(0, owner, functional.pad(pooled.detach().double().cpu(), (1, 0), value=1))
+
+    def _behind_cache(self, request: Request, ids: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of ``ids`` that is not in the request's cache yet, and ``Selection.images`` of what is."""
+        cache = request.past_key_values
+        length = 0 if cache is None else int(cache.get_seq_length())
+        if not length:
+            return ids, none
+        filled, rest = caches.remembered(cache, self), ids[:, length:] if request.whole else ids
+        if filled is not None and filled.images is not None:
+            # beams of one sample have the same images, and there may be more of them here or in the cache
+            return rest, filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]
+        if request.whole and not (ids[:, :length] == self._image_token_id).any():
+            return rest, none
+        raise ValueError(
+            'which images lie in past_key_values is not known, and surrogate "text+image" looks at them; pass '
+            "query= [B, D], or the whole conversation without a cache"
+        )
 
     def _images_per_sample(self, input_ids: Tensor, images: int) -> Tensor:
-        """``[B]``: runs of image tokens, or, where images stand side by side, equal shares of the tokens."""
+        """``[B]``: runs of image tokens, or, where images stand side by side, equal shares of the tokens.
+
+        Raises ValueError where shares may be wrong.
+        """
         tokens = (input_ids == self._image_token_id).cpu()  # [B, S]
         before = torch.nn.functional.pad(tokens[:, :-1], (1, 0))
         runs = (tokens & ~before).sum(1)
         if int(runs.sum()) == images:
             return runs
         shares = tokens.sum(1) * images / int(tokens.sum())
-        if not torch.equal(shares, shares.round()):
+        clear = self._equal_images or int((shares > 0).sum()) == 1
+        if not clear or not torch.equal(shares, shares.round()):
             raise ValueError(
                 f"{images} images came with {int(tokens.sum())} image tokens in input_ids, and which are whose is not "
                 "clear; pass query= [B, D]"

@@ -1,8 +1,8 @@
 """``patch`` and ``unpatch``: one transformers model learns to carry increments, in place, and back again.
 
-Nothing is copied or subclassed: ``forward`` of the adapted linears, ``forward`` and ``generate`` of the model are
-shadowed on this instance, and the selection travels to the layers as a keyword argument, so that a layer recomputed by
-activation checkpointing sees the selection of its own forward pass.
+Nothing is copied or subclassed: ``forward`` of the adapted linears and ``SHADOWED`` of the model are shadowed on this
+instance, and the selection travels to the layers as a keyword argument, so that a layer recomputed by activation
+checkpointing sees the selection of its own forward pass.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -24,6 +24,8 @@ from cllava_fast.model.increments import Increments, Request
 from cllava_fast.pool import Factors
 
 SELECTION = "increment_selection"  # the keyword argument that travels through the language model
+STEP = "step_of_generate"  # and the one that marks what generate's own loop asks
+SHADOWED = ("forward", "generate", "prepare_inputs_for_generation", "save_pretrained", "init_continuous_batching")
 
 
 @dataclass
@@ -107,6 +109,7 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
         _shadow(model.model, "get_image_features", _get_image_features)
     _shadow(model, "forward", _forward)
     _shadow(model, "generate", _generate)
+    _shadow(model, "prepare_inputs_for_generation", _prepare_inputs_for_generation)
     _shadow(model, "save_pretrained", _save_pretrained)
     _shadow(model, "init_continuous_batching", _init_continuous_batching)
     increments.train(model.training)
@@ -124,7 +127,7 @@ def unpatch(model: Any) -> Any:
     increments = get_increments(model)
     linears = increments.linears(model)
     check_not_merged(increments)
-    shadowed = [(model, name) for name in ("forward", "generate", "save_pretrained", "init_continuous_batching")]
+    shadowed = [(model, name) for name in SHADOWED]
     shadowed += [(model.model, "get_image_features")] if paths.base_of(model).takes_features else []
     shadowed += [(linear, "forward") for linear in linears.values()]
     for module, name in shadowed:
@@ -247,17 +250,20 @@ def _forward(
 ) -> Any:
     kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
     increments: Increments = model.increments
+    pending = increments.call.pending if kwargs.pop(STEP, False) or increments.call.custom else None
     _check_images(model, kwargs, image_features)
-    selection = _select(model, kwargs, instructions, query, goes_on=True)
+    selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
+    remember = _Remember(increments, kwargs, selection) if pending is None else None
+    output = None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
         increments.call.active = increments.call.queries = None
-    if increments.call.pending is None:
-        increments.remember(_cache_of(output), selection)
+        if remember is not None:
+            remember(output)
     return output
 
 
@@ -274,19 +280,50 @@ def _generate(
     if inputs is not None:
         kwargs["input_ids"] = inputs
     increments: Increments = model.increments
+    call = increments.call
+    # assistant_early_exit generates within generate, for the same prompt; others there have a question of their own
+    assists = getattr(kwargs.get("generation_config"), "is_assistant", False)
+    outer, custom = call.pending, call.custom
     _check_images(model, kwargs, image_features)
     # with a cache, too, input_ids hold the whole conversation, and its last turn is what is asked now
-    pending = _select(model, kwargs, instructions, query, goes_on=False)
+    pending = _select(model, kwargs, instructions, query, goes_on=False, pending=outer if assists or custom else None)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
-    outer, increments.call.pending = increments.call.pending, pending  # assistant_early_exit generates within generate
+    remember, output = _Remember(increments, kwargs, pending), None
+    # images lie on the CPU, and what a compiled step is handed must not
+    call.pending = pending and replace(pending, images=None)
+    call.custom = kwargs.get("custom_generate") is not None
     try:
         output = original(None, *args, **kwargs)
     finally:
-        increments.call.pending = outer
-    cache = _cache_of(output)  # None where tokens alone come out, though a cache that came in is filled
-    increments.remember(kwargs.get("past_key_values") if cache is None else cache, pending)
+        call.pending, call.custom = outer, custom
+        remember(output)
     return output
+
+
+def _prepare_inputs_for_generation(model: Any, original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Only the loop of ``generate`` calls it, before each step; a streamer or a stopping criterion may ask, too."""
+    inputs: dict[str, Any] = original(*args, **kwargs)
+    return {**inputs, STEP: True} if model.increments.call.pending is not None else inputs
+
+
+class _Remember:
+    """Has the cache of a call stand for its selection, even where the call was cut off behind the prompt."""
+
+    def __init__(self, increments: Increments, kwargs: dict[str, Any], selection: Selection | None) -> None:
+        self.increments, self.selection = increments, selection
+        self.given = None if selection is None else kwargs.get("past_key_values")
+        self.length = self._length()
+
+    def __call__(self, output: Any) -> None:
+        cache = _cache_of(output)
+        # tokens alone may come out, or nothing, though a cache that came in was filled
+        if cache is None and (output is not None or self._length() != self.length):
+            cache = self.given
+        self.increments.remember(cache, self.selection)
+
+    def _length(self) -> int:
+        return 0 if self.given is None else int(self.given.get_seq_length())
 
 
 def _cache_of(output: Any) -> Any | None:
@@ -313,23 +350,30 @@ def _init_continuous_batching(model: Any, original: Any, *args: Any, **kwargs: A
 
 
 def _select(
-    model: Any, kwargs: dict[str, Any], instructions: list[str] | None, query: Tensor | None, goes_on: bool
+    model: Any,
+    kwargs: dict[str, Any],
+    instructions: list[str] | None,
+    query: Tensor | None,
+    goes_on: bool,
+    pending: Selection | None,
 ) -> Selection | None:
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    tokens = ids if ids is not None else embeds
+    tokens, mask = ids if ids is not None else embeds, kwargs.get("attention_mask")
     if tokens is None:
         return None  # the model says what it misses
     request = Request(
         batch=len(tokens),
         input_ids=ids,
-        attention_mask=kwargs.get("attention_mask"),
+        attention_mask=mask,
         labels=kwargs.get("labels"),
         pixel_values=kwargs.get("pixel_values"),
         instructions=instructions,
         query=query,
         past_key_values=kwargs.get("past_key_values"),
+        # by what transformers goes: new tokens alone come with the mask of all
+        whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
     )
-    return model.increments.select(request, functools.partial(pooled_image, model), goes_on)
+    return model.increments.select(request, functools.partial(pooled_image, model), goes_on, pending)
 
 
 def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
