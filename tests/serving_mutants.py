@@ -4,6 +4,7 @@ from __future__ import annotations
 
 LOOP, RUNFILE = "cllava_fast/train/loop.py", "cllava_fast/train/runfile.py"
 BRANCH, PROCESSES = "cllava_fast/methods/branch_lora.py", "tests/test_distributed.py"
+INSTRUCTIONS = "cllava_fast/model/instructions.py"
 CHECKPOINT, LATER = "tests/test_checkpoint.py", "tests/test_later_tasks.py"
 
 SERVING_MUTANTS = [
@@ -33,6 +34,15 @@ SERVING_MUTANTS = [
     (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",
         "tests/test_patch.py",
+    ),
+    (
+        "the caller's tokenizer reads instructions", INSTRUCTIONS,
+        'copy.deepcopy(getattr(processor, "tokenizer", processor))', 'getattr(processor, "tokenizer", processor)',
+        "tests/test_instructions.py",
+    ),
+    (
+        "a tokenizer decodes in several threads", INSTRUCTIONS, "with _reading:\n                    text",
+        "if True:\n                    text", "tests/test_instructions.py",
     ),
     (
         "generate within generate ends the outer one's", "cllava_fast/model/patching.py",
