@@ -45,6 +45,10 @@ SERVING_MUTANTS = [
         "if True:\n                    text", "tests/test_instructions.py",
     ),
     (
+        "a patched model is pickled as the base", "cllava_fast/model/patching.py", "def __reduce__(self) -> Any:",
+        "def reduce(self) -> Any:", "tests/test_patch.py",
+    ),
+    (
         "generate within generate ends the outer one's", "cllava_fast/model/patching.py",
         "increments.call.pending = outer", "increments.call.pending = None", "tests/test_bases.py",
     ),
