@@ -32,6 +32,10 @@ SERVING_MUTANTS = [
         "tests/test_evaluation.py",
     ),
     (
+        "evaluation runs on behind an answer", "cllava_fast/evaluate/predict.py",
+        "[*_ends(model), tokenizer.eos_token_id]", "_ends(model)", "tests/test_evaluation.py",
+    ),
+    (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",
         "tests/test_patch.py",
     ),

@@ -23,7 +23,7 @@ from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream
 from cllava_fast.evaluate import evaluation, metrics
 from cllava_fast.evaluate.budget import within_budget
-from cllava_fast.evaluate.predict import queries_of
+from cllava_fast.evaluate.predict import ends_answers, queries_of
 from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
@@ -142,6 +142,7 @@ class ContinualTrainer:
         """What ``run.json`` says before the first task, as JSON."""
         self._check_learned()
         self._check_processor()
+        self._warn_of_another_end()
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
         if self.args.liger:
@@ -171,6 +172,17 @@ class ContinualTrainer:
             raise ValueError(
                 "the processor has another chat template than the one that the model was patched with; unpatch(model), "
                 "then patch(model, processor=processor) with this one"
+            )
+
+    def _warn_of_another_end(self) -> None:
+        tokenizer = self.data.encoder.tokenizer
+        if not ends_answers(self.model, tokenizer):
+            end, known = tokenizer.eos_token_id, self.model.generation_config.eos_token_id
+            warnings.warn(
+                f"answers are learned with {tokenizer.eos_token!r} at their end; evaluation stops there, but plain "
+                f"model.generate does not: model.generation_config.eos_token_id is {known}; add {end} there, in the "
+                f"folder of the base, too, or serve with generate(..., eos_token_id={end})",
+                stacklevel=4,
             )
 
     def _check_learned(self) -> None:
