@@ -36,6 +36,11 @@ SERVING_MUTANTS = [
         "[*_ends(model), tokenizer.eos_token_id]", "_ends(model)", "tests/test_evaluation.py",
     ),
     (
+        "an encoder that was trained again is not read", "cllava_fast/surrogate.py",
+        "tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)",
+        "tuple((path, 0, 0) for path in files)", "tests/test_instructions.py",
+    ),
+    (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",
         "tests/test_patch.py",
     ),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 from cllava_fast import surrogate as surrogates
@@ -206,6 +209,30 @@ def test_what_one_thread_reads_no_other_drops(monkeypatch: pytest.MonkeyPatch) -
     known = backbone.encode(["a"])
     assert torch.equal(backbone.encode(["a", "bb"])[:1], known)
     others[0].join()
+
+
+def test_models_share_an_encoder_while_it_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def move(weights: Path) -> None:
+        tensors = load_file(weights)
+        save_file(
+            {name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, weights
+        )
+
+    def shared() -> SentenceSurrogate:
+        return surrogates.sentence_surrogate("encoder", "cpu")
+
+    for place in ("here", "there"):
+        shutil.copytree(find_sentence_model("sentence"), tmp_path / place / "encoder", symlinks=False)
+    move(tmp_path / "there" / "encoder" / "model.safetensors")
+    monkeypatch.chdir(tmp_path / "here")
+    first = shared()
+    assert shared() is first
+    monkeypatch.chdir(tmp_path / "there")
+    assert shared().fingerprint != first.fingerprint
+    monkeypatch.chdir(tmp_path / "here")
+    assert shared() is first
+    move(Path("encoder/model.safetensors"))  # as a training that saves to the same folder
+    assert shared().fingerprint != first.fingerprint
 
 
 def test_nan_embeddings_are_refused() -> None:
