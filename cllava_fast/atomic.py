@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial-"  # in the name of what is being written; a process that was killed leaves it behind
+MAX_NAME_BYTES = 230  # of what is to be written; a file system takes 255, with what PARTIAL adds
 CHECKSUM = "sha256"  # of a JSON file: that of all its other entries
 CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,

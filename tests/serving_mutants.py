@@ -41,6 +41,11 @@ SERVING_MUTANTS = [
         "tuple((path, 0, 0) for path in files)", "tests/test_instructions.py",
     ),
     (
+        "a task is named as its folder", "cllava_fast/cli/running.py", "for names in (tasks, folders):",
+        "for names in (folders, tasks):", CHECKPOINT,
+    ),
+    ("a task's folder has a name too long", LOOP, "[:MAX_NAME_BYTES]", "", CHECKPOINT),
+    (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",
         "tests/test_patch.py",
     ),

@@ -138,10 +138,23 @@ def increments_of(folder: Path, after: str | None) -> Path:
         raise FileNotFoundError(f"{folder} has finished no task yet; cllava-fast train ... --resume goes on")
     if after is None:
         return saved[-1]
-    names = [entry.name.partition("-")[2] for entry in saved]
-    if after not in names:
-        raise ValueError(f"{folder} has no state after task {after!r}; expected one of {', '.join(names)}")
-    return saved[names.index(after)]
+    tasks, folders = [_newest_task(entry) for entry in saved], [_in_name(entry) for entry in saved]
+    for names in (tasks, folders):
+        if after in names:
+            return saved[names.index(after)]
+    raise ValueError(f"{folder} has no state after task {after!r}; expected one of {', '.join(tasks)}")
+
+
+def _newest_task(increments: Path) -> str:
+    try:
+        return read_config(increments).tasks[-1]
+    except (OSError, ValueError, IndexError):  # what is damaged is refused where it is loaded
+        return _in_name(increments)
+
+
+def _in_name(increments: Path) -> str:
+    """The task in a folder's name, without the characters that a file name cannot have."""
+    return increments.name.partition("-")[2]
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -17,7 +17,16 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, set_seed
 
 from cllava_fast import distributed
-from cllava_fast.atomic import DamagedError, MissingError, check_sums, remove_folder, sums_of, sweep, write_text
+from cllava_fast.atomic import (
+    MAX_NAME_BYTES,
+    DamagedError,
+    MissingError,
+    check_sums,
+    remove_folder,
+    sums_of,
+    sweep,
+    write_text,
+)
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream
@@ -407,7 +416,8 @@ class ContinualTrainer:
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
         name = "all" if self.increments.method.joint else phases[number][0]
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-        return self.output_dir / INCREMENTS_FOLDER / f"{number + 1:02d}-{safe}"
+        whole = f"{number + 1:02d}-{safe}"
+        return self.output_dir / INCREMENTS_FOLDER / whole.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
     def _learn(self, number: int, phases: list[list[str]], events: TaskEvents) -> Tuned:
         """Stages and commit of one task (of all tasks, for a joint method), saved at the end."""
