@@ -109,7 +109,7 @@ def open_run(path: str, after: str | None = None, base: str | None = None) -> tu
             raise ValueError(f"{path} is no folder of a run, so --after has no meaning; leave it out")
         logging.disable_progress_bar()
         model = cf.from_pretrained(path, base_model=base)
-        return model.eval(), model.increments.processor
+        return model, model.increments.processor
     config, saved = run_config(folder, base), increments_of(folder, after)
     model, processor = open_base(config)
     return cf.load_pretrained(model, saved, processor=processor), processor
