@@ -17,7 +17,7 @@ from cllava_fast.atomic import DamagedError, make_folder, naming, write_file, wr
 from cllava_fast.evaluate.metrics import learned_tasks, mean_over_seeds, paired_p_value, runs_by_order
 from cllava_fast.evaluate.page import html_page
 from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses, plot_selection
-from cllava_fast.evaluate.results import MAX_RESULTS_BYTES, check_results
+from cllava_fast.evaluate.results import MAX_RESULTS_BYTES, check_results, results_json
 from cllava_fast.evaluate.wording import (
     P_VALUE,
     YARDSTICK,
@@ -54,7 +54,7 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
     folder = Path(directory)
     with naming(folder):
         make_folder(folder)
-    write_text(folder / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(folder / RESULTS, results_json(results))
     write_text(folder / "matrix.csv", _csv(results))
     write_file(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
     write_file(folder / "forgetting.png", lambda path: plot_forgetting(results, path))

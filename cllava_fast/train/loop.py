@@ -34,6 +34,7 @@ from cllava_fast.evaluate import evaluation, metrics
 from cllava_fast.evaluate.budget import within_budget
 from cllava_fast.evaluate.predict import ends_answers, queries_of
 from cllava_fast.evaluate.report import RESULTS
+from cllava_fast.evaluate.results import results_json
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
 from cllava_fast.model.liger import kernels_for
@@ -411,7 +412,7 @@ class ContinualTrainer:
         results = evaluation.results_of_run(
             self.stream, method["method"], self.args.seed, result.to_dict(), config, result.losses, result.examples
         )
-        write_text(self.output_dir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+        write_text(self.output_dir / RESULTS, results_json(results))
 
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
         name = "all" if self.increments.method.joint else phases[number][0]
