@@ -178,6 +178,17 @@ def test_strange_names_break_no_table(strange: dict, tmp_path: Path) -> None:
     assert "[/red]" in printed and "score in % so far" in printed
 
 
+@pytest.mark.parametrize(("kept", "behind"), [(None, ["75.0", "–"]), (0.25, ["75.0", "–", "25.0"])])
+def test_a_task_named_as_a_column_has_its_own(kept: float | None, behind: list[str], results: dict) -> None:
+    results["stream"] = ["chart", "base kept"]
+    for result in results["methods"].values():
+        result["base_kept"] = kept
+    header, rows = report.table(results)
+    first = header.index("base kept")
+    assert rows[0][first : first + len(behind)] == behind and header.count("base kept") == len(behind) - 1
+    assert all(len(row) == len(header) for row in rows)
+
+
 def test_the_wording_follows_the_metrics(results: dict, strange: dict, tmp_path: Path) -> None:
     report.write_report(results, tmp_path)
     text = (tmp_path / "report.md").read_text()

@@ -143,12 +143,10 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
         *averages,
         *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
         ("right block", True, lambda result: _percent(result["selection_accuracy"])),
-        ("base kept", True, lambda result: _percent(result.get("base_kept"))),
+        *([("base kept", True, lambda result: _percent(result.get("base_kept")))] if measures_base(results) else []),
         ("trainable", False, lambda result: f"{result['trainable_parameters']:,.0f}"),
         ("seconds", True, lambda result: f"{result['seconds']:.0f}"),
     ]
-    if not measures_base(results):
-        columns = [column for column in columns if column[0] != "base kept"]
     shown = [(name, value) for name, always, value in columns if always or not brief]
     header = ["method", *[name for name, _ in shown]]
     rows = [[title_of(name), *[value(result) for _, value in shown]] for name, result in results["methods"].items()]
