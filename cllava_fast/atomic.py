@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial-"  # in the name of what is being written; a process that was killed leaves it behind
+MAX_NAME_BYTES = 230  # of what is to be written; a file system takes 255, with what PARTIAL adds
 CHECKSUM = "sha256"  # of a JSON file: that of all its other entries
 CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
@@ -122,11 +123,16 @@ def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder that takes the place of ``path`` at the end of the block.
 
-    If the block fails, nothing of it stays and what stood at ``path`` is untouched.
+    If the block fails, nothing of it stays and what stood at ``path`` is untouched. A link stays one: the folder that
+    it leads to is replaced.
 
     Raises:
         SaveError: there is no space or no permission.
+        ValueError: ``path`` is the current directory, which would be lost to who stands in it.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and path.samefile(os.curdir):
+        raise ValueError(f"{path} is the current directory, which cannot be replaced; give a folder within it")
     with naming(path):
         make_folder(path.parent)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))

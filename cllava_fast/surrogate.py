@@ -207,9 +207,14 @@ def make_surrogate(
     return sentence_surrogate(name, str(device))
 
 
-@functools.lru_cache(maxsize=2)
 def sentence_surrogate(name: str, device: str) -> SentenceSurrogate:
-    """Models of one process share a frozen encoder and what it has encoded."""
+    """Models of one process share a frozen encoder and what it has encoded, while its files stay as they are."""
+    files = [path for path in sorted(find_sentence_model(name).resolve().rglob("*")) if path.is_file()]
+    return _shared(name, device, tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+@functools.lru_cache(maxsize=2)
+def _shared(name: str, device: str, files: tuple[tuple[Path, int, int], ...]) -> SentenceSurrogate:
     return SentenceSurrogate(name, device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 LOOP, RUNFILE = "cllava_fast/train/loop.py", "cllava_fast/train/runfile.py"
 BRANCH, PROCESSES = "cllava_fast/methods/branch_lora.py", "tests/test_distributed.py"
+INSTRUCTIONS = "cllava_fast/model/instructions.py"
 CHECKPOINT, LATER = "tests/test_checkpoint.py", "tests/test_later_tasks.py"
 
 SERVING_MUTANTS = [
@@ -31,8 +32,39 @@ SERVING_MUTANTS = [
         "tests/test_evaluation.py",
     ),
     (
+        "evaluation runs on behind an answer", "cllava_fast/evaluate/predict.py",
+        "[*_ends(model), tokenizer.eos_token_id]", "_ends(model)", "tests/test_evaluation.py",
+    ),
+    (
+        "an encoder that was trained again is not read", "cllava_fast/surrogate.py",
+        "tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)",
+        "tuple((path, 0, 0) for path in files)", "tests/test_instructions.py",
+    ),
+    (
+        "a task is named as its folder", "cllava_fast/cli/running.py", "for names in (tasks, folders):",
+        "for names in (folders, tasks):", CHECKPOINT,
+    ),
+    ("a task's folder has a name too long", LOOP, "[:MAX_NAME_BYTES]", "", CHECKPOINT),
+    (
+        "a number of results.json is a line", "cllava_fast/evaluate/results.py", 're.sub(r"\\n *", "", numbers[0])',
+        "numbers[0]", "tests/test_report.py",
+    ),
+    (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",
         "tests/test_patch.py",
+    ),
+    (
+        "the caller's tokenizer reads instructions", INSTRUCTIONS,
+        'copy.deepcopy(getattr(processor, "tokenizer", processor))', 'getattr(processor, "tokenizer", processor)',
+        "tests/test_instructions.py",
+    ),
+    (
+        "a tokenizer decodes in several threads", INSTRUCTIONS, "with _reading:\n                    text",
+        "if True:\n                    text", "tests/test_instructions.py",
+    ),
+    (
+        "a patched model is pickled as the base", "cllava_fast/model/patching.py", "def __reduce__(self) -> Any:",
+        "def reduce(self) -> Any:", "tests/test_patch.py",
     ),
     (
         "generate within generate ends the outer one's", "cllava_fast/model/patching.py",

@@ -60,6 +60,28 @@ def test_a_folder_is_replaced_with_all_that_it_held(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existed", [False, True])
+def test_a_link_stays_a_link(existed: bool, tmp_path: Path) -> None:
+    target, link = tmp_path / "releases" / "5", tmp_path / "current"
+    if existed:
+        target.mkdir(parents=True)
+    link.symlink_to(Path("releases") / "5")
+    with new_folder(link) as folder:
+        (folder / "a.txt").write_text("new")
+    assert link.is_symlink() and contents(tmp_path / "releases") == {"5/a.txt": "new"}
+    assert sorted(p.name for p in (*tmp_path.iterdir(), *target.parent.iterdir())) == ["5", "current", "releases"]
+
+
+@pytest.mark.parametrize("path", [".", "../out", ""])
+def test_the_current_directory_is_not_replaced(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ValueError, match="out is the current directory, .*; give a folder within it"):
+        with new_folder(Path(path)) as folder:
+            (folder / "a.txt").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("existed", [False, True])
 def test_a_failing_block_leaves_the_old_folder(existed: bool, tmp_path: Path) -> None:
     if existed:
         (tmp_path / "out").mkdir()

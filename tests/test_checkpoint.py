@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import functools
 import json
@@ -240,6 +241,20 @@ def test_arguments_that_make_no_sense(name: str, value: int, tmp_path: Path) -> 
 def test_three_tasks_keep_two(llava: Any, processor: Any, tmp_path: Path) -> None:
     trainer(llava, processor, tmp_path / "run", tasks=3, max_steps=1, align_steps=1, keep_increments=2).train()
     assert sorted(p.name for p in (tmp_path / "run" / "increments").iterdir()) == ["02-task1", "03-task2"]
+
+
+def test_tasks_of_any_name_are_saved_and_found(new_llava: Any, processor: Any, tmp_path: Path) -> None:
+    names = ["a b", "日" * 90, "a_b"]  # the second is longer than a file's name may be
+    tasks = [dataclasses.replace(task, name=name) for task, name in zip(stream(3).tasks, names, strict=True)]
+    for resume in (False, True):
+        model = cf.patch(new_llava(), CONFIG, processor=processor)
+        args = arguments(tmp_path / "run", max_steps=1, align_steps=1, resume=resume)
+        cf.ContinualTrainer(model, processor, cf.Stream(tasks), args).train()
+        assert get_increments(model).pool.task_names == names
+    found = [increments_of(tmp_path / "run", name) for name in names]
+    assert [json.loads((folder / "adapter_config.json").read_text())["tasks"][-1] for folder in found] == names
+    with pytest.raises(ValueError, match="no state after task 'c'; expected one of a b, 日+, a_b"):
+        increments_of(tmp_path / "run", "c")
 
 
 @pytest.mark.parametrize("keep", [2, 3])

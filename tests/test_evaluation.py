@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -258,6 +259,23 @@ def test_answers_are_greedy_whatever_the_base_generates_by(llava: Any, processor
     llava.generation_config.update(**options)
     assert answers() == plain
     assert {name: getattr(llava.generation_config, name) for name in options} == options
+
+
+@pytest.mark.parametrize("others", [None, 5, [5, 6]])
+def test_answers_end_where_training_ends_them(others: Any, llava: Any, processor: Any) -> None:
+    """The tokenizer's end, which the base's own generation config may not know."""
+    processor = copy.deepcopy(processor)
+    llava.generation_config.eos_token_id = others
+    sample = dataclasses.replace(stream(1).tasks[0].test[0], instruction=QUESTIONS[0])
+
+    def answer() -> str:
+        encoder = Encoder(processor)
+        collate = Collator(encoder, None, training=False)
+        return predict(llava, encoder.encode([sample]), None, collate, batch_size=1, max_new_tokens=4)[0]
+
+    first, *rest = answer().split()
+    processor.tokenizer.eos_token = first
+    assert rest and answer() == first and llava.generation_config.eos_token_id == others
 
 
 @pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, calibrate=True), DikiConfig()])

@@ -54,6 +54,14 @@ def test_learning_goes_on_after_loading(
     assert torch.equal(model.increments.pool.keys[:16], learned.increments.pool.keys)
 
 
+def test_settings_that_somebody_edits_act(learned: Any, new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    config = cf.save_pretrained(learned, tmp_path / "out") / files.CONFIG
+    values = json.loads(config.read_text())
+    values["config"]["scale"] = 3.5
+    config.write_text(json.dumps(values))
+    assert cf.load_pretrained(new_llava(), tmp_path / "out", processor=processor).increments.config.scale == 3.5
+
+
 def test_saving_replaces_its_own_folder_and_no_other(learned: Any, tmp_path: Path, generator: torch.Generator) -> None:
     cf.save_pretrained(learned, tmp_path / "out")
     learn(learned, 1, generator)

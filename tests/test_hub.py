@@ -205,8 +205,8 @@ def test_a_given_base_is_used(
         cf.from_pretrained(tmp_path / "out", model, base_model="moved")
     with pytest.raises(ValueError, match=r"\['dtype'\] say how to load the base, but model= was given"):
         cf.from_pretrained(tmp_path / "out", model, dtype="float32")
-    learned = cf.from_pretrained(str(tmp_path / "out"), model, processor)
-    assert learned is model and model.increments.pool.num_tasks == 2
+    learned = cf.from_pretrained(str(tmp_path / "out"), model.train(), processor)
+    assert learned is model and model.increments.pool.num_tasks == 2 and not model.training
 
 
 def test_a_base_without_a_name_has_to_be_given(new_llava: Callable, processor: Any, tmp_path: Path) -> None:

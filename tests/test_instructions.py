@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
 
 from cllava_fast import surrogate as surrogates
 from cllava_fast.demo.tokenizer import build_tokenizer
+from cllava_fast.model import instructions
 from cllava_fast.model.instructions import InstructionReader, template_markers
 from cllava_fast.surrogate import BackboneSurrogate, SentenceSurrogate, TextImageSurrogate, find_sentence_model
 from tests.helpers import QUESTIONS, inputs, prompt
@@ -103,6 +110,57 @@ def test_no_user_turn_is_an_error(reader: InstructionReader, processor: Any) -> 
         reader.read(batch["input_ids"], batch["attention_mask"])
 
 
+@pytest.mark.parametrize("how", ["fast", "slow"])
+def test_reads_by_a_tokenizer_of_its_own(how: str) -> None:
+    """Whatever the caller's threads do with theirs."""
+    tokenizer = build_tokenizer() if how == "fast" else ByT5Tokenizer()
+    question, ids = "which bar is it?", tokenizer("USER: which bar is it? ASSISTANT:", return_tensors="pt")["input_ids"]
+    expected = tokenizer.decode(tokenizer(question, add_special_tokens=False)["input_ids"])
+    tokenizer(["a", "b c d"], padding="max_length", truncation=True, max_length=3)  # which a fast one keeps
+    reader = InstructionReader(tokenizer)
+    for name in [*vars(tokenizer)]:
+        delattr(tokenizer, name)
+    assert reader.canonical(question) == expected and reader.read(ids) == [expected]
+
+
+def test_a_reader_asks_its_tokenizer_in_one_thread_at_a_time(
+    reader: InstructionReader, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = encode(processor, prompt(processor, QUESTIONS[0]))["input_ids"]
+    tokenizer, threads, expected = reader._tokenizer, 4, reader.canonical(QUESTIONS[0])
+    inside: list[str] = []
+    most = 0
+
+    def watched(name: str) -> Any:
+        whole = getattr(type(tokenizer), name)
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal most
+            inside.append(name)
+            most = max(most, len(inside))
+            time.sleep(0.01)
+            result = whole(self, *args, **kwargs)
+            inside.pop()
+            return result
+
+        return method
+
+    watching = {name: watched(name) for name in ("__call__", "decode")}
+    monkeypatch.setattr(tokenizer, "__class__", type("Watched", (type(tokenizer),), watching))
+    texts = [f"{' ' * i}{QUESTIONS[0]}" for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        found = [[pool.submit(reader.canonical, text), pool.submit(lambda: reader.read(ids)[0])] for text in texts]
+    assert {future.result() for pair in found for future in pair} == {expected}
+    assert most == 1
+
+
+def test_canonical_texts_are_bounded(reader: InstructionReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions, "CACHE_SIZE", 2)
+    for text in (*QUESTIONS[:2], QUESTIONS[0], QUESTIONS[2]):
+        reader.canonical(text)
+    assert list(reader._canonical) == [QUESTIONS[0], QUESTIONS[2]]
+
+
 @pytest.fixture(scope="module")
 def sentence() -> SentenceSurrogate:
     return surrogates.sentence_surrogate("sentence", "cpu")
@@ -151,6 +209,30 @@ def test_what_one_thread_reads_no_other_drops(monkeypatch: pytest.MonkeyPatch) -
     known = backbone.encode(["a"])
     assert torch.equal(backbone.encode(["a", "bb"])[:1], known)
     others[0].join()
+
+
+def test_models_share_an_encoder_while_it_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def move(weights: Path) -> None:
+        tensors = load_file(weights)
+        save_file(
+            {name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, weights
+        )
+
+    def shared() -> SentenceSurrogate:
+        return surrogates.sentence_surrogate("encoder", "cpu")
+
+    for place in ("here", "there"):
+        shutil.copytree(find_sentence_model("sentence"), tmp_path / place / "encoder", symlinks=False)
+    move(tmp_path / "there" / "encoder" / "model.safetensors")
+    monkeypatch.chdir(tmp_path / "here")
+    first = shared()
+    assert shared() is first
+    monkeypatch.chdir(tmp_path / "there")
+    assert shared().fingerprint != first.fingerprint
+    monkeypatch.chdir(tmp_path / "here")
+    assert shared() is first
+    move(Path("encoder/model.safetensors"))  # as a training that saves to the same folder
+    assert shared().fingerprint != first.fingerprint
 
 
 def test_nan_embeddings_are_refused() -> None:

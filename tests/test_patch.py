@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import cllava_fast as cf
+from cllava_fast.methods.diki import DikiConfig
+from cllava_fast.methods.lora import LoraConfig
 from cllava_fast.model import get_increments, paths
 from tests.helpers import QUESTIONS, at_once, inputs, learn, take
 
@@ -305,6 +309,20 @@ def test_a_copied_model_is_a_model_of_its_own(llava: Any, processor: Any, genera
     assert not torch.equal(last_logits(twin, batch), before) and torch.equal(last_logits(llava, batch), before)
     cf.unpatch(twin)
     assert torch.equal(last_logits(llava, batch), before)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BACKBONE, DikiConfig(), LoraConfig()])
+def test_a_patched_model_is_not_pickled(llava: Any, processor: Any, config: Any) -> None:
+    """It would come back as the frozen base."""
+    cf.patch(llava, config, processor=processor)
+    parts = (llava, llava.model, llava.model.language_model.layers[0].self_attn.o_proj)
+    for part in parts:
+        with pytest.raises(TypeError, match="cannot be pickled.*save_pretrained"):
+            pickle.dumps(part)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        torch.save(llava, io.BytesIO())
+    cf.unpatch(llava)
+    assert [type(pickle.loads(pickle.dumps(part))) for part in parts] == [type(part) for part in parts]
 
 
 def test_activation_checkpointing_recomputes_with_its_own_selection(

@@ -7,6 +7,8 @@ import csv
 import io
 import json
 import math
+import random
+import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from cllava_fast.evaluate import metrics, plots, report, wording
-from cllava_fast.evaluate.results import MAX_TASKS
+from cllava_fast.evaluate.results import MAX_METHODS, MAX_RESULTS_BYTES, MAX_TASKS, results_json
 from cllava_fast.evaluate.selection import selection_study
 
 
@@ -176,6 +178,17 @@ def test_strange_names_break_no_table(strange: dict, tmp_path: Path) -> None:
     assert "[/red]" in printed and "score in % so far" in printed
 
 
+@pytest.mark.parametrize(("kept", "behind"), [(None, ["75.0", "–"]), (0.25, ["75.0", "–", "25.0"])])
+def test_a_task_named_as_a_column_has_its_own(kept: float | None, behind: list[str], results: dict) -> None:
+    results["stream"] = ["chart", "base kept"]
+    for result in results["methods"].values():
+        result["base_kept"] = kept
+    header, rows = report.table(results)
+    first = header.index("base kept")
+    assert rows[0][first : first + len(behind)] == behind and header.count("base kept") == len(behind) - 1
+    assert all(len(row) == len(header) for row in rows)
+
+
 def test_the_wording_follows_the_metrics(results: dict, strange: dict, tmp_path: Path) -> None:
     report.write_report(results, tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -317,6 +330,25 @@ def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monk
     with pytest.raises(OSError, match="disk full"):
         report.write_report(results, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_lists_of_numbers_stand_on_one_line(strange: dict) -> None:
+    strange["note"] = "[\n  1,\n  2\n] [1,2]"
+    text = results_json(strange)
+    assert json.loads(text) == strange and "[0.9, null, null]" in text and '"a": [],' in results_json({"a": [], "b": 1})
+    assert not re.search(r"\n *[\d.]+,?\n", text)
+
+
+def test_the_largest_results_are_read_again() -> None:
+    """Of as many tasks and methods as there may be, after several seeds, with a selection and examples."""
+    size, seeds = 20, 3
+    draw = random.Random(0).random
+    names = [f"task number {i}" for i in range(size)]
+    matrix: list[list[float | None]] = [[draw() if j <= i else None for j in range(size)] for i in range(size)]
+    study = selection_study({name: [draw() for _ in names] for name in names}, names)
+    run = {"accuracy_matrix": matrix, "selection": study}
+    growth = (MAX_TASKS / size) ** 2 * MAX_METHODS
+    assert len(results_json({**run, "per_seed": [run] * seeds})) * growth < 0.6 * MAX_RESULTS_BYTES
 
 
 def test_the_selection_has_a_table(strange: dict, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -441,6 +442,16 @@ class TestRefusals:
         other.chat_template = chat_template("vicuna_v1")
         with pytest.raises(ValueError, match="another chat template than the one that the model was patched with"):
             ContinualTrainer(llava, other, stream(), arguments(tmp_path / "run"))
+
+    @pytest.mark.parametrize("ends", [None, 5, [5, 6]])
+    def test_a_base_that_runs_on_behind_answers(self, ends: Any, llava: Any, processor: Any, tmp_path: Path) -> None:
+        end = processor.tokenizer.eos_token_id
+        llava.generation_config.eos_token_id = ends
+        with pytest.warns(UserWarning, match=rf"'</s>' at their end.*generate\(\.\.\., eos_token_id={end}\)"):
+            trainer(llava, processor, tmp_path / "run")
+        llava.generation_config.eos_token_id = end if ends is None else [5, end]
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            trainer(llava, processor, tmp_path / "run")
 
     def test_a_model_that_has_learned_already(self, llava: Any, processor: Any, tmp_path: Path) -> None:
         trainer(llava, processor, tmp_path / "run").train()

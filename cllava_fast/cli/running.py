@@ -108,7 +108,7 @@ def open_run(path: str, after: str | None = None, base: str | None = None) -> tu
             raise ValueError(f"{path} is no folder of a run, so --after has no meaning; leave it out")
         logging.disable_progress_bar()
         model = cf.from_pretrained(path, base_model=base)
-        return model.eval(), model.increments.processor
+        return model, model.increments.processor
     config, saved = run_config(folder, base), increments_of(folder, after)
     model, processor = open_base(config)
     return cf.load_pretrained(model, saved, processor=processor), processor
@@ -137,10 +137,23 @@ def increments_of(folder: Path, after: str | None) -> Path:
         raise FileNotFoundError(f"{folder} has finished no task yet; cllava-fast train ... --resume goes on")
     if after is None:
         return saved[-1]
-    names = [entry.name.partition("-")[2] for entry in saved]
-    if after not in names:
-        raise ValueError(f"{folder} has no state after task {after!r}; expected one of {', '.join(names)}")
-    return saved[names.index(after)]
+    tasks, folders = [_newest_task(entry) for entry in saved], [_in_name(entry) for entry in saved]
+    for names in (tasks, folders):
+        if after in names:
+            return saved[names.index(after)]
+    raise ValueError(f"{folder} has no state after task {after!r}; expected one of {', '.join(tasks)}")
+
+
+def _newest_task(increments: Path) -> str:
+    try:
+        return read_config(increments).tasks[-1]
+    except (OSError, ValueError, IndexError):  # what is damaged is refused where it is loaded
+        return _in_name(increments)
+
+
+def _in_name(increments: Path) -> str:
+    """The task in a folder's name, without the characters that a file name cannot have."""
+    return increments.name.partition("-")[2]
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

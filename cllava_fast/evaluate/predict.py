@@ -51,7 +51,7 @@ def predict(
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
-        with _greedy(model):
+        with _greedy(model, tokenizer):
             generated = model.generate(**batch, max_new_tokens=max_new_tokens, synced_gpus=sharded)
         for row, ids in zip(rows, generated[:, width:], strict=True):
             mine[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -63,18 +63,31 @@ def predict(
 
 
 @contextmanager
-def _greedy(model: Any) -> Iterator[None]:
-    """Of the model's generation config, leaves what says nothing about which token is best."""
+def _greedy(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Of the model's generation config, leaves what says nothing about which token is best; an answer ends where
+    training ended it, too."""
     whole = model.generation_config
     kept = (
         "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "cache_config",
         "compile_config", "disable_compile", "prefill_chunk_size",
     )  # fmt: skip
     model.generation_config = GenerationConfig(**{name: getattr(whole, name, None) for name in kept})
+    if not ends_answers(model, tokenizer):
+        model.generation_config.eos_token_id = [*_ends(model), tokenizer.eos_token_id]
     try:
         yield
     finally:
         model.generation_config = whole
+
+
+def ends_answers(model: Any, tokenizer: Any) -> bool:
+    """Whether plain ``model.generate`` ends at the token that training puts behind every answer."""
+    return tokenizer.eos_token_id in _ends(model)
+
+
+def _ends(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from cllava_fast.atomic import DamagedError, make_folder, naming, write_file, wr
 from cllava_fast.evaluate.metrics import learned_tasks, mean_over_seeds, paired_p_value, runs_by_order
 from cllava_fast.evaluate.page import html_page
 from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses, plot_selection
-from cllava_fast.evaluate.results import MAX_RESULTS_BYTES, check_results
+from cllava_fast.evaluate.results import MAX_RESULTS_BYTES, check_results, results_json
 from cllava_fast.evaluate.wording import (
     P_VALUE,
     YARDSTICK,
@@ -54,7 +54,7 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
     folder = Path(directory)
     with naming(folder):
         make_folder(folder)
-    write_text(folder / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(folder / RESULTS, results_json(results))
     write_text(folder / "matrix.csv", _csv(results))
     write_file(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
     write_file(folder / "forgetting.png", lambda path: plot_forgetting(results, path))
@@ -143,12 +143,10 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
         *averages,
         *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
         ("right block", True, lambda result: _percent(result["selection_accuracy"])),
-        ("base kept", True, lambda result: _percent(result.get("base_kept"))),
+        *([("base kept", True, lambda result: _percent(result.get("base_kept")))] if measures_base(results) else []),
         ("trainable", False, lambda result: f"{result['trainable_parameters']:,.0f}"),
         ("seconds", True, lambda result: f"{result['seconds']:.0f}"),
     ]
-    if not measures_base(results):
-        columns = [column for column in columns if column[0] != "base kept"]
     shown = [(name, value) for name, always, value in columns if always or not brief]
     header = ["method", *[name for name, _ in shown]]
     rows = [[title_of(name), *[value(result) for _, value in shown]] for name, result in results["methods"].items()]

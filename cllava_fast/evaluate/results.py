@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +13,18 @@ from cllava_fast.names import brief
 METRICS = ("accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
            "selection_accuracy", "trainable_parameters", "seconds")  # fmt: skip
 COUNTS = ("trainable_parameters", "seconds")  # the metrics that are never None
-MAX_RESULTS_BYTES = 64 << 20
 MAX_DEPTH = 30
 MAX_TASKS, MAX_METHODS = 200, 20  # that pictures have room for
+MAX_RESULTS_BYTES = MAX_TASKS * MAX_METHODS * (64 << 10)  # a method's rows of a task over several seeds, and examples
 
 Check = Callable[[Any], bool]
+
+
+def results_json(results: Mapping[str, Any]) -> str:
+    """The text of ``results.json``, numbers of one list on one line."""
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    # a text of JSON holds no line break, so none of it looks like such a list
+    return re.sub(r'\[\n[^][{}"]*\]', lambda numbers: re.sub(r"\n *", "", numbers[0]).replace(",", ", "), text)
 
 
 def check_results(results: Any, where: str) -> None:

@@ -132,7 +132,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
         FileNotFoundError: a file is missing.
         ValueError: another base model or surrogate, one of a newer format, missing or unexpected tensors, or a model
             patched with another config. Nothing is changed then.
-        DamagedError: a file was cut off or changed, which is a ValueError, too.
+        DamagedError: a file was cut off, or the tensors were changed, which is a ValueError, too.
     """
     folder = Path(path)
     paths.check_supported(model)

@@ -74,7 +74,7 @@ def from_pretrained(
         model = _load_base(saved, folder, options, base_options)
         if processor is None:
             processor = speak_as_learned(_find_processor(saved, options), saved, folder)
-    return load_pretrained(model, folder, processor=processor)
+    return load_pretrained(model, folder, processor=processor).eval()
 
 
 def _find(path_or_repo: str | os.PathLike[str], revision: str | None, options: dict[str, Any]) -> Path:

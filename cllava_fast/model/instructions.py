@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
+from collections import OrderedDict
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +19,8 @@ from cllava_fast.names import brief
 MARK = "\ufdd0"
 # LLaVA-1.5's own, for processors without a chat template
 DEFAULT_MARKERS = ("USER:", "ASSISTANT:")
+CACHE_SIZE = 100_000  # texts
+_reading = threading.RLock()  # a call changes its tokenizer's settings
 
 
 class InstructionReader:
@@ -26,15 +31,17 @@ class InstructionReader:
     Role markers that are plain words, such as ``USER:``, cannot be told from the same words of a user: in ids and in
     texts alike, what stands behind the last one counts.
 
+    Several threads may read at once, while others use the processor: the reader has a copy of its tokenizer.
+
     Args:
         processor: of a model with images, or the tokenizer of one without.
         left_out: ids of tokens that stand for images and the like.
     """
 
     def __init__(self, processor: Any, *left_out: int) -> None:
-        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
         self._left_out = frozenset(left_out)
-        self._canonical: dict[str, str] = {}
+        self._canonical: OrderedDict[str, str] = OrderedDict()
         self._image = getattr(processor, "image_token", None) or "<image>"
         self._plain = PlainText(self._tokenizer, self._image)
         self._marks = set(self._plain.control) - {getattr(self._tokenizer, "unk_token_id", None)}
@@ -47,16 +54,19 @@ class InstructionReader:
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of what a user wrote; a slow tokenizer does not tell it from what a template does."""
-        return self._plain.ids(text) if getattr(self._tokenizer, "is_fast", False) else self._written(text)
+        with _reading:
+            return self._plain.ids(text) if getattr(self._tokenizer, "is_fast", False) else self._written(text)
 
     def _decode(self, ids: list[int]) -> str:
         """The text of ids, white space folded, control tokens behind a ``MARK``."""
         parts = []
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         for control, run in groupby(ids, lambda i: i in self._marks):
             if control:
                 parts += [MARK + self._plain.control[i] for i in run]
             else:
-                text = self._tokenizer.decode(list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                with _reading:
+                    text = self._tokenizer.decode(list(run), **options)
                 parts.append(text.replace(MARK, "\ufffd"))
         return " ".join(" ".join(parts).split())
 
@@ -65,17 +75,24 @@ class InstructionReader:
 
         Raises ValueError for a blank text, or one that ends with a role marker.
         """
-        known = self._canonical.get(text)
-        if known is None:
-            words = self._decode(self.tokenize(self._without_image(text)))
-            known = self._turn(f"{self.user} {words} {self.end}")
-            if not known:
-                raise ValueError(
-                    f"the instruction {brief(text)} is blank, or nothing stands behind its last {_shown(self.user)}; "
-                    "expected a text"
-                )
-            self._canonical[text] = known
-        return known
+        with _reading:
+            known = self._canonical.get(text)
+            if known is None:
+                known = self._canonical[text] = self._read_text(text)
+            self._canonical.move_to_end(text)
+            while len(self._canonical) > CACHE_SIZE:
+                self._canonical.popitem(last=False)
+            return known
+
+    def _read_text(self, text: str) -> str:
+        words = self._decode(self.tokenize(self._without_image(text)))
+        turn = self._turn(f"{self.user} {words} {self.end}")
+        if not turn:
+            raise ValueError(
+                f"the instruction {brief(text)} is blank, or nothing stands behind its last {_shown(self.user)}; "
+                "expected a text"
+            )
+        return turn
 
     def _without_image(self, text: str) -> str:
         text, before = text.strip(), ""

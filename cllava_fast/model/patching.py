@@ -7,6 +7,7 @@ checkpointing sees the selection of its own forward pass.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -43,6 +44,16 @@ class _Adapter:
 
     increments: Increments
     factors: Factors
+
+    def __reduce__(self) -> Any:  # pickle takes a method that is shadowed on an instance for that of its class
+        raise TypeError(
+            "a patched model cannot be pickled: it would come back as the frozen base; "
+            "cllava_fast.save_pretrained(model, path) writes what it has learned, and "
+            "cllava_fast.from_pretrained(path) brings it back"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Adapter:
+        return _Adapter(copy.deepcopy(self.increments, memo), copy.deepcopy(self.factors, memo))
 
 
 def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | None = None) -> Any:

@@ -17,14 +17,24 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, set_seed
 
 from cllava_fast import distributed
-from cllava_fast.atomic import DamagedError, MissingError, check_sums, remove_folder, sums_of, sweep, write_text
+from cllava_fast.atomic import (
+    MAX_NAME_BYTES,
+    DamagedError,
+    MissingError,
+    check_sums,
+    remove_folder,
+    sums_of,
+    sweep,
+    write_text,
+)
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream
 from cllava_fast.evaluate import evaluation, metrics
 from cllava_fast.evaluate.budget import within_budget
-from cllava_fast.evaluate.predict import queries_of
+from cllava_fast.evaluate.predict import ends_answers, queries_of
 from cllava_fast.evaluate.report import RESULTS
+from cllava_fast.evaluate.results import results_json
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
 from cllava_fast.model.liger import kernels_for
@@ -142,6 +152,7 @@ class ContinualTrainer:
         """What ``run.json`` says before the first task, as JSON."""
         self._check_learned()
         self._check_processor()
+        self._warn_of_another_end()
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
         if self.args.liger:
@@ -171,6 +182,17 @@ class ContinualTrainer:
             raise ValueError(
                 "the processor has another chat template than the one that the model was patched with; unpatch(model), "
                 "then patch(model, processor=processor) with this one"
+            )
+
+    def _warn_of_another_end(self) -> None:
+        tokenizer = self.data.encoder.tokenizer
+        if not ends_answers(self.model, tokenizer):
+            end, known = tokenizer.eos_token_id, self.model.generation_config.eos_token_id
+            warnings.warn(
+                f"answers are learned with {tokenizer.eos_token!r} at their end; evaluation stops there, but plain "
+                f"model.generate does not: model.generation_config.eos_token_id is {known}; add {end} there, in the "
+                f"folder of the base, too, or serve with generate(..., eos_token_id={end})",
+                stacklevel=4,
             )
 
     def _check_learned(self) -> None:
@@ -392,12 +414,13 @@ class ContinualTrainer:
         results = evaluation.results_of_run(
             self.stream, method["method"], self.args.seed, result.to_dict(), config, result.losses, result.examples
         )
-        write_text(self.output_dir / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+        write_text(self.output_dir / RESULTS, results_json(results))
 
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
         name = "all" if self.increments.method.joint else phases[number][0]
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-        return self.output_dir / INCREMENTS_FOLDER / f"{number + 1:02d}-{safe}"
+        whole = f"{number + 1:02d}-{safe}"
+        return self.output_dir / INCREMENTS_FOLDER / whole.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
     def _learn(self, number: int, phases: list[list[str]], events: TaskEvents) -> Tuned:
         """Stages and commit of one task (of all tasks, for a joint method), saved at the end."""
