@@ -11,7 +11,7 @@ up before they meet the tokens (`sum_of_B`); where every token has its own, that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -49,10 +49,6 @@ class Acting:
     def by_sum(self) -> bool:
         """Whether a sample's rows meet its tokens as one sum of their B."""
         return self.shared and not self.per_token
-
-    @cached_property
-    def flat_index(self) -> Tensor:  # [B * P]
-        return self.index.reshape(-1)
 
     @cached_property
     def in_order(self) -> bool:
@@ -307,17 +303,20 @@ def sum_of_B_backward(
 def shrink(x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:  # [B, S, d] -> [B, S, K]
     if given.whole or all_rows:
         return project(x, factor)
-    parts = [torch.bmm(part, rows.transpose(1, 2)) for rows, part in _turns(factor, given, x)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if _at_once(factor, given.index):
+        return torch.bmm(x, _rows(factor, given.index, x.dtype).transpose(1, 2))
+    return torch.cat([torch.bmm(part, rows.transpose(1, 2)) for rows, part in _turns(factor, given, x)])
 
 
 def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> None:
     """[B, S, K] added to [B, S, d]."""
     if given.whole or all_rows:
         y.flatten(0, 1).addmm_(low.flatten(0, 1), columns(factor, y.dtype))
-        return
-    for rows, part, low_part in _turns(factor, given, y, low):
-        part.baddbmm_(low_part, rows)
+    elif _at_once(factor, given.index):
+        y.baddbmm_(low, _rows(factor, given.index, y.dtype))
+    else:
+        for rows, part, low_part in _turns(factor, given, y, low):
+            part.baddbmm_(low_part, rows)
 
 
 def project(x: Tensor, factor: Tensor) -> Tensor:  # [B, S, d], [N, R, d] -> [B, S, N * R]
@@ -332,32 +331,30 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _turns(factor: Tensor, given: Acting, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+def _at_once(factor: Tensor, index: Tensor) -> bool:
+    """Whether all samples' rows may be gathered together."""
+    return index.numel() * factor.shape[1] * factor.shape[2] <= GATHERED or index.shape[0] == 1
+
+
+def _rows(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d], [b, P] -> [b, P * R, d]
+    samples, pairs = index.shape
+    if factor.shape[0] <= samples * pairs and factor.dtype != dtype:  # whichever is smaller is cast
+        factor = factor.to(dtype)
+    # copies whole rows, where factor[index] goes through them entry by entry
+    rows = factor.index_select(0, index.reshape(-1)).view(samples, pairs * factor.shape[1], factor.shape[2])
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
+def _turns(factor: Tensor, given: Acting, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Of samples that are worked on together: the rows of `factor` that act on them, [b, K, d], and their parts of
     `tensors`, whose first one's dtype the rows have."""
-    samples, pairs = given.index.shape
-    dtype = tensors[0].dtype
-    if factor.shape[0] <= samples * pairs:  # whichever is smaller is cast
+    (samples, pairs), dtype = given.index.shape, tensors[0].dtype
+    if factor.shape[0] <= samples * pairs:
         factor = as_dtype(factor, dtype)
-    together = GATHERED // max(1, pairs * factor.shape[1] * factor.shape[2])
-    if together >= samples:
-        return ((_gather(factor, given.flat_index, samples, pairs, dtype), *tensors),)
-    return _in_turns(factor, given, max(1, together), tensors)
-
-
-def _in_turns(factor: Tensor, given: Acting, together: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    samples, pairs = given.index.shape
-    for first in range(0, samples, together):
-        last = min(first + together, samples)
-        index = given.flat_index[first * pairs : last * pairs]
-        parts = (tensor[first:last] for tensor in tensors)
-        yield _gather(factor, index, last - first, pairs, tensors[0].dtype), *parts
-
-
-def _gather(factor: Tensor, index: Tensor, samples: int, pairs: int, dtype: torch.dtype) -> Tensor:  # -> [b, K, d]
-    # copies whole rows, where factor[index] goes through them entry by entry
-    rows = as_dtype(factor.index_select(0, index), dtype)
-    return rows.view(samples, pairs * factor.shape[1], factor.shape[2])
+    together = max(1, GATHERED // max(1, pairs * factor.shape[1] * factor.shape[2]))
+    for first in range(0, max(1, samples), together):
+        part = slice(first, first + together)
+        yield _rows(factor, given.index[part], dtype), *(tensor[part] for tensor in tensors)
 
 
 def _by_pair(rows: Tensor, given: Acting) -> Tensor:  # [b, P * R, d] -> [b, P, R * d]
@@ -393,9 +390,9 @@ def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting, all_
     exact = _exact(x)
     by_pair = as_dtype(torch.bmm(low.transpose(1, 2), x), exact).view(given.index.numel(), rank * size)
     if x.device.type == "cpu":
-        total = by_pair.new_zeros(rows, rank * size).index_add_(0, given.flat_index, by_pair)
+        total = by_pair.new_zeros(rows, rank * size).index_add_(0, given.index.reshape(-1), by_pair)
     else:  # where index_add has atomics: a one-hot product
-        chosen = (given.flat_index == torch.arange(rows, device=x.device).unsqueeze(1)).to(exact)  # [N, B * P]
+        chosen = (given.index.reshape(-1) == torch.arange(rows, device=x.device).unsqueeze(1)).to(exact)  # [N, B * P]
         total = chosen @ by_pair
     return as_dtype(total.view(factor.shape), factor.dtype)
 
