@@ -61,7 +61,10 @@ MUTANTS = [
         "return torch.equal(index, _order(rows).expand_as(index))", "return True",
         INJECT_TESTS,
     ),
-    Mutant("inject: a turn lost", f"{INJECT}/reference.py", "range(0, max(1, samples),", "range(together, max(1, samples),", MEMORY),
+    Mutant(
+        "inject: a turn lost", f"{INJECT}/reference.py", "range(0, max(1, samples),",
+        "range(together, max(1, samples),", MEMORY,
+    ),
     Mutant(
         "results are views", "cllava_fast/ops/library.py", "torch._C._AutoDispatchBelowADInplaceOrView()",
         "torch._C._AutoDispatchBelowAutograd()", MEMORY,
