@@ -117,7 +117,7 @@ class RecordReader:
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
             )
         learned = self._learned(record, where) or answers
-        answer = learned[0] if len(learned) == 1 else Counter(learned).most_common(1)[0][0]
+        answer = Counter(learned).most_common(1)[0][0]
         history = self._get(record, "history") or ()
         if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
             raise ValueError(f"{where}: history is {brief(history)}; expected pairs of texts, (user, assistant)")

@@ -138,8 +138,8 @@ class ContinualArguments:
         """Refuses what transformers would take and no task could be tuned with as it should be."""
         options = self.trainer_options
         for name, why in REFUSED.items():
-            field, _, part = name.partition(".")
-            value = options.get(field)
+            option, _, part = name.partition(".")
+            value = options.get(option)
             if part:
                 value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
             if value and value != "no":
