@@ -6,12 +6,13 @@ medians of one comparison means something even where the times do not. A way who
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from cllava_fast.ops import native, triton_backend
 # Largest error relative to the largest entry, the same for all ways. Roundings of sums over up to 16,384 tokens.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 FEW, CLOSE = 25, 1.2  # rounds, and times over one another, that leave a comparison undecided
+THREADS = torch.get_num_threads()  # torch's choice, however many are timed
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "both")
 # How work reaches a device. host: there is none. queued: behind other work, so that only the device's own time counts,
 # as in training. idle: the device waits for each launch, as in decoding without graphs. graph: a CUDA graph's replay.
@@ -143,12 +145,15 @@ def compare(
                 if isinstance(way, Job):
                     run, limit = way.run, way.limits[point.dtype]
                     took, results = peak_memory(run, point.launch != HOST, warm=bool(runs))
-                    worst, peak = way.error(results), took.peak
+                    with _all_threads():
+                        worst, peak = way.error(results), took.peak
                     del results
                     _tidy()  # a 7B model leaves no room for what is only waiting to be freed
                 else:
                     run, limit = _runner(way, point), LIMITS[point.dtype]
-                    worst = error(run(), _exact_results(way, point.direction, exact))
+                    with _all_threads():
+                        right = _exact_results(way, point.direction, exact)
+                    worst = error(run(), right)
                     # what a graph replays was allocated when it was captured
                     peak = None if point.launch == GRAPH else peak_memory(run, point.launch != HOST)[0].peak
                 if not worst <= limit:
@@ -161,6 +166,17 @@ def compare(
     exact.clear()
     _take_turns(runs, ways, found, point.launch, budget, own, rivals)
     return found
+
+
+@contextlib.contextmanager
+def _all_threads() -> Iterator[None]:
+    """For what is exact, which takes longer than what is timed."""
+    timed = torch.get_num_threads()
+    torch.set_num_threads(max(timed, THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(timed)
 
 
 def _tidy() -> None:
