@@ -7,12 +7,12 @@ A module `test_<op>.py` says what there is to measure:
     inputs(case, dtype, device)       made once for all ways and directions of a case
     way(name, point, inputs)          a `Way`, or raises `Unavailable`
     work(point)                       the bytes and FLOPs that the mathematics needs
+    BROKEN_DOWN                       if there: ways whose time is also told by kernel, for `broken_down(point)`
 
 and, where whole work of a model is measured rather than an op (`way` gives a `Job`, `work` its `Tokens`):
 
     OWN                               which way is this library's (else the one named like the op)
     BACKENDS                          those to ask for by name (else all that the op has)
-    BROKEN_DOWN                       ways whose time is also told by kernel, for `broken_down(point)`
 
 One test is one way of one comparison. The first test of a comparison measures all ways that were collected, in turn.
 """
@@ -144,9 +144,8 @@ class State:
             return
         for name in module.BROKEN_DOWN:
             if isinstance(self.compared[1].get(name), measure.Measured):
-                self.content["breakdowns"].append(
-                    self._place(module, point, name) | breakdown.of(ways[name].run, DEVICE)
-                )
+                found = breakdown.of(measure.runner(ways[name], point), DEVICE)
+                self.content["breakdowns"].append(self._place(module, point, name) | found)
 
     def _place(self, module, point, name):
         row = {"op": module.OP, "case": str(point.case), "dtype": measure.dtype_name(point.dtype)}

@@ -143,14 +143,14 @@ def compare(
         try:
             with ops.backend(way.backend):
                 if isinstance(way, Job):
-                    run, limit = way.run, way.limits[point.dtype]
+                    run, limit = runner(way, point), way.limits[point.dtype]
                     took, results = peak_memory(run, point.launch != HOST, warm=bool(runs))
                     with _all_threads():
                         worst, peak = way.error(results), took.peak
                     del results
                     _tidy()  # a 7B model leaves no room for what is only waiting to be freed
                 else:
-                    run, limit = _runner(way, point), LIMITS[point.dtype]
+                    run, limit = runner(way, point), LIMITS[point.dtype]
                     with _all_threads():
                         right = _exact_results(way, point.direction, exact)
                     worst = error(run(), right)
@@ -236,7 +236,10 @@ def turns(runs: Mapping[Any, Callable[[], Any]], launch: str, budget: float) -> 
     return {name: measured.median for name, measured in found.items()}
 
 
-def _runner(way: Way, point: Point) -> Callable[[], tuple[Tensor, ...]]:
+def runner(way: Way | Job, point: Point) -> Callable[[], Any]:
+    """What is timed."""
+    if isinstance(way, Job):
+        return way.run
     leaves = _leaves(way.inputs)
 
     def forward() -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ OF_ROUTERS = {
     "gathered": baselines.gathered,
 }
 OF_SAMPLES = {"smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch"}  # fmt: skip
+BROKEN_DOWN = ("inject", "smart eager", "frozen linear")
 
 
 def points(device, quick):
@@ -34,6 +35,11 @@ def points(device, quick):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     directions = lambda case: measure.DIRECTIONS if case.S > 1 else (measure.FORWARD,)  # noqa: E731
     return measure.points(chosen, [dtype], device, directions, launch_bound=lambda case: case.S == 1)
+
+
+def broken_down(point):
+    """Each pass of the shapes that the bounds are of: kernels of both together could not be told apart."""
+    return point.case in cases.BENCH_GPU[:2] and point.direction != measure.BOTH
 
 
 def inputs(case, dtype, device):

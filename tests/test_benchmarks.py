@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import breakdown, conftest, measure, models, report, results, test_generate, test_step
+from benchmarks import breakdown, conftest, measure, models, report, results, test_generate, test_inject, test_step
 from benchmarks.measure import Measured, Point, Unavailable, Way, Wrong
 from cllava_fast import ops
 
@@ -185,6 +185,20 @@ def test_a_breakdown_counts_an_op_of_ours_once() -> None:
 
     large = torch.randn(256, 256)
     assert 0.5 < breakdown.of(nested, "cpu")["ours"] <= 1
+
+
+def test_each_pass_of_a_large_inject_is_broken_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_inject.cases, "BENCH_GPU", test_inject.cases.QUICK[:2])
+    at = test_inject.points("cpu", quick=True)
+    chosen = [point for point in at if test_inject.broken_down(point)]
+    assert [point.direction for point in chosen] == ["forward", "backward"] * 2
+    for point in chosen:
+        inputs = test_inject.inputs(point.case, point.dtype, "cpu")
+        for name in test_inject.BROKEN_DOWN:
+            run = measure.runner(test_inject.way(name, point, inputs), point)
+            leaves = 1 if name == "frozen linear" else 5 if point.case.past else 4
+            assert len(run()) == (1 if point.direction == "forward" else leaves)
+            assert (breakdown.of(run, "cpu")["ours"] > 0) == (name == "inject")
 
 
 def run_benchmarks(*arguments: str, what: tuple[str, ...] = ("merge",), **more: str) -> Any:

@@ -338,11 +338,11 @@ def _at_once(factor: Tensor, index: Tensor) -> bool:
 
 def _rows(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d], [b, P] -> [b, P * R, d]
     samples, pairs = index.shape
-    if factor.shape[0] <= samples * pairs and factor.dtype != dtype:  # whichever is smaller is cast
-        factor = factor.to(dtype)
+    if factor.shape[0] <= samples * pairs:  # whichever is smaller is cast
+        factor = as_dtype(factor, dtype)
     # copies whole rows, where factor[index] goes through them entry by entry
     rows = factor.index_select(0, index.reshape(-1)).view(samples, pairs * factor.shape[1], factor.shape[2])
-    return rows if rows.dtype == dtype else rows.to(dtype)
+    return as_dtype(rows, dtype)
 
 
 def _turns(factor: Tensor, given: Acting, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
