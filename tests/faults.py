@@ -317,6 +317,8 @@ class CommandLine:
 
 
 def main() -> int:
+    # which a shell has told what it starts in the background to ignore, and so would every run
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
