@@ -75,6 +75,26 @@ SERVING_MUTANTS = [
         "if kwargs.pop(STEP, False) or", "if kwargs.pop(STEP, False) or True or", "tests/test_patch.py",
     ),
     (
+        "a question within generate has the outer one's rows where it has a turn", "cllava_fast/model/increments.py",
+        "within is not None and not self._asks(request)", "within is not None", "tests/test_patch.py",
+    ),
+    (
+        "what asks nothing within generate has no rows", "cllava_fast/model/increments.py",
+        "within is not None and not self._asks(request)", "False", "tests/test_bases.py",
+    ),
+    (
+        "the end of an answer begins a turn", INSTRUCTIONS, ".removeprefix(behind_answer)", "",
+        "tests/test_instructions.py",
+    ),
+    (
+        "what a model is made to think ends a turn", INSTRUCTIONS,
+        "os.path.commonprefix([asked, asking]).strip() or asking", "asking", "tests/test_instructions.py",
+    ),
+    (
+        "a system prompt is a part of the instruction", INSTRUCTIONS, "if self._behind_system:", "if False:",
+        "tests/test_instructions.py",
+    ),
+    (
         "a generate within generate has the outer one's rows", "cllava_fast/model/patching.py",
         "pending=outer if assists or custom", "pending=outer if True", "tests/test_patch.py",
     ),

@@ -142,6 +142,17 @@ def test_a_generate_within_generate_leaves_the_outer_ones_rows(generator: torch.
     assert get_increments(model).call.pending is None
 
 
+def test_guidance_within_generate_has_its_rows(generator: torch.Generator) -> None:
+    """Its steps begin at the prompt's last token, which asks nothing."""
+    name = "LlamaForCausalLM"
+    model, batch = patched(name, generator), batch_of(name, generator)
+    options = {"guidance_scale": 3.0, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"output_scores": True, "return_dict_in_generate": True}
+    for i in range(len(ASKED)):
+        found, wanted = (m.generate(**alone(batch, i), **options) for m in (model, with_dense_offsets(model, i)))
+        torch.testing.assert_close(torch.cat(found.scores), torch.cat(wanted.scores), atol=1e-3, rtol=1e-3)
+
+
 @of_every_base
 def test_activation_checkpointing_leaves_gradients_as_they_are(name: str, generator: torch.Generator) -> None:
     model = patched(name, generator, tasks=1)

@@ -15,10 +15,10 @@ import torch
 
 import cllava_fast as cf
 from cllava_fast import cli
-from cllava_fast.data.encode import Collator, Encoder
+from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.evaluate import evaluation, scores
-from cllava_fast.evaluate.predict import predict
+from cllava_fast.evaluate.predict import predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, load_results
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import get_increments
@@ -276,6 +276,18 @@ def test_answers_end_where_training_ends_them(others: Any, llava: Any, processor
     first, *rest = answer().split()
     processor.tokenizer.eos_token = first
     assert rest and answer() == first and llava.generation_config.eos_token_id == others
+
+
+@pytest.mark.parametrize(("system", "between"), [("", ""), ("you are it", ""), ("you are it", "</sys>")])
+def test_a_system_prompt_that_is_read_as_the_instruction(
+    system: str, between: str, llava: Any, processor: Any, rng: torch.Generator, recwarn: pytest.WarningsRecorder
+) -> None:
+    increments = learn(cf.patch(llava, CONFIG, processor=processor), 1, rng)
+    increments.reader._behind_system = between
+    sample = dataclasses.replace(stream(1).tasks[0].test[0], system=system)
+    queries_of(llava, [Example(sample, [], [], sample.instruction)], ImageFeatures())
+    said = [str(warning.message) for warning in recwarn if "system prompt" in str(warning.message)]
+    assert len(said) == (system != "" and between == "")
 
 
 @pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, calibrate=True), DikiConfig()])

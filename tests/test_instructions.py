@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer
 from cllava_fast import surrogate as surrogates
 from cllava_fast.demo.tokenizer import build_tokenizer
 from cllava_fast.model import instructions
-from cllava_fast.model.instructions import InstructionReader, template_markers
+from cllava_fast.model.instructions import InstructionReader, behind_system, template_markers
 from cllava_fast.surrogate import BackboneSurrogate, SentenceSurrogate, TextImageSurrogate, find_sentence_model
 from tests.helpers import QUESTIONS, inputs, prompt
 
@@ -78,6 +78,84 @@ def test_reads_chat_ml(eos: str, system: str) -> None:
             text = chat.apply_chat_template(messages, add_generation_prompt)
             ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
             assert reader.read(ids) == [reader.canonical(question)], text
+
+
+def _template(user: str, answer: str, asking: str, system: str = "{{ s }}") -> str:
+    """One by which a user says ``q`` and is answered ``a``; ``asking`` begins an answer, ``system`` is said before."""
+    says = f"{{% if m.role == 'user' %}}{user}{{% else %}}{answer}{{% endif %}}"
+    first = "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    rest = "{% for m in messages if m.role != 'system' %}{% set q = m.content %}{% set a = m.content %}"
+    before, inside = ("", system) if "q" in system else (system, "")
+    says = says.replace("{{ q }}", inside or "{{ q }}")
+    end = f"{{% if add_generation_prompt %}}{asking}{{% endif %}}"
+    return f"{first}{{{{ bos_token }}}}{before}{rest}{says}{{% endfor %}}{end}"
+
+
+INSIDE = "{{ '<<SYS>> ' + s + ' <</SYS>> ' + q if s and loop.first else q }}"
+TEMPLATES = {
+    # what begins the conversation and what ends an answer end alike
+    "plain": _template("[INST] {{ q }} [/INST]", " {{ a }}{{ eos_token }}", ""),
+    "control": _template("<|user|>{{ q }}", "<|answer|>{{ a }}{{ eos_token }}", "<|answer|>"),
+    "header": _template(
+        "<|head|>user<|/head|>{{ q }}<|eot|>", "<|head|>bot<|/head|>{{ a }}<|eot|>", "<|head|>bot<|/head|>"
+    ),
+    "thinks": _template("<|user|>{{ q }}", "<|answer|>{{ a }}{{ eos_token }}", "<|answer|><think>"),
+    "system inside": _template("[INST] {{ q }} [/INST]", " {{ a }}{{ eos_token }}", "", INSIDE),
+}
+
+
+def templated(template: str, eos: str = "<|end of|>") -> Any:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<|begin of|>", "<|end of|>", "<|eot|>", "<|head|>", "<|/head|>"], special_tokens=True)
+    tokenizer.add_tokens(
+        ["<|user|>", "<|answer|>", "<think>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "user", "bot"]
+    )
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<|begin of|>", eos, template
+    return tokenizer
+
+
+@pytest.mark.parametrize("eos", ["<|end of|>", "<|eot|>"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_reads_the_templates_of_language_models(name: str, eos: str) -> None:
+    tokenizer = templated(TEMPLATES[name], eos)
+    reader = InstructionReader(tokenizer)
+    system, asked, answer, again = (
+        {"role": role, "content": text}
+        for role, text in (
+            ("system", "you are it"), ("user", QUESTIONS[0]), ("assistant", "the red one"), ("user", QUESTIONS[1])
+        )
+    )  # fmt: skip
+    for turns, question in (
+        ([asked], QUESTIONS[0]),
+        ([asked, answer], QUESTIONS[0]),
+        ([system, asked], QUESTIONS[0]),
+        ([system, asked, answer], QUESTIONS[0]),
+        ([asked, answer, again], QUESTIONS[1]),
+        ([system, asked, answer, again, answer], QUESTIONS[1]),
+    ):
+        said = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=turns[-1] is not answer)
+        ids = torch.tensor([tokenizer(said, add_special_tokens=False)["input_ids"]])
+        assert reader.read(ids) == [reader.canonical(question)], said
+    # behind a cache, a turn comes alone
+    behind = tokenizer.apply_chat_template([asked, answer], tokenize=False)
+    whole = tokenizer.apply_chat_template([asked, answer, again], tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(whole.removeprefix(behind), add_special_tokens=False)["input_ids"]])
+    assert whole.startswith(behind) and reader.has_turn(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("plain", None), ("header", None), ("system inside", "<</SYS>>"), ("space", "")]
+)
+def test_where_a_system_prompt_stands(name: str, expected: str | None) -> None:
+    space = _template("[INST] {{ q }} [/INST]", " {{ a }}{{ eos_token }}", "", "{{ s + ' ' + q if s else q }}")
+    tokenizer = templated({**TEMPLATES, "space": space}[name])
+    assert behind_system(tokenizer, template_markers(tokenizer)[0]) == expected  # type: ignore[index]
+    assert InstructionReader(tokenizer).mixes_system == (expected == "")
+
+
+def test_a_template_that_refuses_system_prompts() -> None:
+    refuses = TEMPLATES["plain"].replace("{{ bos_token }}", "{% if s %}{{ raise_exception('none') }}{% endif %}")
+    assert behind_system(templated(refuses), "[INST]") is None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -115,7 +116,17 @@ def queries_of(
         return None
     if increments.reader is None:
         raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
-    texts = [increments.reader.canonical(sample.instruction) for sample in samples_of(examples)]
+    texts, systems = [], False
+    for sample in samples_of(examples):
+        texts.append(increments.reader.canonical(sample.instruction))
+        systems |= bool(sample.system)
+    if systems and increments.reader.mixes_system and distributed.is_main():
+        warnings.warn(
+            "the chat template writes a system prompt into the user's turn, and nothing tells it from the instruction "
+            "there: training and evaluation select by the instruction alone, generate by both unless it is passed "
+            "instructions=[...]",
+            stacklevel=2,
+        )
     image = None
     if increments.surrogate.uses_image:
         image = features.pooled(samples_of(examples), vision_width(model))

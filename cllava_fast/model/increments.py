@@ -172,7 +172,12 @@ class Increments(nn.Module):
     # -- from a call to a selection ------------------------------------------------------------------------------
 
     def select(
-        self, request: Request, pooled_image: Any, goes_on: bool, pending: Selection | None = None
+        self,
+        request: Request,
+        pooled_image: Any,
+        goes_on: bool,
+        pending: Selection | None = None,
+        within: Selection | None = None,
     ) -> Selection | None:
         """What acts on each sample of the request; None where nothing has been learned.
 
@@ -180,6 +185,7 @@ class Increments(nn.Module):
             pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
             goes_on: without a new turn, the request goes on with the selection that its cache was filled with.
             pending: what acts in the ``generate`` that the request is a step of.
+            within: what acts in the ``generate`` that asks it; counts for a request that asks nothing.
         """
         learning = self.training and self.pool.block_rows > 0
         if self.pristine:
@@ -196,7 +202,12 @@ class Increments(nn.Module):
             remembered = self._remembered(request) if goes_on else None
             if remembered is not None:
                 return remembered
+            if within is not None and not self._asks(request):
+                return within.expand(request.batch)
         return self.choose(request, pooled_image)
+
+    def _asks(self, request: Request) -> bool:
+        return self.reader is None or request.input_ids is None or self.reader.has_turn(request.input_ids)
 
     def choose(self, request: Request, pooled_image: Any) -> Selection | None:
         """What acts by the request's own instructions."""

@@ -47,6 +47,13 @@ class InstructionReader:
         self._marks = set(self._plain.control) - {getattr(self._tokenizer, "unk_token_id", None)}
         markers = template_markers(processor) or DEFAULT_MARKERS
         self.user, self.end = (self._decode(self._written(marker)) for marker in markers)
+        behind = behind_system(processor, markers[0])
+        self._behind_system = behind and self._decode(self._written(behind))
+
+    @property
+    def mixes_system(self) -> bool:
+        """Whether a system prompt is read as a part of the instruction: in one turn, with nothing but space between."""
+        return self._behind_system == ""
 
     def _written(self, text: str) -> list[int]:
         """Ids of what a template wrote."""
@@ -105,7 +112,10 @@ class InstructionReader:
         _, found, turn = text.rpartition(self.user)
         if not found:
             return ""
-        return self._without_image(turn.partition(self.end)[0].replace(MARK, ""))
+        turn = turn.partition(self.end)[0]
+        if self._behind_system:
+            turn = turn.rpartition(self._behind_system)[2]
+        return self._without_image(turn.replace(MARK, ""))
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Instructions of ``input_ids [B, S]``; padding is where ``attention_mask [B, S]`` is 0.
@@ -152,24 +162,50 @@ def message(processor: Any, role: str, text: str, images: int = 0) -> dict[str, 
 
 def template_markers(processor: Any) -> tuple[str, str] | None:
     """What stands before a user's words and what ends them in the chat template, or None without a template."""
-    if getattr(processor, "chat_template", None) is None or not hasattr(processor, "apply_chat_template"):
+    if not _has_template(processor):
         return None
     first, answer, second = "qzfirstzq", "qzanswerzq", "qzsecondzq"
-    turns = (("user", first), ("assistant", answer), ("user", second))
-    messages = [message(processor, role, text) for role, text in turns]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    turns = [message(processor, *turn) for turn in (("user", first), ("assistant", answer), ("user", second))]
+    text, closed = (_rendered(processor, turns, asking) for asking in (True, False))
     if not all(word in text for word in (first, answer, second)):
         return None
-    # a system prompt stands before the first turn only, the end of an answer before the second only
-    before_first, before_second = text.split(first)[0], text.split(answer)[1].split(second)[0]
+    behind_answer = _rendered(processor, turns[:2], False).partition(answer)[2]
+    before_first, asked = text.partition(answer)[0].split(first)
+    before_second, asking = text.partition(answer)[2].removeprefix(behind_answer).split(second)
+    # a system prompt stands before the first turn only
     user = os.path.commonprefix([before_first[::-1], before_second[::-1]])[::-1].strip()
     tokenizer = getattr(processor, "tokenizer", processor)
     for special in (tokenizer.eos_token, tokenizer.bos_token):
         if special:
             user = user.removeprefix(special).strip()
-    closed = processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
-    end = closed.split(second)[1].strip() or text.split(second)[1].strip()
+    # where nothing closes a turn, the answer's beginning ends it; what a model is made to think comes behind
+    end = closed.split(second)[1].strip() or os.path.commonprefix([asked, asking]).strip() or asking.strip()
     return (user, end) if user and end else None
+
+
+def behind_system(processor: Any, user: str) -> str | None:
+    """What stands between a system prompt and a user's words where both are in one turn; None where they are not.
+
+    ``user``: what a user's turn begins with.
+    """
+    system, words = "qzsystemzq", "qzwordszq"
+    if not _has_template(processor):
+        return None
+    try:
+        text = _rendered(processor, [message(processor, "system", system), message(processor, "user", words)], True)
+    except Exception:  # however a template refuses system prompts
+        return None
+    between = text.partition(system)[2].partition(words)[0]
+    return None if system not in text or user in between else between.strip()
+
+
+def _has_template(processor: Any) -> bool:
+    return getattr(processor, "chat_template", None) is not None and hasattr(processor, "apply_chat_template")
+
+
+def _rendered(processor: Any, turns: list[dict[str, Any]], asking: bool) -> str:
+    text: str = processor.apply_chat_template(turns, add_generation_prompt=asking, tokenize=False)
+    return text
 
 
 def text_ids(

@@ -261,9 +261,10 @@ def _forward(
 ) -> Any:
     kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
     increments: Increments = model.increments
-    pending = increments.call.pending if kwargs.pop(STEP, False) or increments.call.custom else None
+    within = increments.call.pending
+    pending = within if kwargs.pop(STEP, False) or increments.call.custom else None
     _check_images(model, kwargs, image_features)
-    selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending)
+    selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending, within=within)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
     remember = _Remember(increments, kwargs, selection) if pending is None else None
@@ -367,6 +368,7 @@ def _select(
     query: Tensor | None,
     goes_on: bool,
     pending: Selection | None,
+    within: Selection | None = None,
 ) -> Selection | None:
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     tokens, mask = ids if ids is not None else embeds, kwargs.get("attention_mask")
@@ -384,7 +386,7 @@ def _select(
         # by what transformers goes: new tokens alone come with the mask of all
         whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
     )
-    return model.increments.select(request, functools.partial(pooled_image, model), goes_on, pending)
+    return model.increments.select(request, functools.partial(pooled_image, model), goes_on, pending, within)
 
 
 def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
