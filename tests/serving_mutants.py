@@ -72,11 +72,19 @@ SERVING_MUTANTS = [
     ),
     (
         "a question within generate has the outer one's rows", "cllava_fast/model/patching.py",
-        "if kwargs.pop(STEP, False) or", "if kwargs.pop(STEP, False) or True or", "tests/test_patch.py",
+        "pending = within if increments.call.custom else None", "pending = within", "tests/test_patch.py",
     ),
     (
         "a question within generate has the outer one's rows where it has a turn", "cllava_fast/model/increments.py",
         "within is not None and not self._asks(request)", "within is not None", "tests/test_patch.py",
+    ),
+    (
+        "a step waits for its static cache", "cllava_fast/model/increments.py",
+        "if (ids is not None or selection is None) and not", "if not", "tests/test_decoding.py",
+    ),
+    (
+        "a cache that was emptied keeps its rows", "cllava_fast/model/caches.py",
+        "_filled.pop(cache, None)", "pass", "tests/test_caches.py",
     ),
     (
         "what asks nothing within generate has no rows", "cllava_fast/model/increments.py",

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import cllava_fast as cf
+from cllava_fast.model import caches
 from tests.helpers import QUESTIONS, inputs, learn
 from tests.helpers import image as picture
 from tests.test_patch import CONFIG, last_logits, selected
@@ -116,6 +117,20 @@ def test_beams_of_a_cache_that_was_filled_before(llava: Any, processor: Any, gen
     cache.batch_repeat_interleave(3)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(llava.generate(**texts, past_key_values=cache, **options), wanted)
+
+
+def test_a_cache_that_was_emptied_stands_for_nothing(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    increments = learn(llava, 2, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS, generator)
+    cache = StaticCache(config=llava.config.get_text_config(), max_cache_len=batch["input_ids"].shape[1])
+    with torch.no_grad():
+        llava(**batch, past_key_values=cache)
+        assert caches.remembered(cache, increments) is not None
+        cache.reset()
+        assert caches.remembered(cache, increments) is None
+        with pytest.raises(ValueError, match="no instruction found"):
+            llava(input_ids=torch.full((len(QUESTIONS), 1), 9), past_key_values=cache)
 
 
 def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generator: torch.Generator) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
 import cllava_fast as cf
 from cllava_fast.methods import Pairs, Selection
 from cllava_fast.model import get_increments
 from cllava_fast.model import increments as increments_module
+from cllava_fast.model.patching import STEP
 from cllava_fast.ops import native
 from tests.helpers import QUESTIONS, inputs, learn
 
@@ -90,6 +92,17 @@ def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.Monk
             assert found() is None
 
 
+def kept_graphs() -> tuple[list[torch.fx.GraphModule], Callable[..., Any]]:
+    """What is compiled, and a backend that runs it as it is."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    return graphs, backend
+
+
 def test_decoding_compiles_into_one_graph(llava: Any, processor: Any, generator: torch.Generator) -> None:
     """With a static cache, as transformers compiles it by itself on a GPU, where it is replayed as a CUDA graph."""
     cf.patch(llava, CONFIG, processor=processor)
@@ -99,10 +112,57 @@ def test_decoding_compiles_into_one_graph(llava: Any, processor: Any, generator:
     options["suppress_tokens"] = [llava.config.image_token_id]  # random weights may say it
     expected = llava.generate(**batch, **options)
     assert torch.equal(llava.generate(**batch, **options, cache_implementation="static"), expected)
-    compiling = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    graphs, backend = kept_graphs()
+    compiling = CompileConfig(backend=backend, mode=None, fullgraph=True)
     compiling._compile_all_devices = True
     torch._dynamo.reset()
-    counters.clear()
-    found = llava.generate(**batch, **options, cache_implementation="static", compile_config=compiling)
+    for turned in (batch, {name: tensor.flip(0) for name, tensor in batch.items()}):
+        found = llava.generate(**turned, **options, cache_implementation="static", compile_config=compiling)
+        assert torch.equal(found, expected if turned is batch else expected.flip(0))
     torch._dynamo.reset()
-    assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1
+    (graph,) = graphs
+    handed = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    # a CUDA graph is recorded anew where what counts as a weight lies elsewhere, as a request's own tensors do
+    static = [node.name for node in handed if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})]
+    acting = [node.name for node in handed if STEP in node.name]
+    assert static and acting and not any(STEP in name or "pending" in name for name in static)
+
+
+def test_a_step_by_hand_does_not_ask_a_static_cache_for_its_length(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    """Which lies on the device: a GPU would be waited for, and nothing could be compiled whole."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator)
+    batch = inputs(processor, QUESTIONS[:3], generator)
+    length = batch["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    graphs, backend = kept_graphs()
+    token = torch.full((3, 1), 9)
+
+    def step(cache: StaticCache) -> Tensor:
+        at = torch.full((3, 1), length)
+        return llava(input_ids=token, attention_mask=mask, position_ids=at, past_key_values=cache).logits
+
+    def filled() -> StaticCache:
+        cache = StaticCache(config=llava.config.get_text_config(), max_cache_len=length + 1)
+        llava(**batch, past_key_values=cache)
+        return cache
+
+    def length_of(cache: StaticCache, *args: Any, **kwargs: Any) -> Any:
+        asked.append(sys._getframe(1).f_globals["__name__"])
+        return seq_length(cache, *args, **kwargs)
+
+    asked: list[str] = []
+    seq_length = StaticCache.get_seq_length
+    with torch.no_grad():
+        cache = filled()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(StaticCache, "get_seq_length", length_of)
+            expected = step(cache)
+        assert asked and not [name for name in asked if name.startswith("cllava_fast")]
+        torch._dynamo.reset()
+        compiled = torch.compile(step, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(filled()), expected, atol=1e-5, rtol=1e-5)
+        torch._dynamo.reset()
+    assert len(graphs) == 1

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cllava_fast.model.increments import Increments
 
 MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # by which transformers moves samples
+RESET = "reset"  # and by which it empties a cache
 
 
 @dataclass
@@ -34,7 +35,7 @@ _filled: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()
 def remember(cache: Any, increments: Increments, selection: Selection) -> None:
     """From now on the cache stands for ``selection``, whose samples follow those of the cache."""
     _filled[cache] = _Filled(ref(increments), increments.pool.loads, selection)
-    for name in MOVES:
+    for name in (*MOVES, RESET):
         if hasattr(cache, name) and name not in cache.__dict__:
             setattr(cache, name, _Move(cache, name))
 
@@ -49,7 +50,7 @@ def remembered(cache: Any, increments: Increments) -> Selection | None:
 
 
 class _Move:
-    """One of ``MOVES``, on one cache.
+    """One of ``MOVES``, or ``RESET``, on one cache.
 
     It holds the cache weakly: one that held itself would keep its memory until the garbage collector comes by.
     """
@@ -65,6 +66,9 @@ class _Move:
         found = _filled.get(cache)
         rows = None if found is None else _rows(cache) or found.selection.batch_size
         getattr(type(cache), self.name)(cache, *args, **kwargs)
+        if self.name == RESET:
+            _filled.pop(cache, None)
+            return
         if found is None or rows is None:
             return
         if found.samples is None and rows % found.selection.batch_size == 0:

@@ -253,13 +253,16 @@ class Increments(nn.Module):
 
     def _remembered(self, request: Request) -> Selection | None:
         past_key_values = request.past_key_values
-        if past_key_values is None or not past_key_values.get_seq_length():
-            return None
-        # the single token of a decoding step asks nothing, and is no image
-        ids = None if request.input_ids is None or request.input_ids.shape[1] == 1 else request.input_ids
-        if ids is not None and self.reader is not None and self.reader.has_turn(ids):
+        if past_key_values is None:
             return None
         selection = caches.remembered(past_key_values, self)
+        # the single token of a decoding step asks nothing, and is no image
+        ids = None if request.input_ids is None or request.input_ids.shape[1] == 1 else request.input_ids
+        # a static cache says its length on the device, and a step need not wait for it
+        if (ids is not None or selection is None) and not past_key_values.get_seq_length():
+            return None
+        if ids is not None and self.reader is not None and self.reader.has_turn(ids):
+            return None
         if selection is None:
             raise ValueError(
                 "past_key_values was not filled by this patched model with the increments that it has now, so its "

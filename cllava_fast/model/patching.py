@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
-from cllava_fast.model import answers, paths
+from cllava_fast.model import answers, caches, paths
 from cllava_fast.model.increments import Increments, Request
 from cllava_fast.pool import Factors
 
 SELECTION = "increment_selection"  # the keyword argument that travels through the language model
-STEP = "step_of_generate"  # and the one that marks what generate's own loop asks
+STEP = "step_of_generate"  # and the one by which it reaches the steps of generate's own loop
 SHADOWED = ("forward", "generate", "prepare_inputs_for_generation", "save_pretrained", "init_continuous_batching")
 
 
@@ -261,8 +261,10 @@ def _forward(
 ) -> Any:
     kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
     increments: Increments = model.increments
-    within = increments.call.pending
-    pending = within if kwargs.pop(STEP, False) or increments.call.custom else None
+    pending, within = kwargs.pop(STEP, None), None
+    if pending is None:
+        within = increments.call.pending
+        pending = within if increments.call.custom else None
     _check_images(model, kwargs, image_features)
     selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending, within=within)
     if image_features is not None:
@@ -314,9 +316,13 @@ def _generate(
 
 
 def _prepare_inputs_for_generation(model: Any, original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Only the loop of ``generate`` calls it, before each step; a streamer or a stopping criterion may ask, too."""
+    """Only the loop of ``generate`` calls it, before each step; a streamer or a stopping criterion may ask, too.
+
+    A compiled step is handed what acts: what it found in the model, a CUDA graph would take for as lasting as weights.
+    """
     inputs: dict[str, Any] = original(*args, **kwargs)
-    return {**inputs, STEP: True} if model.increments.call.pending is not None else inputs
+    pending = model.increments.call.pending
+    return inputs if pending is None else {**inputs, STEP: pending}
 
 
 class _Remember:
@@ -325,6 +331,8 @@ class _Remember:
     def __init__(self, increments: Increments, kwargs: dict[str, Any], selection: Selection | None) -> None:
         self.increments, self.selection = increments, selection
         self.given = None if selection is None else kwargs.get("past_key_values")
+        if self.given is not None and caches.remembered(self.given, increments) is selection:
+            self.given = None  # it stands for it already
         self.length = self._length()
 
     def __call__(self, output: Any) -> None:

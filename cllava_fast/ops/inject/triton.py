@@ -101,7 +101,7 @@ def inject_backward(
     to_x, *others = run(grad, x, _dense(given), low, past_low, needed)
     if to_x is not None and weight is not None:
         to_x.flatten(0, 1).addmm_(grad.flatten(0, 1), weight)
-    empty = (grad, given.A, given.B, given.coefficient, given.coefficient)
+    empty = (grad, given.A, given.B, given.coefficient, grad)
     return tuple(t.new_empty(0) if found is None else found for t, found in zip(empty, (to_x, *others), strict=True))
 
 
