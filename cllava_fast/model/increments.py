@@ -46,6 +46,7 @@ class Call(threading.local):
     A layer that activation checkpointing computes again, in whichever thread, is handed its selection once more.
 
     Attributes:
+        given: the forward pass that is under way was started with a selection, which every attention must be handed.
         active: what acts on the batch that is in the layers right now.
         pending: what acts in the steps of the ``generate`` that is under way.
         custom: its loop is the caller's (``custom_generate``), and whatever it asks the model is taken for a step.
@@ -53,6 +54,7 @@ class Call(threading.local):
     """
 
     def __init__(self) -> None:  # for every thread; torch.compile would guard no default of the class
+        self.given = False
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.custom = False

@@ -232,6 +232,11 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
 
 def _receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     increments.call.active = kwargs.pop(SELECTION, None)
+    if increments.call.given and increments.call.active is None:
+        raise TypeError(
+            f"a {type(module).__name__} is not handed its layer's keyword arguments, and no increments would act; "
+            "expected Llama-like layers"
+        )
     return args, kwargs
 
 
@@ -268,11 +273,12 @@ def _forward(
         kwargs["pixel_values"] = image_features
     remember = _Remember(increments, kwargs, selection) if pending is None else None
     output = None
+    increments.call.given = selection is not None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
-        increments.call.active = increments.call.queries = None
+        increments.call.given, increments.call.active, increments.call.queries = False, None, None
         if remember is not None:
             remember(output)
     return output
