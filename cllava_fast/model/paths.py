@@ -61,9 +61,16 @@ def base_of(model: object) -> Base:
 
 
 def check_supported(model: object) -> None:
-    """Raises TypeError as ``base_of`` does, and ValueError for weights that cannot be tuned through any more."""
+    """Raises TypeError as ``base_of`` does and for a vision tower that packs images into one sequence, and ValueError
+    for weights that cannot be tuned through any more."""
     base_of(model)
     assert isinstance(model, nn.Module)
+    tower = vision_tower(model)
+    if tower is not None and tower.config.model_type == "pixtral":
+        raise TypeError(
+            f"the vision tower is a {type(tower).__name__}, which packs images of all sizes into one sequence; "
+            "expected one of CLIP's kind"
+        )
     for path, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
