@@ -499,10 +499,11 @@ def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, P
     return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
 
 
-def linear_shape(linear: nn.Module, model: nn.Module) -> LinearShape:
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    # quantised weights are stored as integers, and what they compute has the dtype of what they are handed
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else model.dtype
+def linear_shape(linear: nn.Module, model: Any) -> LinearShape:
+    weight, dtype = getattr(linear, "weight", None), model.dtype
+    # quantised weights are integers, or not there, and what they compute has the dtype of what they are handed
+    if isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.element_size() > 1:
+        dtype = weight.dtype
     return LinearShape(linear.in_features, linear.out_features, dtype, paths.execution_device(linear))  # type: ignore[arg-type]
 
 

@@ -7,10 +7,11 @@ the tests in ``tests/test_bases.py`` check the rest for every row.
 from __future__ import annotations
 
 import fnmatch
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Base(NamedTuple):
@@ -127,8 +128,15 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weight is, or, if that is offloaded, where accelerate brings it."""
-    weight: Any = module.weight
+    """Where a module computes: where its weight is, or, if that is offloaded, where accelerate brings it.
+
+    Raises TypeError for a module that holds no tensor.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):  # quantised, and packed under other names
+        weight = next(chain(module.parameters(), module.buffers()), None)
+    if weight is None:
+        raise TypeError(f"a {type(module).__name__} holds no tensor, and no gradient would pass it; load another base")
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) if weight.is_meta else None
     if device is None:
         return weight.device
