@@ -10,6 +10,7 @@ import transformers
 
 import cllava_fast as cf
 from cllava_fast.data.encode import Encoder
+from cllava_fast.model import paths
 from tests.base_models import FOR_IMAGES, new_model
 from tests.helpers import learn
 from tests.test_bases import ASKED, batch_of, logits, model_of, pictures, processor_of, with_dense_offsets
@@ -31,6 +32,15 @@ def test_layers_that_hand_nothing_on_are_not_left_without_increments(language: s
     dense = with_dense_offsets(model, 0)
     cf.merge(model, instruction=ASKED[0])
     torch.testing.assert_close(logits(model, batch), logits(dense, batch), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("language", ["OPT", "Mpt", "Bloom", "GPT2", "GPTNeoX"])
+def test_a_language_model_that_is_not_llama_like(language: str) -> None:
+    model = new_model(NAME, processor_of(NAME), language)
+    for refused in (lambda: cf.patch(model, CONFIG), lambda: paths.adapted_linears(model, CONFIG.targets)):
+        with pytest.raises(TypeError, match=f"language layers are .*{language}.*; expected Llama-like layers"):
+            refused()
+    assert not hasattr(model, "increments")
 
 
 def test_a_tower_that_packs_images_into_one_sequence() -> None:

@@ -98,10 +98,11 @@ def adapted_linears(model: nn.Module, targets: tuple[str, ...], first: int | Non
 
     Raises:
         ValueError: a target that some layer lacks, or that is no linear.
+        TypeError: as ``attentions`` does.
     """
     found: dict[str, nn.Module] = {}
     layers = base_of(model).layers
-    for number, layer in enumerate(list(model.get_submodule(layers).children())[:first]):
+    for number, layer in enumerate(_layers(model)[:first]):
         modules = dict(layer.named_modules())
         linears = [path for path, module in modules.items() if _is_linear(module)]
         for target in targets:
@@ -148,11 +149,20 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
     Raises TypeError for a language model without any.
     """
-    layers = model.get_submodule(base_of(model).layers)
-    missing = [type(layer).__name__ for layer in layers.children() if not hasattr(layer, "self_attn")]
+    return [layer.get_submodule("self_attn") for layer in _layers(model)]
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    language, name = language_model(model), base_of(model).layers.rpartition(".")[2]
+    if not hasattr(language, name):
+        raise TypeError(
+            f"language layers are not in {name} of the {type(language).__name__}; expected Llama-like layers"
+        )
+    layers = list(language.get_submodule(name).children())
+    missing = [type(layer).__name__ for layer in layers if not hasattr(layer, "self_attn")]
     if missing:
         raise TypeError(f"language layers are {missing[0]}s without a self_attn; expected Llama-like layers")
-    return [layer.get_submodule("self_attn") for layer in layers.children()]
+    return layers
 
 
 def query_projection(attention: nn.Module) -> nn.Module:
