@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -31,8 +30,9 @@ SHADOWED = ("forward", "generate", "prepare_inputs_for_generation", "save_pretra
 
 @dataclass
 class _Patch:
-    """What unpatch needs to restore the model that came in."""
+    """What unpatch needs to restore the model that came in, and the names of its forward's parameters."""
 
+    parameters: list[str]
     requires_grad: dict[str, bool]
     hooks: list[Any]
     kept_from_repacking: list[Any]
@@ -103,7 +103,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     projections = [paths.query_projection(attention) for attention in readers]
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    record = _Patch(requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
+    parameters = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
+    record = _Patch(parameters, requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
     model.requires_grad_(False)
     for path, linear in linears.items():
         linear.__dict__["_adapter"] = _Adapter(increments, increments.pool.factors(path))
@@ -264,7 +265,7 @@ def _forward(
     answer_positions: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
+    kwargs.update(zip(model._patch.parameters, args, strict=False))
     increments: Increments = model.increments
     pending = increments.call.pending if kwargs.pop(STEP, False) or increments.call.custom else None
     _check_images(model, kwargs, image_features)
@@ -427,8 +428,3 @@ def _check_images(model: Any, kwargs: dict[str, Any], features: Tensor | None) -
         raise ValueError("pixel_values and image_features were both given; give one of them")
     if features.dim() != 3:
         raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, d]")
-
-
-@functools.cache
-def _parameter_names(forward: Callable[..., Any]) -> list[str]:
-    return [name for name in inspect.signature(forward).parameters if name != "self"]
