@@ -395,6 +395,7 @@ class Pool(_Keeper):
         tensors = (*self.named_buffers(), *self.named_parameters())
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
 
+    @torch.inference_mode(False)  # rows made in inference mode could not be used in training later
     def load_state(self, state: Mapping[str, Tensor], task_names: list[str]) -> None:
         """Replaces all rows by ``state``. Checks everything before it writes.
 

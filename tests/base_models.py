@@ -59,13 +59,13 @@ def new_processor(name: str) -> Any:
     )  # fmt: skip
 
 
-def new_model(name: str, processor: Any) -> Any:
-    """The same random weights each time; grouped queries; two layers."""
+def new_model(name: str, processor: Any, language: str | None = None) -> Any:
+    """The same random weights each time; grouped queries; two layers; of another language model where one is named."""
     torch.manual_seed(0)
     tokenizer = getattr(processor, "tokenizer", processor)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     stem = name.removesuffix(FOR_IMAGES).removesuffix(FOR_TEXT)
-    language = stem if name.endswith(FOR_TEXT) else TEXT_OF.get(stem, "Llama")
+    language = language or (stem if name.endswith(FOR_TEXT) else TEXT_OF.get(stem, "Llama"))
     text = getattr(transformers, f"{language}Config")(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,

@@ -54,6 +54,10 @@ SERVING_MUTANTS = [
         "tests/test_patch.py",
     ),
     (
+        "layers that hand nothing on have no increments", "cllava_fast/model/patching.py",
+        "if increments.call.given and increments.call.active is None:", "if False:", "tests/test_backbones.py",
+    ),
+    (
         "the caller's tokenizer reads instructions", INSTRUCTIONS,
         'copy.deepcopy(getattr(processor, "tokenizer", processor))', 'getattr(processor, "tokenizer", processor)',
         "tests/test_instructions.py",

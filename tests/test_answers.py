@@ -119,6 +119,7 @@ def test_positions_that_miss_a_label_are_refused(training, batch):
             training(**batch, answer_positions=wrong)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected a call to a .functools.lru_cache")
 def test_compiles(training, batch):
     batch["answer_positions"] = answers.answer_positions(batch["labels"])
     wanted = training(**batch).loss

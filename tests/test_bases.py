@@ -443,6 +443,21 @@ class TestOffload:
         assert torch.equal(logits(model, asked), bare)
         assert {name: parameter.device for name, parameter in model.named_parameters()} == devices
 
+    @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+    def test_a_stream_is_learned(self, how: str, generator: torch.Generator, tmp_path: Path) -> None:
+        found, processor = [], processor_of(self.NAME)
+        samples = [cf.Sample(ASKED[0], "red", picture) for picture in pictures(generator)]
+        for name, model in (("here", model_of(self.NAME)), (how, self.spread(how, tmp_path))):
+            cf.patch(model, cf.IncrementConfig(rows_per_task=2, top_m=1, surrogate="backbone"), processor=processor)
+            arguments = cf.ContinualArguments(
+                output_dir=str(tmp_path / name), max_steps=2, align_steps=1, warmup_steps=0, max_new_tokens=1,
+                per_device_train_batch_size=2, progress=False, trainer_options={"logging_steps": 1},
+            )  # fmt: skip
+            stream = cf.Stream([cf.Task("a", train=samples, test=samples)])
+            found.append(cf.ContinualTrainer(model, processor, stream, arguments).train())
+        assert any(parameter.is_meta for parameter in model.parameters())
+        assert found[1].losses == found[0].losses and found[1].accuracy_matrix == found[0].accuracy_matrix
+
     def test_hooks_that_came_after_the_patch_go_first(self, generator: torch.Generator) -> None:
         model = patched(self.NAME, generator)
         linear = model.model.language_model.layers[0].self_attn.o_proj

@@ -15,6 +15,7 @@ from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.lengths import Limit, check_lengths, token_limit
 from cllava_fast.data.prepared import PreparedStream
+from cllava_fast.model import paths
 from tests.helpers import image, prompt
 from tests.test_train import arguments
 
@@ -210,6 +211,17 @@ def test_images_go_through_the_vision_tower_once(llava: Any, processor: Any, gen
     torch.testing.assert_close(batch["image_features"][4], direct[1], atol=1e-5, rtol=1e-5)
     pooled = features.pooled(samples, 128)
     assert torch.equal(pooled[0], pooled[3]) and torch.count_nonzero(pooled[7]) == 0
+
+
+def test_without_a_use_for_features_nothing_is_computed(
+    llava: Any, processor: Any, generator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        paths.BASES, "LlavaForConditionalGeneration", paths.base_of(llava)._replace(takes_features=False)
+    )
+    monkeypatch.setattr(llava.model.vision_tower, "forward", None)
+    samples = [Sample("is it?", "no", image(generator))]
+    ImageFeatures().add(samples, Encoder(processor), llava, pooled=False)
 
 
 def test_beyond_the_memory_limit_pixels_are_opened_for_each_batch(llava: Any, processor: Any, generator: Any) -> None:

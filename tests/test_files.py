@@ -54,6 +54,21 @@ def test_learning_goes_on_after_loading(
     assert torch.equal(model.increments.pool.keys[:16], learned.increments.pool.keys)
 
 
+def test_learning_goes_on_after_loading_in_inference_mode(
+    learned: Any, new_llava: Callable, processor: Any, tmp_path: Path, generator: Any
+) -> None:
+    cf.save_pretrained(learned, tmp_path / "out")
+    model = new_llava()
+    with torch.inference_mode():
+        cf.load_pretrained(model, tmp_path / "out", processor=processor)
+    increments = learn(model, 1, generator, commit_last=False)
+    increments.pool.train_keys(False)
+    batch = inputs(processor, QUESTIONS[:2], generator, side="right")
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    assert increments.pool.block_context.grad is not None
+    assert not any(tensor.is_inference() for tensor in increments.state_dict().values())
+
+
 def test_settings_that_somebody_edits_act(learned: Any, new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     config = cf.save_pretrained(learned, tmp_path / "out") / files.CONFIG
     values = json.loads(config.read_text())

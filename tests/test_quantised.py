@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
 
 import cllava_fast as cf
 from cllava_fast.model import get_increments, paths
@@ -162,6 +163,54 @@ def test_files_and_refusals(
     exact = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     with pytest.raises(ValueError, match="another base model: its quantisation was '.*', this one's is 'none'; load"):
         cf.load_pretrained(exact, tmp_path / "out", processor=processor)
+
+
+class Packed(nn.Module):
+    """A linear as the libraries of GPTQ, AWQ and HQQ pack it: no ``weight``, or a method of that name."""
+
+    def __init__(self, linear: nn.Linear, named: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", (linear.weight.data * 100).round().to(torch.int8))
+        if named:
+            self.__dict__["weight"] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.qweight.T / 100).to(x.dtype)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_without_a_weight(
+    dtype: torch.dtype, named: bool, processor: Any, generator: torch.Generator, tmp_path: Path
+) -> None:
+    model = new_model(NAME, processor).to(dtype)
+    for path, linear in paths.adapted_linears(model, CONFIG.targets).items():
+        model.set_submodule(path, Packed(linear, named))
+    batch = inputs(processor, BATCH, generator)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    cf.patch(model, CONFIG, processor=processor)
+    with torch.no_grad():
+        before = model(**batch).logits
+        pool = learn(model, 2, generator, b_std=0.1).pool
+        assert {factors.A.dtype for factors in pool.layers.values()} == {dtype}
+        acting = model(**batch).logits
+        assert (acting - before).abs().max() > 1e-2
+        cf.save_pretrained(model, tmp_path / "out")
+        assert torch.equal(cf.load_pretrained(model, tmp_path / "out")(**batch).logits, acting)
+    with pytest.raises(TypeError, match="is a Packed; only a plain nn.Linear can be merged, no quantised"):
+        cf.merge(model, instruction=BATCH[0])
+    increments = learn(model, 1, generator, commit_last=False)
+    increments.pool.train_keys(False)
+    batch = inputs(processor, BATCH, generator, side="right")
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(factors.block_A.grad.abs().sum() > 0 for factors in pool.layers.values())
+    packed = cf.unpatch(model).model.language_model.layers[0].self_attn.q_proj
+    assert isinstance(packed, Packed)
+    del packed.qweight  # torch.ao's dynamic ones keep it in no tensor
+    with pytest.raises(TypeError, match="a Packed holds no tensor, and no gradient would pass it"):
+        cf.patch(model, CONFIG, processor=processor)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cllava_fast.environment import require
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model.card import is_repo_id
 from cllava_fast.model.hub import auto_class
-from cllava_fast.model.paths import BASES, adapted_linears
+from cllava_fast.model.paths import BASES, adapted_linears, check_supported
 
 
 def check_base(config: ModelConfig, method: MethodConfig) -> None:
@@ -38,6 +38,7 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
         require("bitsandbytes", f"model.quantization={config.quantization}")
     with torch.device("meta"):
         model = auto_class(base).from_config(base)
+    check_supported(model)
     adapted_linears(model, method.targets)
 
 

@@ -106,8 +106,14 @@ class Encoder:
         assert size is not None
         if size not in self._image_tokens:
             encoded = self.processor(text=self.processor.image_token, images=Image.new("RGB", size))
-            ids = torch.as_tensor(encoded["input_ids"])
-            self._image_tokens[size] = int((ids == self._image_token_id).sum())
+            ids = torch.as_tensor(encoded["input_ids"]).flatten().tolist()
+            others = set(ids) - set(self.tokenizer(self.processor.image_token)["input_ids"])
+            if others:
+                raise ValueError(
+                    f"the processor writes {self.tokenizer.convert_ids_to_tokens(sorted(others))} beside an image's "
+                    "tokens; expected image tokens alone, as LLaVA's processors write"
+                )
+            self._image_tokens[size] = ids.count(self._image_token_id)
         return self._image_tokens[size]
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -172,6 +178,8 @@ class ImageFeatures:
             means, features = output.last_hidden_state.mean(1), output.pooler_output
         else:
             self._full = True  # there is nothing to keep
+            if not pooled:
+                return
             means = pooled_image(model, pixels)
         for (key, sample), projected, mean in zip(batch.items(), features, means.float().cpu(), strict=True):
             if isinstance(sample.image, Image.Image):

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example, ImageFeatures, samples_of
-from cllava_fast.model.paths import vision_width
+from cllava_fast.model.paths import execution_device, input_embedding, vision_width
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def predict(
         together: called after every batch that each process has, so that it may wait for the others.
     """
     tokenizer = collate.encoder.tokenizer
-    device = next(model.parameters()).device
+    device = execution_device(input_embedding(model))
     model.eval()
     batches = batches_of(examples, batch_size)
     share = batches[distributed.rank() :: distributed.count()]

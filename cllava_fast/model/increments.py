@@ -46,6 +46,7 @@ class Call(threading.local):
     A layer that activation checkpointing computes again, in whichever thread, is handed its selection once more.
 
     Attributes:
+        given: the forward pass that is under way was started with a selection, which every attention must be handed.
         active: what acts on the batch that is in the layers right now.
         pending: what acts in the steps of the ``generate`` that is under way.
         custom: its loop is the caller's (``custom_generate``), and whatever it asks the model is taken for a step.
@@ -53,6 +54,7 @@ class Call(threading.local):
     """
 
     def __init__(self) -> None:  # for every thread; torch.compile would guard no default of the class
+        self.given = False
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.custom = False
@@ -511,10 +513,11 @@ def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, P
     return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
 
 
-def linear_shape(linear: nn.Module, model: nn.Module) -> LinearShape:
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    # quantised weights are stored as integers, and what they compute has the dtype of what they are handed
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else model.dtype
+def linear_shape(linear: nn.Module, model: Any) -> LinearShape:
+    weight, dtype = getattr(linear, "weight", None), model.dtype
+    # quantised weights are integers, or not there, and what they compute has the dtype of what they are handed
+    if isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.element_size() > 1:
+        dtype = weight.dtype
     return LinearShape(linear.in_features, linear.out_features, dtype, paths.execution_device(linear))  # type: ignore[arg-type]
 
 

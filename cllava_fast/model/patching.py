@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -31,8 +30,9 @@ SHADOWED = ("forward", "generate", "prepare_inputs_for_generation", "save_pretra
 
 @dataclass
 class _Patch:
-    """What unpatch needs to restore the model that came in."""
+    """What unpatch needs to restore the model that came in, and the names of its forward's parameters."""
 
+    parameters: list[str]
     requires_grad: dict[str, bool]
     hooks: list[Any]
     kept_from_repacking: list[Any]
@@ -103,7 +103,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     projections = [paths.query_projection(attention) for attention in readers]
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    record = _Patch(requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
+    parameters = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
+    record = _Patch(parameters, requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
     model.requires_grad_(False)
     for path, linear in linears.items():
         linear.__dict__["_adapter"] = _Adapter(increments, increments.pool.factors(path))
@@ -232,6 +233,11 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
 
 def _receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     increments.call.active = kwargs.pop(SELECTION, None)
+    if increments.call.given and increments.call.active is None:
+        raise TypeError(
+            f"a {type(module).__name__} is not handed its layer's keyword arguments, and no increments would act; "
+            "expected Llama-like layers"
+        )
     return args, kwargs
 
 
@@ -259,7 +265,7 @@ def _forward(
     answer_positions: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    kwargs.update(zip(_parameter_names(type(model).forward), args, strict=False))
+    kwargs.update(zip(model._patch.parameters, args, strict=False))
     increments: Increments = model.increments
     pending, within = kwargs.pop(STEP, None), None
     if pending is None:
@@ -271,11 +277,12 @@ def _forward(
         kwargs["pixel_values"] = image_features
     remember = _Remember(increments, kwargs, selection) if pending is None else None
     output = None
+    increments.call.given = selection is not None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
-        increments.call.active = increments.call.queries = None
+        increments.call.given, increments.call.active, increments.call.queries = False, None, None
         if remember is not None:
             remember(output)
     return output
@@ -431,8 +438,3 @@ def _check_images(model: Any, kwargs: dict[str, Any], features: Tensor | None) -
         raise ValueError("pixel_values and image_features were both given; give one of them")
     if features.dim() != 3:
         raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, d]")
-
-
-@functools.cache
-def _parameter_names(forward: Callable[..., Any]) -> list[str]:
-    return [name for name in inspect.signature(forward).parameters if name != "self"]

@@ -7,10 +7,11 @@ the tests in ``tests/test_bases.py`` check the rest for every row.
 from __future__ import annotations
 
 import fnmatch
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Base(NamedTuple):
@@ -61,9 +62,16 @@ def base_of(model: object) -> Base:
 
 
 def check_supported(model: object) -> None:
-    """Raises TypeError as ``base_of`` does, and ValueError for weights that cannot be tuned through any more."""
+    """Raises TypeError as ``base_of`` does and for a vision tower that packs images into one sequence, and ValueError
+    for weights that cannot be tuned through any more."""
     base_of(model)
     assert isinstance(model, nn.Module)
+    tower = vision_tower(model)
+    if tower is not None and tower.config.model_type == "pixtral":
+        raise TypeError(
+            f"the vision tower is a {type(tower).__name__}, which packs images of all sizes into one sequence; "
+            "expected one of CLIP's kind"
+        )
     for path, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
@@ -90,10 +98,11 @@ def adapted_linears(model: nn.Module, targets: tuple[str, ...], first: int | Non
 
     Raises:
         ValueError: a target that some layer lacks, or that is no linear.
+        TypeError: as ``attentions`` does.
     """
     found: dict[str, nn.Module] = {}
     layers = base_of(model).layers
-    for number, layer in enumerate(list(model.get_submodule(layers).children())[:first]):
+    for number, layer in enumerate(_layers(model)[:first]):
         modules = dict(layer.named_modules())
         linears = [path for path, module in modules.items() if _is_linear(module)]
         for target in targets:
@@ -120,8 +129,15 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weight is, or, if that is offloaded, where accelerate brings it."""
-    weight: Any = module.weight
+    """Where a module computes: where its weight is, or, if that is offloaded, where accelerate brings it.
+
+    Raises TypeError for a module that holds no tensor.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):  # quantised, and packed under other names
+        weight = next(chain(module.parameters(), module.buffers()), None)
+    if weight is None:
+        raise TypeError(f"a {type(module).__name__} holds no tensor, and no gradient would pass it; load another base")
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) if weight.is_meta else None
     if device is None:
         return weight.device
@@ -133,11 +149,20 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
     Raises TypeError for a language model without any.
     """
-    layers = model.get_submodule(base_of(model).layers)
-    missing = [type(layer).__name__ for layer in layers.children() if not hasattr(layer, "self_attn")]
+    return [layer.get_submodule("self_attn") for layer in _layers(model)]
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    language, name = language_model(model), base_of(model).layers.rpartition(".")[2]
+    if not hasattr(language, name):
+        raise TypeError(
+            f"language layers are not in {name} of the {type(language).__name__}; expected Llama-like layers"
+        )
+    layers = list(language.get_submodule(name).children())
+    missing = [type(layer).__name__ for layer in layers if not hasattr(layer, "self_attn")]
     if missing:
         raise TypeError(f"language layers are {missing[0]}s without a self_attn; expected Llama-like layers")
-    return [layer.get_submodule("self_attn") for layer in layers.children()]
+    return layers
 
 
 def query_projection(attention: nn.Module) -> nn.Module:

@@ -166,6 +166,13 @@ class TaskTrainer(Trainer):
         self.task, self.numbers = task, numbers
         self._check_engine()
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """An offloaded model stays: its hooks bring each layer to where it computes."""
+        if any(parameter.is_meta for parameter in model.parameters()):
+            self.accelerator.device_placement = False
+        else:
+            super()._move_model_to_device(model, device)
+
     def _check_engine(self) -> None:
         """Refuses what would give other results than one process does."""
         state, precision = self.accelerator.state, self.accelerator.mixed_precision
