@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import os
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -118,8 +119,21 @@ class SentenceSurrogate(Surrogate):
         self.fingerprint = fingerprint(self._model)
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
+        self._warn_of_cut(texts)
         encoded = self._model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
         return encoded.cpu()
+
+    def _warn_of_cut(self, texts: list[str]) -> None:
+        most = self._model.max_seq_length
+        long = [text for text in texts if most is not None and len(text) > most]  # most have fewer tokens than letters
+        ids = self._model.tokenizer(long, truncation=False, verbose=False)["input_ids"] if long else []
+        if cut := sum(len(one) > most for one in ids):
+            warnings.warn(
+                f"surrogate {self.name!r} reads the first {most} tokens of an instruction, and {cut} have more: those "
+                "that begin alike select the same rows. Ask first and give the context behind it, or take a surrogate "
+                "that reads more",
+                stacklevel=2,
+            )
 
 
 class BackboneSurrogate(Surrogate):

@@ -43,7 +43,7 @@ def test_likelihood_is_the_gaussians(rng: torch.Generator) -> None:
     for t, queries in enumerate(tasks):
         exact = queries.double()
         # five wordings span four directions, so nothing is left for the others but the noise
-        covariance = torch.cov(exact.t(), correction=0) + NOISE * torch.eye(D, dtype=torch.float64)
+        covariance = torch.cov(exact.t(), correction=0) + NOISE / D * torch.eye(D, dtype=torch.float64)
         gaussian = torch.distributions.MultivariateNormal(exact.mean(0), covariance)
         torch.testing.assert_close(found[:, t].double(), gaussian.log_prob(query.double()) / D, rtol=1e-3, atol=1e-3)
         own = gaussian.log_prob(exact).mean() / D
@@ -70,6 +70,24 @@ def test_few_and_equal_queries_are_remembered(rng: torch.Generator) -> None:
         pool = remembering(queries)
         assert calibration.familiarity(pool, queries[:1]).item() > 0.99
         assert calibration.familiarity(pool, -queries[:1]).item() < 0.01
+
+
+@pytest.mark.parametrize("width", [64, 384, 2048])
+def test_how_far_is_far_does_not_depend_on_the_width(width: int, rng: torch.Generator) -> None:
+    """Queries are those of a sentence encoder, or a 7B model's own embeddings, or either beside an image's."""
+
+    def directions(count: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(count, width, generator=rng), dim=1)
+
+    def around(center: Tensor, spread: Tensor, aside: float) -> Tensor:
+        off = 0.2 * torch.randn(50, len(spread), generator=rng) @ spread
+        return torch.nn.functional.normalize(center + off + aside * directions(50), dim=1)
+
+    (center,), spread = directions(1), directions(6)
+    pool = Pool(rank=2, key_dim=width, shapes={"o": LinearShape(6, 5)})
+    calibration.keep(pool, calibration.gaussian(around(center, spread, aside=0.0)))
+    assert calibration.familiarity(pool, around(center, spread, aside=0.25)).min() > 0.9
+    assert calibration.familiarity(pool, around(center, spread, aside=1.2)).max() < 0.1
 
 
 @pytest.mark.parametrize("mix", [False, True])

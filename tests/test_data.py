@@ -128,6 +128,28 @@ class TestLengths:
         with pytest.raises(ValueError, match="task 'a', test: 'long one' has"):
             cf.evaluate_stream(cf.unpatch(llava), processor, self.prepared(processor, picture, lazy), progress=False)
 
+    @pytest.mark.parametrize("lazy", [False, True])
+    @pytest.mark.parametrize("most", [1, 2])
+    def test_answers_that_cannot_be_met(
+        self, most: int, lazy: bool, llava: Any, processor: Any, tmp_path: Any, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        test = [Sample("is it?", "no"), Sample("which bar?", "red bar")]
+
+        class Lazy(LazySequence[Sample]):
+            def __len__(self) -> int:
+                return len(test)
+
+            def at(self, index: int) -> Sample:
+                return test[index]
+
+        stream = Stream([Task("a", [Sample("is it?", "no, it is not")], Lazy() if lazy else test)])
+        expected = "task 'a', test: 1 of 2 answers have more than max_new_tokens=1 tokens, the longest 2; "
+        config = arguments(tmp_path / "run", max_new_tokens=most, max_steps=1, align_steps=1)
+        cf.ContinualTrainer(llava, processor, stream, config).train()
+        cf.evaluate_stream(llava, processor, stream, max_new_tokens=most, progress=False)
+        said = [str(warning.message) for warning in recwarn if "max_new_tokens" in str(warning.message)]
+        assert len(said) == (2 if most == 1 else 0) and all(text.startswith(expected) for text in said)
+
     def test_the_model_says_and_else_the_tokenizer(
         self, llava: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

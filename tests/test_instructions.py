@@ -265,6 +265,17 @@ def test_embeddings_are_cached(sentence: SentenceSurrogate, monkeypatch: pytest.
     assert torch.equal(first[0], first[2]) and sentence.encode([]).shape == (0, 384)
 
 
+def test_an_instruction_that_the_encoder_does_not_read_to_its_end(recwarn: pytest.WarningsRecorder) -> None:
+    surrogate = SentenceSurrogate("sentence")
+    context = "the bar that stands beside the others is red and tall . " * 40
+    one, other = surrogate.encode([f"{context} {question}" for question in QUESTIONS[:2]])
+    assert torch.equal(one, other)
+    (said,) = [str(warning.message) for warning in recwarn]
+    assert "first 256 tokens" in said and "2 have more" in said
+    surrogate.encode(["which bar is it, " * 20, QUESTIONS[0]])  # long, and read whole
+    assert len(recwarn) == 1
+
+
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surrogates, "CACHE_SIZE", 2)
     backbone = BackboneSurrogate(torch.nn.Embedding(10, 4), lambda text: [len(text)])

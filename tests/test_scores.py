@@ -211,6 +211,8 @@ def test_grounding_accuracy(prediction: str, right: bool) -> None:
         ("a cat", ["cat", "dog"], 2 / 3),  # precision 1/2, recall 1
         ("", ["cat"], 0.0),
         ("...", ["???"], 0.0),
+        ("\u0915\u0940", ["\u0915\u093e"], 0.0),  # one letter with two vowel signs
+        ("\u0915\u0940 cat_", ["\u0915\u0940, cat"], 1.0),
     ],
 )
 def test_rouge_l(prediction: str, references: list[str], score: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from cllava_fast import distributed
 from cllava_fast.data.encode import Example
 from cllava_fast.names import brief
 
@@ -26,6 +28,17 @@ def token_limit(tokenizer: Any, model: Any | None) -> Limit | None:
         Limit(tokenizer.model_max_length, "the tokenizer's model_max_length"),
     )
     return next((limit for limit in limits if limit.tokens < UNKNOWN), None)
+
+
+def warn_of_long_answers(examples: Iterable[Example], most: int, what: str) -> None:
+    """Of answers that no evaluation meets that generates ``most`` tokens."""
+    lengths = [len(example.answer_ids) - 1 for example in examples]  # without the end
+    if (long := sum(length > most for length in lengths)) and distributed.is_main():
+        warnings.warn(
+            f"{what}: {long} of {len(lengths)} answers have more than max_new_tokens={most} tokens, the longest "
+            f"{max(lengths)}; what a model answers is cut off there, and cannot equal them",
+            stacklevel=2,
+        )
 
 
 def _positions(config: Any) -> int:

@@ -58,9 +58,8 @@ def backward_transfer(matrix: Matrix) -> float | None:
 
 
 def mean_average_accuracy(matrix: Matrix) -> float | None:
-    """Mean over the measured steps of the mean accuracy on the tasks seen so far."""
-    rows = [_mean(row[: step + 1]) for step, row in enumerate(matrix)]
-    return _mean([row for row in rows if row is not None])
+    """Mean over the steps of the mean accuracy on the tasks seen so far; None where a step was not measured."""
+    return _mean([_mean(row[: step + 1]) for step, row in enumerate(matrix)])
 
 
 def learned_tasks(matrix: Matrix) -> int:

@@ -235,14 +235,16 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """F1 of the longest common subsequence of words; the best over the references; for descriptions.
 
     Lin 2004 (https://aclanthology.org/W04-1013), with precision and recall of one weight, lower-case words of letters
-    and digits, and no stemming.
+    and digits, with their marks, and no stemming. What stands without spaces is one word.
     """
     words = _words(prediction)
     return max(_lcs_f1(words, _words(reference)) for reference in references)
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", _composed(text).lower())
+    text = _composed(text).lower()
+    # vowel signs, too, which \w leaves out
+    return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
 
 
 def _lcs_f1(a: list[str], b: list[str]) -> float:

@@ -80,7 +80,7 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("BWT", f"last {what} minus the one just after learning."),
         ("MAA", "mean over the steps of the average on the tasks seen so far."),
         ("right block", "share of the selection weight that falls into the rows of the question's own task."),
-        ("trainable", "parameters with a gradient at a time."),
+        ("trainable", "parameters of the block that a task learns, keys included."),
         ("–", "was not measured, or has no meaning for the method."),
     ]  # fmt: skip
     if measures_base(results):

@@ -22,7 +22,7 @@ from torch import Tensor
 from cllava_fast.pool import OwnTensors, Pool
 
 DIRECTIONS = 16  # K
-NOISE = 1e-3  # variance that every direction has beside what was seen; queries have length 1
+NOISE = 0.384  # variance beside what was seen, of all directions together: far is as far off in queries of any width
 MARGIN, TEMPERATURE = 0.3, 0.03
 
 
@@ -44,12 +44,13 @@ def gaussian(queries: Tensor) -> list[Tensor]:
     covariance = (exact - mean).t() @ (exact - mean) / len(exact)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     width, known = len(values), min(DIRECTIONS, len(values) - 1)
+    noise = NOISE / width
     top = values[width - known :].flip(0).clamp(min=0)
     directions = torch.zeros(DIRECTIONS, width, dtype=torch.float64)
     directions[:known] = vectors[:, width - known :].flip(1).t()
-    rest = (values.sum() - top.sum()).clamp(min=0) / (width - known) + NOISE
+    rest = (values.sum() - top.sum()).clamp(min=0) / (width - known) + noise
     variances = rest.expand(DIRECTIONS + 1).clone()
-    variances[:known] = top + NOISE
+    variances[:known] = top + noise
     one = [tensor[None].float() for tensor in (mean, directions, variances)]
     return [*one, log_likelihood(exact.float(), *one).mean(0)]
 
