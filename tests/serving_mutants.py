@@ -164,6 +164,10 @@ SERVING_MUTANTS = [
     ),
     ("activity is each process's own", BRANCH, "distributed.average(gates)", "pass", PROCESSES),
     (
+        "each process takes the lock to look", "cllava_fast/cli/running.py",
+        "distributed.on_main(lambda: _check_output(config, stream))", "_check_output(config, stream)", PROCESSES,
+    ),
+    (
         "what fills up a batch is active", BRANCH, "gates *= present", "gates *= (present == present)",
         "tests/test_method_branch_lora.py",
     ),

@@ -140,6 +140,8 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
     # what one process does for both
     assert main["on_main"] == other["on_main"] == "OSError: no space left on device"
     assert main["run.json"] == other["run.json"] and "holds this run already" in main["run.json"]
+    # whoever looks holds the lock for a moment, which another process would take for another run's
+    assert main["command"] == other["command"] and "run holds another run" in main["command"]
     assert main["check_equal"] == other["check_equal"] == (
         "ValueError: the seed of process 1 is not that of process 0; every process needs the same"
     )  # fmt: skip
