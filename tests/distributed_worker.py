@@ -208,7 +208,8 @@ def failures(folder: Path) -> dict[str, str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    distributed.start()
+    evaluated(new_model(CONFIG)[0], folder / "alone")
+    assert distributed.count() == 2
     rank = distributed.rank()
     model = learn(folder / "run", folder / f"rank{rank}.json")
     (folder / f"evaluated{rank}.json").write_text(json.dumps(evaluated(model, folder / "evaluated")))

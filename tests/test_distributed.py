@@ -62,6 +62,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
+    distributed_worker.evaluated(distributed_worker.new_model(distributed_worker.CONFIG)[0], folder / "alone")
     distributed_worker.learn(folder / "run", folder / "rank0.json")
     for name, config in distributed_worker.ROUTERS.items():
         distributed_worker.learn(folder / name, folder / f"{name}0.json", config, num_train_epochs=1)
@@ -117,6 +118,12 @@ def test_one_process_writes_an_evaluation(two: Path) -> None:
     expected = json.loads((two / "rank0.json").read_text())["accuracy_matrix"][-1]
     assert all(json.loads((two / f"evaluated{rank}.json").read_text()) == expected for rank in range(2))
     assert (two / "evaluated" / "report.html").exists() and (two / "evaluated" / "predictions" / "task1.jsonl").exists()
+
+
+def test_an_evaluation_alone_is_shared(one: Path, two: Path) -> None:
+    files = sorted((one / "alone" / "predictions").iterdir())
+    assert len(files) == 2 == len(list((two / "alone" / "predictions").iterdir()))
+    assert all(file.read_bytes() == (two / file.relative_to(one)).read_bytes() for file in files)
 
 
 def test_a_signal_to_one_process_ends_both_behind_the_same_step(two: Path) -> None:
