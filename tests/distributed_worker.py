@@ -202,6 +202,8 @@ def failures(folder: Path) -> dict[str, str]:
 
     broken._train_collate = break_on_one  # type: ignore[assignment]
     found["tune"] = message(broken.train)
+    found["again"] = message(broken.train)
+    found["another"] = message(lambda: trainer(folder / "other"))
     return found
 
 

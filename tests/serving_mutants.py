@@ -168,8 +168,8 @@ SERVING_MUTANTS = [
         "distributed.on_main(lambda: _check_output(config, stream))", "_check_output(config, stream)", PROCESSES,
     ),
     (
-        "an evaluation alone is each process's own", "cllava_fast/evaluate/evaluation.py", "distributed.start()", "pass",
-        PROCESSES,
+        "an evaluation alone is each process's own", "cllava_fast/evaluate/evaluation.py", "distributed.start()",
+        "pass", PROCESSES,
     ),
     (
         "each process prints an evaluation", "cllava_fast/cli/eval.py", "if distributed.is_main():", "if True:",

@@ -144,6 +144,8 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
     main, other = (json.loads((two / f"failures{rank}.json").read_text()) for rank in range(2))
     assert main["tune"] == "RuntimeError: process 1 failed: ValueError: the image is damaged"
     assert other["tune"] == "ValueError: the image is damaged"
+    for name in ("again", "another"):
+        assert main[name] == other[name] and main[name].endswith("has failed in this script; start the processes again")
     # what one process does for both
     assert main["on_main"] == other["on_main"] == "OSError: no space left on device"
     assert main["run.json"] == other["run.json"] and "holds this run already" in main["run.json"]
