@@ -205,6 +205,7 @@ def test_joint_and_sequential_lora(new_llava: Callable, processor: Any, tmp_path
         {"bf16": True},
         {"fp16": True},
         {"activation_checkpointing": True},
+        {"trainer_options": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"debug": False}}},
         {"gradient_accumulation_steps": 2},
         {"lr_scheduler_type": "constant_with_warmup", "dataloader_num_workers": 1},
     ],

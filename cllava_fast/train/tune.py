@@ -131,9 +131,13 @@ def training_options(
         label_names=["labels"],
     )
     if args.activation_checkpointing:
-        # the reentrant form would cut the gradient to w, which reaches the layers as a keyword argument
         options.update(_checkpointing_options())
-    return {**options, **args.trainer_options}
+    options.update(args.trainer_options)
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if isinstance(options.get(name), dict):
+            # the reentrant form would cut the gradient to w, which reaches the layers as a keyword argument
+            options[name] = {"use_reentrant": False, **options[name]}
+    return options
 
 
 def check_engine(args: ContinualArguments, device: torch.device) -> None:
@@ -447,7 +451,7 @@ def _steps(trainer: Trainer, examples: int) -> int:
 def _checkpointing_options() -> dict[str, Any]:
     fields = TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return {name: True, f"{name}_kwargs": {}}
 
 
 @contextmanager
