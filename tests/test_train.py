@@ -516,6 +516,7 @@ class TestRefusals:
             ("trainer_options", {"eval_strategy": "steps"}),
             ("trainer_options", {"load_best_model_at_end": True}),
             ("trainer_options", {"auto_find_batch_size": True}),
+            ("lr_scheduler_type", "reduce_lr_on_plateau"),
             ("trainer_options", {"save_strategy": "epoch"}),
             ("trainer_options", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
             ("trainer_options", {"accelerator_config": {"split_batches": True}}),

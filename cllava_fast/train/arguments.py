@@ -146,6 +146,11 @@ class ContinualArguments:
                 value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
             if value and value != "no":
                 raise ValueError(f"trainer_options has {name}, which {why}")
+        schedule = options.get("lr_scheduler_type", self.lr_scheduler_type)
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"lr_scheduler_type is {schedule!r}, which {_EVALUATES}; expected a schedule by steps, such as cosine"
+            )
         sampling = options.get("train_sampling_strategy", "random")
         if sampling not in ("random", "sequential"):
             raise ValueError(

@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -146,9 +146,11 @@ def check_engine(args: ContinualArguments, device: torch.device) -> None:
     Raises:
         ValueError: of a field of ``TrainingArguments``, or a name in ``report_to`` that it does not know.
         TypeError: ``trainer_options`` has what is no such field.
-        ImportError: the package of a name in ``report_to`` is not installed.
+        ImportError: the package of a name in ``report_to``, or of the optimizer, is not installed.
     """
-    TrainingArguments(**training_options(args, device, 0))
+    arguments = TrainingArguments(**training_options(args, device, 0))
+    with suppress(ValueError):  # of an optimizer that wants to see the model
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
     names = args.trainer_options.get("report_to", args.report_to)
     if names in (None, "none", ["none"]):
         return
