@@ -22,10 +22,13 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 FAILURE = "cllava_fast/failure"  # the first failure of a run, in the store that all processes share
+_failed = False  # whether a run on several processes has: that store cannot connect them for another
 
 
 def start() -> None:
     """Connects the processes that a launcher started; does nothing without one."""
+    if _failed:
+        raise RuntimeError("a run on several processes has failed in this script; start the processes again")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _state()
 
@@ -147,6 +150,7 @@ def failing_together() -> Iterator[None]:
     How soon depends on the backend: gloo notices at once that a process has left; with NCCL, the launcher ends the
     others.
     """
+    start()  # refuses a second try
     if count() == 1:
         yield
         return
@@ -177,6 +181,8 @@ def leave() -> None:
     """Ends this process's part, so that no other waits for it."""
     from accelerate.state import AcceleratorState
 
+    global _failed
+    _failed = True
     if dist.is_initialized():
         with suppress(Exception):
             dist.distributed_c10d._get_default_group().abort()

@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 
 import cllava_fast as cf
 from cllava_fast import distributed
+from cllava_fast.cli import running
+from cllava_fast.config import ModelConfig, RunConfig
 from cllava_fast.evaluate import evaluation
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.methods.branch_lora import BranchLoraConfig
@@ -168,6 +170,14 @@ def message(work: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
+def command(output: Path) -> None:
+    """What ``cllava-fast train`` does before it loads a base; there is none."""
+    arguments = cf.ContinualArguments(output_dir=str(output))
+    base = ModelConfig(str(output.parent / "nothing"))
+    with patch.object(running, "open_stream", lambda config: stream()):
+        running.train(RunConfig(base, CONFIG, arguments, {}, output.parent, "stream.yaml"))
+
+
 def failures(folder: Path) -> dict[str, str]:
     """What each failure looks like on this process."""
     main = distributed.is_main()
@@ -180,6 +190,7 @@ def failures(folder: Path) -> dict[str, str]:
     found["check_equal"] = message(lambda: distributed.check_equal({"seed": distributed.rank()}, "the seed"))
     found["arguments"] = message(lambda: trainer(folder / "other", seed=distributed.rank()))
     found["run.json"] = message(lambda: trainer(folder / "run"))  # only there is it found by the main process alone
+    found["command"] = message(lambda: command(folder / ("run" if main else "nothing")))
     found["no shared disk"] = message(trainer(folder / ("within" if main else "elsewhere"), resume=True)._train)
     broken = trainer(folder / "broken")
     collate, calls = broken._train_collate, iter(range(100))
@@ -191,13 +202,16 @@ def failures(folder: Path) -> dict[str, str]:
 
     broken._train_collate = break_on_one  # type: ignore[assignment]
     found["tune"] = message(broken.train)
+    found["again"] = message(broken.train)
+    found["another"] = message(lambda: trainer(folder / "other"))
     return found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    distributed.start()
+    evaluated(new_model(CONFIG)[0], folder / "alone")
+    assert distributed.count() == 2
     rank = distributed.rank()
     model = learn(folder / "run", folder / f"rank{rank}.json")
     (folder / f"evaluated{rank}.json").write_text(json.dumps(evaluated(model, folder / "evaluated")))

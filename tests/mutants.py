@@ -23,7 +23,7 @@ from tests.serving_mutants import SERVING_MUTANTS  # noqa: E402
 from tests.tuned_mutants import TUNED_MUTANTS  # noqa: E402
 
 PLUGINS = ("-p", "no:cacheprovider", "-p", "tests.any_order")
-COPIED = ("cllava_fast", "csrc", "docs", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
+COPIED = ("cllava_fast", "csrc", "docs", "examples", "tests", "benchmarks", "pyproject.toml", "setup.py", "README.md")
 
 
 class Mutant(NamedTuple):

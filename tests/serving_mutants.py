@@ -176,6 +176,18 @@ SERVING_MUTANTS = [
     ),
     ("activity is each process's own", BRANCH, "distributed.average(gates)", "pass", PROCESSES),
     (
+        "each process takes the lock to look", "cllava_fast/cli/running.py",
+        "distributed.on_main(lambda: _check_output(config, stream))", "_check_output(config, stream)", PROCESSES,
+    ),
+    (
+        "an evaluation alone is each process's own", "cllava_fast/evaluate/evaluation.py", "distributed.start()",
+        "pass", PROCESSES,
+    ),
+    (
+        "each process prints an evaluation", "cllava_fast/cli/eval.py", "if distributed.is_main():", "if True:",
+        "tests/test_user_path.py",
+    ),
+    (
         "what fills up a batch is active", BRANCH, "gates *= present", "gates *= (present == present)",
         "tests/test_method_branch_lora.py",
     ),

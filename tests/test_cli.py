@@ -234,6 +234,7 @@ def stream_file(folder: Path, **values: Any) -> Path:
         ({"training": {"eval_split": "validation"}}, [], "task 'a' has no validation sample"),
         ({"training": {"trainer_options": {"optimm": "sgd"}}}, [], "training.trainer_options.optimm is unknown"),
         ({"training": {"lr_scheduler_type": "cosin"}}, [], "cosin"),
+        ({"training": {"trainer_options": {"optim": "lomo"}}}, [], "install `lomo_optim`"),
         ({}, ["--training.report_to", "wandbb"], "report_to: wandbb is not supported, only azure_ml"),
         ({"method": {"surrogate": "magic"}}, [], "surrogate 'magic' was not found"),
         ({}, ["--method.top_m", "9"], "top_m is 9; expected 1 to 8"),

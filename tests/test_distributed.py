@@ -62,6 +62,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
+    distributed_worker.evaluated(distributed_worker.new_model(distributed_worker.CONFIG)[0], folder / "alone")
     distributed_worker.learn(folder / "run", folder / "rank0.json")
     for name, config in distributed_worker.ROUTERS.items():
         distributed_worker.learn(folder / name, folder / f"{name}0.json", config, num_train_epochs=1)
@@ -119,6 +120,12 @@ def test_one_process_writes_an_evaluation(two: Path) -> None:
     assert (two / "evaluated" / "report.html").exists() and (two / "evaluated" / "predictions" / "task1.jsonl").exists()
 
 
+def test_an_evaluation_alone_is_shared(one: Path, two: Path) -> None:
+    files = sorted((one / "alone" / "predictions").iterdir())
+    assert len(files) == 2 == len(list((two / "alone" / "predictions").iterdir()))
+    assert all(file.read_bytes() == (two / file.relative_to(one)).read_bytes() for file in files)
+
+
 def test_a_signal_to_one_process_ends_both_behind_the_same_step(two: Path) -> None:
     for rank in range(2):
         ended = json.loads((two / f"failures{rank}.json").read_text())["stopped"]
@@ -137,9 +144,13 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
     main, other = (json.loads((two / f"failures{rank}.json").read_text()) for rank in range(2))
     assert main["tune"] == "RuntimeError: process 1 failed: ValueError: the image is damaged"
     assert other["tune"] == "ValueError: the image is damaged"
+    for name in ("again", "another"):
+        assert main[name] == other[name] and main[name].endswith("has failed in this script; start the processes again")
     # what one process does for both
     assert main["on_main"] == other["on_main"] == "OSError: no space left on device"
     assert main["run.json"] == other["run.json"] and "holds this run already" in main["run.json"]
+    # whoever looks holds the lock for a moment, which another process would take for another run's
+    assert main["command"] == other["command"] and "run holds another run" in main["command"]
     assert main["check_equal"] == other["check_equal"] == (
         "ValueError: the seed of process 1 is not that of process 0; every process needs the same"
     )  # fmt: skip

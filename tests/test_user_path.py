@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from cllava_fast import cli
 from cllava_fast.demo.base import FOLDER, load_base
 from cllava_fast.train.loop import saved_increments
+from tests.test_distributed import environment, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "what color is the triangle?"
@@ -149,6 +150,15 @@ def test_eval_measures_what_the_run_did(data: Path, run: Path, printed: Callable
     assert f"{100 * measured[0]:.1f}" in shown
     lines = (data / "measured" / "predictions" / "color.jsonl").read_text().splitlines()
     assert len(lines) == 24 and "prediction" in json.loads(lines[0])
+
+
+def test_eval_on_two_processes_is_that_on_one(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    shown = printed("eval", run, "--output", data / "once")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command += ["-m", "cllava_fast.cli", "eval", run, "--output", data / "together"]
+    both = subprocess.run([*map(str, command)], cwd=data, env=environment(), check=True, capture_output=True, text=True)
+    assert both.stdout.count("Continual LLaVA") == shown.count("Continual LLaVA") == 1
+    assert contents(data / "together" / "predictions") == contents(data / "once" / "predictions")
 
 
 def test_eval_of_the_frozen_base_is_worse(run: Path, printed: Callable[..., str]) -> None:

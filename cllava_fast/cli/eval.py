@@ -27,12 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from cllava_fast import distributed
     from cllava_fast.cli.running import check_positive, open_base, open_run, open_stream, run_config
     from cllava_fast.config import load_config
     from cllava_fast.evaluate.evaluation import check_output, check_tasks, evaluate_stream
     from cllava_fast.evaluate.report import print_table
 
     check_positive(arguments, "batch_size", "max_new_tokens")
+    distributed.start()
     config = run_config(Path(arguments.run_dir), arguments.model)
     asked = config
     if arguments.stream is not None:
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     stream = open_stream(asked)
     check_tasks(stream, arguments.split)
     if arguments.output is not None:
-        check_output(Path(arguments.output), arguments.overwrite)
+        distributed.on_main(lambda: check_output(Path(arguments.output), arguments.overwrite))
     if arguments.frozen:
         model, processor = open_base(config)
     else:
@@ -57,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         progress=config.training.progress,
     )
-    print_table(results)
-    if arguments.output is not None:
-        print(f"\nReport and predictions: {arguments.output}")
+    if distributed.is_main():
+        print_table(results)
+        if arguments.output is not None:
+            print(f"\nReport and predictions: {arguments.output}")
+    distributed.finish()
     return 0

@@ -39,9 +39,7 @@ def train(config: RunConfig) -> cf.ContinualResult:
         check_surrogate(surrogate)
     stream = open_stream(config)
     check_tasks(stream, config.training.eval_split)
-    output = Path(config.training.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
+    distributed.on_main(lambda: _check_output(config, stream))
     model, processor = open_base(config)  # which checks what it loads first
     if before is None:
         model = cf.patch(model, config.method, processor=processor)
@@ -63,6 +61,13 @@ def _check_method(config: RunConfig, increments: Path) -> None:
             f"{config.source}: method.{name} is {given.get(other[0])!r}, and {increments} was learned with "
             f"{wanted[other[0]]!r}; leave it out"
         )
+
+
+def _check_output(config: RunConfig, stream: Stream) -> None:
+    """By the main process alone: whoever looks holds the run's lock for a moment."""
+    output = Path(config.training.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
 
 
 def _check_trainer_options(config: RunConfig) -> None:

@@ -311,7 +311,7 @@ def evaluate_stream(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluates a model as it is on all tasks of a stream, by greedy generation and without a task id
-    (a method with ``uses_task`` is told it by the task's name).
+    (a method with ``uses_task`` is told it by the task's name), on one process or all that a launcher started.
 
     Args:
         model: a LLaVA, patched (with what it has learned) or plain.
@@ -333,6 +333,7 @@ def evaluate_stream(
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+    distributed.start()
     data = stream if isinstance(stream, PreparedStream) else PreparedStream(stream, processor, image_feature_bytes)
     check_tasks(data.stream, split)
     folder = None if output_dir is None else Path(output_dir)
@@ -340,9 +341,10 @@ def evaluate_stream(
         distributed.on_main(functools.partial(check_output, folder, overwrite))
     start = time.perf_counter()
     names = data.stream.task_names
-    evaluations = evaluate_tasks(
-        model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
-    )
+    with distributed.failing_together():
+        evaluations = evaluate_tasks(
+            model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+        )
     matrix: list[list[float | None]] = [[None] * len(names) for _ in names[1:]]
     matrix.append([evaluation.score for evaluation in evaluations])
     method_config = model.increments.config.to_dict() if hasattr(model, "increments") else {"method": "frozen"}

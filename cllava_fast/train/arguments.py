@@ -20,6 +20,8 @@ _DEALS = "would deal samples out otherwise than a resumed run, or one process, d
 REFUSED = {
     "use_liger_kernel": "would replace the forward that carries increments; use liger instead",
     "label_smoothing_factor": "transformers would apply to labels that are not shifted to the next token; leave it out",
+    "auto_find_batch_size": "would begin a task again on what it has learned by then; set a smaller "
+    "per_device_train_batch_size, and gradient_accumulation_steps for the same steps",
     "dataloader_drop_last": "would leave samples out, all of them where a task is smaller than a batch; leave it out",
     "eval_strategy": _EVALUATES,
     "eval_on_start": _EVALUATES,
@@ -144,6 +146,11 @@ class ContinualArguments:
                 value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
             if value and value != "no":
                 raise ValueError(f"trainer_options has {name}, which {why}")
+        schedule = options.get("lr_scheduler_type", self.lr_scheduler_type)
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"lr_scheduler_type is {schedule!r}, which {_EVALUATES}; expected a schedule by steps, such as cosine"
+            )
         sampling = options.get("train_sampling_strategy", "random")
         if sampling not in ("random", "sequential"):
             raise ValueError(

@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -131,9 +131,13 @@ def training_options(
         label_names=["labels"],
     )
     if args.activation_checkpointing:
-        # the reentrant form would cut the gradient to w, which reaches the layers as a keyword argument
         options.update(_checkpointing_options())
-    return {**options, **args.trainer_options}
+    options.update(args.trainer_options)
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if isinstance(options.get(name), dict):
+            # the reentrant form would cut the gradient to w, which reaches the layers as a keyword argument
+            options[name] = {"use_reentrant": False, **options[name]}
+    return options
 
 
 def check_engine(args: ContinualArguments, device: torch.device) -> None:
@@ -142,9 +146,11 @@ def check_engine(args: ContinualArguments, device: torch.device) -> None:
     Raises:
         ValueError: of a field of ``TrainingArguments``, or a name in ``report_to`` that it does not know.
         TypeError: ``trainer_options`` has what is no such field.
-        ImportError: the package of a name in ``report_to`` is not installed.
+        ImportError: the package of a name in ``report_to``, or of the optimizer, is not installed.
     """
-    TrainingArguments(**training_options(args, device, 0))
+    arguments = TrainingArguments(**training_options(args, device, 0))
+    with suppress(ValueError):  # of an optimizer that wants to see the model
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
     names = args.trainer_options.get("report_to", args.report_to)
     if names in (None, "none", ["none"]):
         return
@@ -454,7 +460,7 @@ def _steps(trainer: Trainer, examples: int) -> int:
 def _checkpointing_options() -> dict[str, Any]:
     fields = TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return {name: True, f"{name}_kwargs": {}}
 
 
 @contextmanager
