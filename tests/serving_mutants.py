@@ -83,6 +83,18 @@ SERVING_MUTANTS = [
         "within is not None and not self._asks(request)", "within is not None", "tests/test_patch.py",
     ),
     (
+        "how far is far depends on the width", "cllava_fast/methods/calibration.py", "noise = NOISE / width",
+        "noise = 1e-3", "tests/test_calibration.py",
+    ),
+    (
+        "answers that cannot be met are not told of", "cllava_fast/data/lengths.py", "length > most for", "False for",
+        "tests/test_data.py",
+    ),
+    (
+        "an instruction that is cut off is not told of", "cllava_fast/surrogate.py", "len(one) > most for", "False for",
+        "tests/test_instructions.py",
+    ),
+    (
         "a step waits for its static cache", "cllava_fast/model/increments.py",
         "if (ids is not None or selection is None) and not", "if not", "tests/test_decoding.py",
     ),

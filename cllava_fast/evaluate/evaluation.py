@@ -22,6 +22,7 @@ from torch import Tensor
 from cllava_fast import distributed
 from cllava_fast.atomic import check_replaceable, new_folder
 from cllava_fast.data.encode import Collator, Example
+from cllava_fast.data.lengths import warn_of_long_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Sample, Stream
 from cllava_fast.environment import environment
@@ -342,6 +343,9 @@ def evaluate_stream(
     start = time.perf_counter()
     names = data.stream.task_names
     with distributed.failing_together():
+        for name in names:
+            examples = data.examples(name, split, model, with_features=hasattr(model, "increments"))
+            warn_of_long_answers(examples, max_new_tokens, f"task {name!r}, {split}")
         evaluations = evaluate_tasks(
             model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
         )
@@ -361,8 +365,8 @@ def evaluate_stream(
         "model": model.name_or_path or None, "split": split, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
     }  # fmt: skip
-    examples = {evaluation.task: evaluation.examples for evaluation in evaluations}
-    results = results_of_run(data.stream, method, 0, measured, config, {}, examples)
+    shown = {evaluation.task: evaluation.examples for evaluation in evaluations}
+    results = results_of_run(data.stream, method, 0, measured, config, {}, shown)
     if folder is not None:
         distributed.on_main(functools.partial(_write, folder, evaluations, results))
     return results
