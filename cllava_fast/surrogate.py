@@ -29,6 +29,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cllava_fast import distributed
 from cllava_fast.environment import require
 from cllava_fast.names import brief
 from cllava_fast.untrusted import parse_json, read_file
@@ -127,7 +128,7 @@ class SentenceSurrogate(Surrogate):
         most = self._model.max_seq_length
         long = [text for text in texts if most is not None and len(text) > most]  # most have fewer tokens than letters
         ids = self._model.tokenizer(long, truncation=False, verbose=False)["input_ids"] if long else []
-        if cut := sum(len(one) > most for one in ids):
+        if (cut := sum(len(one) > most for one in ids)) and distributed.is_main():
             warnings.warn(
                 f"surrogate {self.name!r} reads the first {most} tokens of an instruction, and {cut} have more: those "
                 "that begin alike select the same rows. Ask first and give the context behind it, or take a surrogate "

@@ -96,7 +96,11 @@ SERVING_MUTANTS = [
     ),
     (
         "a step waits for its static cache", "cllava_fast/model/increments.py",
-        "if (ids is not None or selection is None) and not", "if not", "tests/test_decoding.py",
+        "if not (step and selection is not None) and not", "if not", "tests/test_decoding.py",
+    ),
+    (
+        "a cache that was emptied otherwise keeps its rows", "cllava_fast/model/increments.py",
+        'ids is None and getattr(past_key_values, "is_compileable", False)', "ids is None", "tests/test_caches.py",
     ),
     (
         "a cache that was emptied keeps its rows", "cllava_fast/model/caches.py",
@@ -112,7 +116,14 @@ SERVING_MUTANTS = [
     ),
     (
         "what a model is made to think ends a turn", INSTRUCTIONS,
-        "os.path.commonprefix([asked, asking]).strip() or asking", "asking", "tests/test_instructions.py",
+        "(asked, behind or asking)", "(behind or asking, behind or asking)", "tests/test_instructions.py",
+    ),
+    (
+        "what follows a turn's end ends it, too", INSTRUCTIONS, "end = end[:1]", "pass", "tests/test_instructions.py",
+    ),
+    (
+        "a marker begins within a token", INSTRUCTIONS, "_parts(tokenizer, before)[::-1]", "[*before][::-1]",
+        "tests/test_instructions.py",
     ),
     (
         "a system prompt is a part of the instruction", INSTRUCTIONS, "if self._behind_system:", "if False:",

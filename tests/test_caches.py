@@ -131,6 +131,12 @@ def test_a_cache_that_was_emptied_stands_for_nothing(llava: Any, processor: Any,
         assert caches.remembered(cache, increments) is None
         with pytest.raises(ValueError, match="no instruction found"):
             llava(input_ids=torch.full((len(QUESTIONS), 1), 9), past_key_values=cache)
+        cache = llava(**batch).past_key_values
+        cache.crop(-cache.get_seq_length())
+        with pytest.raises(ValueError, match="no instruction found"):
+            llava(input_ids=torch.full((len(QUESTIONS), 1), 9), past_key_values=cache)
+        with pytest.raises(ValueError, match="no instruction: input_ids is None"):
+            llava(inputs_embeds=torch.ones(len(QUESTIONS), 2, 1), past_key_values=cache)
 
 
 def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generator: torch.Generator) -> None:

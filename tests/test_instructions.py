@@ -78,6 +78,8 @@ def test_reads_chat_ml(eos: str, system: str) -> None:
             text = chat.apply_chat_template(messages, add_generation_prompt)
             ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
             assert reader.read(ids) == [reader.canonical(question)], text
+    alone = "<|im_start|>user\nis it blue?<|im_end|>\n<|im_start|>assistant\n"  # behind a cache
+    assert reader.has_turn(torch.tensor([tokenizer(alone, add_special_tokens=False)["input_ids"]]))
 
 
 def _template(user: str, answer: str, asking: str, system: str = "{{ s }}") -> str:
@@ -99,6 +101,13 @@ TEMPLATES = {
     "header": _template(
         "<|head|>user<|/head|>{{ q }}<|eot|>", "<|head|>bot<|/head|>{{ a }}<|eot|>", "<|head|>bot<|/head|>"
     ),
+    "closed by more": _template("<|user|>{{ q }}<|eot|>", "<|answer|>{{ a }}<|eot|>", "<|answer|>").replace(
+        "<|answer|>{% endif %}", "<|answer|>{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "asks always": _template("<|head|>user<|/head|>{{ q }}<|eot|>", "<|head|>bot<|/head|>{{ a }}<|eot|>", "")
+    + "<|head|>bot<|/head|>",
+    "answers otherwise": _template("<|user|>{{ q }}", "<|answer|><done>{{ a }}{{ eos_token }}", "<|answer|><think>"),
+    "thinks in words": _template("USER: {{ q }} ", "ASSISTANT: {{ a }}{{ eos_token }}", "ASSISTANT: hm"),
     "thinks": _template("<|user|>{{ q }}", "<|answer|>{{ a }}{{ eos_token }}", "<|answer|><think>"),
     "system inside": _template("[INST] {{ q }} [/INST]", " {{ a }}{{ eos_token }}", "", INSIDE),
 }
@@ -108,7 +117,7 @@ def templated(template: str, eos: str = "<|end of|>") -> Any:
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["<|begin of|>", "<|end of|>", "<|eot|>", "<|head|>", "<|/head|>"], special_tokens=True)
     tokenizer.add_tokens(
-        ["<|user|>", "<|answer|>", "<think>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "user", "bot"]
+        ["<|user|>", "<|answer|>", "<think>", "<done>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "user", "bot"]
     )
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<|begin of|>", eos, template
     return tokenizer
@@ -137,10 +146,12 @@ def test_reads_the_templates_of_language_models(name: str, eos: str) -> None:
         ids = torch.tensor([tokenizer(said, add_special_tokens=False)["input_ids"]])
         assert reader.read(ids) == [reader.canonical(question)], said
     # behind a cache, a turn comes alone
-    behind = tokenizer.apply_chat_template([asked, answer], tokenize=False)
     whole = tokenizer.apply_chat_template([asked, answer, again], tokenize=False, add_generation_prompt=True)
-    ids = torch.tensor([tokenizer(whole.removeprefix(behind), add_special_tokens=False)["input_ids"]])
-    assert whole.startswith(behind) and reader.has_turn(ids)
+    turn = whole.partition("the red one")[2]
+    for closing in (tokenizer.eos_token, "<|eot|>"):
+        turn = turn.removeprefix(closing)
+    ids = torch.tensor([tokenizer(turn, add_special_tokens=False)["input_ids"]])
+    assert reader.has_turn(ids)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +162,12 @@ def test_where_a_system_prompt_stands(name: str, expected: str | None) -> None:
     tokenizer = templated({**TEMPLATES, "space": space}[name])
     assert behind_system(tokenizer, template_markers(tokenizer)[0]) == expected  # type: ignore[index]
     assert InstructionReader(tokenizer).mixes_system == (expected == "")
+
+
+def test_a_turn_ends_with_the_first_token_behind_it() -> None:
+    """Whether a model thinks is an argument of some templates."""
+    template = _template("<|user|>{{ q }}", "<|answer|><done>{{ a }}{{ eos_token }}", "<|answer|><done>")
+    assert template_markers(templated(template)) == ("<|user|>", "<|answer|>")
 
 
 def test_a_template_that_refuses_system_prompts() -> None:

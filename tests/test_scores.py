@@ -212,6 +212,7 @@ def test_grounding_accuracy(prediction: str, right: bool) -> None:
         ("", ["cat"], 0.0),
         ("...", ["???"], 0.0),
         ("\u0915\u0940", ["\u0915\u093e"], 0.0),  # one letter with two vowel signs
+        ("I \u2764\ufe0f cats", ["i cats"], 1.0),
         ("\u0915\u0940 cat_", ["\u0915\u0940, cat"], 1.0),
     ],
 )

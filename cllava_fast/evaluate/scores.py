@@ -242,9 +242,12 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def _words(text: str) -> list[str]:
-    text = _composed(text).lower()
-    # vowel signs, too, which \w leaves out
-    return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
+    words = ""
+    for letter in _composed(text).lower():
+        # a vowel sign belongs to its letter, though \w leaves it out
+        mark = unicodedata.category(letter)[0] == "M" and words[-1:].strip()
+        words += letter if letter.isalnum() or mark else " "
+    return words.split()
 
 
 def _lcs_f1(a: list[str], b: list[str]) -> float:

@@ -46,7 +46,9 @@ def remembered(cache: Any, increments: Increments) -> Selection | None:
     found = _filled.get(cache)
     if found is None or found.model() is not increments or found.loads != increments.pool.loads:
         return None
-    return found.selection if found.samples is None else found.selection.take(found.samples)
+    if found.samples is not None:
+        found.selection, found.samples = found.selection.take(found.samples), None
+    return found.selection
 
 
 class _Move:

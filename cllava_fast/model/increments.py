@@ -260,8 +260,9 @@ class Increments(nn.Module):
         selection = caches.remembered(past_key_values, self)
         # the single token of a decoding step asks nothing, and is no image
         ids = None if request.input_ids is None or request.input_ids.shape[1] == 1 else request.input_ids
-        # a static cache says its length on the device, and a step need not wait for it
-        if (ids is not None or selection is None) and not past_key_values.get_seq_length():
+        # a cache that is compiled says its length on the device, and a step need not wait for it
+        step = request.input_ids is not None and ids is None and getattr(past_key_values, "is_compileable", False)
+        if not (step and selection is not None) and not past_key_values.get_seq_length():
             return None
         if ids is not None and self.reader is not None and self.reader.has_turn(ids):
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import threading
 from collections import OrderedDict
 from itertools import groupby
@@ -169,18 +170,35 @@ def template_markers(processor: Any) -> tuple[str, str] | None:
     text, closed = (_rendered(processor, turns, asking) for asking in (True, False))
     if not all(word in text for word in (first, answer, second)):
         return None
+    tokenizer = getattr(processor, "tokenizer", processor)
     behind_answer = _rendered(processor, turns[:2], False).partition(answer)[2]
     before_first, asked = text.partition(answer)[0].split(first)
     before_second, asking = text.partition(answer)[2].removeprefix(behind_answer).split(second)
     # a system prompt stands before the first turn only
-    user = os.path.commonprefix([before_first[::-1], before_second[::-1]])[::-1].strip()
-    tokenizer = getattr(processor, "tokenizer", processor)
+    user = _common([_parts(tokenizer, before)[::-1] for before in (before_first, before_second)])[::-1]
+    marker = "".join(user).strip()
     for special in (tokenizer.eos_token, tokenizer.bos_token):
         if special:
-            user = user.removeprefix(special).strip()
+            marker = marker.removeprefix(special).strip()
+    behind, asked, asking = closed.split(second)[1].strip(), asked.strip(), asking.strip()
     # where nothing closes a turn, the answer's beginning ends it; what a model is made to think comes behind
-    end = closed.split(second)[1].strip() or os.path.commonprefix([asked, asking]).strip() or asking.strip()
-    return (user, end) if user and end else None
+    end = _common([_parts(tokenizer, text) for text in (asked, behind or asking)]) or [behind or asking]
+    if end[0] in tokenizer.get_added_vocab():
+        end = end[:1]  # what follows it may depend on what is asked
+    closing = "".join(end).strip()
+    return (marker, closing) if marker and closing else None
+
+
+def _parts(tokenizer: Any, text: str) -> list[str]:
+    """Added tokens, whole, and letters."""
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
+    return [part for i, run in enumerate(parts) for part in ([run] if i % 2 else run)]
+
+
+def _common(lists: list[list[str]]) -> list[str]:
+    """How both begin."""
+    return os.path.commonprefix(lists)  # type: ignore[return-value]
 
 
 def behind_system(processor: Any, user: str) -> str | None:

@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -146,11 +146,15 @@ def check_engine(args: ContinualArguments, device: torch.device) -> None:
     Raises:
         ValueError: of a field of ``TrainingArguments``, or a name in ``report_to`` that it does not know.
         TypeError: ``trainer_options`` has what is no such field.
-        ImportError: the package of a name in ``report_to``, or of the optimizer, is not installed.
+        ImportError: the package of a name in ``report_to``, or of the optimizer, is not installed; some optimizers'
+            is a ValueError.
     """
     arguments = TrainingArguments(**training_options(args, device, 0))
-    with suppress(ValueError):  # of an optimizer that wants to see the model
+    try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ValueError as error:
+        if "need to pass a" not in str(error):  # the model, which is not there yet
+            raise
     names = args.trainer_options.get("report_to", args.report_to)
     if names in (None, "none", ["none"]):
         return
