@@ -107,7 +107,7 @@ TEMPLATES = {
     "asks always": _template("<|head|>user<|/head|>{{ q }}<|eot|>", "<|head|>bot<|/head|>{{ a }}<|eot|>", "")
     + "<|head|>bot<|/head|>",
     "answers otherwise": _template("<|user|>{{ q }}", "<|answer|><done>{{ a }}{{ eos_token }}", "<|answer|><think>"),
-    "thinks in words": _template("USER: {{ q }} ", "ASSISTANT: {{ a }}{{ eos_token }}", "ASSISTANT: hm"),
+    "thinks in words": _template("USER: {{ q }} ", "red is {{ a }}{{ eos_token }}", "red is blue"),
     "thinks": _template("<|user|>{{ q }}", "<|answer|>{{ a }}{{ eos_token }}", "<|answer|><think>"),
     "system inside": _template("[INST] {{ q }} [/INST]", " {{ a }}{{ eos_token }}", "", INSIDE),
 }
