@@ -142,7 +142,7 @@ def test_the_likeliest_task_acts(strength: str, rng: torch.Generator) -> None:
         method.close_task(pool, f"task{number}", queries, 1)
         calibration.keep(pool, calibration.gaussian(queries))
         exact = queries.double()
-        covariance = torch.cov(exact.t(), correction=0) + NOISE * torch.eye(D, dtype=torch.float64)
+        covariance = torch.cov(exact.t(), correction=0) + NOISE / D * torch.eye(D, dtype=torch.float64)
         gaussians.append(MultivariateNormal(exact.mean(0), covariance))
         levels.append(float(gaussians[-1].log_prob(exact).mean()) / D)
     query = torch.cat([*(t[:5] for t in tasks), functional.normalize(torch.randn(5, D, generator=rng))])
