@@ -6,6 +6,7 @@ import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # nothing in the tests may reach for a hub
@@ -14,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; read when the first kernel is decorated
@@ -84,3 +86,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"{chosen.name}: {refusal}")
     with running_on(chosen, op, monkeypatch):
         yield chosen
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with images/a.png, images/coco/b.png."""
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    for name, rgb in (("a.png", (255, 0, 0)), ("coco/b.png", (0, 0, 255))):
+        Image.new("RGB", (64, 64), rgb).save(tmp_path / "images" / name)
+    return tmp_path

@@ -83,6 +83,19 @@ def test_prompt_ids_are_the_processors_own(processor: Any, generator: torch.Gene
         assert processor.tokenizer.convert_ids_to_tokens(example.answer_ids) == ["red", "</s>"]
 
 
+class Lazy(LazySequence[Sample]):
+    """As samples of a file are."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def at(self, index: int) -> Sample:
+        return self.samples[index]
+
+
 class TestLengths:
     def prepared(self, processor: Any, picture: Any, lazy: bool) -> PreparedStream:
         samples = [
@@ -90,14 +103,7 @@ class TestLengths:
             Sample("which bar is the tallest?", "red", picture, id="long one"),
         ]
 
-        class Lazy(LazySequence[Sample]):
-            def __len__(self) -> int:
-                return len(samples)
-
-            def at(self, index: int) -> Sample:
-                return samples[index]
-
-        return PreparedStream(Stream([Task("a", Lazy() if lazy else samples, samples)]), processor)
+        return PreparedStream(Stream([Task("a", Lazy(samples) if lazy else samples, samples)]), processor)
 
     @pytest.mark.parametrize("lazy", [False, True])
     def test_too_long_is_refused_before_anything_is_learned(
@@ -134,15 +140,7 @@ class TestLengths:
         self, most: int, lazy: bool, llava: Any, processor: Any, tmp_path: Any, recwarn: pytest.WarningsRecorder
     ) -> None:
         test = [Sample("is it?", "no"), Sample("which bar?", "red bar")]
-
-        class Lazy(LazySequence[Sample]):
-            def __len__(self) -> int:
-                return len(test)
-
-            def at(self, index: int) -> Sample:
-                return test[index]
-
-        stream = Stream([Task("a", [Sample("is it?", "no, it is not")], Lazy() if lazy else test)])
+        stream = Stream([Task("a", [Sample("is it?", "no, it is not")], Lazy(test) if lazy else test)])
         expected = "task 'a', test: 1 of 2 answers have more than max_new_tokens=1 tokens, the longest 2; "
         config = arguments(tmp_path / "run", max_new_tokens=most, max_steps=1, align_steps=1)
         cf.ContinualTrainer(llava, processor, stream, config).train()

@@ -344,7 +344,7 @@ def evaluate_stream(
     names = data.stream.task_names
     with distributed.failing_together():
         for name in names:
-            examples = data.examples(name, split, model, with_features=hasattr(model, "increments"))
+            examples = data.examples(name, split, model, with_features=False)
             warn_of_long_answers(examples, max_new_tokens, f"task {name!r}, {split}")
         evaluations = evaluate_tasks(
             model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
