@@ -104,16 +104,19 @@ def learn(output: Path, report: Path, config: Any = CONFIG, **values: Any) -> An
 
 
 def evaluated(model: Any, output: Path) -> list[float]:
-    """The scores of each task; only the main process may write."""
+    """The scores of each task; only the main process may look at the folder and write."""
     from cllava_fast.demo.tokenizer import build_processor
 
-    write = evaluation.write_report
+    def on_main(name: str) -> Any:
+        work = getattr(evaluation, name)
 
-    def on_main(*given: Any) -> None:
-        assert distributed.is_main()
-        write(*given)
+        def alone(*given: Any) -> None:
+            assert int(os.environ.get("RANK", "0")) == 0
+            work(*given)
 
-    with patch.object(evaluation, "write_report", on_main):
+        return patch.object(evaluation, name, alone)
+
+    with on_main("check_output"), on_main("write_report"):
         found = cf.evaluate_stream(model, build_processor(), stream(), output, max_new_tokens=5, progress=False)
     scores: list[float] = found["methods"]["continual_llava"]["accuracy_matrix"][-1]
     return scores
