@@ -196,7 +196,7 @@ def test_calls_in_two_threads_each_have_their_own_task(rng: torch.Generator) -> 
 def test_what_is_like_no_task_gets_the_frozen_clip(rng: torch.Generator) -> None:
     prompted = PromptedClip(new_clip(), DikiConfig(rank=3))
     known = random_tasks(prompted, 1, rng)[0]
-    strange = -known[:2]
+    strange = torch.full_like(known[:2], 5.0)
     strength = prompted.select(prompted.query(strange)).past.coefficient
     assert (strength < 1e-4).all()
     frozen = new_clip()(input_ids=texts(2, 3), pixel_values=strange).logits_per_image
