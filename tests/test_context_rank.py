@@ -86,7 +86,7 @@ def test_the_layers_do_what_merged_weights_do(llava: Any, processor: Any, rng: t
 
 
 def low_rank_tasks(llava: Any, processor: Any, rng: torch.Generator, config: Any, open_last: bool = False) -> Any:
-    """Means of rank 2 at most: one row of each task has increments."""
+    """Means of rank 2 at most: one row of each closed task has increments."""
     increments = get_increments(cf.patch(llava, config, processor=processor))
     pool = increments.pool
     for task in range(3):
@@ -95,9 +95,11 @@ def low_rank_tasks(llava: Any, processor: Any, rng: torch.Generator, config: Any
         increments.method.open_task(pool, queries, rng)
         if pool.block_context is not None:
             torch.nn.init.normal_(pool.block_context, generator=rng)
+        closes = task < 2 or not open_last
         for factors in pool.layers.values():
-            torch.nn.init.normal_(factors.block_B.data[task : task + 1], std=0.3, generator=rng)
-        if task < 2 or not open_last:
+            rows = factors.block_B.data
+            torch.nn.init.normal_(rows[task : task + 1] if closes else rows, std=0.3, generator=rng)
+        if closes:
             increments.method.close_task(pool, f"task{task}", queries, increments.groups)
     return increments
 
