@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
 
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from cllava_fast.model import get_increments
+
+_before_5_24 = "cache" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+CACHE_NAMES = ("cache", "past_key_values")[_before_5_24:]  # that the installed transformers takes
 
 QUESTIONS = (
     "which bar is the tallest?",
@@ -19,6 +24,11 @@ QUESTIONS = (
     "how many bars are there?",
     "is the number shown greater than five?",
 )
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """The cache as a model's argument, under the name that the installed transformers has for it."""
+    return {CACHE_NAMES[0]: cache}
 
 
 def image(generator: torch.Generator) -> Any:

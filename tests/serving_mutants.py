@@ -100,7 +100,7 @@ SERVING_MUTANTS = [
     ),
     (
         "a cache that was emptied otherwise keeps its rows", "cllava_fast/model/increments.py",
-        'ids is None and getattr(past_key_values, "is_compileable", False)', "ids is None", "tests/test_caches.py",
+        'ids is None and getattr(cache, "is_compileable", False)', "ids is None", "tests/test_caches.py",
     ),
     (
         "a cache that was emptied keeps its rows", "cllava_fast/model/caches.py",

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ from transformers import DynamicCache, StaticCache
 
 import cllava_fast as cf
 from cllava_fast.model import caches
-from tests.helpers import QUESTIONS, inputs, learn
+from cllava_fast.model.caches import returned
+from tests.helpers import CACHE_NAMES, QUESTIONS, cached, inputs, learn
 from tests.helpers import image as picture
 from tests.test_patch import CONFIG, last_logits, selected
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", CACHE_NAMES)
 def test_cached_decoding_by_hand_keeps_the_prompts_selection(
-    llava: Any, processor: Any, generator: torch.Generator
+    name: str, llava: Any, processor: Any, generator: torch.Generator
 ) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, generator, b_std=0.1)
@@ -30,7 +34,7 @@ def test_cached_decoding_by_hand_keeps_the_prompts_selection(
         prefill = llava(**batch, use_cache=True)
         token = torch.full((len(QUESTIONS), 1), 9)  # a word: what the model would say may be the start of a turn
         mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
-        step = llava(input_ids=token, attention_mask=mask, past_key_values=prefill.past_key_values)
+        step = llava(input_ids=token, attention_mask=mask, **{name: returned(prefill)})
         full = {**batch, "input_ids": torch.cat([batch["input_ids"], token], 1), "attention_mask": mask}
         whole = llava(**full)
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
@@ -52,7 +56,7 @@ def test_rows_follow_the_samples_of_a_cache(moves: str, llava: Any, processor: A
     mask = torch.cat([batch["attention_mask"], ones], 1)
 
     def step(cache: Any, samples: list[int]) -> Tensor:
-        inputs = {"input_ids": tokens[samples], "attention_mask": mask[samples], "past_key_values": cache}
+        inputs = {"input_ids": tokens[samples], "attention_mask": mask[samples], **cached(cache)}
         return last_logits(llava, inputs, position_ids=mask[samples].sum(1, keepdim=True) - 1)
 
     names, static, _ = moves.partition(", static")
@@ -60,7 +64,7 @@ def test_rows_follow_the_samples_of_a_cache(moves: str, llava: Any, processor: A
     for _ in range(2):
         config = llava.config.text_config
         cache = StaticCache(config=config, max_cache_len=60) if static else DynamicCache(config=config)
-        last_logits(llava, batch, past_key_values=cache, use_cache=True)
+        last_logits(llava, batch, **cached(cache), use_cache=True)
         caches.append(cache)
     for name in names.split(", "):
         given, order = MOVED[name]
@@ -76,12 +80,12 @@ def test_rows_of_a_cache_that_others_filled_are_not_guessed(
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 1, generator)
     with torch.no_grad():
-        cache = llava(**inputs(processor, QUESTIONS[:2], generator), use_cache=True).past_key_values
+        cache = returned(llava(**inputs(processor, QUESTIONS[:2], generator), use_cache=True))
     for layer in cache.layers:
         layer.keys, layer.values = (part[:1].repeat(3, 1, 1, 1) for part in (layer.keys, layer.values))
     cache.reorder_cache(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="its instruction is unknown"):
-        llava(input_ids=torch.tensor([[9], [9]]), past_key_values=cache)
+        llava(input_ids=torch.tensor([[9], [9]]), **cached(cache))
 
 
 def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -89,7 +93,7 @@ def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: t
     learn(llava, 1, generator)
     batch = inputs(processor, QUESTIONS[:2], generator)
     with torch.no_grad():
-        cache = llava(**batch, use_cache=True).past_key_values
+        cache = returned(llava(**batch, use_cache=True))
     keys = cache.layers[0].keys
     copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
     for copied in copies:
@@ -104,6 +108,23 @@ def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: t
         gc.enable()
 
 
+@pytest.mark.parametrize("drafts", ["the prompt's own words", "another model"])
+def test_speculative_decoding_says_what_greedy_does(
+    drafts: str, new_llava: Callable[[], Any], processor: Any, generator: torch.Generator
+) -> None:
+    """Drafted tokens come several at a time, and those that are wrong are cut off the cache."""
+    llava = new_llava()
+    batch = inputs(processor, QUESTIONS[:1], generator)
+    options = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": [llava.config.image_token_id]}
+    frozen = llava.generate(**batch, **options)
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=1.0)
+    wanted = llava.generate(**batch, **options)
+    assert not torch.equal(wanted, frozen)
+    by = {"assistant_model": new_llava()} if drafts == "another model" else {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(llava.generate(**batch, **options, **by), wanted)
+
+
 def test_beams_of_a_cache_that_was_filled_before(llava: Any, processor: Any, generator: torch.Generator) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 3, generator, b_std=0.1)
@@ -113,10 +134,10 @@ def test_beams_of_a_cache_that_was_filled_before(llava: Any, processor: Any, gen
     wanted = llava.generate(**batch, **options)
     part = {**batch, "input_ids": batch["input_ids"][:, :-2], "attention_mask": batch["attention_mask"][:, :-2]}
     with torch.no_grad():
-        cache = llava(**part, use_cache=True, instructions=list(QUESTIONS[:2])).past_key_values
+        cache = returned(llava(**part, use_cache=True, instructions=list(QUESTIONS[:2])))
     cache.batch_repeat_interleave(3)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    assert torch.equal(llava.generate(**texts, past_key_values=cache, **options), wanted)
+    assert torch.equal(llava.generate(**texts, **cached(cache), **options), wanted)
 
 
 def test_a_cache_that_was_emptied_stands_for_nothing(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -125,30 +146,30 @@ def test_a_cache_that_was_emptied_stands_for_nothing(llava: Any, processor: Any,
     batch = inputs(processor, QUESTIONS, generator)
     cache = StaticCache(config=llava.config.get_text_config(), max_cache_len=batch["input_ids"].shape[1])
     with torch.no_grad():
-        llava(**batch, past_key_values=cache)
+        llava(**batch, **cached(cache))
         assert caches.remembered(cache, increments) is not None
         cache.reset()
         assert caches.remembered(cache, increments) is None
         with pytest.raises(ValueError, match="no instruction found"):
-            llava(input_ids=torch.full((len(QUESTIONS), 1), 9), past_key_values=cache)
-        cache = llava(**batch).past_key_values
+            llava(input_ids=torch.full((len(QUESTIONS), 1), 9), **cached(cache))
+        cache = returned(llava(**batch))
         cache.crop(-cache.get_seq_length())
         with pytest.raises(ValueError, match="no instruction found"):
-            llava(input_ids=torch.full((len(QUESTIONS), 1), 9), past_key_values=cache)
+            llava(input_ids=torch.full((len(QUESTIONS), 1), 9), **cached(cache))
         with pytest.raises(ValueError, match="no instruction: input_ids is None"):
-            llava(inputs_embeds=torch.ones(len(QUESTIONS), 2, 1), past_key_values=cache)
+            llava(inputs_embeds=torch.ones(len(QUESTIONS), 2, 1), **cached(cache))
 
 
 def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generator: torch.Generator) -> None:
     batch = inputs(processor, QUESTIONS[:2], generator)
     with torch.no_grad():
-        cache = llava(**batch, use_cache=True).past_key_values
+        cache = returned(llava(**batch, use_cache=True))
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 1, generator)
     token = torch.full((2, 1), 9)
     with pytest.raises(ValueError, match="its instruction is unknown"):
-        llava(input_ids=token, past_key_values=cache)
-    llava(input_ids=token, past_key_values=cache, instructions=list(QUESTIONS[:2]))
+        llava(input_ids=token, **cached(cache))
+    llava(input_ids=token, **cached(cache), instructions=list(QUESTIONS[:2]))
 
 
 def test_a_cache_outlives_a_commit_and_no_load(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -160,16 +181,16 @@ def test_a_cache_outlives_a_commit_and_no_load(llava: Any, processor: Any, gener
 
     def cache() -> Any:
         with torch.no_grad():
-            return llava(**batch, use_cache=True).past_key_values
+            return returned(llava(**batch, use_cache=True))
 
     filled = [cache() for _ in range(3)]
-    wanted = last_logits(llava, {"input_ids": token}, past_key_values=filled[0])
+    wanted = last_logits(llava, {"input_ids": token}, **cached(filled[0]))
     learn(llava, 2, generator, b_std=0.1)
-    assert torch.equal(last_logits(llava, {"input_ids": token}, past_key_values=filled[1]), wanted)
+    assert torch.equal(last_logits(llava, {"input_ids": token}, **cached(filled[1])), wanted)
     increments.pool.load_state(state, names)
     with pytest.raises(ValueError, match="its instruction is unknown"):
-        llava(input_ids=token, past_key_values=filled[2])
-    assert torch.equal(last_logits(llava, {"input_ids": token}, past_key_values=cache()), wanted)
+        llava(input_ids=token, **cached(filled[2]))
+    assert torch.equal(last_logits(llava, {"input_ids": token}, **cached(cache())), wanted)
 
 
 def test_a_new_turn_on_an_old_cache_asks_anew(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -180,11 +201,11 @@ def test_a_new_turn_on_an_old_cache_asks_anew(llava: Any, processor: Any, genera
     wanted = selected(llava, dict(second))
     assert not torch.equal(selected(llava, dict(first)), wanted)
     with torch.no_grad():
-        cache = llava(**first, use_cache=True).past_key_values
-    rows = selected(llava, {"input_ids": second["input_ids"]}, past_key_values=cache)
+        cache = returned(llava(**first, use_cache=True))
+    rows = selected(llava, {"input_ids": second["input_ids"]}, **cached(cache))
     assert torch.equal(rows, wanted)
     # and the next token goes on with the new turn
-    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9]])}, past_key_values=cache), wanted)
+    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9]])}, **cached(cache)), wanted)
 
 
 def test_a_cache_that_generate_was_handed_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -193,8 +214,8 @@ def test_a_cache_that_generate_was_handed_is_known(llava: Any, processor: Any, g
     learn(llava, 2, generator)
     cache = DynamicCache(config=llava.config.get_text_config())
     batch = processor(text=[f"USER: {QUESTIONS[0]} ASSISTANT:"], return_tensors="pt")
-    ids = llava.generate(**batch, past_key_values=cache, max_new_tokens=2, do_sample=False)
-    rows = selected(llava, {"input_ids": ids[:, -1:]}, past_key_values=cache)
+    ids = llava.generate(**batch, **cached(cache), max_new_tokens=2, do_sample=False)
+    rows = selected(llava, {"input_ids": ids[:, -1:]}, **cached(cache))
     assert torch.equal(rows, selected(llava, dict(batch)))
 
 
@@ -240,38 +261,38 @@ def test_later_turns_are_asked_about_earlier_images(llava: Any, processor: Any, 
 
     samples = [0, 1]
     with torch.no_grad():
-        cache = llava(**first, use_cache=True).past_key_values
+        cache = returned(llava(**first, use_cache=True))
         for turn in (1, 2, 3):
             cache.batch_select_indices(torch.tensor([1, 0]))
             samples.reverse()
             step = {"input_ids": ids[turn][samples], "attention_mask": whole(turn, samples)["attention_mask"]}
             images = {"pixel_values": pixels[1][samples]} if turn == 2 else {}
-            llava(**step, **images, past_key_values=cache)
+            llava(**step, **images, **cached(cache))
             same(asked[-1], turn, samples)
     options = {"max_new_tokens": 1, "suppress_tokens": [llava.config.image_token_id], "return_dict_in_generate": True}
-    cache = llava.generate(**first, **options).past_key_values
-    llava.generate(**whole(1, [0, 1]), past_key_values=cache, **options)
+    cache = returned(llava.generate(**first, **options))
+    llava.generate(**whole(1, [0, 1]), **cached(cache), **options)
     same(asked[-1], 1, [0, 1])
     cache.batch_repeat_interleave(2)
-    llava.generate(**whole(2, [0, 1]), pixel_values=pixels[1], past_key_values=cache, **options,
+    llava.generate(**whole(2, [0, 1]), pixel_values=pixels[1], **cached(cache), **options,
                    num_return_sequences=2, do_sample=True)  # fmt: skip
     same(asked[-1], 2, [0, 1])
     step = {"input_ids": ids[1], "attention_mask": whole(1, [0, 1])["attention_mask"]}
     with torch.no_grad():
-        copied = copy.deepcopy(llava(**first, use_cache=True).past_key_values)
+        copied = copy.deepcopy(returned(llava(**first, use_cache=True)))
         asking = {"instructions": list(QUESTIONS[2:4])}
         for call, given in ((llava, step), (llava.generate, whole(1, [0, 1])), (llava.generate, step)):
-            with pytest.raises(ValueError, match="which images lie in past_key_values is not known"):
-                call(**given, past_key_values=copied, **asking)
-        llava(**step, past_key_values=copied, query=wanted[0])
-        cache = llava(**first, use_cache=True).past_key_values
-        llava(input_ids=ids[2][:, 1:17], pixel_values=pixels[1], past_key_values=cache)  # an image alone asks nothing
-        with pytest.raises(ValueError, match="which images lie in past_key_values is not known"):
-            llava(input_ids=ids[1], past_key_values=cache)
+            with pytest.raises(ValueError, match="which images lie in the cache is not known"):
+                call(**given, **cached(copied), **asking)
+        llava(**step, **cached(copied), query=wanted[0])
+        cache = returned(llava(**first, use_cache=True))
+        llava(input_ids=ids[2][:, 1:17], pixel_values=pixels[1], **cached(cache))  # an image alone asks nothing
+        with pytest.raises(ValueError, match="which images lie in the cache is not known"):
+            llava(input_ids=ids[1], **cached(cache))
         texts = {name: tensor[:, :1] for name, tensor in whole(0, [0, 1]).items()}
         assert not (texts["input_ids"] == llava.config.image_token_id).any()
-        copied = copy.deepcopy(llava(**texts, **asking, use_cache=True).past_key_values)
-        llava.generate(**whole(1, [0, 1]), pixel_values=pixels[0], past_key_values=copied, **options)
+        copied = copy.deepcopy(returned(llava(**texts, **asking, use_cache=True)))
+        llava.generate(**whole(1, [0, 1]), pixel_values=pixels[0], **cached(copied), **options)
         same(asked[-1], 1, [0, 1])
 
 
@@ -297,18 +318,18 @@ def test_a_turn_that_is_cut_off_is_what_its_cache_holds(
         raise Gone
 
     with pytest.raises(Gone):
-        llava.generate(**first, past_key_values=cache, stopping_criteria=[hang_up])
+        llava.generate(**first, **cached(cache), stopping_criteria=[hang_up])
     ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
-    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **cached(cache)}
     with pytest.raises(ValueError, match="max_new_tokens"):
         llava.generate(**turn, max_new_tokens=0)
-    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[0])
+    assert torch.equal(selected(llava, step, **cached(cache)), wanted[0])
     with pytest.raises(Gone):
         llava.generate(**turn, stopping_criteria=[hang_up])
-    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[1])
+    assert torch.equal(selected(llava, step, **cached(cache)), wanted[1])
     with pytest.raises(ValueError, match="batch_size"):  # by the loss, behind the layers
-        llava(input_ids=first["input_ids"], labels=torch.zeros(2, 5, dtype=torch.int64), past_key_values=cache)
-    assert torch.equal(selected(llava, step, past_key_values=cache), wanted[0])
+        llava(input_ids=first["input_ids"], labels=torch.zeros(2, 5, dtype=torch.int64), **cached(cache))
+    assert torch.equal(selected(llava, step, **cached(cache)), wanted[0])
 
 
 def test_a_cache_from_a_tuple_is_known(llava: Any, processor: Any, generator: torch.Generator) -> None:
@@ -318,4 +339,4 @@ def test_a_cache_from_a_tuple_is_known(llava: Any, processor: Any, generator: to
     wanted = selected(llava, batch)
     with torch.no_grad():
         _, cache, *_ = llava(**batch, use_cache=True, return_dict=False)
-    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9], [10]])}, past_key_values=cache), wanted)
+    assert torch.equal(selected(llava, {"input_ids": torch.tensor([[9], [10]])}, **cached(cache)), wanted)

@@ -19,7 +19,7 @@ from cllava_fast.model import get_increments
 from cllava_fast.model import increments as increments_module
 from cllava_fast.model.patching import STEP
 from cllava_fast.ops import native
-from tests.helpers import QUESTIONS, inputs, learn
+from tests.helpers import QUESTIONS, cached, inputs, learn
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
 
@@ -142,11 +142,11 @@ def test_a_step_by_hand_does_not_ask_a_static_cache_for_its_length(
 
     def step(cache: StaticCache) -> Tensor:
         at = torch.full((3, 1), length)
-        return llava(input_ids=token, attention_mask=mask, position_ids=at, past_key_values=cache).logits
+        return llava(input_ids=token, attention_mask=mask, position_ids=at, **cached(cache)).logits
 
     def filled() -> StaticCache:
         cache = StaticCache(config=llava.config.get_text_config(), max_cache_len=length + 1)
-        llava(**batch, past_key_values=cache)
+        llava(**batch, **cached(cache))
         return cache
 
     def length_of(cache: StaticCache, *args: Any, **kwargs: Any) -> Any:

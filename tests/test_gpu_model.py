@@ -20,8 +20,9 @@ from benchmarks import measure
 from cllava_fast import ops
 from cllava_fast.model import get_increments
 from cllava_fast.model import increments as increments_module
+from cllava_fast.model.caches import returned
 from cllava_fast.ops import native
-from tests.helpers import QUESTIONS, inputs, learn, take
+from tests.helpers import QUESTIONS, cached, inputs, learn, take
 from tests.test_checkpoint import At, killed, learned, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -109,7 +110,7 @@ def test_token_by_token_as_all_at_once(backend: str, pair: Any, monkeypatch: pyt
         first = model(input_ids=ids[:, :-3], attention_mask=mask[:, :-3], **batch, use_cache=True)
         for i in (-3, -2, -1):
             seen = mask[:, : mask.shape[1] + i + 1]
-            step = model(input_ids=ids[:, i:][:, :1], attention_mask=seen, past_key_values=first.past_key_values)
+            step = model(input_ids=ids[:, i:][:, :1], attention_mask=seen, **cached(returned(first)))
             torch.testing.assert_close(step.logits[:, 0], whole[:, i], atol=1e-4, rtol=1e-3)
     natively = backend == "auto" and native.cuda_usable() is None
     assert decode.call_count == (3 * len(get_increments(model).linears(model)) if natively else 0)

@@ -17,8 +17,9 @@ import cllava_fast as cf
 from cllava_fast.methods import Selection, config_from_dict, make_method
 from cllava_fast.methods.branch_lora import MOMENTUM, BranchLora, BranchLoraConfig, choose, task_key
 from cllava_fast.model import get_increments
+from cllava_fast.model.caches import returned
 from cllava_fast.pool import LinearShape, Pool
-from tests.helpers import QUESTIONS, inputs, prompt, take
+from tests.helpers import QUESTIONS, cached, inputs, prompt, take
 from tests.test_train import arguments, stream
 
 CONFIG = BranchLoraConfig(branches=5, rank=3, scale=1.5, a_std=0.2, targets=("mlp.*_proj",), surrogate="sentence")
@@ -308,7 +309,7 @@ def test_cached_decoding_by_hand_keeps_the_prompts_branches(llava: Any, processo
         prefill = llava(**batch, use_cache=True)
         token = torch.full((len(QUESTIONS), 1), 9)
         mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
-        step = llava(input_ids=token, attention_mask=mask, past_key_values=prefill.past_key_values)
+        step = llava(input_ids=token, attention_mask=mask, **cached(returned(prefill)))
         full = {**batch, "input_ids": torch.cat([batch["input_ids"], token], 1), "attention_mask": mask}
         whole = llava(**full)
         other = llava(**{**full, "query": batch["query"].roll(1, 0)})
@@ -342,11 +343,11 @@ def test_a_prompt_that_comes_in_parts_is_routed_by_its_first_token(
         for queries in ([query, query], [query, None]):
             cache = DynamicCache(config=llava.config.text_config)
             for part, asked in zip(parts(batch, 3, 4), queries, strict=True):
-                llava(**part, past_key_values=cache, query=asked)
-            assert torch.equal(llava.generate(**batch, query=query, past_key_values=cache, **options), expected)
+                llava(**part, **cached(cache), query=asked)
+            assert torch.equal(llava.generate(**batch, query=query, **cached(cache), **options), expected)
         cache = DynamicCache(config=llava.config.text_config)
         for part in parts(batch, 2, 5, length):
-            found = llava(**part, past_key_values=cache, query=query).logits[:, -1]
+            found = llava(**part, **cached(cache), query=query).logits[:, -1]
         torch.testing.assert_close(found, logits, atol=2e-4, rtol=1e-4)
 
 
@@ -370,11 +371,11 @@ def test_another_task_on_an_old_cache_routes_by_the_same_token(
 
     increments.method.route = spy
     with torch.no_grad():
-        cache = llava(**batch, use_cache=True).past_key_values
+        cache = returned(llava(**batch, use_cache=True))
         cache.batch_select_indices(torch.tensor([2, 0]))
         mask = torch.cat([batch["attention_mask"][[2, 0]], torch.ones(2, 3, dtype=torch.int64)], 1)
         other = increments.pool.keys[[0, 2]]
-        llava(input_ids=torch.full((2, 3), 9), attention_mask=mask, past_key_values=cache, query=other)
+        llava(input_ids=torch.full((2, 3), 9), attention_mask=mask, **cached(cache), query=other)
     first = seen[0][torch.arange(3), batch["attention_mask"].argmax(1)]  # [B, d_in]
     for (before, task), found in zip(((2, 0), (0, 2)), chosen[1], strict=True):
         assert found == list(gates_of(first[before], factors.router[task], CONFIG.top_k))
@@ -384,10 +385,10 @@ def test_a_cache_of_an_unknown_beginning_is_refused(llava: Any, processor: Any, 
     patched(llava, processor, 2, rng)
     batch = texts(llava, processor, rng)
     with torch.no_grad():
-        cache = copy.deepcopy(llava(**batch, use_cache=True).past_key_values)
+        cache = copy.deepcopy(returned(llava(**batch, use_cache=True)))
         for call in (llava, llava.generate):
             with pytest.raises(ValueError, match="branch_lora goes by a prompt's first token; pass the whole prompt"):
-                call(**batch, past_key_values=cache)
+                call(**batch, **cached(cache))
 
 
 def test_branches_follow_the_samples_of_a_cache(llava: Any, processor: Any, rng: torch.Generator) -> None:
@@ -398,14 +399,14 @@ def test_branches_follow_the_samples_of_a_cache(llava: Any, processor: Any, rng:
     steps = []
     with torch.no_grad():
         for moved in (False, True):
-            cache = llava(**batch, use_cache=True).past_key_values
+            cache = returned(llava(**batch, use_cache=True))
             rows = torch.arange(len(QUESTIONS))
             if moved:
                 cache.batch_select_indices(samples)
                 rows = samples
             position = mask[rows].sum(1, keepdim=True) - 1
             inputs = {"input_ids": token[rows], "attention_mask": mask[rows], "position_ids": position}
-            steps.append(llava(**inputs, past_key_values=cache).logits[:, -1])
+            steps.append(llava(**inputs, **cached(cache)).logits[:, -1])
     torch.testing.assert_close(steps[1], steps[0][samples], atol=2e-4, rtol=1e-4)
 
 

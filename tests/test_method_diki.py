@@ -20,9 +20,10 @@ from cllava_fast.methods import calibration, config_from_dict, make_method
 from cllava_fast.methods.calibration import MARGIN, NOISE, TEMPERATURE
 from cllava_fast.methods.diki import DikiConfig, attend
 from cllava_fast.model import get_increments, paths
+from cllava_fast.model.caches import returned
 from cllava_fast.pool import LinearShape, OwnTensors, Pool
 from tests.base_models import new_model, new_processor
-from tests.helpers import QUESTIONS, at_once, inputs, take
+from tests.helpers import QUESTIONS, at_once, cached, inputs, take
 from tests.method_helpers import check_life_cycle
 from tests.routing_helpers import loss_gradients
 
@@ -191,8 +192,8 @@ def test_samples_of_a_batch_read_their_own_tasks_prompts(llava: Any, processor: 
             alone = llava(**take(batch, i), query=query[i : i + 1]).logits[:, -1]
             torch.testing.assert_close(alone[0], logits[i], atol=1e-4, rtol=1e-4)
     for more in ({}, {"num_beams": 2}):
-        cached = llava.generate(**batch, query=query, **options, **more)
-        assert torch.equal(cached, llava.generate(**batch, query=query, **options, **more, use_cache=False))
+        found = llava.generate(**batch, query=query, **options, **more)
+        assert torch.equal(found, llava.generate(**batch, query=query, **options, **more, use_cache=False))
     with torch.no_grad():
         # token by token through a cache, the same logits as all at once
         whole = llava(input_ids=batch["input_ids"][:1, -9:], query=query[:1]).logits
@@ -200,7 +201,7 @@ def test_samples_of_a_batch_read_their_own_tasks_prompts(llava: Any, processor: 
         steps = [first.logits]
         for i in range(-4, 0):
             ids = batch["input_ids"][:1, i:][:, :1]
-            steps.append(llava(input_ids=ids, past_key_values=first.past_key_values).logits)
+            steps.append(llava(input_ids=ids, **cached(returned(first))).logits)
         torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
         exact = llava(**batch, query=query).logits
         half = llava.bfloat16()(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()}, query=query).logits

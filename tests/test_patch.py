@@ -18,7 +18,8 @@ import cllava_fast as cf
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.methods.lora import LoraConfig
 from cllava_fast.model import get_increments, paths
-from tests.helpers import QUESTIONS, at_once, inputs, learn, take
+from cllava_fast.model.caches import returned
+from tests.helpers import QUESTIONS, at_once, cached, inputs, learn, take
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
 BACKBONE = cf.IncrementConfig(a_std=0.1, surrogate="backbone")
@@ -210,7 +211,7 @@ def test_a_question_within_generate_has_rows_of_its_own(llava: Any, processor: A
             prefill = llava(**other, use_cache=True)
             mask = torch.nn.functional.pad(other["attention_mask"], (0, 1), value=1)
             step = {"input_ids": torch.full((3, 1), 9), "attention_mask": mask}
-            step = llava(**step, past_key_values=prefill.past_key_values)
+            step = llava(**step, **cached(returned(prefill)))
         return [prefill.logits, step.logits, llava.generate(**other, **options)]
 
     found: list[list[Tensor]] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from cllava_fast.methods import Selection
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # by which transformers moves samples
 RESET = "reset"  # and by which it empties a cache
+NAMES = ("cache", "past_key_values")  # of an argument and of an output: of transformers 5.24 and after, and before
 
 
 @dataclass
@@ -30,6 +33,17 @@ class _Filled:
 
 
 _filled: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()
+
+
+def given(kwargs: Mapping[str, Any]) -> Any | None:
+    """The cache among a call's arguments."""
+    return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+
+
+def returned(output: Any) -> Any | None:
+    """The cache in what a model or ``generate`` returns: a tuple (``return_dict=False``), an output, tokens alone."""
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return next((part for part in parts if isinstance(part, Cache)), None)
 
 
 def remember(cache: Any, increments: Increments, selection: Selection) -> None:

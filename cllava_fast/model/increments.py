@@ -26,7 +26,7 @@ from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurroga
 class Request(NamedTuple):
     """What one call to the model says about its instructions.
 
-    ``whole``: ``input_ids`` begin with what lies in ``past_key_values``.
+    ``whole``: ``input_ids`` begin with what lies in ``cache``.
     """
 
     batch: int
@@ -36,7 +36,7 @@ class Request(NamedTuple):
     pixel_values: Tensor | None
     instructions: Sequence[str] | None
     query: Tensor | None
-    past_key_values: Any | None = None
+    cache: Any | None = None
     whole: bool = False
 
 
@@ -235,40 +235,40 @@ class Increments(nn.Module):
         selection = replace(selection, mask=_mask(request, counts=self.training))
         if self.training or not self.method.by_first_token:
             return selection
-        return replace(selection, memory={}, begun=self._begun(request.past_key_values))
+        return replace(selection, memory={}, begun=self._begun(request.cache))
 
-    def _begun(self, past_key_values: Any | None) -> dict[Factors, Begun]:
-        if past_key_values is None or not past_key_values.get_seq_length():
+    def _begun(self, cache: Any | None) -> dict[Factors, Begun]:
+        if cache is None or not cache.get_seq_length():
             return {}
-        filled = caches.remembered(past_key_values, self)
+        filled = caches.remembered(cache, self)
         if filled is None or filled.begun is None:
             raise ValueError(
-                "past_key_values was not filled by this patched model with the increments that it has now, and "
+                "the cache was not filled by this patched model with the increments that it has now, and "
                 f"{self.config.method} goes by a prompt's first token; pass the whole prompt without a cache"
             )
         return filled.begun
 
-    def remember(self, past_key_values: Any | None, selection: Selection | None) -> None:
+    def remember(self, cache: Any | None, selection: Selection | None) -> None:
         """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
-        if past_key_values is not None and selection is not None and not self.training:
-            caches.remember(past_key_values, self, selection)
+        if cache is not None and selection is not None and not self.training:
+            caches.remember(cache, self, selection)
 
     def _remembered(self, request: Request) -> Selection | None:
-        past_key_values = request.past_key_values
-        if past_key_values is None:
+        cache = request.cache
+        if cache is None:
             return None
-        selection = caches.remembered(past_key_values, self)
+        selection = caches.remembered(cache, self)
         # the single token of a decoding step asks nothing, and is no image
         ids = None if request.input_ids is None or request.input_ids.shape[1] == 1 else request.input_ids
         # a cache that is compiled says its length on the device, and a step need not wait for it
-        step = request.input_ids is not None and ids is None and getattr(past_key_values, "is_compileable", False)
-        if not (step and selection is not None) and not past_key_values.get_seq_length():
+        step = request.input_ids is not None and ids is None and getattr(cache, "is_compileable", False)
+        if not (step and selection is not None) and not cache.get_seq_length():
             return None
         if ids is not None and self.reader is not None and self.reader.has_turn(ids):
             return None
         if selection is None:
             raise ValueError(
-                "past_key_values was not filled by this patched model with the increments that it has now, so its "
+                "the cache was not filled by this patched model with the increments that it has now, so its "
                 "instruction is unknown; pass instructions=[...] with one text for each sample"
             )
         if selection.images is not None and ids is not None and (ids == self._image_token_id).any():
@@ -352,7 +352,7 @@ class Increments(nn.Module):
 
     def _behind_cache(self, request: Request, ids: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
         """The part of ``ids`` that is not in the request's cache yet, and ``Selection.images`` of what is."""
-        cache = request.past_key_values
+        cache = request.cache
         length = 0 if cache is None else int(cache.get_seq_length())
         if not length:
             return ids, none
@@ -363,7 +363,7 @@ class Increments(nn.Module):
         if request.whole and not (ids[:, :length] == self._image_token_id).any():
             return rest, none
         raise ValueError(
-            'which images lie in past_key_values is not known, and surrogate "text+image" looks at them; pass '
+            'which images lie in the cache is not known, and surrogate "text+image" looks at them; pass '
             "query= [B, D], or the whole conversation without a cache"
         )
 

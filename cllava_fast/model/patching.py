@@ -16,7 +16,6 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
 from cllava_fast.model import answers, caches, paths
@@ -337,13 +336,13 @@ class _Remember:
 
     def __init__(self, increments: Increments, kwargs: dict[str, Any], selection: Selection | None) -> None:
         self.increments, self.selection = increments, selection
-        self.given = None if selection is None else kwargs.get("past_key_values")
+        self.given = None if selection is None else caches.given(kwargs)
         if self.given is not None and caches.remembered(self.given, increments) is selection:
             self.given = None  # it stands for it already
         self.length = self._length()
 
     def __call__(self, output: Any) -> None:
-        cache = _cache_of(output)
+        cache = caches.returned(output)
         # tokens alone may come out, or nothing, though a cache that came in was filled
         if cache is None and (output is not None or self._length() != self.length):
             cache = self.given
@@ -351,12 +350,6 @@ class _Remember:
 
     def _length(self) -> int:
         return 0 if self.given is None else int(self.given.get_seq_length())
-
-
-def _cache_of(output: Any) -> Any | None:
-    if isinstance(output, tuple):  # return_dict=False
-        return next((part for part in output if isinstance(part, Cache)), None)
-    return getattr(output, "past_key_values", None)
 
 
 def _save_pretrained(model: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -397,7 +390,7 @@ def _select(
         pixel_values=kwargs.get("pixel_values"),
         instructions=instructions,
         query=query,
-        past_key_values=kwargs.get("past_key_values"),
+        cache=caches.given(kwargs),
         # by what transformers goes: new tokens alone come with the mask of all
         whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
     )
