@@ -186,11 +186,11 @@ MUTANTS = [
         "if False:", INJECT_TESTS,
     ),
     Mutant(
-        "context of too many rows", "cllava_fast/model/increments.py", "ops.Past(A[:rows], B[:rows],",
+        "context of too many rows", "cllava_fast/model/acting.py", "ops.Past(A[:rows], B[:rows],",
         "ops.Past(A[-rows:], B[-rows:],", MODEL,
     ),
     Mutant(
-        "context lost in a layer", "cllava_fast/model/increments.py", "return [(*first, past),",
+        "context lost in a layer", "cllava_fast/model/acting.py", "return [(*first, past),",
         "return [(*first, None),", MODEL,
     ),
     Mutant(
@@ -282,11 +282,11 @@ MUTANTS = [
         ("tests/test_demo.py",),
     ),
     Mutant(
-        "decoding: context lost", "cllava_fast/model/increments.py", "    pairs = selection.joined\n",
+        "decoding: context lost", "cllava_fast/model/acting.py", "    pairs = selection.joined\n",
         "    pairs = selection.past\n", ("tests/test_decoding.py",),
     ),
     Mutant(
-        "decoding: gradients lost", "cllava_fast/model/increments.py", " or torch.is_grad_enabled() or", " or",
+        "decoding: gradients lost", "cllava_fast/model/acting.py", " or torch.is_grad_enabled() or", " or",
         ("tests/test_decoding.py",),
     ),
     Mutant(

@@ -146,7 +146,7 @@ SERVING_MUTANTS = [
         "filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]", "none", "tests/test_caches.py",
     ),
     (
-        "images of other sizes are shared out", "cllava_fast/model/increments.py", "if not clear or", "if",
+        "images of other sizes are shared out", "cllava_fast/model/images.py", "if not clear or", "if",
         "tests/test_bases.py",
     ),
     (

@@ -18,6 +18,7 @@ from torch import Tensor
 import cllava_fast as cf
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.model import get_increments, paths
+from cllava_fast.model.images import images_per_sample
 from cllava_fast.model.instructions import message
 from tests.base_models import FOR_IMAGES, FOR_TEXT, VIDEO, new_model, new_processor
 from tests.helpers import QUESTIONS, learn
@@ -270,20 +271,19 @@ def test_tokens_of_videos_are_no_instruction(name: str) -> None:
     assert reader.read(ids) == ["what is here ?"]
 
 
-def test_images_of_one_sample_are_counted(generator: torch.Generator) -> None:
+def test_images_of_one_sample_are_counted() -> None:
     """One, two apart, two side by side: each sample is selected for by the mean of its own images."""
-    name = "LlavaForConditionalGeneration"
-    model = patched(name, generator, cf.IncrementConfig(a_std=0.1, surrogate="text+image"))
-    increments, image = get_increments(model), model.config.image_token_id
-    count = increments._images_per_sample
-    one, two = [9] + [image] * 4 + [9] * 6, [9] + [image] * 4 + [9] + [image] * 4 + [9]
-    beside = [9] + [image] * 8 + [9] * 2
-    assert count(torch.tensor([one, two]), 3).tolist() == [1, 2]
-    assert count(torch.tensor([one, beside]), 3).tolist() == [1, 2]
-    uneven = [9] + [image] * 7 + [9] * 3
-    assert count(torch.tensor([one, uneven]), 2).tolist() == [1, 1]
+
+    def count(*samples: str, images: int) -> list[int]:
+        tokens = torch.tensor([[mark == "x" for mark in sample] for sample in samples])
+        return images_per_sample(tokens, images, equal=True).tolist()
+
+    one, apart, beside, uneven = "-xxxx------", "-xxxx-xxxx-", "-xxxxxxxx--", "-xxxxxxx---"
+    assert count(one, apart, images=3) == [1, 2]
+    assert count(one, beside, images=3) == [1, 2]
+    assert count(one, uneven, images=2) == [1, 1]
     with pytest.raises(ValueError, match="3 images came with 11 image tokens"):
-        count(torch.tensor([one, uneven]), 3)
+        count(one, uneven, images=3)
 
 
 def test_images_of_other_sizes_are_not_shared_out(generator: torch.Generator) -> None:

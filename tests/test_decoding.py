@@ -15,7 +15,7 @@ from transformers import CompileConfig, StaticCache
 
 import cllava_fast as cf
 from cllava_fast.methods import Pairs, Selection
-from cllava_fast.model import get_increments
+from cllava_fast.model import acting, get_increments
 from cllava_fast.model import increments as increments_module
 from cllava_fast.model.patching import STEP
 from cllava_fast.ops import native
@@ -37,7 +37,7 @@ def test_native_decoding_is_the_same(
     learn(llava, 3, generator)
     batch = inputs(processor, QUESTIONS, generator)
     apart = last_logits(llava, batch)
-    monkeypatch.setattr(increments_module, "_native_pairs", lambda x, selection, factors: selection.joined)
+    monkeypatch.setattr(acting, "native_pairs", lambda x, selection, factors: selection.joined)
     seen: list[int] = []
     decode = increments_module.decode
 
@@ -65,7 +65,7 @@ def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.Monk
 
     def found(selection: Any = selection, factors: Any = factors, **changes: Any) -> Pairs | None:
         there = {"is_cuda": True, "shape": (samples, 1, 8), "device": rows.device, "dtype": torch.float32}
-        return increments_module._native_pairs(SimpleNamespace(**{**there, **changes}), selection, factors)
+        return acting.native_pairs(SimpleNamespace(**{**there, **changes}), selection, factors)
 
     with cf.ops.backend("cuda"):  # whose emulation runs only when asked for
         assert found() is None, "gradients are on"
@@ -88,7 +88,7 @@ def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.Monk
                     patched.setattr(where, name, lambda *_: True)
                     fresh = replace(selection)
                     assert found(fresh) is None and "joined" not in fresh.__dict__, name
-            monkeypatch.setattr(increments_module, "NATIVE_BYTES", 1)
+            monkeypatch.setattr(acting, "NATIVE_BYTES", 1)
             assert found() is None
 
 

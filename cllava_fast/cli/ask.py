@@ -90,8 +90,8 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
     from torch.nn.functional import cosine_similarity
 
     from cllava_fast.model import get_increments
+    from cllava_fast.model.images import pooled_image
     from cllava_fast.model.increments import Request
-    from cllava_fast.model.patching import pooled_image
 
     increments = get_increments(model)
     pool = increments.pool

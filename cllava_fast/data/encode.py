@@ -15,7 +15,7 @@ from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.stream import Sample
 from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
-from cllava_fast.model.patching import pooled_image, to_vision_tower
+from cllava_fast.model.images import pooled_image, to_vision_tower
 from cllava_fast.names import brief
 
 

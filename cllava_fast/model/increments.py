@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllava_fast import ops
-from cllava_fast.methods import Begun, Method, MethodConfig, Pairs, Selection, calibration, make_method
-from cllava_fast.model import caches, paths
+from cllava_fast.methods import Begun, Method, MethodConfig, Selection, calibration, make_method
+from cllava_fast.model import acting, caches, paths
 from cllava_fast.model.answers import IGNORE
+from cllava_fast.model.images import images_per_sample
 from cllava_fast.model.instructions import InstructionReader, text_ids
-from cllava_fast.ops import checks, dispatch
-from cllava_fast.ops.inject import autograd, check_frozen, inject_add_unchecked, inject_unchecked
-from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
+from cllava_fast.ops import checks
+from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
+from cllava_fast.ops.inject.native import decode
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, make_surrogate
 
@@ -346,7 +346,7 @@ class Increments(nn.Module):
         if request.pixel_values is None:
             raise ValueError('surrogate "text+image" needs pixel_values beside the image tokens, or query= [B, D]')
         pooled = pooled_image(request.pixel_values)
-        counts = self._images_per_sample(ids, len(pooled))
+        counts = images_per_sample((ids == self._image_token_id).cpu(), len(pooled), self._equal_images)
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
         return shown.index_add(0, owner, functional.pad(pooled.detach().double().cpu(), (1, 0), value=1))
 
@@ -367,25 +367,6 @@ class Increments(nn.Module):
             "query= [B, D], or the whole conversation without a cache"
         )
 
-    def _images_per_sample(self, input_ids: Tensor, images: int) -> Tensor:
-        """``[B]``: runs of image tokens, or, where images stand side by side, equal shares of the tokens.
-
-        Raises ValueError where shares may be wrong.
-        """
-        tokens = (input_ids == self._image_token_id).cpu()  # [B, S]
-        before = torch.nn.functional.pad(tokens[:, :-1], (1, 0))
-        runs = (tokens & ~before).sum(1)
-        if int(runs.sum()) == images:
-            return runs
-        shares = tokens.sum(1) * images / int(tokens.sum())
-        clear = self._equal_images or int((shares > 0).sum()) == 1
-        if not clear or not torch.equal(shares, shares.round()):
-            raise ValueError(
-                f"{images} images came with {int(tokens.sum())} image tokens in input_ids, and which are whose is not "
-                "clear; pass query= [B, D]"
-            )
-        return shares.long()
-
     # -- in the layers -------------------------------------------------------------------------------------------
 
     def inject(self, x: Tensor, linear: nn.Linear | None, base: Tensor | None, factors: Factors) -> Tensor:
@@ -402,7 +383,7 @@ class Increments(nn.Module):
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         selection = self.method.route(selection, factors, x)
-        pairs = _native_pairs(x, selection, factors)
+        pairs = acting.native_pairs(x, selection, factors)
         if pairs is not None and linear is not None:
             return decode(
                 x, linear.weight, linear.bias, factors.A, factors.B, pairs.index, pairs.coefficient, self.config.scale
@@ -413,7 +394,7 @@ class Increments(nn.Module):
                 check_frozen(linear.weight, linear.bias)
                 y = functional.linear(x, linear.weight, linear.bias)
             x = functional.dropout(x, self.dropout)
-        for A, B, pairs, past in self._pools(selection, factors, x.device):
+        for A, B, pairs, past in acting.pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:
                 assert linear is not None
@@ -438,80 +419,6 @@ class Increments(nn.Module):
         if x.dim() != 3 or x.shape[0] != active.batch_size:
             raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{active.batch_size}, S, d_in]")
         return active
-
-    def _pools(
-        self, selection: Selection, factors: Factors, device: torch.device
-    ) -> list[tuple[Tensor, Tensor, Pairs, ops.Past | None]]:
-        """The context goes with the first pool that is selected from."""
-        if selection.mix:
-            return [(*term, None) for term in terms(selection, factors)]
-        context, past = selection.context, None
-        if context is not None:
-            A, B = context_rows(selection, factors)
-            rows = context.shape[1]
-            past = ops.Past(A[:rows], B[:rows], context.to(device))
-        first, *others = selected(selection, factors)
-        return [(*first, past), *((*other, None) for other in others)]
-
-
-# Bytes of factors that native decoding may read, sample by sample, before matrix products with the context are better.
-NATIVE_BYTES = 2**28
-
-
-def _native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | None:
-    """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
-    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or torch.is_grad_enabled() or factors.shares_A:
-        return None
-    # asked before `joined`, which is kept: what a compiled call keeps lies in the memory of its CUDA graph
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
-        return None
-    pairs = selection.joined
-    if pairs is None:
-        return None
-    _, rank, d_in = factors.A.shape
-    row = rank * (d_in + factors.B.shape[2]) * factors.A.element_size()
-    if pairs.index.numel() * row > NATIVE_BYTES or pairs.index.device != x.device:
-        return None
-    site = autograd.site(x, None, None, factors.A, factors.B, pairs.index, pairs.coefficient)
-    return pairs if dispatch.choose("inject", site).backend == "cuda" else None
-
-
-def context_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` whose first rows the columns of ``selection.context`` stand for."""
-    return (factors.mean_A, factors.mean_B) if selection.means else (factors.A, factors.B)
-
-
-def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
-    """``(A, B, pairs)`` of what is selected. Committed and open rows stay two pools, so that no gradient of committed
-    rows ever exists."""
-    found: list[tuple[Tensor, Tensor, Pairs]] = []
-    if selection.block is not None:
-        assert factors.block_A is not None and factors.block_B is not None
-        found.append((*(selection.rows or (factors.block_A, factors.block_B)), selection.block))
-    if selection.past is not None:
-        # an A that all rows share trains with the open block
-        learning = factors.shares_A and selection.block is not None
-        A = factors.block_A if learning else factors.A
-        assert A is not None
-        found.append((A, factors.B, selection.past))
-    return found
-
-
-def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
-    """``(A, B, pairs)`` whose increments add up to what acts, the context written as pairs too."""
-    found = selected(selection, factors)
-    if selection.context is not None:
-        found.append((*context_rows(selection, factors), selection.context_pairs()))
-    return [_mixed(found)] if selection.mix else found
-
-
-def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, Pairs]:
-    """Factors summed before they are multiplied: one row a sample."""
-    sums = [ops.mix_factors(A, B, pairs.coefficient.to(A.device), pairs.index.to(A.device)) for A, B, pairs in found]
-    A = torch.stack([a.float() for a, _ in sums]).sum(0)  # [B, R, d_in]
-    B = torch.stack([b.float() for _, b in sums]).sum(0)  # [B, R, d_out]
-    index = torch.arange(len(A), device=A.device)[:, None]
-    return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
 
 
 def linear_shape(linear: nn.Module, model: Any) -> LinearShape:

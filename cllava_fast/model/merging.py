@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from cllava_fast import ops
 from cllava_fast.methods import Selection
 from cllava_fast.model import paths
-from cllava_fast.model.increments import Increments, Request, terms
-from cllava_fast.model.patching import get_increments, pooled_image
+from cllava_fast.model.acting import terms
+from cllava_fast.model.images import pooled_image
+from cllava_fast.model.increments import Increments, Request
+from cllava_fast.model.patching import get_increments
 from cllava_fast.pool import Factors
 
 

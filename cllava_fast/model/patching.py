@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
 from cllava_fast.model import answers, caches, paths
+from cllava_fast.model.images import check_images, pooled_image
 from cllava_fast.model.increments import Increments, Request
 from cllava_fast.pool import Factors
 
@@ -270,7 +271,7 @@ def _forward(
     if pending is None:
         within = increments.call.pending
         pending = within if increments.call.custom else None
-    _check_images(model, kwargs, image_features)
+    check_images(model, kwargs, image_features)
     selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending, within=within)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
@@ -304,7 +305,7 @@ def _generate(
     # assistant_early_exit generates within generate, for the same prompt; others there have a question of their own
     assists = getattr(kwargs.get("generation_config"), "is_assistant", False)
     outer, custom = call.pending, call.custom
-    _check_images(model, kwargs, image_features)
+    check_images(model, kwargs, image_features)
     # with a cache, too, input_ids hold the whole conversation, and its last turn is what is asked now
     pending = _select(model, kwargs, instructions, query, goes_on=False, pending=outer if assists or custom else None)
     if image_features is not None:
@@ -395,39 +396,3 @@ def _select(
         whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
     )
     return model.increments.select(request, functools.partial(pooled_image, model), goes_on, pending, within)
-
-
-def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
-    """Mean of the frozen vision tower's last hidden state, ``[images, d]``, of ``[images, 3, H, W]``.
-
-    Of an image in patches, ``[images, patches, 3, H, W]``, the first is looked at: the whole image, made small.
-    """
-    if pixel_values.dim() == 5:
-        pixel_values = pixel_values[:, 0]
-    hidden = paths.vision_tower(model)(to_vision_tower(model, pixel_values)).last_hidden_state
-    if len(hidden) != len(pixel_values):
-        raise ValueError(f"the vision tower returned {list(hidden.shape)}; expected one row for each of the images")
-    return hidden.mean(1)
-
-
-def to_vision_tower(model: Any, pixel_values: Tensor) -> Tensor:
-    """Pixels in the tower's dtype, and where it computes; an offloaded one fetches them itself."""
-    tower = paths.vision_tower(model)
-    pixels = pixel_values.to(tower.dtype)
-    return pixels if tower.device.type == "meta" else pixels.to(tower.device)
-
-
-def _check_images(model: Any, kwargs: dict[str, Any], features: Tensor | None) -> None:
-    base = paths.base_of(model)
-    pixels = [name for name, value in kwargs.items() if name.startswith("pixel_values") and value is not None]
-    if base.vision_tower is None and (pixels or features is not None):
-        given = pixels[0] if pixels else "image_features"
-        raise ValueError(f"{given} was given, but a {type(model).__name__} takes no images: it has no vision tower")
-    if features is None:
-        return
-    if not base.takes_features:
-        raise ValueError(f"a {type(model).__name__} takes no image_features; give pixel_values")
-    if "pixel_values" in pixels:
-        raise ValueError("pixel_values and image_features were both given; give one of them")
-    if features.dim() != 3:
-        raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, d]")

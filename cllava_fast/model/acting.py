@@ -1,0 +1,88 @@
+"""What acts in a layer: a selection as rows of factors, beside which stand the pairs of index and coefficient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cllava_fast import ops
+from cllava_fast.methods import Pairs, Selection
+from cllava_fast.ops import dispatch
+from cllava_fast.ops.inject import autograd
+from cllava_fast.ops.inject.native import CUDA_TOKENS
+from cllava_fast.pool import Factors
+
+
+def context_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` whose first rows the columns of ``selection.context`` stand for."""
+    return (factors.mean_A, factors.mean_B) if selection.means else (factors.A, factors.B)
+
+
+def selected(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
+    """``(A, B, pairs)`` of what is selected. Committed and open rows stay two pools, so that no gradient of committed
+    rows ever exists."""
+    found: list[tuple[Tensor, Tensor, Pairs]] = []
+    if selection.block is not None:
+        assert factors.block_A is not None and factors.block_B is not None
+        found.append((*(selection.rows or (factors.block_A, factors.block_B)), selection.block))
+    if selection.past is not None:
+        # an A that all rows share trains with the open block
+        learning = factors.shares_A and selection.block is not None
+        A = factors.block_A if learning else factors.A
+        assert A is not None
+        found.append((A, factors.B, selection.past))
+    return found
+
+
+def terms(selection: Selection, factors: Factors) -> list[tuple[Tensor, Tensor, Pairs]]:
+    """``(A, B, pairs)`` whose increments add up to what acts, the context written as pairs too."""
+    found = selected(selection, factors)
+    if selection.context is not None:
+        found.append((*context_rows(selection, factors), selection.context_pairs()))
+    return [_mixed(found)] if selection.mix else found
+
+
+def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, Pairs]:
+    """Factors summed before they are multiplied: one row a sample."""
+    sums = [ops.mix_factors(A, B, pairs.coefficient.to(A.device), pairs.index.to(A.device)) for A, B, pairs in found]
+    A = torch.stack([a.float() for a, _ in sums]).sum(0)  # [B, R, d_in]
+    B = torch.stack([b.float() for _, b in sums]).sum(0)  # [B, R, d_out]
+    index = torch.arange(len(A), device=A.device)[:, None]
+    return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
+
+
+def pools(
+    selection: Selection, factors: Factors, device: torch.device
+) -> list[tuple[Tensor, Tensor, Pairs, ops.Past | None]]:
+    """``(A, B, pairs, past)`` for each op; the context goes with the first pool that is selected from."""
+    if selection.mix:
+        return [(*term, None) for term in terms(selection, factors)]
+    context, past = selection.context, None
+    if context is not None:
+        A, B = context_rows(selection, factors)
+        rows = context.shape[1]
+        past = ops.Past(A[:rows], B[:rows], context.to(device))
+    first, *others = selected(selection, factors)
+    return [(*first, past), *((*other, None) for other in others)]
+
+
+# Bytes of factors that native decoding may read, sample by sample, before matrix products with the context are better.
+NATIVE_BYTES = 2**28
+
+
+def native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | None:
+    """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
+    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or torch.is_grad_enabled() or factors.shares_A:
+        return None
+    # asked before `joined`, which is kept: what a compiled call keeps lies in the memory of its CUDA graph
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return None
+    pairs = selection.joined
+    if pairs is None:
+        return None
+    _, rank, d_in = factors.A.shape
+    row = rank * (d_in + factors.B.shape[2]) * factors.A.element_size()
+    if pairs.index.numel() * row > NATIVE_BYTES or pairs.index.device != x.device:
+        return None
+    site = autograd.site(x, None, None, factors.A, factors.B, pairs.index, pairs.coefficient)
+    return pairs if dispatch.choose("inject", site).backend == "cuda" else None
