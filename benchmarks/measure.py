@@ -82,8 +82,10 @@ class Work(NamedTuple):
     bytes: int
     flops: int
 
-    def __add__(self, other: Any) -> Work:
-        return Work(self.bytes + other.bytes, self.flops + other.flops)
+    def then(self, backward: Work, direction: str) -> Work:
+        """What a direction needs, of a forward pass and its backward."""
+        both = Work(self.bytes + backward.bytes, self.flops + backward.flops)
+        return {FORWARD: self, BACKWARD: backward}.get(direction, both)
 
 
 class Tokens(NamedTuple):

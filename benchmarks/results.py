@@ -44,12 +44,16 @@ def sources_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def new(quick: bool) -> dict[str, Any]:
+def commit() -> str | None:
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def new(quick: bool) -> dict[str, Any]:
     return {
         "kind": KIND,
         "device": device_name(),
-        "commit": found.stdout.strip() or None,
+        "commit": commit(),
         "sources": sources_digest(),
         "quick": quick,
         "complete": False,

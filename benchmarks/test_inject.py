@@ -215,8 +215,7 @@ def work(point):
         tokens * (2 * case.d_in + case.d_out) * size + weight * size + 2 * factors,
         product + 2 * thin_in + thin_out + trained,
     )
-    total = {measure.FORWARD: forward, measure.BACKWARD: backward}
-    return total.get(point.direction) or Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
+    return forward.then(backward, point.direction)
 
 
 def test_inject(comparison):

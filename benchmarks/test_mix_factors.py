@@ -62,8 +62,7 @@ def work(point):
     sums = case.B * width * size
     flops = 2 * case.B * case.P * width
     forward, backward = Work(rows + sums, flops), Work(sums + rows + case.N * width * size, 2 * flops)
-    total = {measure.FORWARD: forward, measure.BACKWARD: backward}
-    return total.get(point.direction) or Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
+    return forward.then(backward, point.direction)
 
 
 def test_mix_factors(comparison):

@@ -93,8 +93,7 @@ def work(point):
     queries = case.B * case.D * 4 + case.B * case.M * 16
     forward = Work(read + queries, 2 * case.B * case.N * case.D)
     backward = Work(2 * read + queries, 4 * case.B * case.M * case.D)
-    total = {measure.FORWARD: forward, measure.BACKWARD: backward}
-    return total.get(point.direction) or Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
+    return forward.then(backward, point.direction)
 
 
 def test_select(comparison):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -65,12 +64,11 @@ def measured(
 
 
 def table(tiles: Found, backends: Found) -> dict[str, Any]:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT, capture_output=True, text=True)
     return {
         "kind": tuned.KIND,
         "architecture": tuned.architecture(torch.device(DEVICE)),
         "device": results.device_name(),
-        "commit": found.stdout.strip() or None,
+        "commit": results.commit(),
         "complete": tiles.complete and backends.complete,
         "environment": {name: value for name, value in environment().items() if name != "tuned"},
         "tiles": tiles.rows,

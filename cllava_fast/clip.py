@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPModel
@@ -158,10 +159,8 @@ class PromptedClip(nn.Module):
         if not self.pool.num_tasks:
             return None
         mean, factor = (getattr(self.pool, name).double() for name in (MEAN, FACTOR))  # [T, D], [T, D, D]
-        off = query.to(mean.device).double()[:, None] - mean  # [B, T, D]
-        scaled = torch.linalg.solve_triangular(factor, off.permute(1, 2, 0), upper=False)  # [T, D, B]
-        volume = factor.diagonal(dim1=1, dim2=2).log().mean(1)  # [T]
-        likelihood = -(0.5 * scaled.square().mean(1).t() + volume + 0.5 * math.log(2 * math.pi))  # [B, T], over D
+        gaussians = MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+        likelihood = gaussians.log_prob(query.to(mean.device).double()[:, None]) / query.shape[1]  # [B, T]
         best, task = likelihood.max(1, keepdim=True)
         strength = torch.sigmoid(best - 1).float()
         return Selection(past=Pairs(task, strength), index=task, weight=torch.ones_like(strength))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +192,7 @@ class Pool(_Keeper):
         layers = {
             path.replace(".", "/"): Factors(rank, shape, shares_A, context_rank) for path, shape in shapes.items()
         }
-        self.layers = nn.ModuleDict(layers)
+        self.layers: Mapping[str, Factors] = nn.ModuleDict(layers)  # type: ignore[assignment]
         device = next(iter(shapes.values())).device
         self.register_buffer("keys", torch.empty(0, key_dim, device=device))
         self.register_buffer("row_task", torch.empty(0, dtype=torch.int64, device=device))
@@ -206,9 +207,7 @@ class Pool(_Keeper):
         self.last_block_start = 0  # rows from here on belong to the newest committed task and are nobody's context
 
     def factors(self, path: str) -> Factors:
-        module = self.layers[path.replace(".", "/")]
-        assert isinstance(module, Factors)
-        return module
+        return self.layers[path.replace(".", "/")]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pool:
         # keys, means and context stay float32 when the model is cast
@@ -263,7 +262,6 @@ class Pool(_Keeper):
         if context_init is not None and self.num_tasks:
             self.block_context = nn.Parameter(torch.full((self.num_tasks,), float(context_init), device=device))
         for factors in self.layers.values():
-            assert isinstance(factors, Factors)
             if again:
                 factors.reopen()
             else:
@@ -298,10 +296,9 @@ class Pool(_Keeper):
         keys = none if self.block_keys is None else self.block_keys.detach()
         self.keys = torch.cat([self.keys, keys])
         for factors in self.layers.values():
-            assert isinstance(factors, Factors)
             factors.commit(self.shared_rows)
         if self.context_rank:
-            errors = [f.shorten_mean(row_mean).to(self.context_error) for f in self.layers.values()]  # type: ignore
+            errors = [f.shorten_mean(row_mean).to(self.context_error) for f in self.layers.values()]
             self.context_error = torch.cat([self.context_error, torch.stack(errors).max()[None]])
         self.task_names.append(name)
         self.drop_block()
@@ -324,7 +321,7 @@ class Pool(_Keeper):
         self.keep(name, value if before is None else torch.cat([before, value]))
 
     def _check_finite(self, name: str) -> None:
-        rounded = [block for factors in self.layers.values() for block in factors.as_committed()]  # type: ignore
+        rounded = [block for factors in self.layers.values() for block in factors.as_committed()]
         if not all(torch.isfinite(p).all() for p in (*self.parameters(), *rounded)):
             raise ValueError(f"task {name!r} left NaN or Inf in its increments; nothing was committed")
 
@@ -332,16 +329,13 @@ class Pool(_Keeper):
         """Forgets the open block, trained or not."""
         super().drop_block()
         for factors in self.layers.values():
-            assert isinstance(factors, Factors)
             factors.drop_block()
         self._block_rows = 0
         if not self.num_rows:  # tasks that shared the block alone are forgotten with it
             self.task_names, self.context = [], self.context.new_empty(0, 0)
         # what a method kept for the block goes with it
-        owners = [(self, self.own_tensors(None, self.num_tasks, self.num_rows, 0))]
-        for factors in self.layers.values():
-            owners.append((factors, self.own_tensors(factors.shape, self.num_tasks, self.num_rows, 0)))  # type: ignore
-        for module, own in owners:
+        for module, shape in ((self, None), *((factors, factors.shape) for factors in self.layers.values())):
+            own = self.own_tensors(shape, self.num_tasks, self.num_rows, 0)
             for name in [name for name in module._buffers if name not in (*STANDARD, *own)]:
                 delattr(module, name)
 
@@ -380,13 +374,11 @@ class Pool(_Keeper):
         return {name: buffer for name, buffer in self.named_buffers() if name.rpartition(".")[2] not in STANDARD}
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
-        """Puts back what ``kept`` returned."""
+        """Puts back copies of tensors by name, such as ``kept`` returned, each on its linear's device."""
         for name, tensor in kept.items():
             parent, _, leaf = name.rpartition(".")
-            module = self.get_submodule(parent)
-            assert isinstance(module, _Keeper)
-            device = self.row_task.device if module is self else module.A.device
-            module.keep(leaf, tensor.to(device, copy=True))  # type: ignore[arg-type]
+            module: Any = self.get_submodule(parent)
+            module.keep(leaf, tensor.to(self.row_task.device if module is self else module.A.device, copy=True))
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -409,21 +401,15 @@ class Pool(_Keeper):
             parent, _, leaf = name.rpartition(".")
             delattr(self.get_submodule(parent), leaf)
         # a file has an order of its own, and that of parameters decides how their gradients' norms are summed
-        for name, tensor in sorted(state.items()):
-            parent, _, leaf = name.rpartition(".")
-            module = self.get_submodule(parent)
-            assert isinstance(module, _Keeper)
-            value = tensor.to(self.row_task.device if module is self else module.A.device, copy=True)  # type: ignore
-            module.keep(leaf, value)
-            if leaf == "block_B":
-                self._block_rows = len(value)
+        self.restore(dict(sorted(state.items())))
+        self._block_rows = _block_rows(state)
         order = self.row_task.tolist()
         self.task_names = list(task_names)
         self.last_block_start = order.index(len(task_names) - 1) if order and not self.shared_rows else 0
 
     def _check_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
         rows = len(state["row_task"]) if "row_task" in state else 0
-        block_rows = max((len(t) for name, t in state.items() if name.endswith(".block_B")), default=0)
+        block_rows = _block_rows(state)
         expected: OwnTensors = {
             "keys": ([tasks if self.shared_rows else rows, self.key_dim], torch.float32),
             "row_task": ([rows], torch.int64),
@@ -434,7 +420,6 @@ class Pool(_Keeper):
         if self.context_rank:
             expected["context_error"] = ([tasks], torch.float32)
         for path, factors in self.layers.items():
-            assert isinstance(factors, Factors)
             a_rows, block_a_rows = (min(1, n) if self.shares_A else n for n in (rows, block_rows))
             own = self.own_tensors(factors.shape, tasks, rows, block_rows)
             own["A"] = ([a_rows, *factors.A.shape[1:]], factors.A.dtype)
@@ -468,3 +453,7 @@ class Pool(_Keeper):
         owners = list(range(min(tasks, 1) if self.shared_rows else tasks))
         if order != sorted(order) or (sorted(set(order)) != owners and not without_rows):
             raise ValueError(f"row_task does not number {tasks} tasks in order; the file is damaged")
+
+
+def _block_rows(state: Mapping[str, Tensor]) -> int:
+    return max((len(tensor) for name, tensor in state.items() if name.endswith(".block_B")), default=0)

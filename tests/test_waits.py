@@ -87,7 +87,9 @@ def test_alignment_reads_its_losses_now_and_then(model, tmp_path, rng, monkeypat
     read = []
     monkeypatch.setattr(align, "_check", lambda losses, step, title: read.append((len(losses), step)) or 0.0)
     with Reads() as reads:
-        align.align_keys(model.increments.pool, queries(model, 32, rng), 2, 1, args, seed=0, title="align")
+        align.align_keys(
+            model.increments.pool, queries(model, 32, rng), 1, args, 0, "align", model.increments.method.alignment_loss
+        )
     assert read == [(READ_EVERY, READ_EVERY), (READ_EVERY, 2 * READ_EVERY)]
     assert reads.by == ["align_keys"]  # their mean, at the end
 

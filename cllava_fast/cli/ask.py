@@ -101,15 +101,13 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
         batch=1,
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        labels=None,
         pixel_values=batch.get("pixel_values"),
         instructions=[question],
-        query=None,
     )
     with torch.no_grad():
         images = increments.images(request, partial(pooled_image, model))
         query = increments.query(request, images).to(pool.keys.device)
-        selection = increments.pick(query)
+        selection = increments.select_by_query(query)
     if selection is None or selection.index is None or selection.weight is None:
         return []
     index, weight = selection.index[0], selection.weight[0]  # [M] each

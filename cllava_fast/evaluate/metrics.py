@@ -7,10 +7,10 @@ the task's metric measures, see ``scores``.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from typing import Any
+
+import numpy as np
 
 from cllava_fast.evaluate.scores import SCORES
 from cllava_fast.evaluate.selection import reorder
@@ -112,30 +112,23 @@ def runs_by_order(
 
 
 MIN_PAIRS = 6  # below, no two-sided p value of a sign-flip test is under 0.05
-EXACT_PAIRS = 16
 RESAMPLES = 1 << 16
 
 
 def paired_p_value(differences: Sequence[float]) -> float | None:
     """Two-sided p value of paired differences, by flipping their signs (Fisher 1935; Edgington 1969).
 
-    The share of all ``2**n`` ways to sign them whose sum is at least as far from 0 as the one that came. Above
-    ``EXACT_PAIRS`` differences it is estimated from ``RESAMPLES`` seeded draws. None below ``MIN_PAIRS``.
+    Exact while there are at most ``RESAMPLES`` ways to sign them, otherwise of so many seeded draws. None below
+    ``MIN_PAIRS``.
     """
-    n = len(differences)
-    if n < MIN_PAIRS:
+    if len(differences) < MIN_PAIRS:
         return None
-    # sums that are equal but for rounding count as equal
-    reached = abs(sum(differences)) - 1e-9 * sum(map(abs, differences))
+    from scipy.stats import permutation_test  # not above: it takes a second to import
 
-    def extreme(signs: Sequence[int]) -> bool:
-        return abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= reached
-
-    if n <= EXACT_PAIRS:
-        return sum(map(extreme, product((1, -1), repeat=n))) / 2**n
-    draw = random.Random(0)
-    hits = sum(extreme(draw.choices((1, -1), k=n)) for _ in range(RESAMPLES))
-    return (hits + 1) / (RESAMPLES + 1)
+    test = permutation_test(
+        (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=0
+    )
+    return float(test.pvalue)
 
 
 def _mean_entry(values: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 Policy = TypeVar("Policy", bound="Method")
 
@@ -19,10 +19,7 @@ Policy = TypeVar("Policy", bound="Method")
 @dataclass(frozen=True)
 class Pairs:
     """Rows and how strongly they act: ``index [B, P]`` int64, ``coefficient [B, P]`` float32, or ``[B, S, P]`` where a
-    method weighs each token (``Method.route``).
-
-    ``mix=True`` sums the factors first and multiplies once, ``(sum c B)^T (sum c A)``, instead of ``sum c B^T A``.
-    """
+    method weighs each token (``Method.route``)."""
 
     index: Tensor
     coefficient: Tensor
@@ -183,12 +180,19 @@ class Selection:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What every method decides; see the methods' own configs. In training, the increments of one with a field
-    ``dropout`` see that share of their input as zero, and the frozen linear sees all of it.
+    """What every method decides; see the methods' own configs.
 
     Attributes:
         method: the name that files and commands know it by. title: the name that reports show.
         demo: fields that the demo's tiny model wants otherwise than a large one, beside ``scale`` and ``a_std``.
+
+    A method may have more fields, and these work for any method that has them:
+        dropout: the share of their input that increments see as zero in training; the frozen linear sees all of it.
+        layers: the decoder layers that are adapted.
+        surrogate: what embeds instructions (``cllava_fast.surrogate``). groups: parts of a query whose cosines are
+            averaged; None for the surrogate's own.
+        calibrate: at inference, increments act as far as the instruction is like what tasks have asked.
+        context_rank: columns to which each earlier task's mean increment is shortened.
     """
 
     method: ClassVar[str]
@@ -234,6 +238,9 @@ class Method(ABC):
     remembers_queries: ClassVar[bool] = False  # the pool keeps a Gaussian of each task's queries (``calibration``)
     reads: ClassVar[bool] = False  # ``read`` changes what ``o_proj`` is handed; no increments are added behind it
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
     @abstractmethod
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         """Makes ready what the task will train. ``queries [n, D]`` are the task's training instructions."""
@@ -259,17 +266,15 @@ class Method(ABC):
         ``reads``. ``queries [B, S, H, head_dim]`` are those of the same attention, before positions are added."""
         return x
 
-    def own_tensors(
-        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
-    ) -> dict[str, tuple[list[int], torch.dtype]]:
+    def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         """Shapes of what the method keeps beside rows (``pool.keep``), for a linear, or for the pool (shape None), so
         that files are checked before they are read."""
         return {}
 
-    def alignment_loss(self, pool: Pool, query: Tensor, groups: int, generator: torch.Generator) -> Tensor | None:
-        """What a step of alignment minimises over the open block's keys, for ``query [B, D]`` of the task; None for
-        ``-mean(similarity of a query with its top_m keys)``. ``generator`` is on the CPU."""
-        return None
+    def alignment_loss(self, pool: Pool, query: Tensor, groups: int, generator: torch.Generator) -> Tensor:
+        """What a step of alignment minimises over the open block's keys, for ``query [B, D]`` of the task, of a method
+        with ``aligns_keys``. ``generator`` is on the CPU."""
+        raise NotImplementedError
 
     def penalty(self, pool: Pool) -> Tensor | None:
         """What the loss of a tuning step grows by; None for nothing."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from cllava_fast import distributed, ops
 from cllava_fast.methods.base import Begun, Method, MethodConfig, Pairs, Selection, layers_of, pool_version, register
-from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.methods.moe_lora import new_router
+from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 MOMENTUM = 0.99  # of a branch's activity: about the last hundred steps count, in which the router has found its form
 
@@ -76,7 +77,7 @@ class BranchLora(Method):
     config: BranchLoraConfig
 
     def __init__(self, config: BranchLoraConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.step_gates: dict[Factors, Tensor] = {}  # [N] by linear: the sum over the step's samples
         self.step: int | None = None  # the pool's version while it is summed
 
@@ -87,9 +88,7 @@ class BranchLora(Method):
         keys = task_key(queries, groups=2 if self.config.surrogate == "text+image" else 1)
         pool.open_block(N, keys=keys, a_std=self.config.a_std, context_init=None, generator=generator)
         for factors in layers_of(pool):
-            bound = factors.shape.d_in**-0.5  # as nn.Linear is born; drawn on the CPU, the same on every device
-            router = (2 * torch.rand(N, factors.shape.d_in, generator=generator) - 1) * bound
-            factors.keep("block_router", router.to(factors.A.device))
+            factors.keep("block_router", new_router(N, factors, generator))
             factors.keep("activity", torch.zeros(N, device=factors.A.device))
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
@@ -164,12 +163,10 @@ class BranchLora(Method):
         for factors, share, one in zip(layers, gates / samples.clamp(min=1e-6), weight, strict=True):
             factors.activity.lerp_(share.to(factors.activity.device), one.to(factors.activity.device))
 
-    def own_tensors(
-        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
-    ) -> dict[str, tuple[list[int], torch.dtype]]:
+    def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         if shape is None:
             return {}
-        own: dict[str, tuple[list[int], torch.dtype]] = {}
+        own: OwnTensors = {}
         if rows or block_rows:
             own["activity"] = [max(rows, block_rows)], torch.float32
         if rows:

@@ -11,8 +11,9 @@ and each selected row brings the context that it was trained with.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,9 +99,6 @@ class ContinualLlava(Method):
     aligns_keys = True
     config: IncrementConfig
 
-    def __init__(self, config: IncrementConfig) -> None:
-        self.config = config
-
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         config = self.config
         assert queries is not None
@@ -112,6 +110,11 @@ class ContinualLlava(Method):
         pool.open_block(
             config.rows_per_task, keys=keys, a_std=config.a_std, context_init=context_init, generator=generator
         )
+
+    def alignment_loss(self, pool: Pool, query: Tensor, groups: int, generator: torch.Generator) -> Tensor:
+        """``-mean(similarity of a query with its top_m keys)``."""
+        assert pool.block_keys is not None
+        return -ops.select(query, pool.block_keys, self.config.top_m, groups=groups, check_values=False)[2].mean()
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         assert queries is not None and pool.block_keys is not None
@@ -209,17 +212,15 @@ def sample_keys(queries: Tensor, rows: int, generator: torch.Generator) -> Tenso
     together for ever.
     """
     drawn = queries.float().cpu()[torch.randperm(len(queries), generator=generator)]
-    distinct, inverse = torch.unique(drawn, dim=0, return_inverse=True)
-    first = torch.full((len(distinct),), len(drawn)).scatter_reduce(0, inverse, torch.arange(len(drawn)), "amin")
-    order = first.argsort()
-    keys = distinct[order.repeat(rows // len(order) + 1)[:rows]]
+    first = np.sort(np.unique(drawn.numpy(), axis=0, return_index=True)[1])
+    keys = drawn[np.resize(first, rows)]
     noise = torch.randn(keys.shape, generator=generator) * (0.01 * keys.std())
-    noise[: len(order)] = 0.0
+    noise[: len(first)] = 0.0
     return keys + noise
 
 
-def mean_weight(queries: Tensor, keys: Tensor, top_m: int, groups: int) -> Tensor:
+def mean_weight(queries: Tensor, keys: Tensor, top_m: int, groups: int, reduce: Any = "sample") -> Tensor:
     """``z [n]``: mean selection weight of every key over ``queries [Q, D]``; not selected counts as 0."""
-    index, weight, _ = ops.select(queries.to(keys.device), keys, top_m, groups=groups)
-    total = torch.zeros(len(queries), len(keys), dtype=torch.float64, device=keys.device)
+    index, weight, _ = ops.select(queries.to(keys.device), keys, top_m, groups=groups, reduce=reduce)
+    total = torch.zeros(len(index), len(keys), dtype=torch.float64, device=keys.device)
     return total.scatter_(1, index, weight.double()).mean(0).float()

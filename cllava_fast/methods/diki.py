@@ -82,9 +82,6 @@ class Diki(Method):
     remembers_queries = True
     config: DikiConfig
 
-    def __init__(self, config: DikiConfig) -> None:
-        self.config = config
-
     def row_shape(self, linear: LinearShape) -> LinearShape:
         return replace(linear, d_out=linear.d_in)
 

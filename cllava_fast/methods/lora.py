@@ -43,9 +43,6 @@ class JointLoraConfig(LoraConfig):
 class LoraForEachTask(Method):
     """Pool row t is task t's LoRA, frozen behind its task. What acts is for ``select`` to say."""
 
-    def __init__(self, config: MethodConfig) -> None:
-        self.config = config
-
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
 
@@ -58,9 +55,6 @@ class SequentialLora(Method):
     """Every task goes on training the same row."""
 
     uses_query = False
-
-    def __init__(self, config: LoraConfig) -> None:
-        self.config = config
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         if not pool.block_rows:

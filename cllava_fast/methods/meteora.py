@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast.methods.base import MethodConfig, Pairs, Selection, layers_of, register
 from cllava_fast.methods.lora import LoraForEachTask
-from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.methods.moe_lora import router_logits
+from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ class Meteora(LoraForEachTask):
             past=selection.past and Pairs(selection.past.index, coefficient[..., :rows].contiguous()),
         )
 
-    def own_tensors(
-        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
-    ) -> dict[str, tuple[list[int], torch.dtype]]:
+    def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         if shape is None:
             return {}
         counts = {"gate": rows, "block_gate": block_rows}
@@ -93,8 +91,7 @@ class Meteora(LoraForEachTask):
 def weigh(x: Tensor, gate: Any, top_k: int, keep_last: bool) -> Tensor:
     """``[B, S, T]``: each token's softmax over its ``top_k`` highest of ``gate [T, d_in] x``, 0 for the others.
     ``keep_last`` has the last row always among them."""
-    logits = F.linear(x, gate.to(x.dtype))  # [B, S, T]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = router_logits(gate, x)  # [B, S, T]
     order = logits.detach().clone()
     if keep_last:
         order[..., -1] = torch.inf

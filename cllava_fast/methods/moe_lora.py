@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cllava_fast.methods.base import MethodConfig, Pairs, Selection, layers_of, register
 from cllava_fast.methods.lora import SequentialLora
-from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,14 @@ class MoeLora(SequentialLora):
 
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         assert selection.block is not None
-        gates = self.gates(factors, router_logits(factors, x), selection)
+        gates = self.gates(factors, router_logits(factors.block_router, x), selection)  # type: ignore[arg-type]
         return replace(selection, block=Pairs(selection.block.index, gates))
 
     def gates(self, factors: Factors, logits: Tensor, selection: Selection) -> Tensor:
         """Coefficients ``[B, S, E]`` of the experts, from the router's logits of the same shape."""
         return logits.softmax(-1)
 
-    def own_tensors(
-        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
-    ) -> dict[str, tuple[list[int], torch.dtype]]:
+    def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         if shape is None or not block_rows:
             return {}
         return {"block_router": ([block_rows, shape.d_in], torch.float32)}
@@ -94,8 +92,7 @@ def new_router(experts: int, factors: Factors, generator: torch.Generator) -> Te
     return ((2 * drawn - 1) * d_in**-0.5).to(factors.A.device)
 
 
-def router_logits(factors: Factors, x: Tensor) -> Tensor:
-    """``[B, S, E]`` of ``x [B, S, d_in]``, computed as a linear of the model would and returned in full precision."""
-    router: Tensor = factors.block_router  # type: ignore[assignment]
+def router_logits(router: Tensor, x: Tensor) -> Tensor:
+    """``[B, S, E]`` of ``router [E, d_in]``, computed as a linear of the model would and returned in full precision."""
     logits = F.linear(x, router.to(x.dtype))
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, layers_of, register
 from cllava_fast.ops import checks
-from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,6 @@ class MtlLora(Method):
     shares_A = True
     config: MtlLoraConfig
 
-    def __init__(self, config: MtlLoraConfig) -> None:
-        self.config = config
-
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         ups, rank, is_new = self.config.ups, self.config.rank, not pool.block_rows
         if is_new:
@@ -94,9 +91,7 @@ class MtlLora(Method):
             selection, rows=(lambdas @ factors.block_A, torch.einsum("tn,nrd->trd", shares, factors.block_B))
         )
 
-    def own_tensors(
-        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
-    ) -> dict[str, tuple[list[int], torch.dtype]]:
+    def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         if shape is None or not block_rows:
             return {}
         rank = self.config.rank

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from cllava_fast import ops
 from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
-from cllava_fast.methods.continual_llava import KeyInit, sample_keys
+from cllava_fast.methods.continual_llava import KeyInit, mean_weight, sample_keys
 from cllava_fast.pool import Pool
 
 Reduce = Literal["batch", "sample"]
@@ -77,7 +77,7 @@ class Slm(Method):
     config: SlmConfig
 
     def __init__(self, config: SlmConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.by_batch = config.reduce == "batch"
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
@@ -103,9 +103,8 @@ class Slm(Method):
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         """``z``: what acted on the task's training samples, taken together as one batch where batches select."""
         assert queries is not None and pool.block_keys is not None
-        index, weight, _ = self._nearest(queries.to(pool.block_keys.device), pool.block_keys.detach(), groups)
-        total = torch.zeros(len(index), pool.block_rows, dtype=torch.float64, device=index.device)
-        pool.commit(name, total.scatter_(1, index, weight.double()).mean(0).float())
+        config = self.config
+        pool.commit(name, mean_weight(queries, pool.block_keys.detach(), config.top_m, groups, config.reduce))
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         assert query is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 from cllava_fast import distributed
 from cllava_fast.methods.base import Selection, layers_of, pool_version, register
 from cllava_fast.methods.moe_lora import MoeLora, MoeLoraConfig
-from cllava_fast.pool import Factors, LinearShape, Pool
+from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ class Smora(MoeLora):
             factors.load += taken.sum((0, 1))  # type: ignore[operator]
         return torch.zeros_like(logits).scatter(2, picked, logits.gather(2, picked).softmax(-1))
 
-    def own_tensors(
-        self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
-    ) -> dict[str, tuple[list[int], torch.dtype]]:
+    def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         own = super().own_tensors(shape, tasks, rows, block_rows)
         return {**own, **dict.fromkeys(("balance", "load"), ([block_rows], torch.float32))} if own else {}
 

@@ -80,7 +80,7 @@ def export_peft(
     for name, factors in increments.pool.layers.items():
         linear = name.replace("/", ".")
         with torch.no_grad():
-            A, B, coefficient = acting_rows(selection, factors)  # type: ignore[arg-type]
+            A, B, coefficient = acting_rows(selection, factors)
             A = A.double().flatten(0, 1)  # [r, d_in]
             B = B.double() * (coefficient.double() * increments.config.scale)[:, None, None]
             B = B.flatten(0, 1)  # [r, d_out]

@@ -20,7 +20,7 @@ from cllava_fast.ops import checks
 from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
 from cllava_fast.ops.inject.native import decode
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
-from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, make_surrogate
+from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, fingerprint, sentence_surrogate
 
 
 class Request(NamedTuple):
@@ -30,12 +30,12 @@ class Request(NamedTuple):
     """
 
     batch: int
-    input_ids: Tensor | None
-    attention_mask: Tensor | None
-    labels: Tensor | None
-    pixel_values: Tensor | None
-    instructions: Sequence[str] | None
-    query: Tensor | None
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+    pixel_values: Tensor | None = None
+    instructions: Sequence[str] | None = None
+    query: Tensor | None = None
     cache: Any | None = None
     whole: bool = False
 
@@ -144,19 +144,17 @@ class Increments(nn.Module):
                 'the model\'s weights: patch(model, config, processor=...), or use surrogate="backbone"'
             )
         embedding, tower = paths.input_embedding(model), paths.vision_tower(model)
-        if name == "text+image" and tower is None:
+        if name == "backbone":
+            return BackboneSurrogate(embedding, self.reader.tokenize if self.reader else None)
+        device = str(paths.execution_device(embedding))
+        if name != "text+image":
+            return sentence_surrogate(name, device)
+        if tower is None:
             raise ValueError(
                 f'surrogate "text+image" looks at images, and a {type(model).__name__} has no vision tower; '
                 'use "sentence" or "backbone"'
             )
-        return make_surrogate(
-            name,
-            embedding=embedding,
-            tokenize=self.reader.tokenize if self.reader else None,
-            vision_tower=tower,
-            image_dim=paths.vision_width(model),
-            device=paths.execution_device(embedding),
-        )
+        return TextImageSurrogate(sentence_surrogate("sentence", device), paths.vision_width(model), fingerprint(tower))
 
     @property
     def is_within_a_task(self) -> bool:
@@ -206,18 +204,18 @@ class Increments(nn.Module):
                 return remembered
             if within is not None and not self._asks(request):
                 return within.expand(request.batch)
-        return self.choose(request, pooled_image)
+        return self.select_by_instruction(request, pooled_image)
 
     def _asks(self, request: Request) -> bool:
         return self.reader is None or request.input_ids is None or self.reader.has_turn(request.input_ids)
 
-    def choose(self, request: Request, pooled_image: Any) -> Selection | None:
+    def select_by_instruction(self, request: Request, pooled_image: Any) -> Selection | None:
         """What acts by the request's own instructions."""
         images = self.images(request, pooled_image)
-        selection = self.pick(self.query(request, images))
+        selection = self.select_by_query(self.query(request, images))
         return self._on_batch(selection and replace(selection, images=images), request)
 
-    def pick(self, query: Tensor) -> Selection | None:
+    def select_by_query(self, query: Tensor) -> Selection | None:
         """What the method picks for queries ``[B, D]``, as strongly as calibration lets it act."""
         query = query.to(self.pool.keys.device)
         learning = self.training and self.pool.block_rows > 0

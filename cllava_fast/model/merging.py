@@ -153,15 +153,11 @@ def _select(
         )
     request = Request(
         batch=1,
-        input_ids=None,
-        attention_mask=None,
-        labels=None,
-        pixel_values=None,
         instructions=None if instruction is None else [instruction],
         query=None if query is None else query.reshape(-1, query.shape[-1]),
     )
     with torch.no_grad():
-        return increments.choose(request, lambda pixels: pooled_image(model, pixels))
+        return increments.select_by_instruction(request, lambda pixels: pooled_image(model, pixels))
 
 
 def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cllava_fast import ops
 from cllava_fast.pool import Pool
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.checkpoint import TaskSaver
@@ -20,20 +19,19 @@ READ_EVERY = 10  # steps
 def align_keys(
     pool: Pool,
     queries: Tensor,
-    top_m: int,
     groups: int,
     args: ContinualArguments,
     seed: int,
     title: str,
-    own_loss: Callable[[Pool, Tensor, int, torch.Generator], Tensor | None] = lambda *batch: None,
+    loss_of: Callable[[Pool, Tensor, int, torch.Generator], Tensor],
     saver: TaskSaver | None = None,
 ) -> float:
-    """Trains the open block's keys, and nothing else, on ``-mean(similarity of e with its M selected keys)``.
+    """Trains the open block's keys, and nothing else.
 
     Args:
         queries: ``[n, D]``, the task's training instructions.
         seed: of the order of batches.
-        own_loss: ``Method.alignment_loss``, which may put another loss in its place.
+        loss_of: ``Method.alignment_loss``.
         saver: keeps the stage on disk, and says from which step it goes on.
 
     Returns:
@@ -66,13 +64,11 @@ def align_keys(
                 order = torch.randperm(len(queries), generator=generator).to(keys.device)
             batch, order = order[: args.align_batch_size], order[args.align_batch_size :]
             if step <= done:
-                own_loss(pool, queries[batch].detach(), groups, generator)  # which may draw
+                with torch.no_grad():
+                    loss_of(pool, queries[batch], groups, generator)  # which may draw
                 advance(note)
                 continue
-            loss = own_loss(pool, queries[batch], groups, generator)
-            if loss is None:
-                _, _, similarity = ops.select(queries[batch], keys, top_m, groups=groups, check_values=False)
-                loss = -similarity.mean()
+            loss = loss_of(pool, queries[batch], groups, generator)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([keys], args.align_max_grad_norm)

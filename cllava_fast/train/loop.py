@@ -357,7 +357,7 @@ class ContinualTrainer:
     def _read_ahead(self, tasks: list[str]) -> None:
         """Encodes everything: what cannot be read fails now, and FSDP has not yet sharded the base.
 
-        What a resumed run needs no more, too: an embedding's last bit depends on what it is computed beside.
+        What a resumed run needs no more, too: the last bit of an image's features may depend on those beside it.
         """
         wanted = [(name, "train") for name in tasks] + [(name, self.args.eval_split) for name in tasks]
         for name, split in wanted:
@@ -443,18 +443,9 @@ class ContinualTrainer:
             saver = self._saver(number)
             if method.aligns_keys and not saver.is_behind("align"):
                 assert queries is not None
-                top_m: int = increments.config.top_m  # type: ignore[attr-defined]
                 with events.stage("align") as measured:
                     measured["loss"] = saver.measured["align"] = align_keys(
-                        pool,
-                        queries,
-                        top_m,
-                        increments.groups,
-                        args,
-                        seed,
-                        f"{title}: align",
-                        method.alignment_loss,
-                        saver,
+                        pool, queries, increments.groups, args, seed, f"{title}: align", method.alignment_loss, saver
                     )
             with events.stage("tune") as measured:
                 tuned = tune(

@@ -57,15 +57,11 @@ class RunFile:
         self.last = json.dumps(values)
 
 
-# Of a run's identity: where new tasks may come at the end, and what files of earlier versions do not say.
-BY_TASK = ("stream", "metrics", "stream_sha256")
-NEWER = ("base_fingerprint", "surrogate_fingerprint", "chat_template_sha256", "learned_before")
+BY_TASK = ("stream", "metrics", "stream_sha256")  # of a run's identity: where new tasks may come at the end
 
 
 def _is_same(name: str, found: dict[str, Any], identity: dict[str, Any]) -> bool:
     before, now = found.get(name), identity[name]
-    if name in NEWER and name not in found:
-        return True
     if name not in BY_TASK or before is None or METHODS[identity["method"]["method"]][1].joint:
         return bool(before == now)
     entries = [list(each.items()) if isinstance(each, dict) else each for each in (before, now)]

@@ -66,8 +66,6 @@ def tune(
     """
     increments = get_increments(model)
     increments.pool.train_keys(False)
-    if increments.pool.block_keys is not None:
-        increments.pool.block_keys.requires_grad_(False)
     options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
     with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model), _keeps_cache(model):
         trainer = TaskTrainer(
