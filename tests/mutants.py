@@ -251,8 +251,8 @@ MUTANTS = [
         "[list(names).index(name) for", ("tests/test_metrics.py",),
     ),
     Mutant(
-        "report: p of one side", "cllava_fast/evaluate/metrics.py", "n_resamples=RESAMPLES, rng=0",
-        'n_resamples=RESAMPLES, rng=0, alternative="less"', ("tests/test_metrics.py",),
+        "report: p of one side", "cllava_fast/evaluate/metrics.py", "batch=4096, rng=0",
+        'batch=4096, rng=0, alternative="less"', ("tests/test_metrics.py",),
     ),
     Mutant(
         "report: p of the scores, not of their differences", "cllava_fast/evaluate/report.py",

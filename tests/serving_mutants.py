@@ -91,8 +91,8 @@ SERVING_MUTANTS = [
         "tests/test_data.py",
     ),
     (
-        "a set is embedded as others were before", "cllava_fast/surrogate.py",
-        "if whole_set else b\"\"", "if False else b\"\"", "tests/test_instructions.py",
+        "texts of a data set are padded to the longest", "cllava_fast/surrogate.py",
+        "[texts] if batch_size == 1 else", "[texts] if True else", "tests/test_instructions.py",
     ),
     (
         "an instruction that is cut off is not told of", "cllava_fast/surrogate.py", "len(one) > most for", "False for",

@@ -78,6 +78,7 @@ def test_paired_p_values_by_hand() -> None:
     # one of six the other way: the sums of 0 or 1 minus signs, and their mirror images, reach as far
     assert metrics.paired_p_value([0.1, 0.1, 0.1, 0.1, 0.1, -0.1]) == 2 * (1 + 6) / 64
     assert metrics.paired_p_value([0.0] * 6) == 1.0
+    assert metrics.paired_p_value([0.1, 0.2, -0.3] * 2) == 1.0, "their sum is 0, though not in floating point"
 
 
 def test_paired_p_values_of_many_runs_are_drawn() -> None:

@@ -119,10 +119,7 @@ def evaluate_tasks(
     places = {name: range(len(task)) if positions is None else positions[name] for name, task in tasks.items()}
     tasks = {name: task if positions is None else [task[i] for i in places[name]] for name, task in tasks.items()}
     examples = [example for task in tasks.values() for example in task]
-    # task by task, each a set of its own: then they do not depend on which others are evaluated
-    found = [queries_of(model, task, data.features, [name] * len(task)) for name, task in tasks.items() if len(task)]
-    parts = [query for query in found if query is not None]
-    queries = torch.cat(parts) if parts else None
+    queries = queries_of(model, examples, data.features, [name for name, task in tasks.items() for _ in task])
     batches = -(-len(examples) // batch_size)
     with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
         answers = predict(

@@ -125,8 +125,11 @@ def paired_p_value(differences: Sequence[float]) -> float | None:
         return None
     from scipy.stats import permutation_test  # not above: it takes a second to import
 
+    # sums that are equal but for rounding count as equal: whole numbers have no rounding
+    largest = max(map(abs, differences)) or 1.0
+    whole = np.round(np.asarray(differences) / largest * 1e9)
     test = permutation_test(
-        (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=0
+        (whole,), np.sum, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, batch=4096, rng=0
     )
     return float(test.pvalue)
 

@@ -130,4 +130,4 @@ def queries_of(
     image = None
     if increments.surrogate.uses_image:
         image = features.pooled(samples_of(examples), vision_width(model))
-    return distributed.from_main(increments.surrogate.query(texts, image, whole_set=True))
+    return distributed.from_main(increments.surrogate.query(texts, image, batch_size=64))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -212,10 +211,12 @@ def sample_keys(queries: Tensor, rows: int, generator: torch.Generator) -> Tenso
     together for ever.
     """
     drawn = queries.float().cpu()[torch.randperm(len(queries), generator=generator)]
-    first = np.sort(np.unique(drawn.numpy(), axis=0, return_index=True)[1])
-    keys = drawn[np.resize(first, rows)]
+    distinct, inverse = torch.unique(drawn, dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(drawn)).scatter_reduce(0, inverse, torch.arange(len(drawn)), "amin")
+    order = first.argsort()
+    keys = distinct[order.repeat(rows // len(order) + 1)[:rows]]
     noise = torch.randn(keys.shape, generator=generator) * (0.01 * keys.std())
-    noise[: len(first)] = 0.0
+    noise[: len(order)] = 0.0
     return keys + noise
 
 

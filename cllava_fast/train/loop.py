@@ -357,7 +357,7 @@ class ContinualTrainer:
     def _read_ahead(self, tasks: list[str]) -> None:
         """Encodes everything: what cannot be read fails now, and FSDP has not yet sharded the base.
 
-        What a resumed run needs no more, too: the last bit of an image's features may depend on those beside it.
+        What a resumed run needs no more, too: an embedding's last bit may depend on what it is computed beside.
         """
         wanted = [(name, "train") for name in tasks] + [(name, self.args.eval_split) for name in tasks]
         for name, split in wanted:
