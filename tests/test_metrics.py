@@ -83,7 +83,8 @@ def test_paired_p_values_by_hand() -> None:
 
 def test_paired_p_values_of_many_runs_are_drawn() -> None:
     assert metrics.paired_p_value([0.1] * 16) == 2 / 2**16
-    assert metrics.paired_p_value([0.1] * 20) == pytest.approx(2 / metrics.RESAMPLES, rel=2), "2 of a million ways"
+    drawn = metrics.paired_p_value([0.1] * 20)
+    assert drawn is not None and 0 < drawn <= 4 / metrics.RESAMPLES, "2 of a million ways"
     assert metrics.paired_p_value([0.1, -0.1] * 10) > 0.9
 
 

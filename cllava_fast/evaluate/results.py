@@ -10,9 +10,9 @@ from typing import Any
 from cllava_fast.evaluate.selection import STUDY
 from cllava_fast.names import brief
 
-METRICS = ("accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
-           "selection_accuracy", "trainable_parameters", "seconds")  # fmt: skip
+OF_THE_MATRIX = ("average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy")
 COUNTS = ("trainable_parameters", "seconds")  # the metrics that are never None
+METRICS = ("accuracy_matrix", *OF_THE_MATRIX, "selection_accuracy", *COUNTS)
 MAX_DEPTH = 30
 MAX_TASKS, MAX_METHODS = 200, 20  # that pictures have room for
 MAX_RESULTS_BYTES = MAX_TASKS * MAX_METHODS * (64 << 10)  # a method's rows of a task over several seeds, and examples
@@ -69,7 +69,7 @@ def _check_method(result: Any, size: int, orders: int, where: str, name: str) ->
         matrix = values.get("accuracy_matrix")
         if not _list_of(_list_of(_is_score))(matrix) or [len(row) for row in matrix] != [size] * size:
             raise ValueError(f"{where}: accuracy_matrix of {name} is not {size} x {size} numbers")
-        for metric in (*METRICS[1:5], "base_kept"):
+        for metric in (*OF_THE_MATRIX, "base_kept"):
             _check(where, f"{metric} of {name}", values.get(metric), _is_score, "a number or null")
         _check(
             where, f"selection of {name}", values.get("selection"), _is_study, f"{list(STUDY)} for each of its tasks"
