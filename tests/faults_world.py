@@ -123,10 +123,15 @@ class World:
                 config = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
                 cf.patch(self.model, config, processor=self.processor)
                 arguments = cf.ContinualArguments(output_dir=str(run), resume=resume, **OPTIONS)
-                cf.ContinualTrainer(self.model, self.processor, self.stream, arguments, callbacks=[Stages]).train()
+                trainer = cf.ContinualTrainer(self.model, self.processor, self.stream, arguments, callbacks=[Stages])
+                try:
+                    trainer.train()
+                finally:  # a signal that comes late must not keep the process from saying how the run ended
+                    for signum in signals.SIGNALS:
+                        signal.signal(signum, signal.SIG_IGN)
             except KeyboardInterrupt as stop:
                 code = getattr(stop, "exit_code", 130)
-                said.append(str(stop))
+                said.append(str(stop) or "interrupted")  # the second of two, while the first ends the run
             except Exception as error:
                 code = getattr(error, "exit_code", 1)
                 said.append(cli._sentence(error))
