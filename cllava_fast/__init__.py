@@ -28,13 +28,9 @@ if TYPE_CHECKING:
         unpatch,
     )
     from cllava_fast.pool import Pool
-    from cllava_fast.train import (
-        ContinualArguments,
-        ContinualCallback,
-        ContinualResult,
-        ContinualTrainer,
-        PreparedStream,
-    )
+    from cllava_fast.train.arguments import ContinualArguments
+    from cllava_fast.train.callbacks import ContinualCallback
+    from cllava_fast.train.loop import ContinualResult, ContinualTrainer, PreparedStream
 
 __all__ = [
     "ContinualArguments",
@@ -82,7 +78,9 @@ _HOMES = {
         "unpatch",
     ),
     "pool": ("Pool",),
-    "train": ("ContinualArguments", "ContinualCallback", "ContinualResult", "ContinualTrainer", "PreparedStream"),
+    "train.arguments": ("ContinualArguments",),
+    "train.callbacks": ("ContinualCallback",),
+    "train.loop": ("ContinualResult", "ContinualTrainer", "PreparedStream"),
 }
 
 

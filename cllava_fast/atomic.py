@@ -97,7 +97,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         SaveError: there is no space or no permission.
     """
     temporary = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
-    with naming(path):
+    with save_errors(path):
         try:
             write(temporary)
             _to_disk(temporary)
@@ -119,6 +119,17 @@ def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
         )
 
 
+def is_empty(path: Path) -> bool:
+    """Whether nothing is there, or a folder without anything in it."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def check_empty(path: Path) -> None:
+    """Raises FileExistsError where ``is_empty`` does not hold."""
+    if not is_empty(path):
+        raise FileExistsError(f"{path} holds something already; give an empty or a new folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder that takes the place of ``path`` at the end of the block.
@@ -133,7 +144,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.exists() and path.samefile(os.curdir):
         raise ValueError(f"{path} is the current directory, which cannot be replaced; give a folder within it")
-    with naming(path):
+    with save_errors(path):
         make_folder(path.parent)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))
         new, old = work / "new", work / "old"
@@ -189,7 +200,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def save_errors(path: Path) -> Iterator[None]:
     """Turns the system's word for a full disk or a missing permission into a sentence about ``path``."""
     try:
         yield

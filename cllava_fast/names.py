@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def check_names(given: Any, known: Collection[str], where: str) -> None:
@@ -17,6 +17,14 @@ def check_names(given: Any, known: Collection[str], where: str) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"{where}{_short(str(name))} is unknown; {nearest(str(name), known)}")
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError for a dataclass's first field whose value is none of its ``Literal`` type's."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            expected = ", ".join(map(repr, get_args(kind)))
+            raise ValueError(f"{name} is {brief(getattr(config, name))}; expected one of {expected}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""One process of tests/test_numbers.py: a sample of the second process alone breaks one step."""
+"""One process of tests/test_bad_numbers.py: a sample of the second process alone breaks one step."""
 
 from __future__ import annotations
 

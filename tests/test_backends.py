@@ -16,7 +16,6 @@ from torch import Tensor
 import cllava_fast as cf
 from cllava_fast import ops
 from cllava_fast.ops import native, select, select_aggregate, triton_backend
-from cllava_fast.train import ContinualTrainer
 from tests.helpers import QUESTIONS, inputs, learn
 from tests.test_patch import selected
 from tests.test_train import CONFIG as TRAIN_CONFIG
@@ -112,7 +111,7 @@ def test_the_loop_selects_the_same_rows(
             monkeypatch.setattr(ops, op.__name__, functools.partial(spy, op))
         few = arguments(tmp_path / name.replace(",", "-"), max_steps=2, align_steps=2, per_device_train_batch_size=4)
         with ops.backend(name):
-            result = ContinualTrainer(model, processor, own_words(stream(2, samples=6)), few).train()
+            result = cf.ContinualTrainer(model, processor, own_words(stream(2, samples=6)), few).train()
         matrices.append(result.accuracy_matrix)
     assert len(found["reference"]) > 8
     assert [rows.tolist() for rows in found[backend]] == [rows.tolist() for rows in found["reference"]]

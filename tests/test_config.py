@@ -142,7 +142,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.yaml")
 
 
-def test_numbers_as_yaml_and_people_write_them() -> None:
+def test_bad_numbers_as_yaml_and_people_write_them() -> None:
     assert convert(yaml.safe_load("1e-4"), float, "x") == 1e-4  # a text, to YAML
     assert convert(3, float, "x") == 3.0 and isinstance(convert(3, float, "x"), float)
     assert convert(None, int | None, "x") is None

@@ -54,7 +54,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, rng: torch.Generator) -> None:
         assert (got[0, :3, 0] == (0, 255, 1)).all()
 
 
-def test_numbers_without_a_range_are_refused(tmp_path: Path) -> None:
+def test_bad_numbers_without_a_range_are_refused(tmp_path: Path) -> None:
     Image.new("F", (4, 4), 0.5).save(tmp_path / "f.tif")
     Image.new("I", (4, 4), 70_000).save(tmp_path / "i.tif")
     for name, message in (

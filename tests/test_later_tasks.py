@@ -15,7 +15,6 @@ import cllava_fast as cf
 from cllava_fast.methods.branch_lora import BranchLoraConfig
 from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
-from cllava_fast.train import ContinualTrainer
 from tests.test_train import CONFIG, arguments, stream, trainer
 
 LEARNED_TASK_BY_TASK = [
@@ -43,7 +42,7 @@ def test_new_tasks_come_after_those_that_were_learned(
         if increments is not None:
             cf.load_pretrained(model, increments)
         args = arguments(tmp_path / name, max_steps=2, align_steps=2, **values)
-        result = ContinualTrainer(model, processor, tasks, args).train()
+        result = cf.ContinualTrainer(model, processor, tasks, args).train()
         return result, get_increments(model).pool.state()
 
     def same(found: dict[str, torch.Tensor]) -> bool:
@@ -75,7 +74,7 @@ def test_new_tasks_come_after_those_that_were_learned(
 
 
 def test_a_joint_method_does_not_go_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
-    def run(tasks: int, **values: Any) -> ContinualTrainer:
+    def run(tasks: int, **values: Any) -> cf.ContinualTrainer:
         return trainer(new_llava(), processor, tmp_path / "run", tasks, cf.JointLoraConfig(rank=2), **values)
 
     run(2, max_steps=1).train()

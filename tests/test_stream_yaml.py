@@ -13,7 +13,7 @@ from PIL import Image
 import cllava_fast as cf
 from cllava_fast.data import load_stream, ready_streams
 from cllava_fast.data.load import READY
-from cllava_fast.evaluate.metrics import SCORES
+from cllava_fast.evaluate.scores import SCORES
 
 PROMPT = "{question}\nAnswer briefly."
 

@@ -20,7 +20,6 @@ from cllava_fast import distributed, ops
 from cllava_fast.data import chat_template
 from cllava_fast.methods.base import layers_of
 from cllava_fast.model import get_increments
-from cllava_fast.train import ContinualArguments, ContinualTrainer
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.tune import check_engine, training_options
 
@@ -46,19 +45,19 @@ def stream(tasks: int = 2, samples: int = 24) -> cf.Stream:
     )
 
 
-def arguments(output: Path, **values: Any) -> ContinualArguments:
+def arguments(output: Path, **values: Any) -> cf.ContinualArguments:
     defaults: dict[str, Any] = dict(
         output_dir=str(output), max_steps=6, align_steps=6, learning_rate=1e-2, lr_scheduler_type="linear",
         warmup_steps=1, per_device_train_batch_size=8, max_new_tokens=3, progress=False,
     )  # fmt: skip
-    return ContinualArguments(**{**defaults, **values})
+    return cf.ContinualArguments(**{**defaults, **values})
 
 
 def trainer(
     model: Any, processor: Any, output: Path, tasks: int = 2, config: Any = CONFIG, **values: Any
-) -> ContinualTrainer:
+) -> cf.ContinualTrainer:
     cf.patch(model, config, processor=processor)
-    return ContinualTrainer(model, processor, stream(tasks), arguments(output, **values))
+    return cf.ContinualTrainer(model, processor, stream(tasks), arguments(output, **values))
 
 
 def test_learns_and_keeps_what_it_learned(llava: Any, processor: Any, tmp_path: Path) -> None:
@@ -257,10 +256,10 @@ class Logger(TrainerCallback):
 
 
 def test_a_run_goes_on_beside_what_its_loggers_wrote(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
-    def run(fails: bool) -> ContinualTrainer:
+    def run(fails: bool) -> cf.ContinualTrainer:
         cf.patch(model, CONFIG, processor=processor)
         values = arguments(tmp_path / "run", resume=not fails)
-        return ContinualTrainer(
+        return cf.ContinualTrainer(
             model, processor, stream(1), values, callbacks=[Logger(tmp_path / "run" / "logs", fails)]
         )
 
@@ -302,7 +301,7 @@ class Recorder(cf.ContinualCallback):
 def test_callbacks_are_told_of_tasks_stages_and_steps(llava: Any, processor: Any, tmp_path: Path) -> None:
     recorder, plain = Recorder(), TrainerCallback()
     cf.patch(llava, CONFIG, processor=processor)
-    run = ContinualTrainer(
+    run = cf.ContinualTrainer(
         llava, processor, stream(), arguments(tmp_path / "run", logging_steps=2), callbacks=[recorder, plain]
     )
     result = run.train()
@@ -337,7 +336,7 @@ def test_a_callback_can_stop_a_run(llava: Any, processor: Any, tmp_path: Path) -
                 raise KeyboardInterrupt
 
     cf.patch(llava, CONFIG, processor=processor)
-    run = ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", max_steps=1), callbacks=[Stop])
+    run = cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", max_steps=1), callbacks=[Stop])
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert get_increments(llava).pool.task_names == ["task0"]
@@ -363,28 +362,28 @@ def test_several_processes_move_the_model_to_their_device(
 
 
 def test_every_argument_has_help_and_an_option() -> None:
-    assert all(field.metadata.get("help", "").endswith(".") for field in dataclasses.fields(ContinualArguments))
-    parser = HfArgumentParser(ContinualArguments)
+    assert all(field.metadata.get("help", "").endswith(".") for field in dataclasses.fields(cf.ContinualArguments))
+    parser = HfArgumentParser(cf.ContinualArguments)
     (parsed,) = parser.parse_args_into_dataclasses(
         "--output_dir x --align_steps 3 --report_to wandb tensorboard --eval_split validation --no_progress".split()
     )
-    expected = ContinualArguments(
+    expected = cf.ContinualArguments(
         "x", align_steps=3, report_to=["wandb", "tensorboard"], eval_split="validation", progress=False
     )
     assert parsed == expected
-    assert ContinualArguments("x", report_to="none").report_to == []  # type: ignore[arg-type]
-    assert "report_to" not in expected.identity() and expected.identity() != ContinualArguments("x").identity()
+    assert cf.ContinualArguments("x", report_to="none").report_to == []  # type: ignore[arg-type]
+    assert "report_to" not in expected.identity() and expected.identity() != cf.ContinualArguments("x").identity()
 
 
 def test_report_to_reaches_transformers() -> None:
-    options = training_options(ContinualArguments("x", report_to=["wandb"], fp16=True), torch.device("cuda"), seed=1)
-    check_engine(ContinualArguments("x", trainer_options={"report_to": ["none"]}), torch.device("cpu"))
+    options = training_options(cf.ContinualArguments("x", report_to=["wandb"], fp16=True), torch.device("cuda"), seed=1)
+    check_engine(cf.ContinualArguments("x", trainer_options={"report_to": ["none"]}), torch.device("cpu"))
     assert options["report_to"] == ["wandb"] and options["fp16"] and options["data_seed"] == 1
-    assert training_options(ContinualArguments("x"), torch.device("cpu"), seed=1)["report_to"] == "none"
+    assert training_options(cf.ContinualArguments("x"), torch.device("cpu"), seed=1)["report_to"] == "none"
 
 
 def test_an_unpatched_model_is_patched(llava: Any, processor: Any, tmp_path: Path) -> None:
-    run = ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
+    run = cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
     assert run.model is llava and get_increments(llava).config == cf.IncrementConfig()
 
 
@@ -415,26 +414,26 @@ class TestRefusals:
         other.tasks[1] = cf.Task(task.name, changed, task.test, task.validation)
         model = cf.patch(new_llava(), CONFIG, processor=processor)
         with pytest.raises(FileExistsError, match="holds another run"):
-            ContinualTrainer(model, processor, other, arguments(tmp_path / "run", resume=True))
+            cf.ContinualTrainer(model, processor, other, arguments(tmp_path / "run", resume=True))
 
     def test_a_refused_run_leaves_the_model_alone(self, llava: Any, processor: Any, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("keep")
         with pytest.raises(FileExistsError, match="other files"):
-            ContinualTrainer(llava, processor, stream(), arguments(tmp_path))
+            cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path))
         assert not hasattr(llava, "increments") and all(p.requires_grad for p in llava.parameters())
 
     def test_a_model_patched_without_a_processor(self, llava: Any, processor: Any, tmp_path: Path) -> None:
         cf.patch(llava, cf.IncrementConfig(surrogate="backbone"))
         with pytest.raises(ValueError, match="patched without a processor"):
-            ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
+            cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
     def test_nothing_is_written_for_bad_input(self, llava: Any, processor: Any, tmp_path: Path) -> None:
         empty = cf.Stream([cf.Task("a", train=[cf.Sample("q", "a")], test=[cf.Sample("q", "a")])])
         with pytest.raises(ValueError, match="'a' has no validation sample"):
-            ContinualTrainer(llava, processor, empty, arguments(tmp_path / "run", eval_split="validation"))
+            cf.ContinualTrainer(llava, processor, empty, arguments(tmp_path / "run", eval_split="validation"))
         with pytest.raises(TypeError, match="expected transformers.LlavaForConditionalGeneration"):
-            ContinualTrainer(torch.nn.Linear(1, 1), processor, stream(), arguments(tmp_path / "run"))
+            cf.ContinualTrainer(torch.nn.Linear(1, 1), processor, stream(), arguments(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
     def test_another_chat_template_than_the_models(self, llava: Any, processor: Any, tmp_path: Path) -> None:
@@ -442,7 +441,7 @@ class TestRefusals:
         other = copy.deepcopy(processor)
         other.chat_template = chat_template("vicuna_v1")
         with pytest.raises(ValueError, match="another chat template than the one that the model was patched with"):
-            ContinualTrainer(llava, other, stream(), arguments(tmp_path / "run"))
+            cf.ContinualTrainer(llava, other, stream(), arguments(tmp_path / "run"))
 
     @pytest.mark.parametrize("ends", [None, 5, [5, 6]])
     def test_a_base_that_runs_on_behind_answers(self, ends: Any, llava: Any, processor: Any, tmp_path: Path) -> None:
@@ -486,7 +485,7 @@ class TestRefusals:
             ((tokenizer, stream(), args), "has no image_processor; expected the whole processor"),
         ):
             with pytest.raises(TypeError, match=message):
-                ContinualTrainer(llava, *given)
+                cf.ContinualTrainer(llava, *given)
         assert not hasattr(llava, "increments") and not (tmp_path / "run").exists()
 
     def test_logs_that_go_nowhere(self, llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -499,9 +498,9 @@ class TestRefusals:
             ({"trainer_options": {"report_to": "wandb"}}, ImportError, "requires wandb to be installed"),
         ):
             with pytest.raises(error, match=message):
-                ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", **values))
+                cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", **values))
         assert not hasattr(llava, "increments") and not (tmp_path / "run").exists()
-        ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", report_to=["all"]))
+        cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", report_to=["all"]))
 
     @pytest.mark.parametrize(
         ("field", "value"),
@@ -526,7 +525,7 @@ class TestRefusals:
     )
     def test_arguments(self, field: str, value: Any) -> None:
         with pytest.raises(ValueError, match=field):
-            ContinualArguments(**{"output_dir": "x", field: value})
+            cf.ContinualArguments(**{"output_dir": "x", field: value})
 
 
 def test_run_json_is_readable(llava: Any, processor: Any, tmp_path: Path) -> None:

@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import cllava_fast as cf
+    from cllava_fast.atomic import check_empty
     from cllava_fast.cli.running import check_positive, open_run
     from cllava_fast.untrusted import printable
 
     check_positive(arguments, "rank")
-    if Path(arguments.output).exists() and (Path(arguments.output).is_file() or any(Path(arguments.output).iterdir())):
-        raise FileExistsError(f"{arguments.output} holds something already; give an empty or a new folder")
+    check_empty(Path(arguments.output))  # before the model is loaded
     model, _ = open_run(arguments.run_dir, arguments.after, arguments.model)
     report = cf.export_peft(
         model, arguments.output, task=arguments.task, instruction=arguments.instruction, rank=arguments.rank

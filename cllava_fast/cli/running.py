@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 import cllava_fast as cf
 from cllava_fast import distributed
+from cllava_fast.atomic import is_empty
 from cllava_fast.cli.base import check_base, default_device, load_base
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
@@ -66,7 +67,7 @@ def _check_method(config: RunConfig, increments: Path) -> None:
 def _check_output(config: RunConfig, stream: Stream) -> None:
     """By the main process alone: whoever looks holds the run's lock for a moment."""
     output = Path(config.training.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_empty(output):
         find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
 
 

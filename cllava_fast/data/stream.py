@@ -64,7 +64,7 @@ def _source(image: ImageSource) -> tuple[Any, str]:
 class Task:
     """One step of the stream. ``validation`` is what hyperparameters are chosen on; ``test`` is only ever measured.
 
-    ``metric`` is the name of a function of ``cllava_fast.evaluate.metrics.SCORES``.
+    ``metric`` is the name of a function of ``cllava_fast.evaluate.scores.SCORES``.
     """
 
     name: str

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast import distributed
-from cllava_fast.atomic import check_replaceable, new_folder
+from cllava_fast.atomic import check_replaceable, is_empty, new_folder
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.data.lengths import warn_of_long_answers
 from cllava_fast.data.prepared import PreparedStream
@@ -33,6 +33,7 @@ from cllava_fast.evaluate.results import METRICS
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.evaluate.selection import selection_study
 from cllava_fast.pool import Pool
+from cllava_fast.train.progress import stage
 
 PREDICTIONS = "predictions"  # folder of a run that holds a JSONL file for each task
 EXAMPLES = 2  # right ones and wrong ones of each task in the report
@@ -80,7 +81,7 @@ def check_tasks(stream: Stream, split: str) -> None:
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises FileExistsError for a folder that holds something else than an evaluation, or one that is to stay."""
     check_replaceable(folder, (PREDICTIONS, *REPORT_FILES), "an evaluation")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
+    if not overwrite and not is_empty(folder):
         raise FileExistsError(f"{folder} holds an earlier evaluation; set overwrite, or give another output_dir")
 
 
@@ -107,8 +108,6 @@ def evaluate_tasks(
         after_batch: called between batches; may raise to stop.
         positions: which samples of each task; None for all.
     """
-    from cllava_fast.train.progress import stage  # not above: cllava_fast.train imports this module
-
     increments = getattr(model, "increments", None)
     if increments is not None and increments.method.by_batch and len(names) > 1:
         options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}

@@ -12,22 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cllava_fast.evaluate.scores import SCORES
 from cllava_fast.evaluate.selection import reorder
-
-__all__ = [
-    "SCORES",
-    "average_accuracy",
-    "average_forgetting",
-    "backward_transfer",
-    "learned_tasks",
-    "mean_average_accuracy",
-    "mean_over_orders",
-    "mean_over_seeds",
-    "paired_p_value",
-    "runs_by_order",
-    "summarize",
-]
 
 Matrix = Sequence[Sequence[float | None]]
 

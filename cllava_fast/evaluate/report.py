@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cllava_fast.atomic import DamagedError, make_folder, naming, write_file, write_text
+from cllava_fast.atomic import DamagedError, make_folder, save_errors, write_file, write_text
 from cllava_fast.evaluate.metrics import learned_tasks, mean_over_seeds, paired_p_value, runs_by_order
 from cllava_fast.evaluate.page import html_page
 from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, plot_losses, plot_selection
@@ -52,7 +52,7 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
     is no space or no permission.
     """
     folder = Path(directory)
-    with naming(folder):
+    with save_errors(folder):
         make_folder(folder)
     write_text(folder / RESULTS, results_json(results))
     write_text(folder / "matrix.csv", _csv(results))

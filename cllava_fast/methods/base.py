@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from cllava_fast.names import check_choices
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 Policy = TypeVar("Policy", bound="Method")
@@ -207,6 +208,7 @@ class MethodConfig:
     def __post_init__(self) -> None:
         # JSON has lists only
         object.__setattr__(self, "targets", tuple(self.targets))
+        check_choices(self)
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; expected at least 1")
         if not self.targets:

@@ -17,7 +17,7 @@ layers, and the features are the surrogate's queries. ``q`` is taken before posi
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,6 @@ from torch import Tensor
 from cllava_fast.methods import calibration
 from cllava_fast.methods.base import Method, MethodConfig, Pairs, Selection, register
 from cllava_fast.pool import Factors, LinearShape, Pool
-
-STRENGTHS = ("likelihood", "familiarity")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class DikiConfig(MethodConfig):
     targets: tuple[str, ...] = field(
         default=("self_attn.o_proj",), metadata={"help": "where the branch joins its attention; no choice"}
     )
-    strength: str = field(
+    strength: Literal["familiarity", "likelihood"] = field(
         default="familiarity",
         metadata={
             "help": "how strongly the likeliest task acts: familiarity, which knows how likely the task's own training "
@@ -69,8 +67,6 @@ class DikiConfig(MethodConfig):
             raise ValueError(f"layers is {self.layers}; expected at least 1")
         if self.targets != ("self_attn.o_proj",):
             raise ValueError(f"targets is {list(self.targets)}; a branch of attention joins at self_attn.o_proj alone")
-        if self.strength not in STRENGTHS:
-            raise ValueError(f"strength is {self.strength!r}; expected one of {list(STRENGTHS)}")
 
 
 @register(DikiConfig)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cllava_fast.atomic import new_folder
+from cllava_fast.atomic import check_empty, new_folder
 from cllava_fast.lowrank import truncate
 from cllava_fast.model.card import as_code, peft_card
 from cllava_fast.model.files import CARD, CONFIG, WEIGHTS, base_name
@@ -71,8 +71,7 @@ def export_peft(
         raise ValueError(f"rank is {rank}; expected at least 1, or None for all rows that act")
     increments = get_increments(model)
     target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} holds something already; give an empty or a new folder")
+    check_empty(target)
     selection = choose_one(model, task=task, instruction=instruction, query=query)
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}

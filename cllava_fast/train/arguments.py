@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from cllava_fast.names import check_choices
+
 
 def _option(default: Any, text: str) -> Any:
     if isinstance(default, (list, dict)):
@@ -104,10 +106,7 @@ class ContinualArguments:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is empty; name the folder that receives the run")
-        if self.eval_split not in ("test", "validation"):
-            raise ValueError(f"eval_split is {self.eval_split!r}; expected 'test' or 'validation'")
-        if self.on_bad_numbers not in ("stop", "skip"):
-            raise ValueError(f"on_bad_numbers is {self.on_bad_numbers!r}; expected 'stop' or 'skip'")
+        check_choices(self)
         for name in (
             "align_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size",
             "max_new_tokens", "logging_steps",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cllava_fast.atomic import make_folder, naming
+from cllava_fast.atomic import make_folder, save_errors
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         SaveError: the folder cannot be written.
     """
     path = folder / LOCK
-    with naming(folder):
+    with save_errors(folder):
         make_folder(folder)
         descriptor = _take(path)
     try:

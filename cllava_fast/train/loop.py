@@ -41,12 +41,12 @@ from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_i
 from cllava_fast.model.liger import kernels_for
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.bad_numbers import check_queries
 from cllava_fast.train.callbacks import TaskEvents
 from cllava_fast.train.checkpoint import Checkpoints, TaskSaver
 from cllava_fast.train.committed import CommittedRows
 from cllava_fast.train.identity import base_identity, learned_before, run_identity
 from cllava_fast.train.lock import run_lock
-from cllava_fast.train.numbers import check_queries
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
 from cllava_fast.train.tune import Tuned, check_engine, tune

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, naming, read_json, write_json
+from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, read_json, save_errors, write_json
 from cllava_fast.config import CONFIG
 from cllava_fast.methods import METHODS
 from cllava_fast.train.lock import LOCK, check_free
@@ -49,7 +49,7 @@ class RunFile:
 
     def write(self, values: dict[str, Any], keep: bool = True) -> None:
         """``keep``: what it said stays as the one before."""
-        with naming(self.path):
+        with save_errors(self.path):
             make_folder(self.path.parent)
         if keep and self.last is not None:
             write_json(self.previous, json.loads(self.last))

@@ -24,8 +24,8 @@ from cllava_fast.model import get_increments
 from cllava_fast.model.answers import IGNORE, answer_positions, next_labels
 from cllava_fast.model.liger import fused
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.bad_numbers import BadNumbers, NumberWatch, Samples
 from cllava_fast.train.checkpoint import GO_ON, STOP, TaskSaver
-from cllava_fast.train.numbers import BadNumbers, NumberWatch, Samples
 from cllava_fast.train.progress import Advance, stage
 
 

@@ -18,8 +18,8 @@ import cllava_fast as cf
 from cllava_fast.data.encode import IGNORE
 from cllava_fast.model import get_increments
 from cllava_fast.train import committed
+from cllava_fast.train.bad_numbers import DIVERGED_STEPS, START_STEPS, NumberWatch, Samples
 from cllava_fast.train.committed import CommittedRows, checksum
-from cllava_fast.train.numbers import DIVERGED_STEPS, START_STEPS, NumberWatch, Samples
 from tests.helpers import learn
 from tests.test_distributed import ROOT, environment, free_port
 from tests.test_train import CONFIG, arguments, stream
