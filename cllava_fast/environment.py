@@ -54,6 +54,7 @@ def environment() -> dict[str, Any]:
         "cllava_fast": cllava_fast.__version__,
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
+        "torch": torch.__version__,  # the package's version may leave out which build it is
         "platform": platform.platform(),
         "gpu": torch.cuda.get_device_name() if there else None,
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if there else None,

@@ -13,8 +13,8 @@ that can run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ContextDecorator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -184,9 +184,7 @@ def _known(backend: str) -> None:
         raise BackendError(f"unknown backend {backend!r}: expected one of {', '.join(ORDER)}")
 
 
-@torch.compiler.disable  # traced, the block would be over before the compiled ops run
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+class backend(ContextDecorator):
     """Run every op of this process on backend `name` inside the block; `"auto"` restores the automatic choice.
 
     Several names, such as `"cuda,triton"`, mean the first of them that can run a call.
@@ -195,14 +193,20 @@ def backend(name: str) -> Iterator[None]:
     this shape has not. A backward pass obeys the block that it runs in, not the one its forward ran in. Around a
     compiled function it holds for the ops inside; within one it breaks the graph, which `fullgraph=True` refuses.
     """
-    for one in [] if name == AUTO else _names(name):
-        if not any(one in kernels for kernels in _kernels.values()):
-            registered = sorted({other for kernels in _kernels.values() for other in kernels})
-            raise BackendError(f"backend {one!r} is not registered in this installation: there is {registered}")
-    _asked.append(name)
-    try:
-        yield
-    finally:
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @torch.compiler.disable  # traced, the block would be over before the compiled ops run
+    def __enter__(self) -> None:
+        for one in [] if self.name == AUTO else _names(self.name):
+            if not any(one in kernels for kernels in _kernels.values()):
+                registered = sorted({other for kernels in _kernels.values() for other in kernels})
+                raise BackendError(f"backend {one!r} is not registered in this installation: there is {registered}")
+        _asked.append(self.name)
+
+    @torch.compiler.disable
+    def __exit__(self, *error: object) -> None:
         _asked.pop()
 
 
