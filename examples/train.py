@@ -25,7 +25,10 @@ class ScriptArguments:
     """What is learned, and by what."""
 
     model: str = field(default=str(FOLDER), metadata={"help": "A LLaVA, by folder or hub name; default: the demo's."})
-    stream: str = field(default="demo", metadata={"help": "A stream's YAML file, or demo for the demo's four tasks."})
+    stream: str = field(
+        default="demo",
+        metadata={"help": "A stream's YAML file, of which the stream alone is read, or demo for its four tasks."},
+    )
     limit: int = field(default=0, metadata={"help": "Samples of each split, the first ones; 0 for all."})
     scale: float = field(default=1.0, metadata={"help": "Factor on every increment."})
     a_std: float = field(default=1.0, metadata={"help": "Standard deviation of A at birth."})

@@ -199,7 +199,7 @@ def test_a_stream_is_learned(name: str, generator: torch.Generator, tmp_path: Pa
     model = cf.patch(model_of(name), config, processor=processor_of(name))
     arguments = cf.ContinualArguments(
         output_dir=str(tmp_path / "run"), max_steps=16, align_steps=2, learning_rate=1e-2, warmup_steps=0,
-        per_device_train_batch_size=2, max_new_tokens=1, progress=False, trainer_options={"logging_steps": 4},
+        per_device_train_batch_size=2, max_new_tokens=1, progress=False, logging_steps=4,
     )  # fmt: skip
     result = cf.ContinualTrainer(model, processor_of(name), cf.Stream(tasks), arguments).train()
     assert all(losses[-1] < 0.7 * losses[0] for losses in result.losses.values()), result.losses
@@ -451,7 +451,7 @@ class TestOffload:
             cf.patch(model, cf.IncrementConfig(rows_per_task=2, top_m=1, surrogate="backbone"), processor=processor)
             arguments = cf.ContinualArguments(
                 output_dir=str(tmp_path / name), max_steps=2, align_steps=1, warmup_steps=0, max_new_tokens=1,
-                per_device_train_batch_size=2, progress=False, trainer_options={"logging_steps": 1},
+                per_device_train_batch_size=2, progress=False, logging_steps=1,
             )  # fmt: skip
             stream = cf.Stream([cf.Task("a", train=samples, test=samples)])
             found.append(cf.ContinualTrainer(model, processor, stream, arguments).train())

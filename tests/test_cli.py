@@ -243,7 +243,7 @@ def stream_file(folder: Path, **values: Any) -> Path:
         ({}, ["--method.name", "lora"], "--method.name is 'lora'"),
         ({}, ["--model.path", "{tmp}/nothing"], "nothing"),
         ({}, ["--model.quantization", "4bit"], "needs bitsandbytes"),
-        ({}, ["--output", "{tmp}"], "holds another run or other files"),
+        ({}, ["--output", "{tmp}"], "holds other files than a run's"),
         ({}, ["--output", "{tmp}/stream.yaml"], "stream.yaml"),
         ({"model": "{tmp}/text"}, [], "a GPT2LMHeadModel; expected one of Llava"),
         ({}, [], "AssertionError: weights were loaded"),  # nothing is wrong

@@ -195,6 +195,15 @@ def test_images_by_another_name(folder: Path, name: str) -> None:
     assert all(s.image is None for s in read_samples([{**GOOD, name: None}, {**GOOD, name: []}]))
 
 
+@pytest.mark.parametrize("name", ["video", "videos"])
+def test_videos_are_not_read_as_text_alone(folder: Path, name: str) -> None:
+    for value in ("a.mp4", ["a.mp4"]):
+        with pytest.raises(ValueError, match=f"record 1 has '{name}' and no image; streams hold images, not videos"):
+            read_samples([GOOD, {**GOOD, name: value}], folder / "images")
+        assert read_samples([{**GOOD, name: value, "image": "a.png"}], folder / "images")[0].image is not None
+    assert read_samples([{**GOOD, name: None}])[0].image is None
+
+
 def test_lists_of_records_and_samples(folder: Path) -> None:
     own = Sample("What?", "It.", Image.new("RGB", (4, 4)))
     picture = Image.new("L", (4, 4))

@@ -108,7 +108,7 @@ def test_it_learns_and_the_base_stays(
     ]
     arguments = cf.ContinualArguments(
         output_dir=str(tmp_path / "run"), max_steps=8, align_steps=2, learning_rate=1e-2, warmup_steps=0,
-        per_device_train_batch_size=4, max_new_tokens=1, progress=False, trainer_options={"logging_steps": 2},
+        per_device_train_batch_size=4, max_new_tokens=1, progress=False, logging_steps=2,
     )  # fmt: skip
     result = cf.ContinualTrainer(model, processor, cf.Stream(tasks), arguments).train()
     assert all(losses[-1] < 0.8 * losses[0] for losses in result.losses.values()), result.losses

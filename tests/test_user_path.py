@@ -269,6 +269,9 @@ def _batch(processor: Any, image: Path) -> dict[str, Any]:
         (["export", "{run}", "--task", "color", "--output", "{run}"], "holds something already"),
         (["export", "{run}", "--task", "digits", "--output", "{run}/new"], "digits"),
         (["eval", "{run}/increments"], "config.yaml does not exist"),
+        (["eval", "{run}", "--frozen", "--after", "color"], "--frozen measures the base"),
+        (["eval", "{run}", "--base", "{run}"], "--base is given without --stream"),
+        (["eval", "{run}", "--overwrite"], "--overwrite is given without --output"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -77,7 +77,8 @@ def _told(model: Any, task: str | None) -> Any:
             raise ValueError(f"--task is {task!r}, but {method} is told no task; leave it out")
         return None
     if task not in learned:
-        raise ValueError(f"--task is {task!r}; {method} must be told the question's task, one of {', '.join(learned)}")
+        given = "missing" if task is None else repr(task)
+        raise ValueError(f"--task is {given}; {method} must be told the question's task, one of {', '.join(learned)}")
     return increments.task_query([task])
 
 

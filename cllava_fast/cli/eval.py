@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cllava_fast.evaluate.report import print_table
 
     check_positive(arguments, "batch_size", "max_new_tokens")
+    _check_flags(arguments)
     distributed.start()
     config = run_config(Path(arguments.run_dir), arguments.model)
     asked = config
@@ -65,3 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\nReport and predictions: {arguments.output}")
     distributed.finish()
     return 0
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Refuses what would have no effect."""
+    if arguments.frozen and arguments.after is not None:
+        raise ValueError(
+            "--after is given, but --frozen measures the base, which learned nothing; leave one of them out"
+        )
+    if arguments.base is not None and arguments.stream is None:
+        raise ValueError("--base is given without --stream, and the run's own stream knows its folder; leave it out")
+    if arguments.overwrite and arguments.output is None:
+        raise ValueError("--overwrite is given without --output, so nothing is written; name a folder, or leave it out")

@@ -123,7 +123,11 @@ def open_run(path: str, after: str | None = None, base: str | None = None) -> tu
 def run_config(folder: Path, base: str | None = None) -> RunConfig:
     """The configuration that ``cllava-fast train`` left in a run's folder; ``base`` as in ``open_run``."""
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder / CONFIG} does not exist; expected the folder of a cllava-fast train run")
+        saved = saved_increments(folder)
+        hint = f"; ask and export also take a folder of increments, such as {saved[-1]}" if saved else ""
+        raise FileNotFoundError(
+            f"{folder / CONFIG} does not exist; expected the folder of a cllava-fast train run{hint}"
+        )
     moved = {} if base is None else {"model.path": base}
     # what the run began with is in what it saved
     flags = {"training.output_dir": str(folder), "model.increments": None, **moved}

@@ -22,6 +22,7 @@ ANSWERS = ("answer", "answers", "references", "answer_bbox")  # the last one in 
 IDS = ("id", "question_id")
 COLUMNS = ("conversations", *QUESTIONS, *ANSWERS, "image", *IDS, "history", "system")
 NOT_IMAGE = ("images", "image_path", "image_paths", "image_file", "img", "img_path")  # others' names of an image
+VIDEOS = ("video", "videos", "video_path", "video_paths")
 
 
 @dataclass
@@ -180,6 +181,9 @@ class RecordReader:
             other = next(
                 (name for name in NOT_IMAGE if name in record and not _is_empty(_given(record.get(name)))), None
             )
+            video = next((name for name in VIDEOS if not _is_empty(_given(record.get(name)))), None)
+            if video is not None:
+                raise ValueError(f"{where} has {video!r} and no image; streams hold images, not videos")
             if other is not None and "image" not in self.columns:
                 raise ValueError(
                     f"{where} has {other!r} and no image; read it by columns={{'image': {other!r}}}, or remove it"

@@ -111,7 +111,9 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     if sum(widths) + len(widths) > console.width and len(rows) < len(header):
         lines = [list(column) for column in zip(header, *rows, strict=True)]
     after = "after the last task" if finished(results) else "so far"
-    title = f"{quantity(results)} in % {after}, {over_runs(results)}"
+    split = results.get("config", {}).get("split", "test")
+    where = "" if split == "test" else f" on the {escape(printable(split))} split"
+    title = f"{quantity(results)} in %{where} {after}, {over_runs(results)}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for position, name in enumerate(lines[0]):
         shown.add_column(escape(printable(name)), justify="left" if position == 0 else "right", no_wrap=position > 0)

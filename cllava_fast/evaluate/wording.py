@@ -17,7 +17,9 @@ TITLE_TASKS = 30  # that a title names
 
 def title_of(method: str) -> str:
     name, _, variant = method.partition("+")
-    title = METHODS[name][0].title if name in METHODS else name.capitalize()
+    if name not in METHODS:
+        return method[:1].upper() + method[1:]
+    title = METHODS[name][0].title
     return f"{title}, {variant}d" if variant else title
 
 

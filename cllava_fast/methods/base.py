@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -211,6 +212,13 @@ class MethodConfig:
         check_choices(self)
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; expected at least 1")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; expected a finite number")
+        if self.scale == 0:
+            raise ValueError("scale is 0, and increments would add nothing; expected another number")
+        if not self.a_std > 0:
+            raise ValueError(f"a_std is {self.a_std}; expected a positive number, since B is zero at birth")
         if not self.targets:
             raise ValueError("targets is empty; name at least one linear, such as 'self_attn.o_proj'")
         dropout = getattr(self, "dropout", 0.0)

@@ -71,7 +71,8 @@ def align_keys(
             loss = loss_of(pool, queries[batch], groups, generator)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([keys], args.align_max_grad_norm)
+            if args.align_max_grad_norm:
+                torch.nn.utils.clip_grad_norm_([keys], args.align_max_grad_norm)
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())

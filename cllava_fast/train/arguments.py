@@ -15,6 +15,8 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+MAX_SEED = 429_496  # a task's own is 10,000 times this one and its number, and numpy's are below 2**32
+
 # Of trainer_options: what may not be set, and why.
 _EVALUATES = "would evaluate within a task; the loop does so after each one"
 _REENTRANT = "would cut the gradient to what the layers get by keyword; leave it out, or set activation_checkpointing"
@@ -25,6 +27,8 @@ REFUSED = {
     "auto_find_batch_size": "would begin a task again on what it has learned by then; set a smaller "
     "per_device_train_batch_size, and gradient_accumulation_steps for the same steps",
     "dataloader_drop_last": "would leave samples out, all of them where a task is smaller than a batch; leave it out",
+    "resume_from_checkpoint": "has no effect; resume goes on with a run",
+    "per_device_eval_batch_size": "has no effect; use eval_batch_size",
     "eval_strategy": _EVALUATES,
     "eval_on_start": _EVALUATES,
     "load_best_model_at_end": _EVALUATES,
@@ -56,7 +60,7 @@ class ContinualArguments:
     align_steps: int | None = _option(None, "Steps of alignment for each task; wins over align_epochs.")
     align_learning_rate: float = _option(1e-3, "Divided by 10 after each epoch (after each third of align_steps).")
     align_weight_decay: float = _option(0.01, "Weight decay of alignment.")
-    align_max_grad_norm: float = _option(0.1, "Gradients of alignment are clipped to this norm.")
+    align_max_grad_norm: float = _option(0.1, "Gradients of alignment are clipped to this norm; 0: not.")
     align_batch_size: int = _option(32, "Instructions in a batch of alignment, on any number of processes.")
 
     num_train_epochs: float = _option(1.0, "Epochs of tuning for each task.")
@@ -65,7 +69,7 @@ class ContinualArguments:
     lr_scheduler_type: str = _option("cosine", "Schedule of tuning's learning rate, by transformers' name.")
     warmup_steps: float = _option(0.03, "Steps of warm-up; below 1, a share of all steps.")
     weight_decay: float = _option(0.0, "Weight decay of tuning.")
-    max_grad_norm: float = _option(1.0, "Gradients of tuning are clipped to this norm.")
+    max_grad_norm: float = _option(1.0, "Gradients of tuning are clipped to this norm; 0: not.")
     per_device_train_batch_size: int = _option(16, "Samples in a batch of tuning, on each process.")
     gradient_accumulation_steps: int = _option(1, "Batches of tuning that make one step.")
     bf16: bool = _option(False, "Tune in bfloat16 by autocast; increments stay float32.")
@@ -80,7 +84,9 @@ class ContinualArguments:
         "What NaN or Inf in tuning, samples without a label and a diverging loss do: stop ends the run before anything "
         "is committed; skip leaves those steps' updates and those samples out, and reports them.",
     )
-    trainer_options: dict[str, Any] = _option({}, "Further fields of transformers.TrainingArguments.")
+    trainer_options: dict[str, Any] = _option(
+        {}, "Further fields of transformers.TrainingArguments, which are no arguments here."
+    )
 
     save_minutes: float = _option(10.0, "A task is saved when so many minutes have passed; 0: not by time.")
     save_steps: int = _option(0, "A task is saved after so many steps of alignment or tuning, too; 0: by time alone.")
@@ -119,12 +125,16 @@ class ContinualArguments:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; expected a positive number")
-        if not self.num_train_epochs >= 0:
-            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; expected 0 or more")
-        if not self.save_minutes >= 0 or self.save_steps < 0:
-            raise ValueError(
-                f"save_minutes is {self.save_minutes} and save_steps is {self.save_steps}; expected 0 or more"
-            )
+        for name in (
+            "align_epochs", "align_steps", "align_weight_decay", "align_max_grad_norm", "num_train_epochs",
+            "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "image_feature_bytes",
+            "save_minutes", "save_steps",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected 0 or more")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {MAX_SEED - 1}")
         if self.keep_increments is not None and self.keep_increments < 2:
             raise ValueError(
                 f"keep_increments is {self.keep_increments}; expected at least 2: the last, and one to fall back to"
@@ -138,6 +148,9 @@ class ContinualArguments:
     def _check_trainer_options(self) -> None:
         """Refuses what transformers would take and no task could be tuned with as it should be."""
         options = self.trainer_options
+        for name in options:
+            if name in self.__dataclass_fields__:
+                raise ValueError(f"trainer_options has {name}, which is an argument of its own; set {name} itself")
         for name, why in REFUSED.items():
             option, _, part = name.partition(".")
             value = options.get(option)
@@ -145,10 +158,10 @@ class ContinualArguments:
                 value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
             if value and value != "no":
                 raise ValueError(f"trainer_options has {name}, which {why}")
-        schedule = options.get("lr_scheduler_type", self.lr_scheduler_type)
-        if schedule in ("reduce_lr_on_plateau", "greedy"):
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
-                f"lr_scheduler_type is {schedule!r}, which {_EVALUATES}; expected a schedule by steps, such as cosine"
+                f"lr_scheduler_type is {self.lr_scheduler_type!r}, which {_EVALUATES}; expected a schedule by steps, "
+                "such as cosine"
             )
         sampling = options.get("train_sampling_strategy", "random")
         if sampling not in ("random", "sequential"):

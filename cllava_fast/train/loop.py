@@ -273,7 +273,7 @@ class ContinualTrainer:
         learned = self._load(phases)
         self._committed = CommittedRows(self.increments.pool)
         self._read_ahead(tasks)
-        if self.callbacks or self.args.report_to or "report_to" in self.args.trainer_options:
+        if self.callbacks or self.args.report_to:
             distributed.on_main(self._begin_files)  # they may write beside it from the first step on
         for number in range(first + len(self._progress["matrix"]), len(phases)):
             self._watch.check()

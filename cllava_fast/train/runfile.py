@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, read_json, save_errors, write_json
 from cllava_fast.config import CONFIG
 from cllava_fast.methods import METHODS
+from cllava_fast.names import brief
 from cllava_fast.train.lock import LOCK, check_free
 
 RUN, PREVIOUS = "run.json", "run.previous.json"
@@ -68,6 +70,26 @@ def _is_same(name: str, found: dict[str, Any], identity: dict[str, Any]) -> bool
     return bool(entries[0] == entries[1][: len(entries[0])])
 
 
+def _differences(found: dict[str, Any], identity: dict[str, Any], other: list[str]) -> Iterator[str]:
+    """What the run in the folder has in place of what is asked for, in words."""
+    before, now = list(found.get("stream") or ()), list(identity["stream"])
+    if "stream" in other and before != now[: len(before)] or len(now) > len(before) and "stream_sha256" in other:
+        yield f"tasks {brief(before)}, not {brief(now)}"
+        other = [name for name in other if name not in BY_TASK]
+    for name in other:
+        theirs, ours = found.get(name), identity[name]
+        if name == "stream_sha256" and isinstance(theirs, list):
+            changed = [task for task, *each in zip(before, theirs, ours, strict=False) if each[0] != each[1]]
+            yield f"other samples of task {brief(changed)}"
+        elif name == "stream":
+            continue  # numbers of samples: those tasks' samples are others, too
+        elif isinstance(theirs, dict) and isinstance(ours, dict):
+            key = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
+            yield f"{name}: {key} {brief(theirs.get(key))}, not {brief(ours.get(key))}"
+        else:
+            yield f"another {name}"
+
+
 def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
     """What ``run.json`` says of the run; None where it has not begun yet. Its stream may have had fewer tasks.
 
@@ -85,9 +107,11 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
     found = RunFile(output_dir).read() if output_dir.is_dir() else None
     identity = json.loads(json.dumps(identity))
     other = [] if found is None else [name for name in identity if not _is_same(name, found, identity)]
-    if found is None or other:
-        which = f", with another {', '.join(other)}" if other else ""
-        raise FileExistsError(f"{output_dir} holds another run or other files{which}; give a new output_dir")
+    if found is None:
+        raise FileExistsError(f"{output_dir} holds other files than a run's; give a new output_dir")
+    if other:
+        which = ", ".join(_differences(found, identity, other))
+        raise FileExistsError(f"{output_dir} holds another run, with {which}; give a new output_dir")
     if not resume:
         raise FileExistsError(f"{output_dir} holds this run already; set resume to go on, or a new output_dir")
     return found

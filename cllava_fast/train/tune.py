@@ -142,7 +142,7 @@ def check_engine(args: ContinualArguments, device: torch.device) -> None:
     """What transformers would refuse when the first task is tuned.
 
     Raises:
-        ValueError: of a field of ``TrainingArguments``, or a name in ``report_to`` that it does not know.
+        ValueError: of a field of ``TrainingArguments``, fp16 on a CPU, or an unknown name in ``report_to``.
         TypeError: ``trainer_options`` has what is no such field.
         ImportError: the package of a name in ``report_to``, or of the optimizer, is not installed; some optimizers'
             is a ValueError.
@@ -153,11 +153,10 @@ def check_engine(args: ContinualArguments, device: torch.device) -> None:
     except ValueError as error:
         if "need to pass a" not in str(error):  # the model, which is not there yet
             raise
-    names = args.trainer_options.get("report_to", args.report_to)
-    if names in (None, "none", ["none"]):
-        return
+    if args.fp16 and device.type == "cpu":
+        raise ValueError("fp16 is set, which takes a GPU; on a CPU set bf16, or neither")
     try:
-        for callback in get_reporting_integration_callbacks("all" if names == ["all"] else names):
+        for callback in get_reporting_integration_callbacks("all" if args.report_to == ["all"] else args.report_to):
             callback()
     except ValueError as error:
         raise ValueError(f"report_to: {error}") from error

@@ -1,0 +1,150 @@
+"""One report of several runs on one stream: methods or settings side by side, means over seeds and orders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from cllava_fast.evaluate import metrics
+from cllava_fast.evaluate.results import check_results
+from cllava_fast.evaluate.wording import finished, learned
+from cllava_fast.names import brief
+
+Results = Mapping[str, Any]
+Order = tuple[str, ...]
+
+
+class Source(NamedTuple):
+    """``results`` of a run, ``where`` they lie, and the ``name`` that their method shall have; None for its own."""
+
+    where: str
+    results: Results
+    name: str | None = None
+
+
+class _Run(NamedTuple):
+    """One method, seed and order."""
+
+    source: Source
+    method: str
+    values: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What runs of one name share."""
+        config = self.source.results.get("config", {})
+        arguments = {key: value for key, value in config.get("arguments", {}).items() if key != "seed"}
+        return {**arguments, **config.get("method_configs", {}).get(self.method, {})}
+
+
+def combine(sources: Sequence[Source]) -> dict[str, Any]:
+    """What ``results.json`` holds for all of them together; runs of one name become its seeds and orders.
+
+    Raises:
+        ValueError: they measured other tasks, metrics or splits; one has not learned all tasks; two have one name with
+            other settings, or with the same seed and order; a name lacks a seed or an order that others have. The
+            frozen model, which has neither, may have one run.
+    """
+    for source in sources:
+        _check_alike(source, sources[0])
+    named: dict[str, dict[tuple[int, Order], _Run]] = {}
+    for source in sources:
+        if source.name is not None and len(source.results["methods"]) > 1:
+            raise ValueError(f"{source.where} holds several methods, which cannot all be {source.name!r}; leave it out")
+        for method, result in source.results["methods"].items():
+            _add(named.setdefault(source.name or method, {}), source, method, result)
+    learning = [runs for runs in named.values() if not _is_frozen(runs)] or list(named.values())
+    seeds = sorted({seed for runs in learning for seed, _ in runs})
+    orders = list(dict.fromkeys(order for runs in learning for _, order in runs))
+    results = {
+        "stream": list(orders[0]),
+        **({"orders": [list(order) for order in orders]} if len(orders) > 1 else {}),
+        "metrics": _metrics(sources[0].results),
+        "seeds": seeds,
+        "methods": {name: _mean(name, runs, seeds, orders) for name, runs in named.items()},
+        "environment": sources[0].results["environment"],
+        "config": {
+            "split": _split(sources[0].results),
+            "runs": {name: list(dict.fromkeys(r.source.where for r in runs.values())) for name, runs in named.items()},
+            "settings": {name: next(iter(runs.values())).settings for name, runs in named.items()},
+        },
+    }
+    check_results(results, "the report of all runs")
+    return results
+
+
+def _check_alike(source: Source, first: Source) -> None:
+    results, other = source.results, first.results
+    if not finished(results):
+        size = len(results["stream"])
+        raise ValueError(f"{source.where} has learned {learned(results)} of {size} tasks; finish it first")
+    for what, ours, theirs in (
+        ("the tasks", sorted(results["stream"]), sorted(other["stream"])),
+        ("the metrics", _metrics(results), _metrics(other)),
+        ("the split", _split(results), _split(other)),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"{what} of {source.where}: {brief(ours)}; of {first.where}: {brief(theirs)}; expected runs that "
+                "measured the same"
+            )
+
+
+def _metrics(results: Results) -> Mapping[str, str]:
+    return results.get("metrics") or dict.fromkeys(results["stream"], "exact_match")
+
+
+def _split(results: Results) -> str:
+    return str(results.get("config", {}).get("split", "test"))
+
+
+def _is_frozen(runs: Mapping[tuple[int, Order], _Run]) -> bool:
+    return len(runs) == 1 and next(iter(runs.values())).method == "frozen"
+
+
+def _add(runs: dict[tuple[int, Order], _Run], source: Source, method: str, result: Mapping[str, Any]) -> None:
+    for seed, order, values in _each(source.results, result):
+        run, first = _Run(source, method, values), next(iter(runs.values()), None)
+        name = source.name or method
+        hint = f"give one of them another name, such as mine={source.where}"
+        if (seed, order) in runs:
+            earlier = runs[seed, order].source.where
+            raise ValueError(f"{earlier} and {source.where} both hold {name!r} with seed {seed}; {hint}")
+        if first is not None and run.settings != first.settings:
+            both = {**first.settings, **run.settings}
+            key = next(key for key in both if first.settings.get(key) != run.settings.get(key))
+            raise ValueError(
+                f"{source.where} holds {name!r} with {key} {brief(run.settings.get(key))}, {first.source.where} with "
+                f"{brief(first.settings.get(key))}; {hint}"
+            )
+        runs[seed, order] = run
+
+
+def _each(results: Results, result: Mapping[str, Any]) -> Iterator[tuple[int, Order, Mapping[str, Any]]]:
+    """A method's runs, each with its seed and its order of the tasks."""
+    runs = result.get("per_seed") or [result]
+    for order, of_order in metrics.runs_by_order(results, {"per_seed": runs}):
+        for seed, values in zip(results["seeds"], of_order, strict=False):
+            yield seed, tuple(order), {key: values.get(key) for key in values if key not in ("seed", "order")}
+
+
+def _mean(
+    name: str, runs: Mapping[tuple[int, Order], _Run], seeds: Sequence[int], orders: Sequence[Order]
+) -> dict[str, Any]:
+    if _is_frozen(runs):  # which has learned in no order: its tasks are brought into that of the others
+        ((_, order), last), *_ = runs.items()
+        values = [metrics.mean_over_orders([last.values], [order], orders[0])]
+    else:
+        for seed, order in product(seeds, orders):
+            if (seed, order) not in runs:
+                where = f" in the order {' → '.join(order)}" if len(orders) > 1 else ""
+                raise ValueError(f"{name} has no run with seed {seed}{where}; expected each name to have the same ones")
+        values = [
+            {**runs[seed, order].values, **({"seed": seed, "order": place} if len(orders) > 1 else {})}
+            for seed, (place, order) in product(seeds, enumerate(orders))
+        ]
+        last = runs[seeds[-1], orders[0]]
+    shown = last.source.results["methods"][last.method]
+    details = {key: shown[key] for key in ("losses", "examples") if key in shown}
+    return {**metrics.mean_over_orders(values, orders, orders[0]), "per_seed": values, **details}

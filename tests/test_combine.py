@@ -1,0 +1,119 @@
+"""Several runs in one report: ``cllava-fast report RUN RUN ...``."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllava_fast import cli
+from cllava_fast.evaluate.combine import Source, combine
+from cllava_fast.evaluate.metrics import summarize
+from cllava_fast.evaluate.report import load_results
+
+TASKS = ["a", "b"]
+
+
+def run_of(
+    method: str, seed: int, last: list[float], stream: list[str] = TASKS, first: float = 1.0, **config: Any
+) -> dict[str, Any]:
+    matrix = [[first, None], last] if method != "frozen" else [[None, None], last]
+    measured = {
+        "accuracy_matrix": matrix, **summarize(matrix), "selection_accuracy": None, "trainable_parameters": 8,
+        "seconds": 1.0,
+    }  # fmt: skip
+    arguments = {"seed": seed, "learning_rate": config.pop("learning_rate", 0.1)}
+    return {
+        "stream": stream, "metrics": dict.fromkeys(stream, "exact_match"), "seeds": [seed],
+        "methods": {method: {**measured, "per_seed": [measured], "losses": {}, "examples": {}}},
+        "environment": {"torch": "2.13.0"},
+        "config": {"arguments": arguments, "method_configs": {method: {"rank": 8}}, **config},
+    }  # fmt: skip
+
+
+def sources(*results: dict[str, Any]) -> list[Source]:
+    return [Source(f"runs/{number}", each) for number, each in enumerate(results)]
+
+
+def test_seeds_of_a_method_are_averaged_and_methods_stand_side_by_side() -> None:
+    ours = [run_of("continual_llava", seed, [0.5 + seed / 10, 0.9]) for seed in (1, 0)]
+    lora = [run_of("sequential_lora", seed, [0.1 * seed, 0.9], learning_rate=0.2) for seed in (0, 1)]
+    found = combine(sources(*ours, *lora, run_of("frozen", 0, [0.2, 0.3])))
+    assert found["stream"] == TASKS and found["seeds"] == [0, 1] and "orders" not in found
+    assert list(found["methods"]) == ["continual_llava", "sequential_lora", "frozen"]
+    mean = found["methods"]["continual_llava"]
+    assert mean["accuracy_matrix"][1] == pytest.approx([0.55, 0.9]) and mean["accuracy_matrix"][0] == [1.0, None]
+    assert mean["average_accuracy"] == pytest.approx((0.55 + 0.9) / 2)
+    assert [run["accuracy_matrix"][1][0] for run in mean["per_seed"]] == [0.5, 0.6]  # by seed, however they were named
+    assert found["methods"]["frozen"]["accuracy_matrix"][1] == [0.2, 0.3]
+    assert found["config"]["runs"]["sequential_lora"] == ["runs/2", "runs/3"]
+    again = combine([Source("all", found), Source("more", run_of("o_lora", 0, [0.3, 0.3]), None)][:1])
+    assert again["methods"] == found["methods"]  # what was combined can be combined again
+
+
+def test_orders_are_matched_by_the_names_of_their_tasks() -> None:
+    runs = [run_of("continual_llava", 0, [0.5, 0.9]), run_of("continual_llava", 0, [0.7, 0.3], TASKS[::-1])]
+    found = combine(sources(*runs, run_of("frozen", 0, [0.2, 0.4], TASKS[::-1])))
+    assert found["orders"] == [TASKS, TASKS[::-1]]
+    assert found["methods"]["continual_llava"]["accuracy_matrix"][1] == pytest.approx(
+        [(0.5 + 0.3) / 2, (0.9 + 0.7) / 2]
+    )
+    assert found["methods"]["frozen"]["accuracy_matrix"][1] == [0.4, 0.2]
+    assert [run["order"] for run in found["methods"]["continual_llava"]["per_seed"]] == [0, 1]
+
+
+def test_settings_of_one_method_stand_side_by_side_under_names() -> None:
+    wide = run_of("continual_llava", 0, [0.6, 0.9])
+    wide["config"]["method_configs"]["continual_llava"]["rank"] = 16
+    found = combine([Source("x", run_of("continual_llava", 0, [0.5, 0.9])), Source("y", wide, "rank 16")])
+    assert found["methods"]["rank 16"]["accuracy_matrix"][1] == [0.6, 0.9]
+    assert found["config"]["settings"]["rank 16"] == {"rank": 16, "learning_rate": 0.1}
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    return copy.deepcopy(run_of("continual_llava", 1, [0.5, 0.9])) | values
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (run_of("continual_llava", 0, [0.4, 0.4]), "runs/0 and runs/1 both hold 'continual_llava' with seed 0"),
+        (run_of("continual_llava", 1, [0.4, 0.4], learning_rate=0.3), "with learning_rate 0.3, runs/0 with 0.1; give"),
+        (run_of("continual_llava", 1, [0.4, 0.4], ["a", "c"]), "the tasks of runs/1: .*'c'.*; of"),
+        (run_of("continual_llava", 1, [0.4, 0.4], split="validation"), "the split of runs/1: 'validation'; of runs/0"),
+        (changed(metrics={"a": "anls", "b": "exact_match"}), "the metrics of runs/1"),
+        (run_of("sequential_lora", 1, [0.4, 0.4]), "continual_llava has no run with seed 1; expected"),
+        (run_of("sequential_lora", 0, [0.4, 0.4], TASKS[::-1]), "no run with seed 0 in the order b → a; expected"),
+        (run_of("continual_llava", 1, [None, None]), "runs/1 has learned 1 of 2 tasks; finish it first"),  # type: ignore[list-item]
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_together_is_refused(other: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        combine(sources(run_of("continual_llava", 0, [0.5, 0.9]), other))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        (tmp_path / f"run{seed}").mkdir()
+        text = json.dumps(run_of("continual_llava", seed, [0.5 + seed / 10, 0.9]))
+        (tmp_path / f"run{seed}" / "results.json").write_text(text)
+    runs, table = [str(tmp_path / f"run{seed}") for seed in (0, 1)], str(tmp_path / "table")
+    assert cli.main(["report", *runs, f"other={runs[0]}", f"other={runs[1]}", "--output", table]) == 0
+    shown = capsys.readouterr().out
+    assert "2 seed(s)" in shown and "Continual LLaVA" in shown and "Other" in shown and "72.5 ± 3.5" in shown
+    results = load_results(tmp_path / "table" / "results.json")
+    assert list(results["methods"]) == ["continual_llava", "other"] and (tmp_path / "table" / "report.html").is_file()
+    for arguments, message in (
+        (runs, "give its --output"),
+        ([*runs, "--output", runs[0]], ""),
+        ([*runs, "--output", str(tmp_path)], "holds something else than a report"),
+        ([f"x={table}", "--output", str(tmp_path / "new")], "holds several methods"),
+    ):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+        (tmp_path / "run0" / "run.json").touch()  # as a run has it
+        assert cli.main(["report", *arguments]) == 1
+        assert message in capsys.readouterr().err
+        assert all(path.read_bytes() == content for path, content in before.items())
