@@ -50,8 +50,14 @@ def test_seeds_of_a_method_are_averaged_and_methods_stand_side_by_side() -> None
     assert [run["accuracy_matrix"][1][0] for run in mean["per_seed"]] == [0.5, 0.6]  # by seed, however they were named
     assert found["methods"]["frozen"]["accuracy_matrix"][1] == [0.2, 0.3]
     assert found["config"]["runs"]["sequential_lora"] == ["runs/2", "runs/3"]
-    again = combine([Source("all", found), Source("more", run_of("o_lora", 0, [0.3, 0.3]), None)][:1])
-    assert again["methods"] == found["methods"]  # what was combined can be combined again
+    # what was combined can be combined again, with more seeds of the same
+    more = [run_of("continual_llava", 2, [0.7, 0.9]), run_of("sequential_lora", 2, [0.2, 0.9], learning_rate=0.2)]
+    again = combine([Source("all", found), *sources(*more)])
+    assert again == {
+        **combine(sources(*ours, *lora, run_of("frozen", 0, [0.2, 0.3]), *more)),
+        "config": again["config"],
+    }
+    assert again["config"]["settings"] == found["config"]["settings"] and again["seeds"] == [0, 1, 2]
 
 
 def test_orders_are_matched_by_the_names_of_their_tasks() -> None:

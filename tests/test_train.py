@@ -415,6 +415,9 @@ class TestRefusals:
         model = cf.patch(new_llava(), CONFIG, processor=processor)
         with pytest.raises(FileExistsError, match=r"holds another run, with other samples of task \['task1'\]; give"):
             cf.ContinualTrainer(model, processor, other, arguments(tmp_path / "run", resume=True))
+        other.tasks.append(stream(3).tasks[2])  # one more task does not hide it
+        with pytest.raises(FileExistsError, match=r"with other samples of task \['task1'\]; give"):
+            cf.ContinualTrainer(model, processor, other, arguments(tmp_path / "run", resume=True))
         turned = cf.Stream(stream().tasks[::-1])
         with pytest.raises(FileExistsError, match=r"with tasks \['task0', 'task1'\], not \['task1', 'task0'\]; give"):
             cf.ContinualTrainer(model, processor, turned, arguments(tmp_path / "run", resume=True))

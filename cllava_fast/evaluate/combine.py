@@ -7,9 +7,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from cllava_fast.evaluate import metrics
-from cllava_fast.evaluate.results import check_results
+from cllava_fast.evaluate.results import METRICS, check_results
 from cllava_fast.evaluate.wording import finished, learned
 from cllava_fast.names import brief
+
+MEASURED = (*METRICS, "base_kept", "selection")
 
 Results = Mapping[str, Any]
 Order = tuple[str, ...]
@@ -34,8 +36,10 @@ class _Run(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """What runs of one name share."""
         config = self.source.results.get("config", {})
-        arguments = {key: value for key, value in config.get("arguments", {}).items() if key != "seed"}
-        return {**arguments, **config.get("method_configs", {}).get(self.method, {})}
+        if "settings" in config:  # of runs that were combined
+            return dict(_mapping(_mapping(config["settings"]).get(self.method)))
+        arguments = {key: value for key, value in _mapping(config.get("arguments")).items() if key != "seed"}
+        return {**arguments, **_mapping(_mapping(config.get("method_configs")).get(self.method))}
 
 
 def combine(sources: Sequence[Source]) -> dict[str, Any]:
@@ -91,6 +95,11 @@ def _check_alike(source: Source, first: Source) -> None:
             )
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Of what a file holds."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def _metrics(results: Results) -> Mapping[str, str]:
     return results.get("metrics") or dict.fromkeys(results["stream"], "exact_match")
 
@@ -126,7 +135,7 @@ def _each(results: Results, result: Mapping[str, Any]) -> Iterator[tuple[int, Or
     runs = result.get("per_seed") or [result]
     for order, of_order in metrics.runs_by_order(results, {"per_seed": runs}):
         for seed, values in zip(results["seeds"], of_order, strict=False):
-            yield seed, tuple(order), {key: values.get(key) for key in values if key not in ("seed", "order")}
+            yield seed, tuple(order), {key: values[key] for key in MEASURED if key in values}
 
 
 def _mean(

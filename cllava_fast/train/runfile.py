@@ -73,7 +73,8 @@ def _is_same(name: str, found: dict[str, Any], identity: dict[str, Any]) -> bool
 def _differences(found: dict[str, Any], identity: dict[str, Any], other: list[str]) -> Iterator[str]:
     """What the run in the folder has in place of what is asked for, in words."""
     before, now = list(found.get("stream") or ()), list(identity["stream"])
-    if "stream" in other and before != now[: len(before)] or len(now) > len(before) and "stream_sha256" in other:
+    joint = METHODS[identity["method"]["method"]][1].joint
+    if before != (now if joint else now[: len(before)]):
         yield f"tasks {brief(before)}, not {brief(now)}"
         other = [name for name in other if name not in BY_TASK]
     for name in other:
