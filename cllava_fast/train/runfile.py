@@ -84,7 +84,7 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], other: list[st
             yield f"other samples of task {brief(changed)}"
         elif name == "stream":
             continue  # numbers of samples: those tasks' samples are others, too
-        elif isinstance(theirs, dict) and isinstance(ours, dict):
+        elif name in ("method", "arguments", "metrics") and isinstance(theirs, dict):
             key = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
             yield f"{name}: {key} {brief(theirs.get(key))}, not {brief(ours.get(key))}"
         else:
