@@ -90,6 +90,7 @@ def changed(**values: Any) -> dict[str, Any]:
         (run_of("continual_llava", 1, [0.4, 0.4], learning_rate=0.3), "with learning_rate 0.3, runs/0 with 0.1; give"),
         (run_of("continual_llava", 1, [0.4, 0.4], ["a", "c"]), "the tasks of runs/1: .*'c'.*; of"),
         (run_of("continual_llava", 1, [0.4, 0.4], split="validation"), "the split of runs/1: 'validation'; of runs/0"),
+        (run_of("continual_llava", 1, [0.4, 0.4], max_new_tokens=8), "max_new_tokens of runs/1: 8; of runs/0: None"),
         (changed(metrics={"a": "anls", "b": "exact_match"}), "the metrics of runs/1"),
         (run_of("sequential_lora", 1, [0.4, 0.4]), "continual_llava has no run with seed 1; expected"),
         (run_of("sequential_lora", 0, [0.4, 0.4], TASKS[::-1]), "no run with seed 0 in the order b → a; expected"),

@@ -46,9 +46,9 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
     """What ``results.json`` holds for all of them together; runs of one name become its seeds and orders.
 
     Raises:
-        ValueError: they measured other tasks, metrics or splits; one has not learned all tasks; two have one name with
-            other settings, or with the same seed and order; a name lacks a seed or an order that others have. The
-            frozen model, which has neither, may have one run.
+        ValueError: they measured other tasks, metrics, splits or lengths of answers; one has not learned all tasks;
+            two have one name with other settings, or with the same seed and order; a name lacks a seed or an order
+            that others have. The frozen model, which has neither, may have one run.
     """
     for source in sources:
         _check_alike(source, sources[0])
@@ -70,6 +70,7 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
         "environment": sources[0].results["environment"],
         "config": {
             "split": _split(sources[0].results),
+            "max_new_tokens": _longest_answer(sources[0].results),
             "runs": {name: list(dict.fromkeys(r.source.where for r in runs.values())) for name, runs in named.items()},
             "settings": {name: next(iter(runs.values())).settings for name, runs in named.items()},
         },
@@ -87,6 +88,7 @@ def _check_alike(source: Source, first: Source) -> None:
         ("the tasks", sorted(results["stream"]), sorted(other["stream"])),
         ("the metrics", _metrics(results), _metrics(other)),
         ("the split", _split(results), _split(other)),
+        ("max_new_tokens", _longest_answer(results), _longest_answer(other)),
     ):
         if ours != theirs:
             raise ValueError(
@@ -106,6 +108,12 @@ def _metrics(results: Results) -> Mapping[str, str]:
 
 def _split(results: Results) -> str:
     return str(results.get("config", {}).get("split", "test"))
+
+
+def _longest_answer(results: Results) -> Any:
+    """In tokens, as a run has it or an evaluation; None where it is not said."""
+    config = results.get("config", {})
+    return _mapping(config.get("arguments")).get("max_new_tokens", config.get("max_new_tokens"))
 
 
 def _is_frozen(runs: Mapping[tuple[int, Order], _Run]) -> bool:

@@ -15,7 +15,7 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-MAX_SEED = 429_496  # a task's own is 10,000 times this one and its number, and numpy's are below 2**32
+MAX_SEED = 429_496  # a task's is 10,000 * seed + its number, and numpy's are below 2**32
 
 # Of trainer_options: what may not be set, and why.
 _EVALUATES = "would evaluate within a task; the loop does so after each one"
