@@ -42,7 +42,8 @@ INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMA
 # names of an op's tests in the conformance test, where they are not its folder's
 TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
-MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_train.py")
+TRAIN = ("tests/test_train.py", "tests/test_train_refusals.py")
+MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", *TRAIN)
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
 CLIP, CHECKS = ("tests/test_clip.py",), ("tests/test_checks.py",)
@@ -103,7 +104,7 @@ MUTANTS = [
     ),
     Mutant(
         "the second task has another precision", "cllava_fast/train/tune.py",
-        '("_original_forward", "_is_accelerate_prepared")', '("_original_forward",)', ("tests/test_train.py",),
+        '("_original_forward", "_is_accelerate_prepared")', '("_original_forward",)', TRAIN,
     ),
     Mutant(
         "two settings under one name", "cllava_fast/evaluate/combine.py",
@@ -116,11 +117,11 @@ MUTANTS = [
     Mutant(
         "a gradient of alignment is clipped to less than nothing", "cllava_fast/train/arguments.py",
         '"align_epochs", "align_steps", "align_weight_decay", "align_max_grad_norm",',
-        '"align_epochs", "align_steps", "align_weight_decay",', ("tests/test_train.py",),
+        '"align_epochs", "align_steps", "align_weight_decay",', TRAIN,
     ),
     Mutant(
         "trainer_options take over steps", "cllava_fast/train/arguments.py",
-        "if name in self.__dataclass_fields__:", "if False:", ("tests/test_train.py",),
+        "if name in self.__dataclass_fields__:", "if False:", TRAIN,
     ),
     Mutant(
         "a video is left out without a word", "cllava_fast/data/records.py",
@@ -128,11 +129,11 @@ MUTANTS = [
     ),
     Mutant(
         "what a logger wrote is another run's", "cllava_fast/train/loop.py",
-        "if self.callbacks or self.args.report_to:", "if False:", ("tests/test_train.py",),
+        "if self.callbacks or self.args.report_to:", "if False:", TRAIN,
     ),
     Mutant(
         "an optimizer's average is not what is learned", "cllava_fast/train/tune.py", "            optimizer.eval()",
-        "            pass", ("tests/test_train.py",),
+        "            pass", TRAIN,
     ),
     Mutant(
         "checks: a trained weight looks like a frozen one", "cllava_fast/ops/checks.py",
