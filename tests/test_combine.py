@@ -79,6 +79,28 @@ def test_settings_of_one_method_stand_side_by_side_under_names() -> None:
     assert found["config"]["settings"]["rank 16"] == {"rank": 16, "learning_rate": 0.1}
 
 
+def test_samples_are_compared_seed_by_seed() -> None:
+    def measured(method: str, seed: int, samples: str, name: str | None = None) -> Source:
+        results = run_of(method, seed, [0.5, 0.9], samples_sha256={"a": "A", "b": samples})
+        return Source(f"runs/{method}-{seed}-{samples}", results, name)
+
+    ours = [measured("continual_llava", 0, "B"), measured("continual_llava", 1, "C")]
+    base = measured("frozen", 0, "B", "base")
+    base.results["config"]["method_configs"]["frozen"]["method"] = "frozen"  # as evaluate_stream writes it
+    found = combine([*ours, base])
+    assert found["config"]["samples_sha256"] == {"0": {"a": "A", "b": "B"}, "1": {"a": "A", "b": "C"}}
+    lora = [measured("sequential_lora", 0, "B"), measured("sequential_lora", 1, "C")]
+    assert list(combine([Source("all", found), *lora])["methods"]) == ["continual_llava", "base", "sequential_lora"]
+    combine([*ours, run_of_before("sequential_lora", 0), run_of_before("sequential_lora", 1)])  # which do not say it
+    for first in ([*ours, base], [Source("all", found)]):
+        with pytest.raises(ValueError, match=r"runs/sequential_lora-1-D and .* other samples of task \['b'\]"):
+            combine([*first, lora[0], measured("sequential_lora", 1, "D")])
+
+
+def run_of_before(method: str, seed: int) -> Source:
+    return Source("runs/old", run_of(method, seed, [0.5, 0.9]))
+
+
 def changed(**values: Any) -> dict[str, Any]:
     return copy.deepcopy(run_of("continual_llava", 1, [0.5, 0.9])) | values
 

@@ -15,6 +15,7 @@ from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.lengths import Limit, check_lengths, token_limit
 from cllava_fast.data.prepared import PreparedStream
+from cllava_fast.data.stream import fingerprint
 from cllava_fast.model import paths
 from tests.helpers import image, prompt
 from tests.test_train import arguments
@@ -59,6 +60,21 @@ def test_a_wrong_stream_is_refused(tasks: list[Task], error: type, message: str)
 def test_a_prepared_stream_is_made_of_a_stream(processor: Any) -> None:
     with pytest.raises(TypeError, match=r"stream is a list; expected cllava_fast.Stream"):
         PreparedStream([task()], processor)
+
+
+def test_a_fingerprint_follows_moved_data_and_notices_other_pictures(tmp_path: Path) -> None:
+    def found(folder: str, name: str = "1.png", size: int = 8) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (size, size)).save(tmp_path / folder / name)
+        return fingerprint([cf.Sample("which color?", "red", tmp_path / folder / name)])
+
+    first = found("a")
+    assert found("b") == first
+    assert len({first, found("a", "2.png"), found("c", size=99), fingerprint([cf.Sample("which color?", "red")])}) == 4
+    sample = cf.Sample("which color?", "red", Image.new("RGB", (8, 8)))
+    assert fingerprint([sample]) == fingerprint([sample]) != fingerprint([sample, sample])
+    (tmp_path / "b" / "1.png").unlink()
+    fingerprint([cf.Sample("which color?", "red", tmp_path / "b" / "1.png")])  # gone: that is for others to say
 
 
 def test_images_open_as_rgb(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import cllava_fast as cf
 from cllava_fast import cli
 from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
 from cllava_fast.data.prepared import PreparedStream
+from cllava_fast.data.stream import fingerprint
 from cllava_fast.evaluate import evaluation, scores
 from cllava_fast.evaluate.predict import predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, load_results
@@ -149,6 +150,9 @@ def test_evaluate_stream_of_a_learned_model(
     assert method["accuracy_matrix"] == [[None, None], result.accuracy_matrix[1]]
     assert method["selection_accuracy"] == result.selection_accuracy
     assert load_results(tmp_path / "eval" / "results.json") == json.loads(json.dumps(results))
+    samples = results["config"]["samples_sha256"]
+    assert samples == load_results(folder / "results.json")["config"]["samples_sha256"]
+    assert samples == {task.name: fingerprint(task.test) for task in graded_stream()}
     for task in ("task0", "task1"):
         file = f"{task}.jsonl"
         assert records(tmp_path / "eval" / "predictions" / file) == records(folder / "predictions" / "02-task1" / file)
@@ -162,6 +166,9 @@ def test_evaluate_stream_of_a_learned_model(
 
 def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothing(llava: Any, processor: Any) -> None:
     plain = cf.evaluate_stream(llava, processor, stream(2), max_new_tokens=3, progress=False)
+    named = cf.evaluate_stream(llava, processor, stream(2), max_new_tokens=3, progress=False, name="merged")
+    assert named["methods"]["merged"]["accuracy_matrix"] == plain["methods"]["frozen"]["accuracy_matrix"]
+    assert named["config"]["method_configs"] == {"merged": {"method": "merged"}} and len(named["methods"]) == 1
     assert plain["methods"]["frozen"]["selection_accuracy"] is None
     assert not hasattr(llava, "increments")
     data = PreparedStream(stream(2), processor)

@@ -133,12 +133,15 @@ class Stream:
 
 
 def fingerprint(samples: Iterable[Sample]) -> str:
-    """SHA-256 over the samples in order: texts, and paths or pixels of images."""
+    """SHA-256 over the samples in order: texts, and pixels of images, or of files their names and sizes in bytes."""
     digest = hashlib.sha256()
     for sample in samples:
         image: object = sample.image
         if isinstance(image, Image.Image):
             image = [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+        elif image is not None:  # not its folder: data may be moved
+            path = Path(str(image))
+            image = [path.name, path.stat().st_size if path.is_file() else None]
         texts = [sample.system, sample.instruction, sample.answer, *sample.history, *sample.references]
         digest.update(json.dumps([texts, str(image)]).encode())
     return digest.hexdigest()

@@ -46,12 +46,15 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
     """What ``results.json`` holds for all of them together; runs of one name become its seeds and orders.
 
     Raises:
-        ValueError: they measured other tasks, metrics, splits or lengths of answers; one has not learned all tasks;
-            two have one name with other settings, or with the same seed and order; a name lacks a seed or an order
-            that others have. The frozen model, which has neither, may have one run.
+        ValueError: they measured other tasks, metrics, splits, samples or lengths of answers; one has not learned all
+            tasks; two have one name with other settings, or with the same seed and order; a name lacks a seed or an
+            order that others have. The frozen model, which has neither, may have one run.
     """
+    measured: dict[int, Source] = {}  # of each seed: another may stand for other samples, as in the demo
     for source in sources:
         _check_alike(source, sources[0])
+        for seed in source.results["seeds"]:
+            _check_samples(source, measured.setdefault(seed, source), seed)
     named: dict[str, dict[tuple[int, Order], _Run]] = {}
     for source in sources:
         if source.name is not None and len(source.results["methods"]) > 1:
@@ -71,6 +74,7 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
         "config": {
             "split": _split(sources[0].results),
             "max_new_tokens": _longest_answer(sources[0].results),
+            "samples_sha256": {str(seed): _samples(source.results, seed) for seed, source in measured.items()},
             "runs": {name: list(dict.fromkeys(r.source.where for r in runs.values())) for name, runs in named.items()},
             "settings": {name: next(iter(runs.values())).settings for name, runs in named.items()},
         },
@@ -97,6 +101,22 @@ def _check_alike(source: Source, first: Source) -> None:
             )
 
 
+def _check_samples(source: Source, first: Source, seed: int) -> None:
+    ours, theirs = _samples(source.results, seed), _samples(first.results, seed)
+    other = [task for task in ours if task in theirs and ours[task] != theirs[task]]
+    if other:
+        raise ValueError(
+            f"{source.where} and {first.where} measured other samples of task {brief(other)}; expected the same ones"
+        )
+
+
+def _samples(results: Results, seed: int) -> Mapping[str, Any]:
+    """A fingerprint of each task's measured samples; nothing where it is not said."""
+    config = results.get("config", {})
+    samples = _mapping(config.get("samples_sha256"))
+    return _mapping(samples.get(str(seed))) if "settings" in config else samples
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
     """Of what a file holds."""
     return value if isinstance(value, Mapping) else {}
@@ -117,7 +137,8 @@ def _longest_answer(results: Results) -> Any:
 
 
 def _is_frozen(runs: Mapping[tuple[int, Order], _Run]) -> bool:
-    return len(runs) == 1 and next(iter(runs.values())).method == "frozen"
+    run = next(iter(runs.values()))
+    return len(runs) == 1 and "frozen" in (run.method, run.settings.get("method"))
 
 
 def _add(runs: dict[tuple[int, Order], _Run], source: Source, method: str, result: Mapping[str, Any]) -> None:

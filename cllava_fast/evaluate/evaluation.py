@@ -24,7 +24,7 @@ from cllava_fast.atomic import check_replaceable, is_empty, new_folder
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.data.lengths import warn_of_long_answers
 from cllava_fast.data.prepared import PreparedStream
-from cllava_fast.data.stream import Sample, Stream
+from cllava_fast.data.stream import Sample, Stream, fingerprint
 from cllava_fast.environment import environment
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import batches_of, predict, queries_of
@@ -307,6 +307,7 @@ def evaluate_stream(
     batch_size: int = 32,
     max_new_tokens: int = 16,
     image_feature_bytes: int = 2 << 30,
+    name: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -317,11 +318,12 @@ def evaluate_stream(
         model: a LLaVA, patched (with what it has learned) or plain.
         output_dir: receives ``predictions/<task>.jsonl`` and the report, from the main process; None writes nothing.
         split: ``"test"`` or ``"validation"``.
+        name: what the results call the model; None for its method's name, or ``"frozen"`` for a plain one.
         overwrite: replace an earlier evaluation in ``output_dir``.
 
     Returns:
-        The results as ``results.json`` holds them, with one method, ``"frozen"`` for a plain model. The scores are the
-        last row of its ``accuracy_matrix``, the only one that is measured.
+        The results as ``results.json`` holds them, with one method. The scores are the last row of its
+        ``accuracy_matrix``, the only one that is measured.
 
     Raises:
         ValueError: an empty split, an unknown metric or references that it cannot read, or a model that needs a
@@ -330,9 +332,9 @@ def evaluate_stream(
     """
     if split not in ("test", "validation"):
         raise ValueError(f"split is {split!r}; expected 'test' or 'validation'")
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+    for option, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
+            raise ValueError(f"{option} is {value}; expected at least 1")
     distributed.start()
     data = stream if isinstance(stream, PreparedStream) else PreparedStream(stream, processor, image_feature_bytes)
     check_tasks(data.stream, split)
@@ -342,16 +344,16 @@ def evaluate_stream(
     start = time.perf_counter()
     names = data.stream.task_names
     with distributed.failing_together():
-        for name in names:
-            examples = data.examples(name, split, model, with_features=False)
-            warn_of_long_answers(examples, max_new_tokens, f"task {name!r}, {split}")
+        for task in names:
+            examples = data.examples(task, split, model, with_features=False)
+            warn_of_long_answers(examples, max_new_tokens, f"task {task!r}, {split}")
         evaluations = evaluate_tasks(
             model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
         )
     matrix: list[list[float | None]] = [[None] * len(names) for _ in names[1:]]
     matrix.append([evaluation.score for evaluation in evaluations])
-    method_config = model.increments.config.to_dict() if hasattr(model, "increments") else {"method": "frozen"}
-    method = method_config["method"]
+    method_config = model.increments.config.to_dict() if hasattr(model, "increments") else {"method": name or "frozen"}
+    method = name or method_config["method"]
     measured = {
         "accuracy_matrix": matrix,
         **metrics.summarize(matrix),
@@ -361,8 +363,9 @@ def evaluate_stream(
         "seconds": time.perf_counter() - start,
     }
     config = {
-        "model": model.name_or_path or None, "split": split, "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
+        "model": model.name_or_path or None, "split": split,
+        "samples_sha256": {task.name: fingerprint(getattr(task, split)) for task in data.stream},
+        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
     }  # fmt: skip
     shown = {evaluation.task: evaluation.examples for evaluation in evaluations}
     results = results_of_run(data.stream, method, 0, measured, config, {}, shown)

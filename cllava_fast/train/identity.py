@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import chain
 from typing import Any
 
 from safetensors.torch import save
@@ -31,7 +30,8 @@ def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream)
         "arguments": arguments,
         "stream": {task.name: [len(task.train), len(getattr(task, args.eval_split))] for task in stream},
         "metrics": {task.name: task.metric for task in stream},
-        "stream_sha256": [fingerprint(chain(task.train, getattr(task, args.eval_split))) for task in stream],
+        # of each task what it learns and what it is measured on
+        "stream_sha256": [[fingerprint(task.train), fingerprint(getattr(task, args.eval_split))] for task in stream],
     }
 
 

@@ -410,6 +410,10 @@ class ContinualTrainer:
         config = {
             "model": self.model.name_or_path or None,
             "split": self.args.eval_split,
+            "samples_sha256": {
+                task: measured
+                for task, (_, measured) in zip(self.stream.task_names, self._identity["stream_sha256"], strict=True)
+            },
             "arguments": self.args.identity(),
             "method_configs": {method["method"]: method},
             **({} if self.args.eval_budget is None else {"evaluated": self._progress.get("evaluated", [])}),
