@@ -186,6 +186,13 @@ def test_help_of_train_names_every_field(capsys: pytest.CaptureFixture[str]) -> 
         for name, (entry, _) in typed_fields(cls).items():
             assert f"--{section}.{name} " in shown
             assert entry.metadata["help"], f"{section}.{name} has no help"
+    for default in (  # of each method
+        "(default: 8; 32 in sequential_lora, joint_lora, per_task_lora; 16 in moe_lora, branch_lora; 1 in smora)",
+        "(default: sentence; text+image in branch_lora)",
+        "(default: 8 in moe_lora; 64 in smora)",
+        "(default: false)",
+    ):
+        assert default in shown
 
 
 @pytest.mark.parametrize(

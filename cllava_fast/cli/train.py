@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for section, entries in sections.items():
         group = parser.add_argument_group(section)
         for name, (entry, kind) in entries.items():
-            _add_flag(group, f"{section}.{name}", entry, kind)
+            default = _defaults_of_methods(name) if section == "method" else _shown(config.default_of(entry))
+            _add_flag(group, f"{section}.{name}", entry, kind, default)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,13 +71,35 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_flag(group: Any, name: str, entry: Any, kind: Any) -> None:
-    from cllava_fast.config import default_of
+def _defaults_of_methods(name: str) -> str:
+    """A field's default in Continual LLaVA, then those of methods where it has another; of each, where that has none."""
+    from cllava_fast import config
 
-    default, words = default_of(entry), entry.metadata.get("help", "")
-    if default not in (None, MISSING, {}):
-        text = ", ".join(default) if isinstance(default, tuple) else str(default)
-        words = f"{words} (default: {text.lower() if isinstance(default, bool) else text})".strip()
+    methods: dict[str, list[str]] = {}
+    for method, (cls, _) in config.METHODS.items():
+        if name in cls.__dataclass_fields__:
+            default = _shown(config.default_of(cls.__dataclass_fields__[name]))
+            methods.setdefault(default, []).append(method)
+    own = config.IncrementConfig().method
+    usual = next((default for default, names in methods.items() if own in names), "")
+    others = [f"{default} in {', '.join(names)}" for default, names in methods.items() if own not in names]
+    return "; ".join(filter(None, [usual, *others]))
+
+
+def _shown(default: Any) -> str:
+    """A field's default, in words; empty where there is none to tell."""
+    if default in (None, MISSING, {}):
+        return ""
+    if isinstance(default, float):
+        return f"{default:.4g}"
+    text = ", ".join(default) if isinstance(default, tuple) else str(default)
+    return text.lower() if isinstance(default, bool) else text
+
+
+def _add_flag(group: Any, name: str, entry: Any, kind: Any, default: str) -> None:
+    words = entry.metadata.get("help", "")
+    if default:
+        words = f"{words} (default: {default})".strip()
     options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
     group.add_argument(f"--{name}", dest=name, metavar=_metavar(kind), help=words.replace("%", "%%"), **options)
 
