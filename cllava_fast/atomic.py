@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -49,7 +50,21 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def signed_json(values: Mapping[str, Any]) -> str:
     """JSON that carries its own checksum, for ``read_json``."""
-    return json.dumps({**values, CHECKSUM: checksum(values)}, indent=2) + "\n"
+    return readable_json({**values, CHECKSUM: checksum(values)}) + "\n"
+
+
+def readable_json(value: Any, *, allow_nan: bool = True, indent: str = "") -> str:
+    """JSON with an entry on each line, but a list of plain values on one: ``json.dumps`` is fast without ``indent``."""
+    dump = functools.partial(json.dumps, allow_nan=allow_nan)
+    inner = indent + "  "
+    within = functools.partial(readable_json, allow_nan=allow_nan, indent=inner)
+    if isinstance(value, dict) and value:
+        start, *lines, end = "{", *(f"{dump(str(key))}: {within(entry)}" for key, entry in value.items()), "}"
+    elif isinstance(value, list | tuple) and value and isinstance(value[0], dict | list | tuple):
+        start, *lines, end = "[", *map(within, value), "]"
+    else:
+        return dump(value)
+    return f"{start}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{end}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

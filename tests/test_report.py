@@ -335,8 +335,14 @@ def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monk
 def test_lists_of_numbers_stand_on_one_line(strange: dict) -> None:
     strange["note"] = "[\n  1,\n  2\n] [1,2]"
     text = results_json(strange)
-    assert json.loads(text) == strange and "[0.9, null, null]" in text and '"a": [],' in results_json({"a": [], "b": 1})
+    assert json.loads(text) == strange and "[0.9, null, null]" in text
     assert not re.search(r"\n *[\d.]+,?\n", text)
+    assert text == results_json(json.loads(text))
+    assert results_json({"a": [], "b": {}}) == '{\n  "a": [],\n  "b": {}\n}\n'
+    for value in ([1, {"a": [2]}], {1: {2.5: 3}}, [{}, 1, [[]]], {"ä\n": (1, "\u2028")}, "a", None):
+        assert json.loads(results_json(value)) == json.loads(json.dumps(value))
+    with pytest.raises(ValueError, match="Out of range"):
+        results_json({"a": [{"b": float("nan")}]})
 
 
 def test_the_largest_results_are_read_again() -> None:

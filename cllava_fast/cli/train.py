@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _defaults_of_methods(name: str) -> str:
-    """A field's default in Continual LLaVA, then those of methods where it has another; of each, where that has none."""
+    """A field's default in Continual LLaVA, if it has the field, then those of methods where it has another."""
     from cllava_fast import config
 
     methods: dict[str, list[str]] = {}

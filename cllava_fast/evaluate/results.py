@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cllava_fast.atomic import readable_json
 from cllava_fast.evaluate.selection import STUDY
 from cllava_fast.names import brief
 
@@ -21,10 +20,8 @@ Check = Callable[[Any], bool]
 
 
 def results_json(results: Mapping[str, Any]) -> str:
-    """The text of ``results.json``, numbers of one list on one line."""
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    # a text of JSON holds no line break, so none of it looks like such a list
-    return re.sub(r'\[\n[^][{}"]*\]', lambda numbers: re.sub(r"\n *", "", numbers[0]).replace(",", ", "), text)
+    """The text of ``results.json``."""
+    return readable_json(results, allow_nan=False) + "\n"
 
 
 def check_results(results: Any, where: str) -> None:
