@@ -169,6 +169,8 @@ def test_logs_that_go_nowhere(llava: Any, processor: Any, tmp_path: Path, monkey
         ("trainer_options", {"max_steps": 3}),
         ("trainer_options", {"output_dir": "elsewhere"}),
         ("trainer_options", {"per_device_eval_batch_size": 4}),
+        ("trainer_options", {"push_to_hub": True}),
+        ("trainer_options", {"do_train": True}),
         ("trainer_options", {"train_sampling_strategy": "group_by_length"}),
     ],  # fmt: skip
 )
