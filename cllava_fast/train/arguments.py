@@ -160,6 +160,8 @@ class ContinualArguments:
         for name, why in REFUSED.items():
             option, _, part = name.partition(".")
             value = options.get(option)
+            if part and isinstance(value, str):  # transformers would read JSON or a file
+                raise ValueError(f"trainer_options has {option} as a text; expected a mapping")
             if part:
                 value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
             if value and value != "no":
