@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cllava_fast import lowrank
+from cllava_fast.ops.checks import is_finite
 
 PER_TASK = ("mean_A", "mean_B", "context_error")  # buffers with one entry for each task
 PER_ROW = ("A", "B", "row_task", "row_mean")
@@ -254,7 +255,7 @@ class Pool(_Keeper):
         if keys is not None:
             if list(keys.shape) != wanted:
                 raise ValueError(f"keys is {list(keys.shape)}; expected {wanted}")
-            if not torch.isfinite(keys).all():
+            if not is_finite(keys):
                 raise ValueError("keys holds NaN or Inf; check the surrogate's embeddings")
             self.block_keys = nn.Parameter(keys.detach().to(device, torch.float32).clone())
         elif self.key_dim:
@@ -281,7 +282,7 @@ class Pool(_Keeper):
         self._check_name(name)
         if tuple(row_mean.shape) != (rows,):
             raise ValueError(f"row_mean is {list(row_mean.shape)}; expected [{rows}], one value for each row")
-        if not torch.isfinite(row_mean).all():
+        if not is_finite(row_mean):
             raise ValueError(f"task {name!r} has a row_mean of NaN or Inf; nothing was committed")
         self._check_finite(name)
         task = self.num_tasks
@@ -322,7 +323,7 @@ class Pool(_Keeper):
 
     def _check_finite(self, name: str) -> None:
         rounded = [block for factors in self.layers.values() for block in factors.as_committed()]
-        if not all(torch.isfinite(p).all() for p in (*self.parameters(), *rounded)):
+        if not all(is_finite(p) for p in (*self.parameters(), *rounded)):
             raise ValueError(f"task {name!r} left NaN or Inf in its increments; nothing was committed")
 
     def drop_block(self) -> None:
@@ -446,7 +447,7 @@ class Pool(_Keeper):
             got = state[name]
             if list(got.shape) != shape or got.dtype != dtype:
                 raise ValueError(f"{name} is {list(got.shape)} {got.dtype}; expected {shape} {dtype}")
-            if got.is_floating_point() and not torch.isfinite(got).all():
+            if got.is_floating_point() and not is_finite(got):
                 raise ValueError(f"{name} holds NaN or Inf")
         order = state["row_task"].tolist()
         without_rows = not rows and block_rows  # count_task

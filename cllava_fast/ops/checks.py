@@ -172,10 +172,18 @@ def within(name: str, tensor: Tensor, limit: int, limit_name: str) -> None:
         )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, without a mask of all: on a CPU that takes tens of times as long."""
+    if tensor.numel() == 0:
+        return True
+    least, most = torch.aminmax(tensor)  # NaN if there is one
+    return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
 def finite(name: str, tensor: Tensor) -> None:
     """No NaN and no infinity. Reads values."""
-    bad = ~torch.isfinite(tensor)
-    if bad.any():
+    if not is_finite(tensor):
+        bad = ~torch.isfinite(tensor)
         first = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
             f"{name}: expected finite values, got {int(bad.sum())} NaN or infinite of {tensor.numel()}, "
