@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from cllava_fast import distributed, ops
 from cllava_fast.methods.base import layers_of
 from cllava_fast.model import get_increments
 from cllava_fast.train.align import align_keys
+from cllava_fast.train.garbage import nothing_old_collected
 from cllava_fast.train.tune import check_engine, training_options
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -93,6 +96,44 @@ def test_base_and_committed_rows_stay_to_the_bit(llava: Any, processor: Any, tmp
             assert torch.equal(kept, tensor), name
     w = committed[-1]["context"]
     assert w[1, 0] != 0.25 and torch.count_nonzero(w.triu()) == 0, "w of a task is learned"
+
+
+def test_garbage_collection_leaves_out_what_was_there_before(llava: Any, processor: Any, tmp_path: Path) -> None:
+    class Watch(cf.ContinualCallback):
+        def __init__(self) -> None:
+            self.frozen, self.old, self.fails = [], weakref.ref(_Cycle()), False
+
+        def on_stage_begin(self, stage: str, **kwargs: Any) -> None:
+            self.frozen.append(gc.get_freeze_count())
+            assert self.old() is None, "garbage was frozen"
+            if self.fails:
+                raise RuntimeError("on purpose")
+
+    watch = Watch()
+    run = trainer(llava, processor, tmp_path / "run", tasks=1, max_steps=1, align_steps=1)
+    run.callbacks = [watch]
+    run.train()
+    assert min(watch.frozen) > 100_000 and gc.get_freeze_count() == 0
+    watch.fails = True
+    other = trainer(cf.unpatch(llava), processor, tmp_path / "other", tasks=1)
+    other.callbacks = [watch]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        other.train()
+    assert gc.get_freeze_count() == 0
+    with nothing_old_collected(), nothing_old_collected():
+        pass  # the inner one ends nothing
+    gc.freeze()
+    try:
+        with nothing_old_collected():
+            pass
+        assert gc.get_freeze_count() > 0, "the program's own stays"
+    finally:
+        gc.unfreeze()
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
 
 
 def test_the_tuning_optimizer_holds_the_block_alone(

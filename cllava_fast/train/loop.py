@@ -45,6 +45,7 @@ from cllava_fast.train.bad_numbers import check_queries
 from cllava_fast.train.callbacks import TaskEvents
 from cllava_fast.train.checkpoint import Checkpoints, TaskSaver
 from cllava_fast.train.committed import CommittedRows
+from cllava_fast.train.garbage import nothing_old_collected
 from cllava_fast.train.identity import base_identity, learned_before, run_identity
 from cllava_fast.train.lock import run_lock
 from cllava_fast.train.runfile import RunFile, find_run
@@ -260,7 +261,7 @@ class ContinualTrainer:
             SaveError: the disk is full or cannot be written; what was saved before is untouched.
             DamagedError: none of the run's saved increments can be read.
         """
-        with distributed.failing_together(), self.locked(), self._watch.catching():
+        with distributed.failing_together(), self.locked(), self._watch.catching(), nothing_old_collected():
             return self._train()
 
     def _train(self) -> ContinualResult:
