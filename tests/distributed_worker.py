@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -53,6 +54,11 @@ ROUTERS: dict[str, Any] = {
     "branch_lora": BranchLoraConfig(branches=4, rank=4, a_std=0.1, scale=4.0, targets=("self_attn.o_proj",)),
     "smora": SmoraConfig(experts=8, top_k=2, a_std=0.1, scale=4.0, dropout=0.0),
 }
+
+# without kept features, images go through the vision tower in every batch; its queries come from the base itself
+PIXELS: dict[str, Any] = {
+    "config": replace(CONFIG, surrogate="backbone"), "image_feature_bytes": 0, "num_train_epochs": 1,
+}  # fmt: skip
 
 
 def new_model(config: Any) -> tuple[Any, Any]:
@@ -165,6 +171,15 @@ def fsdp(version: str = "2") -> Iterator[None]:
         yield
 
 
+def sharded_again(model: Any, folder: Path) -> str:
+    """How a run on a base ends that FSDP has taken apart, patched anew."""
+    from cllava_fast.demo.tokenizer import build_processor
+
+    processor = build_processor()
+    cf.patch(cf.unpatch(model), CONFIG, processor=processor)
+    return message(lambda: cf.ContinualTrainer(model, processor, stream(), cf.ContinualArguments(str(folder))))
+
+
 def message(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -236,4 +251,12 @@ if __name__ == "__main__":
     with fsdp():
         model = learn(folder / "sharded", folder / f"sharded{rank}.json")
         assert distributed.is_sharded(model)
-    (folder / f"failures{rank}.json").write_text(json.dumps({"fsdp1": refused, "stopped": ended, **failures(folder)}))
+        again = sharded_again(model, folder / "again")
+        assert stopped(folder / "sharded_within", at=5)["saved"] == ["0001-tune-000005"]
+        learn(folder / "sharded_within", folder / f"sharded_within{rank}.json", resume=True)
+        model = learn(folder / "pixels", folder / f"pixels{rank}.json", **PIXELS)
+        if rank == 0:  # one process alone may ask, too
+            unseen, fresh = ["which shape is it?"], new_model(PIXELS["config"])[0]
+            assert torch.equal(*(get_increments(each).surrogate.encode(unseen) for each in (model, fresh)))
+    refused_or_ended = {"fsdp1": refused, "sharded again": again, "stopped": ended, **failures(folder)}
+    (folder / f"failures{rank}.json").write_text(json.dumps(refused_or_ended))

@@ -114,6 +114,15 @@ def test_bit_equal_until_a_task_is_learned_and_after_unpatch(name: str, generato
 
 
 @of_every_base
+def test_what_is_beside_the_language_model(name: str) -> None:
+    """Every parameter once: FSDP shards the language model and its head, and leaves the others whole."""
+    model = model_of(name)
+    parts = [paths.language_model(model), paths.output_head(model), *paths.beside_language_model(model)]
+    found = [id(parameter) for part in parts for parameter in part.parameters()]
+    assert sorted(found) == sorted(map(id, model.parameters()))
+
+
+@of_every_base
 def test_increments_are_dense_offsets(name: str, generator: torch.Generator) -> None:
     model, batch = patched(name, generator), batch_of(name, generator)
     got = logits(model, batch)

@@ -66,6 +66,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     distributed_worker.learn(folder / "run", folder / "rank0.json")
     for name, config in distributed_worker.ROUTERS.items():
         distributed_worker.learn(folder / name, folder / f"{name}0.json", config, num_train_epochs=1)
+    distributed_worker.learn(folder / "pixels", folder / "pixels0.json", **distributed_worker.PIXELS)
     return folder
 
 
@@ -87,8 +88,8 @@ def test_two_processes_learn_what_one_learns(one: Path, two: Path, report: str) 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", distributed_worker.ROUTERS)
-def test_routers_learn_what_they_learn_on_one(one: Path, two: Path, name: str, rank: int) -> None:
+@pytest.mark.parametrize("name", [*distributed_worker.ROUTERS, "pixels"])
+def test_routers_and_images_learn_what_they_learn_on_one(one: Path, two: Path, name: str, rank: int) -> None:
     (expected, state), (found, other) = read(one / f"{name}0.json"), read(two / f"{name}{rank}.json")
     assert found["selected"] == expected["selected"] and found["files"] == expected["files"]
     for task, losses in expected["losses"].items():
@@ -132,10 +133,11 @@ def test_a_signal_to_one_process_ends_both_behind_the_same_step(two: Path) -> No
         assert ended == {"code": 143, "steps": 3, "saved": ["0001-tune-000003"]}
 
 
-@pytest.mark.parametrize("name", ["stopped", "within"])  # behind an epoch, and within the second
-def test_a_stopped_run_goes_on_to_the_same_bits(two: Path, name: str) -> None:
+# behind an epoch, and within the second
+@pytest.mark.parametrize(("whole", "name"), [("rank", "stopped"), ("rank", "within"), ("sharded", "sharded_within")])
+def test_a_stopped_run_goes_on_to_the_same_bits(two: Path, whole: str, name: str) -> None:
     for rank in range(2):
-        (expected, state), (found, other) = read(two / f"rank{rank}.json"), read(two / f"{name}{rank}.json")
+        (expected, state), (found, other) = read(two / f"{whole}{rank}.json"), read(two / f"{name}{rank}.json")
         assert found["losses"] == expected["losses"] and found["accuracy_matrix"] == expected["accuracy_matrix"]
         assert all(torch.equal(tensor, other[key]) for key, tensor in state.items())
 
@@ -158,6 +160,9 @@ def test_a_failure_on_one_process_ends_both(two: Path) -> None:
                                            "every process needs the same")  # fmt: skip
     assert other["no shared disk"].replace("elsewhere", "within") == main["no shared disk"]
     assert main["arguments"] == other["arguments"] and "of process 1 is not that of" in main["arguments"]
+    assert main["sharded again"] == other["sharded again"] == (
+        "ValueError: FSDP has taken the base apart, and nobody can tell any more which it is; load it anew"
+    )  # fmt: skip
     assert "fsdp_version is 1; expected 2" in main["fsdp1"] and main["fsdp1"] == other["fsdp1"]
     assert (
         not (two / "other").exists() and not list((two / "refused").iterdir()) and not list((two / "broken").iterdir())

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
+from cllava_fast import distributed
 from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, new_folder
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
@@ -354,6 +355,8 @@ def base_fingerprint(model: Any) -> str:
     known = getattr(getattr(model, "increments", None), "base_fingerprint", None)
     if known is not None:
         return known
+    if distributed.is_sharded(model):
+        raise ValueError("FSDP has taken the base apart, and nobody can tell any more which it is; load it anew")
     for name, module in model.named_modules():
         # what accelerate has offloaded it brings back
         if any(p.is_meta for p in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):

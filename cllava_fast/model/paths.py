@@ -182,6 +182,16 @@ def language_model(model: nn.Module) -> nn.Module:
     return model.get_submodule(base_of(model).layers.rpartition(".")[0])
 
 
+def beside_language_model(model: Any) -> list[nn.Module]:
+    """Vision tower, projector and parameters that no part has, such as the end of a row of an image; nothing of a plain
+    language model."""
+    language = language_model(model)
+    if language is model.model:
+        return []
+    parts = [part for part in model.model.children() if part is not language]
+    return [*parts, nn.ParameterList(model.model.parameters(recurse=False))]
+
+
 def output_head(model: nn.Module) -> nn.Module:
     return model.get_output_embeddings()  # type: ignore[operator]
 

@@ -50,7 +50,7 @@ from cllava_fast.train.identity import base_identity, learned_before, run_identi
 from cllava_fast.train.lock import run_lock
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
-from cllava_fast.train.tune import Tuned, check_engine, tune
+from cllava_fast.train.tune import Tuned, check_engine, kept_whole, tune
 
 
 @dataclass
@@ -372,12 +372,9 @@ class ContinualTrainer:
         """Several processes each compute on the device that the launcher gave them."""
         if distributed.count() == 1 or self.increments.pool.row_task.device == distributed.device():
             return
-        if distributed.uses_fsdp():
-            # the language model need not fit on one device: it moves when it is sharded
-            parts = [part for name, part in self.model.model.named_children() if name != "language_model"]
-        else:
-            parts = [self.model]
-        for part in (*parts, self.increments):
+        # the language model need not fit on one device: it moves when it is sharded
+        parts = kept_whole(self.model) if distributed.uses_fsdp() else [self.model]
+        for part in parts:
             part.to(distributed.device())
 
     def _begin_files(self) -> None:

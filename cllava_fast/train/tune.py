@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -20,9 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
-from cllava_fast.model import get_increments
+from cllava_fast.model import get_increments, paths
 from cllava_fast.model.answers import IGNORE, answer_positions, next_labels
 from cllava_fast.model.liger import fused
+from cllava_fast.surrogate import BackboneSurrogate
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.bad_numbers import BadNumbers, NumberWatch, Samples
 from cllava_fast.train.checkpoint import GO_ON, STOP, TaskSaver
@@ -164,6 +165,14 @@ def check_engine(args: ContinualArguments, device: torch.device) -> None:
         raise ImportError(f"report_to: {error}") from error
 
 
+def kept_whole(model: Any) -> list[nn.Module]:
+    """What stays whole on every process under FSDP: increments, which are small and grow by every task, and what is
+    called outside of the model's ``forward``, when FSDP has not gathered it: what sees images, and a surrogate."""
+    increments = get_increments(model)
+    embeddings = [paths.input_embedding(model)] if isinstance(increments.surrogate, BackboneSurrogate) else []
+    return [increments, *paths.beside_language_model(model), *embeddings]
+
+
 class TaskTrainer(Trainer):
     """Transformers' ``Trainer`` for one task: the same samples in each step on any number of processes, and logs that
     name the task."""
@@ -270,10 +279,10 @@ class TaskTrainer(Trainer):
         return super()._wrap_model(model, *args, **kwargs)
 
     def _shard_base_alone(self, model: Any, plugin: Any) -> None:
-        """FSDP shards the frozen base, once; increments are small, grow by every task, and stay whole everywhere."""
-        plugin.ignored_modules = [get_increments(model)]
+        """FSDP shards the frozen language model, once."""
+        plugin.ignored_modules = kept_whole(model)
         if plugin.transformer_cls_names_to_wrap is None:
-            present = {type(module).__name__ for module in model.modules()}
+            present = {type(module).__name__ for module in paths.language_model(model).modules()}
             plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
         for parameter in model.parameters():
             if parameter.requires_grad:
