@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cllava_fast.pool import Pool
     from cllava_fast.train.arguments import ContinualArguments
     from cllava_fast.train.callbacks import ContinualCallback
+    from cllava_fast.train.learning import learning
     from cllava_fast.train.loop import ContinualResult, ContinualTrainer, PreparedStream
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate_stream",
     "export_peft",
     "from_pretrained",
+    "learning",
     "load_pretrained",
     "load_stream",
     "merge",
@@ -80,6 +82,7 @@ _HOMES = {
     "pool": ("Pool",),
     "train.arguments": ("ContinualArguments",),
     "train.callbacks": ("ContinualCallback",),
+    "train.learning": ("learning",),
     "train.loop": ("ContinualResult", "ContinualTrainer", "PreparedStream"),
 }
 

@@ -1,0 +1,120 @@
+"""A task in a training loop of one's own: ``cf.learning``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cllava_fast as cf
+from cllava_fast.data.encode import Collator
+from cllava_fast.data.prepared import PreparedStream
+from cllava_fast.methods import METHODS
+from cllava_fast.model import get_increments
+from tests.test_train import CONFIG, stream
+
+PAGE = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
+
+
+def batches(data: PreparedStream, task: str, model: Any, steps: int, size: int = 12) -> list[dict[str, torch.Tensor]]:
+    examples = data.examples(task, "train", model)
+    collate = Collator(data.encoder, None, training=True)
+    return [collate([examples[(step * size + i) % len(examples)] for i in range(size)]) for step in range(steps)]
+
+
+def instructions(data: PreparedStream, task: str) -> list[str]:
+    return [sample.instruction for t in data.stream if t.name == task for sample in t.train]
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in get_increments(model).pool.state().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_page_learns_tasks_and_forgets_none(llava: Any, processor: Any, tmp_path: Path) -> None:
+    model, data = cf.patch(llava, CONFIG, processor=processor), PreparedStream(stream(2), processor)
+    (code,) = re.findall(r"```python\n(with cf\.learning.*?)```", PAGE, re.DOTALL)
+    code = code.replace("lr=2e-5", "lr=1e-2")
+    for task in data.stream:
+        namespace = {
+            "cf": cf, "torch": torch, "model": model, "name": task.name, "folder": tmp_path / "mine",
+            "questions": instructions(data, task.name), "batches": batches(data, task.name, model, 80),
+        }  # fmt: skip
+        exec(code, namespace)
+        assert namespace["loss"].item() < 0.5 and not model.training
+    results = cf.evaluate_stream(model, processor, data, max_new_tokens=3, progress=False)
+    assert min(results["methods"]["continual_llava"]["accuracy_matrix"][-1]) > 0.6
+    assert results["methods"]["continual_llava"]["selection_accuracy"] > 0.9
+    before = state_of(model)
+    cf.load_pretrained(model, tmp_path / "mine")
+    assert same(before, state_of(model)) and get_increments(model).pool.task_names == ["task0", "task1"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, (_, policy) in METHODS.items() if not policy.uses_task))
+def test_every_method_learns_so_and_a_failure_leaves_what_was_learned(llava: Any, processor: Any, name: str) -> None:
+    config, policy = METHODS[name]
+    model = cf.patch(llava, config(), processor=processor)
+    data, pool = PreparedStream(stream(2), processor), get_increments(model).pool
+    queries: Any = instructions(data, "task0")
+    if getattr(get_increments(model).surrogate, "uses_image", False):
+        with pytest.raises(ValueError, match="looks at images, too; give queries"), cf.learning(model, "a", queries):
+            pass
+        queries = get_increments(model).surrogate.query(queries)
+
+    def learn(task: str, fails: bool = False) -> None:
+        with cf.learning(model, task, queries) as parameters:
+            optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+            for batch in batches(data, "task0", model, 2):
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if fails:
+                raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        learn("first", fails=True)
+    assert not pool.block_rows and not pool.task_names
+    learn("first")
+    before, tasks = state_of(model), list(pool.task_names)
+    if policy.joint:
+        return
+    with pytest.raises(RuntimeError, match="on purpose"):
+        learn("second", fails=True)
+    assert same(before, state_of(model)) and pool.task_names == tasks and not get_increments(model).is_within_a_task
+    learn("second")
+    assert not same(before, state_of(model))
+
+
+def test_what_is_refused_or_warned_of(llava: Any, processor: Any) -> None:
+    model = cf.patch(llava, CONFIG, processor=processor)
+    width = get_increments(model).pool.key_dim
+    for given, message in (
+        (None, "instructions is None; continual_llava selects by them"),
+        ("what?", "instructions is 'what\\?'"),
+        ([], r"instructions is \[\]"),
+        (torch.zeros(2, 3), rf"instructions is \[2, 3\]; expected queries \[n, {width}\]"),
+    ):
+        with pytest.raises(ValueError, match=message), cf.learning(model, "a", given):
+            pass
+    with pytest.warns(UserWarning, match="'a' has learned nothing: every B is 0") as caught:
+        with cf.learning(model, "a", ["what?"]):
+            with pytest.raises(RuntimeError, match="being learned already"), cf.learning(model, "b", ["what?"]):
+                pass
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match=r"'a' is learned already; .*\['a'\]"), cf.learning(model, "a", ["what?"]):
+        pass
+    with pytest.raises(RuntimeError, match="b: 1 tensors of committed rows have changed.*'keys'"):
+        with cf.learning(model, "b", ["why?"]) as parameters:
+            for parameter in parameters:
+                parameter.data += 1
+            get_increments(model).pool.keys += 1
+    assert get_increments(model).pool.task_names == ["a"]
+    told = cf.patch(cf.unpatch(model), METHODS["per_task_lora"][0](), processor=processor)
+    with pytest.raises(ValueError, match="per_task_lora is told the task"), cf.learning(told, "a"):
+        pass
