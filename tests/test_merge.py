@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import cllava_fast as cf
+from cllava_fast.methods.per_task_lora import PerTaskLoraConfig
 from cllava_fast.model import get_increments, paths
 from tests.helpers import QUESTIONS, inputs, learn
 
@@ -162,6 +163,20 @@ def test_an_instruction_alone_says_no_selection_where_images_count(
     assert not (tmp_path / "lora").exists() and not get_increments(llava).pristine
     cf.merge(llava, query=get_increments(llava).pool.keys[0])
     cf.merge(llava, task="task0")
+
+
+def test_a_refused_merge_leaves_the_one_before(
+    llava: Any, processor: Any, generator: torch.Generator, tmp_path: Path
+) -> None:
+    cf.patch(llava, PerTaskLoraConfig(rank=4, a_std=0.1), processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    cf.merge(llava, task="task1")
+    merged = weights(llava)
+    for act in (cf.merge, partial(cf.export_peft, path=tmp_path / "lora")):
+        with pytest.raises(ValueError, match="no row acts on this query"):
+            act(llava, query=torch.tensor([7.0]))
+    assert all(torch.equal(weight, merged[path]) for path, weight in weights(llava).items())
+    assert set(get_increments(llava).pristine) == set(merged) and not (tmp_path / "lora").exists()
 
 
 def test_a_merge_that_fails_midway_changes_nothing(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:

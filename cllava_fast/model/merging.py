@@ -126,6 +126,8 @@ def choose_one(
     selection = _select(model, increments, instruction, task, query)
     if selection is None:
         raise ValueError("nothing has been learned yet")
+    with torch.no_grad():
+        acting_rows(selection, next(iter(pool.layers.values())))  # raises before anything is changed
     return selection
 
 
