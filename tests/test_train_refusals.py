@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 import cllava_fast as cf
 from cllava_fast.data import chat_template
 from cllava_fast.model import get_increments
+from tests.helpers import learn
 from tests.test_train import CONFIG, arguments, stream, trainer
 
 
@@ -113,6 +114,15 @@ def test_a_model_that_has_learned_already(llava: Any, processor: Any, tmp_path: 
     trainer(llava, processor, tmp_path / "joint", config=cf.JointLoraConfig(rank=2)).train()
     with pytest.raises(ValueError, match="joint_lora learns all tasks at once"):
         trainer(llava, processor, tmp_path / "other", config=cf.JointLoraConfig(rank=2))
+
+
+def test_a_model_with_a_merged_selection(llava: Any, processor: Any, tmp_path: Path) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, torch.Generator().manual_seed(0))
+    cf.merge(llava, task="task0")
+    with pytest.raises(ValueError, match=r"a selection is merged .*cllava_fast.unmerge\(model\) first"):
+        cf.ContinualTrainer(llava, processor, cf.Stream(list(stream(2))[1:]), arguments(tmp_path / "run"))
+    assert get_increments(llava).pristine and not (tmp_path / "run").exists()
 
 
 def test_what_is_of_another_kind(llava: Any, processor: Any, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from cllava_fast.evaluate.results import results_json
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
 from cllava_fast.model.liger import kernels_for
+from cllava_fast.model.patching import check_not_merged
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.bad_numbers import check_queries
@@ -152,6 +153,7 @@ class ContinualTrainer:
 
     def _check(self) -> str:
         """What ``run.json`` says before the first task, as JSON."""
+        check_not_merged(self.increments)
         self._check_learned()
         self._check_processor()
         self._warn_of_another_end()
