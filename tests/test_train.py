@@ -252,9 +252,16 @@ def test_joint_and_sequential_lora(new_llava: Callable, processor: Any, tmp_path
     ],
 )
 def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Path) -> None:
-    trainer(llava, processor, tmp_path / "run", **option).train()
+    run = trainer(llava, processor, tmp_path / "run", **option)
+    known, embedding = [set(vars(module)) for module in llava.modules()], llava.get_input_embeddings()
+    run.train()
     # nothing of the engine stays on the model
     assert not hasattr(llava.config, "use_cache") and llava.config.text_config.use_cache
+    added = set().union(*(set(vars(m)) - before for m, before in zip(llava.modules(), known, strict=True)))
+    assert (
+        not any("checkpointing" in name or "require_grads" in name for name in added) and not embedding._forward_hooks
+    )
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in llava.modules())
     cf.unpatch(llava)
 
 

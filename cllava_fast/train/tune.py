@@ -68,7 +68,13 @@ def tune(
     increments = get_increments(model)
     increments.pool.train_keys(False)
     options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
-    with _quiet("transformers.trainer"), _keeps_forward(model), _counts_as_adapted(model), _keeps_cache(model):
+    with (
+        _quiet("transformers.trainer"),
+        _keeps_forward(model),
+        _counts_as_adapted(model),
+        _keeps_cache(model),
+        _keeps_activations(model),
+    ):
         trainer = TaskTrainer(
             title,
             NumberWatch(f"{title}: tune", args.on_bad_numbers, args.logging_steps),
@@ -496,6 +502,25 @@ def _keeps_cache(model: Any) -> Iterator[None]:
     finally:
         values.pop("use_cache", None)
         values.update(before)
+
+
+@contextmanager
+def _keeps_activations(model: Any) -> Iterator[None]:
+    """The Trainer turns activation checkpointing on for good, with another hook on each embedding in every task."""
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
+    before = [(vars(module), {name: vars(module)[name] for name in names if name in vars(module)})
+              for module in model.modules()]  # fmt: skip
+    hooks = vars(model).get("_require_grads_hooks")
+    try:
+        yield
+    finally:
+        present = vars(model).get("_require_grads_hooks")
+        for hook in present if present is not None and present is not hooks else []:
+            hook.remove()
+        for values, known in before:
+            for name in names:
+                values.pop(name, None)
+            values.update(known)
 
 
 @contextmanager
