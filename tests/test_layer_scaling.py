@@ -136,6 +136,18 @@ def test_files_hold_the_scaled_rows(
     assert torch.equal(logits(again, batch), logits(learned, batch))
 
 
+@pytest.mark.parametrize("method", ["o_lora", "meteora"])
+def test_the_first_task_of_a_method_without_queries_is_a_task(
+    method: str, llava: Any, processor: Any, rng: torch.Generator
+) -> None:
+    cf.patch(llava, EVERY[method], processor=processor)
+    learn(llava, 1, rng, commit_last=False)
+    with pytest.raises(ValueError, match="a task is being learned"):
+        cf.scale_layers(llava, alpha=1.0, beta=0.0)
+    get_increments(llava).close_task("task0", None)
+    cf.scale_layers(llava, alpha=1.0, beta=0.0)
+
+
 def test_refusals(llava: Any, processor: Any, rng: torch.Generator) -> None:
     with pytest.raises(ValueError, match="not patched"):
         cf.scale_layers(llava, alpha=1.0, beta=0.0)

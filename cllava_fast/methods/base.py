@@ -238,6 +238,7 @@ class Method(ABC):
     config: MethodConfig
     aligns_keys: ClassVar[bool] = False
     joint: ClassVar[bool] = False  # trained once on all tasks together
+    keeps_block: ClassVar[bool] = False  # no task is counted: the block that one leaves open is what was learned
     uses_query: ClassVar[bool] = True
     uses_task: ClassVar[bool] = False  # the query is the task's number, [B, 1]: an oracle
     routes: ClassVar[bool] = False  # ``route`` looks at activations, so no one selection can be merged or exported

@@ -55,6 +55,7 @@ class SequentialLora(Method):
     """Every task goes on training the same row."""
 
     uses_query = False
+    keeps_block = True
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         if not pool.block_rows:

@@ -160,7 +160,7 @@ class Increments(nn.Module):
     def is_within_a_task(self) -> bool:
         """Whether a part of a task is learned. Rows that all tasks share stay open behind a task, too."""
         pool = self.pool
-        stays_open = not pool.num_rows and (pool.num_tasks > 0 or not self.method.uses_query)
+        stays_open = not pool.num_rows and (pool.num_tasks > 0 or self.method.keeps_block)
         return pool.block_rows > 0 and not stays_open
 
     @property
