@@ -11,6 +11,7 @@ All are frozen, and all embeddings are L2-normalised, float32 and cached by text
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -23,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -59,8 +61,12 @@ class Surrogate(ABC):
     def __init__(self) -> None:
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __deepcopy__(self, memo: object) -> Surrogate:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Surrogate:
         return self  # frozen: copies of a model share it
+
+    def follow_model(self) -> None:
+        """The frozen model may have been cast, and what is read of it is now another."""
+        return None
 
     @abstractmethod
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
@@ -164,14 +170,26 @@ class BackboneSurrogate(Surrogate):
         tokenize: text to token ids, or None where there is no tokenizer; then only ``from_ids`` works.
     """
 
+    _dtype: torch.dtype | None = None  # of what the fingerprint was taken of
+
     def __init__(self, embedding: nn.Embedding, tokenize: Callable[[str], list[int]] | None) -> None:
         super().__init__()
         self.name = "backbone"
         self.dim = embedding.embedding_dim
         self._embedding = embedding
         self._tokenize = tokenize
-        # without a tokenizer, the query is another: the mean over the whole prompt
-        self.fingerprint = fingerprint(embedding) + ("" if tokenize else "/prompt")
+        self.follow_model()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BackboneSurrogate:
+        # a copied model may be cast alone
+        return BackboneSurrogate(copy.deepcopy(self._embedding, memo), copy.deepcopy(self._tokenize, memo))
+
+    def follow_model(self) -> None:
+        if self._dtype != self._embedding.weight.dtype:
+            self._dtype = self._embedding.weight.dtype
+            self._cache.clear()
+            # without a tokenizer, the query is another: the mean over the whole prompt
+            self.fingerprint = fingerprint(self._embedding) + ("" if self._tokenize else "/prompt")
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         if self._tokenize is None:
@@ -197,15 +215,26 @@ class TextImageSurrogate(Surrogate):
 
     uses_image = True
     groups = 2
+    _dtype: torch.dtype | None = None  # of what the fingerprint was taken of
 
-    def __init__(self, text: Surrogate, image_dim: int, image_fingerprint: str) -> None:
+    def __init__(self, text: Surrogate, image_dim: int, tower: nn.Module) -> None:
         super().__init__()
         self.name = "text+image"
-        self._text = text
+        self._text, self._tower = text, tower
         self._width = max(text.dim, image_dim)
         self.image_dim = image_dim
         self.dim = 2 * self._width
-        self.fingerprint = hashlib.sha256((text.fingerprint + image_fingerprint).encode()).hexdigest()
+        self.follow_model()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextImageSurrogate:
+        return TextImageSurrogate(self._text, self.image_dim, copy.deepcopy(self._tower, memo))
+
+    def follow_model(self) -> None:
+        dtype = next(self._tower.parameters()).dtype
+        if self._dtype != dtype:
+            self._dtype = dtype
+            both = self._text.fingerprint + fingerprint(self._tower)
+            self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         return self._text._encode(texts, batch_size)

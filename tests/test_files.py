@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -112,6 +113,30 @@ def test_backbone_queries_with_and_without_a_processor_differ(
     with pytest.raises(ValueError, match="another surrogate"):
         cf.load_pretrained(new_llava(), tmp_path / "out")
     cf.load_pretrained(new_llava(), tmp_path / "out", processor=processor)
+
+
+@pytest.mark.parametrize("surrogate", ["sentence", "backbone", "text+image"])
+def test_a_model_that_was_cast_is_saved_as_it_is_now(
+    surrogate: str, llava: Any, new_llava: Callable, processor: Any, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """What a surrogate reads of the base is cast with it."""
+    model = cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate=surrogate), processor=processor)
+    learn(model, 2, generator, b_std=0.1)
+    twin = copy.deepcopy(model)
+    before = cf.save_pretrained(twin, tmp_path / "before")
+    cf.save_pretrained(model.to(torch.bfloat16), tmp_path / "out")
+    again = cf.load_pretrained(new_llava().to(torch.bfloat16), tmp_path / "out", processor=processor)
+    batch = inputs(processor, QUESTIONS, generator)
+    exact = batch["pixel_values"]
+    with torch.no_grad():
+        batch["pixel_values"] = exact.to(torch.bfloat16)
+        assert torch.equal(model(**batch).logits, again(**batch).logits)
+        # the copy stays as it was
+        batch["pixel_values"] = exact
+        same = cf.load_pretrained(new_llava(), before, processor=processor)
+        assert torch.equal(twin(**batch).logits, same(**batch).logits)
+    cf.save_pretrained(twin, before)
+    cf.load_pretrained(new_llava(), before, processor=processor)
 
 
 def test_a_failing_write_leaves_the_last_good_state(

@@ -373,7 +373,7 @@ def test_backbone_is_the_mean_token_embedding() -> None:
 def test_text_and_image_similarity_is_the_mean_of_both_cosines(sentence: SentenceSurrogate) -> None:
     from cllava_fast import ops
 
-    both = TextImageSurrogate(sentence, image_dim=100, image_fingerprint="f")
+    both = TextImageSurrogate(sentence, image_dim=100, tower=torch.nn.Linear(1, 1))
     image = torch.randn(2, 100)
     query = both.query(["a dog", "a cat"], image)
     assert query.shape == (2, 768) and both.dim == 768

@@ -20,7 +20,7 @@ from cllava_fast.ops import checks
 from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
 from cllava_fast.ops.inject.native import decode
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
-from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, fingerprint, sentence_surrogate
+from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, sentence_surrogate
 
 
 class Request(NamedTuple):
@@ -154,7 +154,13 @@ class Increments(nn.Module):
                 f'surrogate "text+image" looks at images, and a {type(model).__name__} has no vision tower; '
                 'use "sentence" or "backbone"'
             )
-        return TextImageSurrogate(sentence_surrogate("sentence", device), paths.vision_width(model), fingerprint(tower))
+        return TextImageSurrogate(sentence_surrogate("sentence", device), paths.vision_width(model), tower)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Increments:
+        super()._apply(fn, recurse)
+        if self.surrogate is not None:  # of the model's children, increments come last: the base has been cast
+            self.surrogate.follow_model()
+        return self
 
     @property
     def is_within_a_task(self) -> bool:
