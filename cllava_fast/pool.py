@@ -224,7 +224,7 @@ class Pool(_Keeper):
 
     @property
     def num_tasks(self) -> int:
-        """Committed tasks, T."""
+        """Committed tasks, T, also those that ``count_task`` named; 0 where a method commits none (sequential LoRA)."""
         return self.context.shape[0]
 
     @property
@@ -395,7 +395,7 @@ class Pool(_Keeper):
         Raises:
             ValueError: missing or unexpected names, a tensor of a wrong shape or dtype, NaN or Inf.
         """
-        self._check_state(state, len(task_names))
+        self.check_state(state, len(task_names))
         self.loads += 1
         self.drop_block()
         for name in {name for name, _ in self.named_buffers()} - set(state):  # what a method kept of other rows
@@ -408,7 +408,8 @@ class Pool(_Keeper):
         self.task_names = list(task_names)
         self.last_block_start = order.index(len(task_names) - 1) if order and not self.shared_rows else 0
 
-    def _check_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
+    def check_state(self, state: Mapping[str, Tensor], tasks: int) -> None:
+        """Raises ValueError for a state of ``tasks`` tasks that ``load_state`` would refuse."""
         rows = len(state["row_task"]) if "row_task" in state else 0
         block_rows = _block_rows(state)
         expected: OwnTensors = {

@@ -21,6 +21,7 @@ import cllava_fast as cf
 from cllava_fast import atomic
 from cllava_fast.model import files
 from tests.helpers import QUESTIONS, inputs, learn
+from tests.test_train import stream
 
 
 @pytest.fixture
@@ -137,6 +138,37 @@ def test_a_model_that_was_cast_is_saved_as_it_is_now(
         assert torch.equal(twin(**batch).logits, same(**batch).logits)
     cf.save_pretrained(twin, before)
     cf.load_pretrained(new_llava(), before, processor=processor)
+
+
+def test_what_could_not_be_read_again_is_not_saved(learned: Any, tmp_path: Path) -> None:
+    pool, before = learned.increments.pool, cf.save_pretrained(learned, tmp_path / "out")
+    saved = {path.name: path.read_bytes() for path in before.iterdir()}
+    whole = pool.row_mean.clone()
+    pool.row_mean[0] = float("nan")
+    with pytest.raises(
+        ValueError, match="continual_llava has learned could not be read again: row_mean holds NaN"
+    ):
+        cf.save_pretrained(learned, before)
+    pool.row_mean = whole
+    pool.keep("fisher", torch.zeros(2))  # which no method of this pool names
+    with pytest.raises(
+        ValueError, match=r"not be read again: .* 1 are unexpected \['fisher'\].*own_tensors names"
+    ):
+        cf.save_pretrained(learned, before)
+    del pool.fisher
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == saved
+    cf.save_pretrained(learned, before)
+
+
+def test_half_a_task_is_neither_saved_nor_measured(
+    llava: Any, processor: Any, tmp_path: Path, generator: torch.Generator
+) -> None:
+    learn(cf.patch(llava, cf.IncrementConfig(), processor=processor), 2, generator, commit_last=False)
+    with pytest.raises(ValueError, match="a task is being learned; save before it begins"):
+        cf.save_pretrained(llava, tmp_path / "out")
+    with pytest.raises(ValueError, match="a task is being learned, .*; evaluate once it is committed"):
+        cf.evaluate_stream(llava, processor, stream(1), progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failing_write_leaves_the_last_good_state(

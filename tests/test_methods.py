@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from cllava_fast.methods import (
     Selection,
     config_from_dict,
     make_method,
+    register,
 )
 from cllava_fast.methods.continual_llava import mean_weight, sample_keys
 from cllava_fast.pool import LinearShape, Pool
@@ -201,6 +205,31 @@ def test_configs_round_trip(config: IncrementConfig) -> None:
 def test_a_foreign_config_is_refused() -> None:
     with pytest.raises(TypeError, match="config is a dict; expected one of"):
         make_method({})
+
+
+def test_what_is_registered_has_a_name_of_its_own() -> None:
+    @dataclass(frozen=True)
+    class Nameless(LoraConfig):
+        pass
+
+    class Plain(LoraConfig):
+        method: ClassVar[str] = "plain"
+        title: ClassVar[str] = "Plain"
+
+    @dataclass(frozen=True)
+    class Taken(LoraConfig):
+        method: ClassVar[str] = "sequential_lora"
+        title: ClassVar[str] = "Another"
+
+    before = dict(METHODS)
+    for config in (Nameless, Plain):
+        with pytest.raises(TypeError, match=f"{config.__name__} is not what a method needs: expected a @dataclass"):
+            register(config)
+    with pytest.raises(ValueError, match="Taken has method 'sequential_lora', which is LoraConfig's; give it another"):
+        register(Taken)
+    assert METHODS == before
+    register(LoraConfig)(METHODS["sequential_lora"][1])  # a cell of a notebook that runs again
+    assert METHODS == before
 
 
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if name not in ("continual_llava", "slm", "diki")))

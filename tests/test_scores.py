@@ -246,6 +246,12 @@ def test_what_every_metric_refuses(name: str) -> None:
         metric(["a"], ["abc"])
 
 
+@pytest.mark.parametrize("score", [200.0, -0.1, float("nan")])
+def test_a_score_beyond_its_range_is_refused(score: float) -> None:
+    with pytest.raises(ValueError, match=f"mine: the score of predictions.0. is {score}; expected one in 0..1"):
+        scores.Metric(lambda prediction, accepted: score, "mine")(["a"], [["b"]])
+
+
 def test_references_that_a_metric_cannot_read_are_refused() -> None:
     with pytest.raises(ValueError, match="reference 'a cat' names no option"):
         scores.option_letter("A", ["a cat"])

@@ -327,7 +327,7 @@ def evaluate_stream(
 
     Raises:
         ValueError: an empty split, an unknown metric or references that it cannot read, or a model that needs a
-            processor and was patched without one.
+            processor and was patched without one, or is learning a task.
         FileExistsError: ``output_dir`` holds something else than an evaluation, or one and ``overwrite`` is off.
     """
     if split not in ("test", "validation"):
@@ -335,6 +335,8 @@ def evaluate_stream(
     for option, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{option} is {value}; expected at least 1")
+    if hasattr(model, "increments") and model.increments.is_within_a_task:
+        raise ValueError("a task is being learned, whose rows do not act in evaluation; evaluate once it is committed")
     distributed.start()
     data = stream if isinstance(stream, PreparedStream) else PreparedStream(stream, processor, image_feature_bytes)
     check_tasks(data.stream, split)

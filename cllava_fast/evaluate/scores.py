@@ -278,8 +278,8 @@ class Metric(NamedTuple):
         """One score in 0..1 for each prediction.
 
         Raises:
-            ValueError: unequal numbers of predictions and references, a prediction without references, or references
-                that the metric cannot read.
+            ValueError: unequal numbers of predictions and references, a prediction without references, references
+                that the metric cannot read, or a score beyond 0..1.
         """
         if len(predictions) != len(references):
             raise ValueError(
@@ -288,7 +288,13 @@ class Metric(NamedTuple):
         for position, accepted in enumerate(references):
             if isinstance(accepted, str) or not accepted:
                 raise ValueError(f"references[{position}] is {accepted!r}; expected a list of at least one text")
-        return [self.score(prediction, accepted) for prediction, accepted in zip(predictions, references, strict=True)]
+        scores = [
+            self.score(prediction, accepted) for prediction, accepted in zip(predictions, references, strict=True)
+        ]
+        for position, score in enumerate(scores):
+            if not 0 <= score <= 1:
+                raise ValueError(f"{self.title}: the score of predictions[{position}] is {score}; expected one in 0..1")
+        return scores
 
 
 SCORES = {

@@ -292,7 +292,8 @@ class Method(ABC):
         return None
 
     def end_step(self, pool: Pool) -> None:
-        """Called once a step of tuning, on every process, behind the backward pass of its last batch."""
+        """Called once a step of tuning, on every process, behind the backward pass of its last batch. Gradients are not
+        clipped yet, and scaled with fp16; in a step that is skipped (``on_bad_numbers``) they are None, NaN or Inf."""
         return None
 
     def task_mean(self, pool: Pool, task: int) -> Selection:
@@ -314,7 +315,21 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {}  # config and policy by the
 
 
 def register(config: type[Any]) -> Callable[[type[Policy]], type[Policy]]:
-    """Makes a policy known under the name that its config bears: ``@register(LoraConfig) class ...(Method)``."""
+    """Makes a policy known under the name that its config bears: ``@register(LoraConfig) class ...(Method)``.
+
+    Raises:
+        TypeError: the config says no ``method`` or ``title`` of its own, or is no frozen dataclass itself.
+        ValueError: another method has its name.
+    """
+    own = vars(config)
+    if not {"method", "title", "__dataclass_params__"} <= set(own) or not own["__dataclass_params__"].frozen:
+        raise TypeError(
+            f"{config.__name__} is not what a method needs: expected a @dataclass(frozen=True) with a method and a "
+            "title of its own, both ClassVar[str]"
+        )
+    if config.method in METHODS and METHODS[config.method][0].__qualname__ != config.__qualname__:
+        taken = METHODS[config.method][0].__name__
+        raise ValueError(f"{config.__name__} has method {config.method!r}, which is {taken}'s; give it another name")
 
     def enter(policy: type[Policy]) -> type[Policy]:
         METHODS[config.method] = config, policy

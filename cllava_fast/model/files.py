@@ -69,12 +69,15 @@ def save_pretrained(
             a folder of this machine is not named.
 
     Raises:
-        ValueError: the model is not patched, a selection is merged, or the base is offloaded.
+        ValueError: the model is not patched, a selection is merged, a task is being learned, the base is offloaded, or
+            what was learned could not be read again (NaN, say).
         FileExistsError: ``path`` holds something else.
         ValueError: ``path`` holds an adapter that this library did not save.
     """
     increments = get_increments(model)
     check_not_merged(increments)
+    if increments.is_within_a_task:
+        raise ValueError("a task is being learned; save before it begins, or once it is committed")
     surrogate = increments.surrogate.fingerprint if increments.surrogate else None
     return write_increments(model, increments.pool, increments.config, surrogate, Path(path), base_model, repo_id)
 
@@ -99,7 +102,14 @@ def write_increments(
         base_model = base_name(model)
         if repo_id is not None and not is_repo_id(base_model):
             base_model = None
-    weights = save({f"pool.{name}": tensor for name, tensor in pool.state().items()}, metadata={"format": "pt"})
+    state = pool.state()
+    try:
+        pool.check_state(state, pool.num_tasks)
+    except ValueError as error:
+        raise ValueError(
+            f"what {config.method} has learned could not be read again: {error} (own_tensors names what it keeps)"
+        ) from error
+    weights = save({f"pool.{name}": tensor for name, tensor in state.items()}, metadata={"format": "pt"})
     values = {
         "format": FORMAT,
         "config": config.to_dict(),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cllava_fast.model import get_increments
+from cllava_fast.model.patching import check_not_merged
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.committed import CommittedRows
@@ -36,11 +37,12 @@ def learning(
 
     Raises:
         ValueError: instructions are missing, not what the method takes, or of a method that is told the task; the name
-            is taken.
+            is taken; a selection is merged.
         RuntimeError: a task is being learned already, or rows of an earlier task were changed.
     """
     increments = get_increments(model)
     pool, method = increments.pool, increments.method
+    check_not_merged(increments)
     if increments.is_within_a_task:
         raise RuntimeError("a task is being learned already; learn one after another")
     if task in pool.task_names:
