@@ -71,6 +71,9 @@ def is_rival(name, module, ways):
 
 
 def pytest_collection_modifyitems(config, items):
+    unknown = {item.module.OP for item in items if hasattr(item.module, "OP")} - set(SUBJECTS)
+    if unknown:
+        raise pytest.UsageError(f"{sorted(unknown)} is the OP of a benchmark; enter it in SUBJECTS of {__file__}")
     order = list(dict.fromkeys((*config.getoption("--first"), *SUBJECTS)))
     items.sort(key=lambda item: order.index(getattr(item.module, "OP", order[0])))
 

@@ -145,15 +145,11 @@ def test_what_could_not_be_read_again_is_not_saved(learned: Any, tmp_path: Path)
     saved = {path.name: path.read_bytes() for path in before.iterdir()}
     whole = pool.row_mean.clone()
     pool.row_mean[0] = float("nan")
-    with pytest.raises(
-        ValueError, match="continual_llava has learned could not be read again: row_mean holds NaN"
-    ):
+    with pytest.raises(ValueError, match="continual_llava has learned could not be read again: row_mean holds NaN"):
         cf.save_pretrained(learned, before)
     pool.row_mean = whole
     pool.keep("fisher", torch.zeros(2))  # which no method of this pool names
-    with pytest.raises(
-        ValueError, match=r"not be read again: .* 1 are unexpected \['fisher'\].*own_tensors names"
-    ):
+    with pytest.raises(ValueError, match=r"not be read again: .* 1 are unexpected \['fisher'\].*own_tensors names"):
         cf.save_pretrained(learned, before)
     del pool.fisher
     assert {path.name: path.read_bytes() for path in before.iterdir()} == saved

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -205,6 +207,11 @@ def test_configs_round_trip(config: IncrementConfig) -> None:
 def test_a_foreign_config_is_refused() -> None:
     with pytest.raises(TypeError, match="config is a dict; expected one of"):
         make_method({})
+
+
+def test_every_method_has_its_row_in_the_documentation() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) >= set(METHODS)
 
 
 def test_what_is_registered_has_a_name_of_its_own() -> None:

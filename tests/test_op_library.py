@@ -21,6 +21,7 @@ from cllava_fast.ops import dispatch, library
 from cllava_fast.ops.aggregate import cases as aggregate_cases
 from cllava_fast.ops.inject import autograd as inject_autograd
 from cllava_fast.ops.inject import cases as inject_cases
+from cllava_fast.ops.merge import cases as merge_cases
 from cllava_fast.ops.select import cases as select_cases
 from cllava_fast.ops.select_aggregate import cases as select_aggregate_cases
 from tests.helpers import learn
@@ -77,6 +78,13 @@ def samples(rng, device, routers=True):
         frozen = flat_acting(one.detach(), B.detach(), index, strengths.detach(), 0.5, past, whole)
         lows = ones(2, 3, len(one) * 8 + (len(one) > 1) * 3 * 8), nothing if len(one) > 1 else ones(2, 3, 3 * 8)
         yield LIBRARY.inject_backward, (y, x.detach(), weight, *frozen, *lows, [True] * 5)
+
+
+def test_opcheck_sees_every_op(rng):
+    merge = LIBRARY.merge, (*merge_cases.make(merge_cases.CASES[1], torch.float32, rng), 0.5)
+    opcheck(merge[0].default, merge[1])  # which no backend but the reference has
+    seen = {op.default for op, _ in (*samples(rng, "cpu"), merge)}
+    assert seen == set(library._kernels)
 
 
 @everywhere

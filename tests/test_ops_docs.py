@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cllava_fast import ops
+from tests.test_ops import OPS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "ops.md").read_text(encoding="utf-8")
 
@@ -22,3 +23,7 @@ def test_the_code_runs(rng: torch.Generator) -> None:
 def test_every_op_is_told() -> None:
     told = set(re.findall(r"^\| `(\w+)\(", PAGE, re.MULTILINE))
     assert told == set(ops.__all__) - {"BackendError", "Past", "backend", "dispatch"}
+
+
+def test_every_op_is_held_to_float64() -> None:
+    assert set(OPS) == set(re.findall(r"^\| `(\w+)\(", PAGE, re.MULTILINE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 EXAMPLE = "example: cllava-fast env"
+NOT_REGISTERED = "not registered"  # how dispatch begins to say so
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +25,12 @@ def run(arguments: argparse.Namespace) -> int:
         versions.add_row(name, "none" if value is None else str(value))
     console.print(versions)
     ops: dict[tuple[str, bool, str], list[str]] = {}
-    for row in dispatch.table():
-        reason = "not in this installation" if row.reason.startswith("not registered") else row.reason
+    rows = dispatch.table()
+    installed = {row.backend for row in rows if not row.reason.startswith(NOT_REGISTERED)}
+    for row in rows:
+        reason = row.reason
+        if reason.startswith(NOT_REGISTERED):
+            reason = "has no such kernel" if row.backend in installed else "not in this installation"
         ops.setdefault((row.backend, row.available, reason), []).append(row.op)
     backends = Table("backend", "runs here", "why", "ops", title="backends, the first that can run a call does")
     for name in dispatch.ORDER:

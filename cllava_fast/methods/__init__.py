@@ -29,7 +29,9 @@ def config_from_dict(values: dict[str, Any]) -> MethodConfig:
     fields = dict(values)
     name = fields.pop("method", None)
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method is {name!r}; expected one of {sorted(METHODS)}")
+        raise ValueError(
+            f"method is {name!r}; expected one of {sorted(METHODS)}, or import the module that registers it"
+        )
     config_class = METHODS[name][0]
     unknown = set(fields) - set(config_class.__dataclass_fields__)
     if unknown:

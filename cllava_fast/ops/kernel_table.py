@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+from cllava_fast import ops
 from cllava_fast.ops import triton_backend
 from cllava_fast.ops.triton_backend import Shipped
 
-OPS = ("select", "aggregate", "inject")
 ARCHS = (80, 86, 89, 90, 100, 120)  # of each generation from LOWEST_CAPABILITY on
 # Bytes of shared memory that one block may have on the smallest of them (86, 89, 120). No configuration needs more, on
 # any chip, so that a GPU that nobody has tried can launch them all; 80 itself has 163 KiB, 90 and 100 have 227.
@@ -71,13 +71,15 @@ def problems(row: Row) -> list[str]:
 def shipping_modules() -> dict[str, str]:
     """Name of each module that has a `shipped()` of its own -> its op."""
     found = {}
-    for op in OPS:
-        package = importlib.import_module(f"cllava_fast.ops.{op}")
+    for folder in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+        if not folder.ispkg:
+            continue
+        package = importlib.import_module(folder.name)
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             if info.name.rpartition(".")[2].startswith("triton"):
                 function = getattr(importlib.import_module(info.name), "shipped", None)
-                if function is not None:
-                    found[function.__module__] = op
+                if function is not None and function.__module__ == info.name:
+                    found[info.name] = folder.name.rpartition(".")[2]
     return found
 
 

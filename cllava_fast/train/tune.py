@@ -67,6 +67,8 @@ def tune(
     """
     increments = get_increments(model)
     increments.pool.train_keys(False)
+    if not any(parameter.requires_grad for parameter in increments.pool.parameters()):
+        raise RuntimeError(f"{increments.config.method} opened no block for task {title!r}; its open_task has to")
     options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
     with (
         _quiet("transformers.trainer"),
