@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast.data import chat_template
+from cllava_fast.methods import SequentialLora
 from cllava_fast.model import get_increments
 from tests.helpers import learn
 from tests.test_train import CONFIG, arguments, stream, trainer
@@ -189,3 +190,11 @@ def test_logs_that_go_nowhere(llava: Any, processor: Any, tmp_path: Path, monkey
 def test_arguments(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         cf.ContinualArguments(**{"output_dir": "x", field: value})
+
+
+def test_a_method_that_opens_no_block(
+    llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SequentialLora, "open_task", lambda *_: None)
+    with pytest.raises(RuntimeError, match="sequential_lora opened no block for task 'task0'; its open_task has to"):
+        trainer(llava, processor, tmp_path / "run", config=cf.LoraConfig()).train()
