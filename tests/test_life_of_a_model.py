@@ -130,7 +130,6 @@ class Life(RuleBasedStateMachine):
     @rule(name=st.sampled_from(sorted(CONFIGS)))
     def patch(self, name: str) -> None:
         if self.increments:
-            assert not self.accepted(lambda: self.model.save_pretrained("no"), "cllava_fast.save_pretrained")
             assert not self.accepted(lambda: cf.patch(self.model, cf.LoraConfig(rank=7)), "unpatch")
             return
         self.came, before = everything(self.model), self.logits(self.model)
@@ -195,13 +194,12 @@ class Life(RuleBasedStateMachine):
             return
         known, before = self.increments, everything(self.model)
         query = torch.ones(known.surrogate.dim if known.surrogate else 1) * (7 if known.method.uses_task else 1)
-        name = known.pool.task_names[0] if known.pool.task_names else "nothing"
-        what = {"task": {"task": name}, "instruction": {"instruction": QUESTIONS[0]}, "query": {"query": query}}
-        wanted = self.logits(self.model, 0) if not self.pristine else None
+        what = {"task": {"task": "task0"}, "instruction": {"instruction": QUESTIONS[0]}, "query": {"query": query}}
+        wanted, compares = self.logits(self.model, 0), not self.pristine and which in ("instruction", "none")
         if not self.accepted(lambda: cf.merge(self.model, **what.get(which, {}))):
             return
         self.pristine = self.pristine or before
-        if wanted is not None and self.dtype == torch.float32 and which in ("instruction", "none"):
+        if compares and self.dtype == torch.float32:
             torch.testing.assert_close(self.logits(self.model, 0), wanted, atol=1e-3, rtol=1e-3)
 
     @precondition(lambda self: self.increments)
@@ -219,7 +217,6 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.saved)
     @rule()
     def load(self) -> None:
-        """What was saved of this model or of one before it: read whole, or refused."""
         if not self.increments:
             self.came = everything(self.model)
         load = functools.partial(cf.load_pretrained, self.model, self.folder / "scaled", processor=self.processor)
@@ -258,7 +255,7 @@ def test_the_life_of_a_model() -> None:
     Life.batch = inputs(Life.processor, QUESTIONS[:BATCH], torch.Generator().manual_seed(1))
     Life.base(**Life.batch)  # transformers puts hooks of its own where a model first runs
     Life.TestCase.settings = settings(
-        max_examples=int(os.environ.get("CLLAVA_EXAMPLES", "10")), stateful_step_count=16, deadline=None,
+        max_examples=int(os.environ.get("CLLAVA_EXAMPLES", "8")), stateful_step_count=16, deadline=None,
         derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
     )  # fmt: skip
     Life.TestCase().runTest()
