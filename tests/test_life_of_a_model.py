@@ -198,6 +198,10 @@ class Life(RuleBasedStateMachine):
         wanted, compares = self.logits(self.model, 0), not self.pristine and which in ("instruction", "none")
         if not self.accepted(lambda: cf.merge(self.model, **what.get(which, {}))):
             return
+        if not self.pristine:
+            cf.unmerge(self.model)
+            assert not changed(self.model, before)
+            cf.merge(self.model, **what.get(which, {}))
         self.pristine = self.pristine or before
         if compares and self.dtype == torch.float32:
             torch.testing.assert_close(self.logits(self.model, 0), wanted, atol=1e-3, rtol=1e-3)
