@@ -23,7 +23,7 @@ from cllava_fast.demo.base import load_base
 from cllava_fast.demo.run import DemoConfig
 from cllava_fast.demo.stream import build_stream
 from cllava_fast.environment import environment
-from cllava_fast.train.tune import _Item, _TuneCollator
+from cllava_fast.train.batches import Item, TuneCollator
 
 RESULTS = results.FOLDER / "demo-step.json"
 BATCH = 32
@@ -44,8 +44,8 @@ def tune_step(method: str, earlier: int, data: cf.PreparedStream) -> Callable[[]
         if number < earlier:
             increments.method.close_task(increments.pool, name, queries, increments.groups)
     increments.pool.train_keys(False)
-    collate = _TuneCollator(Collator(data.encoder, data.features, training=True))
-    batch = collate([_Item(examples[i], None if queries is None else queries[i], True) for i in range(BATCH)])
+    collate = TuneCollator(Collator(data.encoder, data.features, training=True))
+    batch = collate([Item(examples[i], None if queries is None else queries[i], True) for i in range(BATCH)])
     del batch["samples"]  # for the Trainer
     trained = [p for p in increments.pool.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -103,7 +103,7 @@ MUTANTS = [
         " and not checks.under_autocast(x)", "", INJECT_TESTS,
     ),
     Mutant(
-        "the second task has another precision", "cllava_fast/train/tune.py",
+        "the second task has another precision", "cllava_fast/train/as_it_was.py",
         '("_original_forward", "_is_accelerate_prepared")', '("_original_forward",)', TRAIN,
     ),
     Mutant(
@@ -113,6 +113,49 @@ MUTANTS = [
     Mutant(
         "runs in several orders by their places", "cllava_fast/evaluate/combine.py",
         '"order": place}', '"order": 0}', ("tests/test_combine.py",),
+    ),
+    Mutant(
+        "other samples in one report", "cllava_fast/evaluate/combine.py",
+        "task in theirs and ours[task] != theirs[task]", "False", ("tests/test_combine.py",),
+    ),
+    Mutant(
+        "moved data is another stream", "cllava_fast/data/stream.py", "[path.name, path.stat()",
+        "[str(path), path.stat()", ("tests/test_data.py",),
+    ),
+    Mutant(
+        "an extreme that is infinite is finite", "cllava_fast/ops/checks.py",
+        "torch.isfinite(least) & torch.isfinite(most)", "torch.isfinite(least)", ("tests/test_op_select.py",),
+    ),
+    Mutant(
+        "garbage stays with what is in use", "cllava_fast/train/garbage.py", "    gc.collect()", "    pass  #", TRAIN,
+    ),
+    Mutant(
+        "what was kept out of garbage collection stays out", "cllava_fast/train/garbage.py", "        gc.unfreeze()",
+        "        pass", TRAIN,
+    ),
+    Mutant(
+        "a loop of one's own leaves half a task", "cllava_fast/train/learning.py", "            pool.drop_block()",
+        "            pass", ("tests/test_learning.py",),
+    ),
+    Mutant(
+        "a loop of one's own loses shared rows", "cllava_fast/train/learning.py",
+        "pool.block_rows or pool.shared_rows", "False", ("tests/test_learning.py",),
+    ),
+    Mutant(
+        "a loop of one's own aligns no keys", "cllava_fast/train/learning.py",
+        "method.aligns_keys and queries is not None", "False", ("tests/test_learning.py",),
+    ),
+    Mutant(
+        "what cannot be read again is saved", "cllava_fast/model/files.py",
+        "        pool.check_state(state, pool.num_tasks)", "        pass", ("tests/test_files.py",),
+    ),
+    Mutant(
+        "half a task is saved", "cllava_fast/model/files.py", "    if increments.is_within_a_task:", "    if False:",
+        ("tests/test_files.py",),
+    ),
+    Mutant(
+        "a method takes another's name", "cllava_fast/methods/base.py", "    if config.method in METHODS and",
+        "    if False and", ("tests/test_methods.py",),
     ),
     Mutant(
         "a gradient of alignment is clipped to less than nothing", "cllava_fast/train/arguments.py",

@@ -19,7 +19,7 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from cllava_fast.train.tune import _GlobalOrder
+from cllava_fast.train.batches import GlobalOrder
 from tests import distributed_worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +178,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_processes(samples: int, 
     def steps(count: int, per_process: int, epoch: int) -> list[list[int]]:
         shards = []
         for rank in range(count):
-            order = _GlobalOrder(samples, per_process * count if count > 1 else 1, 3, shuffled)
+            order = GlobalOrder(samples, per_process * count if count > 1 else 1, 3, shuffled)
             order.set_epoch(epoch)
             batches = BatchSampler(order, per_process, drop_last=False)
             shards.append(list(BatchSamplerShard(batches, count, rank) if count > 1 else batches))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,11 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example
 from cllava_fast.model import get_increments, paths
-from cllava_fast.model.answers import IGNORE, answer_positions, next_labels
 from cllava_fast.model.liger import fused
 from cllava_fast.surrogate import BackboneSurrogate
 from cllava_fast.train.arguments import ContinualArguments
-from cllava_fast.train.bad_numbers import BadNumbers, NumberWatch, Samples
+from cllava_fast.train.as_it_was import as_it_was
+from cllava_fast.train.bad_numbers import BadNumbers, NumberWatch
+from cllava_fast.train.batches import GlobalOrder, TuneCollator, TuneSet
 from cllava_fast.train.checkpoint import GO_ON, STOP, TaskSaver
 from cllava_fast.train.progress import Advance, stage
 
@@ -70,20 +68,14 @@ def tune(
     if not any(parameter.requires_grad for parameter in increments.pool.parameters()):
         raise RuntimeError(f"{increments.config.method} opened no block for task {title!r}; its open_task has to")
     options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
-    with (
-        _quiet("transformers.trainer"),
-        _keeps_forward(model),
-        _counts_as_adapted(model),
-        _keeps_cache(model),
-        _keeps_activations(model),
-    ):
+    with as_it_was(model):
         trainer = TaskTrainer(
             title,
             NumberWatch(f"{title}: tune", args.on_bad_numbers, args.logging_steps),
             model=model,
             args=_on_one_device(TrainingArguments(**options)),
-            train_dataset=_TuneSet(examples, queries),
-            data_collator=_TuneCollator(collate),
+            train_dataset=TuneSet(examples, queries),
+            data_collator=TuneCollator(collate),
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
@@ -270,9 +262,9 @@ class TaskTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         together = self.args.train_batch_size * self.args.world_size if self.args.world_size > 1 else 1
-        assert isinstance(self.train_dataset, _TuneSet)
+        assert isinstance(self.train_dataset, TuneSet)
         shuffled = getattr(self.args, "train_sampling_strategy", "random") == "random"
-        self._order = _GlobalOrder(len(self.train_dataset), together, self.args.data_seed or 0, shuffled)
+        self._order = GlobalOrder(len(self.train_dataset), together, self.args.data_seed or 0, shuffled)
         return self._order
 
     def go_on_behind(self, step: int) -> None:
@@ -389,73 +381,6 @@ class _Saving(TrainerCallback):
         )  # fmt: skip
 
 
-class _GlobalOrder(Sampler[int]):
-    """An order of ``samples``, the same for any number of processes; accelerate deals it out batch by batch.
-
-    It is filled up to a multiple of ``together`` by the index ``samples``, which stands for an item without a label.
-    Accelerate would fill up with samples, which then count twice.
-    """
-
-    def __init__(self, samples: int, together: int, seed: int, shuffled: bool = True) -> None:
-        self.samples, self.seed, self.shuffled, self.epoch = samples, seed, shuffled, 0
-        self.length = -(-samples // together) * together
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(self.samples))
-        if self.shuffled:
-            random = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.samples, generator=random).tolist()
-        yield from order
-        yield from [self.samples] * (self.length - self.samples)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-
-class _Item(NamedTuple):
-    example: Example
-    query: Tensor | None
-    counts: bool  # False: fills a batch, and has no part in the loss
-    number: int = 0  # its place among the task's samples
-
-
-class _TuneSet(Dataset[_Item]):
-    def __init__(self, examples: Sequence[Example], queries: Tensor | None) -> None:
-        self.examples, self.queries = examples, queries
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> _Item:
-        counts = i < len(self)
-        i = i if counts else 0
-        return _Item(self.examples[i], None if self.queries is None else self.queries[i], counts, i)
-
-
-class _TuneCollator:
-    def __init__(self, collate: Collator) -> None:
-        self.collate = collate
-
-    def __call__(self, items: Sequence[_Item]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.collate([item.example for item in items])
-        batch["labels"][torch.tensor([not item.counts for item in items])] = IGNORE
-        # found here, where reading the labels waits for no device
-        batch["answer_positions"] = answer_positions(batch["labels"])
-        batch["samples"] = _samples(items, batch["labels"])
-        queries = [item.query for item in items if item.query is not None]
-        return {**batch, "query": torch.stack(queries)} if queries else batch
-
-
-def _samples(items: Sequence[_Item], labels: Tensor) -> Samples:
-    learned = (next_labels(labels) != IGNORE).any(1).tolist()  # [B]
-    names = [(item.example.sample.id or f"number {item.number}", item.counts) for item in items]
-    unlabelled = [name for (name, counts), has in zip(names, learned, strict=True) if counts and not has]
-    return Samples([name for name, counts in names if counts], unlabelled)
-
-
 def _without_wrapper(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate's
 
@@ -479,75 +404,3 @@ def _checkpointing_options() -> dict[str, Any]:
     fields = TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {}}
-
-
-@contextmanager
-def _keeps_forward(model: Any) -> Iterator[None]:
-    """Takes off what mixed precision and FSDP wrap around our methods: accelerate's own unwrapping would take ours off,
-    too. So is its mark, with which the next task would get none."""
-    ours = {name: model.__dict__[name] for name in ("forward", "generate")}
-    try:
-        yield
-    finally:
-        model.__dict__.update(ours)
-        for name in ("_original_forward", "_is_accelerate_prepared"):
-            model.__dict__.pop(name, None)
-
-
-@contextmanager
-def _keeps_cache(model: Any) -> Iterator[None]:
-    """The Trainer turns the cache off in the model's config, for good."""
-    values = vars(model.config)
-    before = {name: values[name] for name in ("use_cache",) if name in values}  # a LLaVA's own config has none
-    try:
-        yield
-    finally:
-        values.pop("use_cache", None)
-        values.update(before)
-
-
-@contextmanager
-def _keeps_activations(model: Any) -> Iterator[None]:
-    """The Trainer turns activation checkpointing on for good, with another hook on each embedding in every task."""
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
-    before = [(vars(module), {name: vars(module)[name] for name in names if name in vars(module)})
-              for module in model.modules()]  # fmt: skip
-    hooks = vars(model).get("_require_grads_hooks")
-    try:
-        yield
-    finally:
-        present = vars(model).get("_require_grads_hooks")
-        for hook in present if present is not None and present is not hooks else []:
-            hook.remove()
-        for values, known in before:
-            for name in names:
-                values.pop(name, None)
-            values.update(known)
-
-
-@contextmanager
-def _counts_as_adapted(model: Any) -> Iterator[None]:
-    """The Trainer refuses a quantised base without adapters, and would know PEFT's alone."""
-    if not getattr(model, "is_quantized", False):
-        yield
-        return
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        del model._hf_peft_config_loaded
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keeps a logger to errors for a while: the Trainer explains at length what is decided on purpose here."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch 2.13 has a new name for it, accelerate knows the old one
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,0 +1,94 @@
+"""What transformers' ``Trainer`` and accelerate leave behind on a model is taken off again."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def as_it_was(model: Any) -> Iterator[None]:
+    """Behind the block, a task's engine has left nothing on ``model``, whether it came to its end or not."""
+    with (
+        _quiet("transformers.trainer"),
+        _keeps_forward(model),
+        _counts_as_adapted(model),
+        _keeps_cache(model),
+        _keeps_activations(model),
+    ):
+        yield
+
+
+@contextmanager
+def _keeps_forward(model: Any) -> Iterator[None]:
+    """Takes off what mixed precision and FSDP wrap around our methods: accelerate's own unwrapping would take ours off,
+    too. So is its mark, with which the next task would get none."""
+    ours = {name: model.__dict__[name] for name in ("forward", "generate")}
+    try:
+        yield
+    finally:
+        model.__dict__.update(ours)
+        for name in ("_original_forward", "_is_accelerate_prepared"):
+            model.__dict__.pop(name, None)
+
+
+@contextmanager
+def _keeps_cache(model: Any) -> Iterator[None]:
+    """The Trainer turns the cache off in the model's config, for good."""
+    values = vars(model.config)
+    before = {name: values[name] for name in ("use_cache",) if name in values}  # a LLaVA's own config has none
+    try:
+        yield
+    finally:
+        values.pop("use_cache", None)
+        values.update(before)
+
+
+@contextmanager
+def _keeps_activations(model: Any) -> Iterator[None]:
+    """The Trainer turns activation checkpointing on for good, with another hook on each embedding in every task."""
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
+    before = [(vars(module), {name: vars(module)[name] for name in names if name in vars(module)})
+              for module in model.modules()]  # fmt: skip
+    hooks = vars(model).get("_require_grads_hooks")
+    try:
+        yield
+    finally:
+        present = vars(model).get("_require_grads_hooks")
+        for hook in present if present is not None and present is not hooks else []:
+            hook.remove()
+        for values, known in before:
+            for name in names:
+                values.pop(name, None)
+            values.update(known)
+
+
+@contextmanager
+def _counts_as_adapted(model: Any) -> Iterator[None]:
+    """The Trainer refuses a quantised base without adapters, and would know PEFT's alone."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keeps a logger to errors for a while: the Trainer explains at length what is decided on purpose here."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 has a new name for it, accelerate knows the old one
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
