@@ -124,7 +124,7 @@ MUTANTS = [
     ),
     Mutant(
         "an extreme that is infinite is finite", "cllava_fast/ops/checks.py",
-        "torch.isfinite(least) & torch.isfinite(most)", "torch.isfinite(least)", ("tests/test_op_select.py",),
+        "torch.isfinite(least) & torch.isfinite(most)", "torch.isfinite(least)", ("tests/test_checks.py",),
     ),
     Mutant(
         "garbage stays with what is in use", "cllava_fast/train/garbage.py", "    gc.collect()", "    pass  #", TRAIN,

@@ -94,3 +94,18 @@ def test_what_did_not_pass_is_refused_again():
     for _ in range(2):
         with pytest.raises(ValueError, match="bias"):
             ops.inject(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_number_that_is_not_finite_is_found_anywhere(dtype):
+    most = torch.finfo(dtype).max
+    assert checks.is_finite(torch.tensor([[most, -most], [0, most]], dtype=dtype).t())
+    assert checks.is_finite(torch.empty(3, 0, dtype=dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for size in (1, 7, 1000, 5000):
+            for place in {0, size // 2, size - 1}:
+                numbers = torch.randn(size).to(dtype)
+                numbers[place] = bad
+                assert not checks.is_finite(numbers), (bad, size, place)
+                with pytest.raises(ValueError, match=rf"keys: expected finite values, got 1 .* at \({place},\)"):
+                    checks.finite("keys", numbers)

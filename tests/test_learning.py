@@ -91,6 +91,20 @@ def test_every_method_learns_so_and_a_failure_leaves_what_was_learned(llava: Any
     assert not same(before, state_of(model))
 
 
+@pytest.mark.filterwarnings("ignore:task 'a' has learned nothing")
+def test_keys_are_aligned(llava: Any, processor: Any) -> None:
+    model = cf.patch(llava, cf.IncrementConfig(key_init="orthogonal"), processor=processor)
+    increments, questions = get_increments(model), ["what color is it?", "which color is it?"]
+    queries = increments.surrogate.query(questions)
+    increments.method.open_task(increments.pool, queries, torch.Generator().manual_seed(0))
+    born = increments.pool.block_keys.detach().clone()
+    increments.pool.drop_block()
+    with cf.learning(model, "a", questions):
+        pass
+    before, after = (cf.ops.select(queries, keys, 4)[2].mean() for keys in (born, increments.pool.keys))
+    assert after > before
+
+
 def test_what_is_refused_or_warned_of(llava: Any, processor: Any) -> None:
     model = cf.patch(llava, CONFIG, processor=processor)
     width = get_increments(model).pool.key_dim
