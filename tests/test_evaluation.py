@@ -171,9 +171,13 @@ def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothin
     assert named["config"]["method_configs"] == {"merged": {"method": "merged"}} and len(named["methods"]) == 1
     assert plain["methods"]["frozen"]["selection_accuracy"] is None
     assert not hasattr(llava, "increments")
+    llava.train()
+    llava.model.vision_tower.eval()
+    before = [module.training for module in llava.modules()]
     data = PreparedStream(stream(2), processor)
     patched = cf.evaluate_stream(cf.patch(llava, CONFIG, processor=processor), processor, data, max_new_tokens=3,
                                  progress=False)  # fmt: skip
+    assert [module.training for module in cf.unpatch(llava).modules()] == before
     found, expected = patched["methods"]["continual_llava"], plain["methods"]["frozen"]
     assert found["accuracy_matrix"] == expected["accuracy_matrix"] and found["selection_accuracy"] is None
     assert [e["prediction"] for e in found["examples"]["task0"]] == [

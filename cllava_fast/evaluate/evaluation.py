@@ -33,6 +33,7 @@ from cllava_fast.evaluate.results import METRICS
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.evaluate.selection import selection_study
 from cllava_fast.pool import Pool
+from cllava_fast.train.as_it_was import same_mode
 from cllava_fast.train.progress import stage
 
 PREDICTIONS = "predictions"  # folder of a run that holds a JSONL file for each task
@@ -345,7 +346,7 @@ def evaluate_stream(
         distributed.on_main(functools.partial(check_output, folder, overwrite))
     start = time.perf_counter()
     names = data.stream.task_names
-    with distributed.failing_together():
+    with distributed.failing_together(), same_mode(model):
         for task in names:
             examples = data.examples(task, split, model, with_features=False)
             warn_of_long_answers(examples, max_new_tokens, f"task {task!r}, {split}")

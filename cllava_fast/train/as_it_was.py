@@ -1,4 +1,4 @@
-"""What transformers' ``Trainer`` and accelerate leave behind on a model is taken off again."""
+"""A model is left as it was: what transformers' ``Trainer`` and accelerate leave on it is taken off again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def same_mode(model: Any) -> Iterator[None]:
+    """Behind the block, every module is in training or evaluation as it was before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

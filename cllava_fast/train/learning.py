@@ -14,6 +14,7 @@ from cllava_fast.model import get_increments
 from cllava_fast.model.patching import check_not_merged
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
+from cllava_fast.train.as_it_was import same_mode
 from cllava_fast.train.committed import CommittedRows
 
 
@@ -48,34 +49,33 @@ def learning(
     if task in pool.task_names:
         raise ValueError(f"task {task!r} is learned already; the model has learned {pool.task_names}")
     queries = _queries(increments, instructions)
-    committed, was_training = CommittedRows(pool), model.training
+    committed = CommittedRows(pool)
     names, before = list(pool.task_names), None
     if pool.block_rows or pool.shared_rows:  # what earlier tasks learned changes, too
         before = {name: tensor.clone() for name, tensor in pool.state().items()}
     try:
-        method.open_task(pool, queries, torch.Generator().manual_seed(seed))
-        if method.aligns_keys and queries is not None:
-            args = ContinualArguments(output_dir="nothing is written", progress=False)
-            align_keys(pool, queries, increments.groups, args, seed, f"{task}: align", method.alignment_loss)
-        pool.train_keys(False)
-        model.train()
-        yield [parameter for parameter in pool.parameters() if parameter.requires_grad]
-        if not any(parameter.any() for name, parameter in pool.named_parameters() if name.endswith("block_B")):
-            warnings.warn(
-                f"task {task!r} has learned nothing: every B is 0, as at birth; give an optimizer the parameters that "
-                "this task's `learning` yields",
-                stacklevel=3,
-            )
-        committed.check(task)
-        increments.close_task(task, queries)
+        with same_mode(model):
+            method.open_task(pool, queries, torch.Generator().manual_seed(seed))
+            if method.aligns_keys and queries is not None:
+                args = ContinualArguments(output_dir="nothing is written", progress=False)
+                align_keys(pool, queries, increments.groups, args, seed, f"{task}: align", method.alignment_loss)
+            pool.train_keys(False)
+            model.train()
+            yield [parameter for parameter in pool.parameters() if parameter.requires_grad]
+            if not any(parameter.any() for name, parameter in pool.named_parameters() if name.endswith("block_B")):
+                warnings.warn(
+                    f"task {task!r} has learned nothing: every B is 0, as at birth; give an optimizer the parameters "
+                    "that this task's `learning` yields",
+                    stacklevel=3,
+                )
+            committed.check(task)
+            increments.close_task(task, queries)
     except BaseException:
         if before is None:
             pool.drop_block()
         else:
             pool.load_state(before, names)
         raise
-    finally:
-        model.train(was_training)
 
 
 def _queries(increments: Any, instructions: Sequence[str] | Tensor | None) -> Tensor | None:
