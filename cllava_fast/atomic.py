@@ -59,7 +59,8 @@ def readable_json(value: Any, *, allow_nan: bool = True, indent: str = "") -> st
     inner = indent + "  "
     within = functools.partial(readable_json, allow_nan=allow_nan, indent=inner)
     if isinstance(value, dict) and value:
-        start, *lines, end = "{", *(f"{dump(str(key))}: {within(entry)}" for key, entry in value.items()), "}"
+        entries = {key if isinstance(key, str) else dump(key): entry for key, entry in value.items()}
+        start, *lines, end = "{", *(f"{dump(key)}: {within(entry)}" for key, entry in entries.items()), "}"
     elif isinstance(value, list | tuple) and value and isinstance(value[0], dict | list | tuple):
         start, *lines, end = "[", *map(within, value), "]"
     else:

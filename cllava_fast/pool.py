@@ -121,16 +121,14 @@ class Factors(_Keeper):
         self.B = B if replace else torch.cat([self.B, B])
         self.drop_block()
 
-    def shorten_mean(self, weight: Tensor) -> Tensor:
-        """Appends the mean increment of the newest rows, weighted by ``weight [n]``; returns its relative error."""
-        rows = len(weight)
-        weight = weight.to(self.A.device, torch.float64)
-        A = self.A[-rows:].double().flatten(0, 1)  # [n * R, d_in]
-        B = (self.B[-rows:].double() * weight[:, None, None]).flatten(0, 1)
-        short_A, short_B, _ = lowrank.truncate(A, B, self.context_rank)
-        self.mean_A = torch.cat([self.mean_A, short_A.to(self.A.dtype)[None]])
-        self.mean_B = torch.cat([self.mean_B, short_B.to(self.B.dtype)[None]])
-        return lowrank.relative_error(self.mean_A[-1], self.mean_B[-1], A, B)
+    def short_mean(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean increment of the block's rows as they will be committed, weighted by ``weight [n]`` and shortened:
+        its factors, and its relative error."""
+        A, B = (factor.double() for factor in self.as_committed())
+        A = A.flatten(0, 1)  # [n * R, d_in]
+        B = (B * weight.to(B)[:, None, None]).flatten(0, 1)
+        short = [factor.to(self.A.dtype) for factor in lowrank.truncate(A, B, self.context_rank)[:2]]
+        return short[0], short[1], lowrank.relative_error(short[0], short[1], A, B)
 
 
 OwnTensors = dict[str, tuple[list[int], torch.dtype]]
@@ -285,6 +283,8 @@ class Pool(_Keeper):
         if not is_finite(row_mean):
             raise ValueError(f"task {name!r} has a row_mean of NaN or Inf; nothing was committed")
         self._check_finite(name)
+        # what may not fit into memory comes before anything is changed
+        means = [factors.short_mean(row_mean) for factors in self.layers.values()] if self.context_rank else []
         task = self.num_tasks
         if self.shared_rows:
             self.row_task, self.row_mean = self.row_task.new_zeros(rows), row_mean.detach().to(self.row_mean)
@@ -298,9 +298,11 @@ class Pool(_Keeper):
         self.keys = torch.cat([self.keys, keys])
         for factors in self.layers.values():
             factors.commit(self.shared_rows)
-        if self.context_rank:
-            errors = [f.shorten_mean(row_mean).to(self.context_error) for f in self.layers.values()]
-            self.context_error = torch.cat([self.context_error, torch.stack(errors).max()[None]])
+        for factors, (A, B, _) in zip(self.layers.values(), means, strict=False):
+            factors.mean_A, factors.mean_B = torch.cat([factors.mean_A, A[None]]), torch.cat([factors.mean_B, B[None]])
+        if means:
+            error = torch.stack([error.to(self.context_error) for *_, error in means]).max()
+            self.context_error = torch.cat([self.context_error, error[None]])
         self.task_names.append(name)
         self.drop_block()
 

@@ -49,14 +49,12 @@ class Surrogate(ABC):
         name: as in the config.
         dim: D, width of a query, all groups together.
         groups: equal parts of a query whose cosines are averaged.
-        fingerprint: changes when the encoder does; a pool only answers to the encoder that it was trained with.
     """
 
     name: str
     dim: int
     groups: int = 1
     uses_image: bool = False
-    fingerprint: str
 
     def __init__(self) -> None:
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
@@ -64,9 +62,10 @@ class Surrogate(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Surrogate:
         return self  # frozen: copies of a model share it
 
-    def follow_model(self) -> None:
-        """The frozen model may have been cast, and what is read of it is now another."""
-        return None
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the encoder does; a pool only answers to the encoder that it was trained with."""
 
     @abstractmethod
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
@@ -124,7 +123,11 @@ class SentenceSurrogate(Surrogate):
         width = self._model.get_embedding_dimension()
         assert width is not None
         self.dim = width
-        self.fingerprint = fingerprint(self._model)
+        self._fingerprint = fingerprint(self._model)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         self._warn_of_cut(texts)
@@ -170,26 +173,28 @@ class BackboneSurrogate(Surrogate):
         tokenize: text to token ids, or None where there is no tokenizer; then only ``from_ids`` works.
     """
 
-    _dtype: torch.dtype | None = None  # of what the fingerprint was taken of
-
     def __init__(self, embedding: nn.Embedding, tokenize: Callable[[str], list[int]] | None) -> None:
         super().__init__()
         self.name = "backbone"
         self.dim = embedding.embedding_dim
         self._embedding = embedding
         self._tokenize = tokenize
-        self.follow_model()
+        self._dtype = embedding.weight.dtype  # of what is cached
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BackboneSurrogate:
         # a copied model may be cast alone
         return BackboneSurrogate(copy.deepcopy(self._embedding, memo), copy.deepcopy(self._tokenize, memo))
 
-    def follow_model(self) -> None:
-        if self._dtype != self._embedding.weight.dtype:
+    @property
+    def fingerprint(self) -> str:
+        # without a tokenizer, the query is another: the mean over the whole prompt
+        return fingerprint(self._embedding) + ("" if self._tokenize else "/prompt")
+
+    def encode(self, texts: Sequence[str], batch_size: int = 1) -> Tensor:
+        if self._dtype != self._embedding.weight.dtype:  # the base has been cast
             self._dtype = self._embedding.weight.dtype
             self._cache.clear()
-            # without a tokenizer, the query is another: the mean over the whole prompt
-            self.fingerprint = fingerprint(self._embedding) + ("" if self._tokenize else "/prompt")
+        return super().encode(texts, batch_size)
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         if self._tokenize is None:
@@ -215,7 +220,6 @@ class TextImageSurrogate(Surrogate):
 
     uses_image = True
     groups = 2
-    _dtype: torch.dtype | None = None  # of what the fingerprint was taken of
 
     def __init__(self, text: Surrogate, image_dim: int, tower: nn.Module) -> None:
         super().__init__()
@@ -224,17 +228,13 @@ class TextImageSurrogate(Surrogate):
         self._width = max(text.dim, image_dim)
         self.image_dim = image_dim
         self.dim = 2 * self._width
-        self.follow_model()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextImageSurrogate:
         return TextImageSurrogate(self._text, self.image_dim, copy.deepcopy(self._tower, memo))
 
-    def follow_model(self) -> None:
-        dtype = next(self._tower.parameters()).dtype
-        if self._dtype != dtype:
-            self._dtype = dtype
-            both = self._text.fingerprint + fingerprint(self._tower)
-            self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256((self._text.fingerprint + fingerprint(self._tower)).encode()).hexdigest()
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
         return self._text._encode(texts, batch_size)

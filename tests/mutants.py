@@ -116,7 +116,7 @@ MUTANTS = [
     ),
     Mutant(
         "other samples in one report", "cllava_fast/evaluate/combine.py",
-        "task in theirs and ours[task] != theirs[task]", "False", ("tests/test_combine.py",),
+        "if other != digest:", "if False:", ("tests/test_combine.py",),
     ),
     Mutant(
         "moved data is another stream", "cllava_fast/data/stream.py", "[path.name, path.stat()",
@@ -134,8 +134,8 @@ MUTANTS = [
         "        pass", TRAIN,
     ),
     Mutant(
-        "a loop of one's own leaves half a task", "cllava_fast/train/learning.py", "            pool.drop_block()",
-        "            pass", ("tests/test_learning.py",),
+        "a loop of one's own leaves half a task", "cllava_fast/train/learning.py", "        increments.drop_task()",
+        "        pass", ("tests/test_learning.py",),
     ),
     Mutant(
         "a loop of one's own loses shared rows", "cllava_fast/train/learning.py",
@@ -146,6 +146,18 @@ MUTANTS = [
         "method.aligns_keys and queries is not None", "False", ("tests/test_learning.py",),
     ),
     Mutant(
+        "every task is born as the first", "cllava_fast/train/learning.py", "seed * 10_000 + len(pool.task_names)",
+        "seed * 10_000", ("tests/test_learning.py",),
+    ),
+    Mutant(
+        "a task of shared rows is no task", "cllava_fast/model/increments.py", "        self._is_open = True",
+        "        pass", ("tests/test_learning.py",),
+    ),
+    Mutant(
+        "pictures of one name and size are one", "cllava_fast/data/stream.py", "digest.update(file.read(1 << 16))",
+        "pass", ("tests/test_data.py",),
+    ),
+    Mutant(
         "what cannot be read again is saved", "cllava_fast/model/files.py",
         "        pool.check_state(state, pool.num_tasks)", "        pass", ("tests/test_files.py",),
     ),
@@ -154,8 +166,8 @@ MUTANTS = [
         ("tests/test_files.py",),
     ),
     Mutant(
-        "a method takes another's name", "cllava_fast/methods/base.py", "    if config.method in METHODS and",
-        "    if False and", ("tests/test_methods.py",),
+        "a method takes another's name", "cllava_fast/methods/base.py", "    if config.method in METHODS:",
+        "    if False:", ("tests/test_methods.py",),
     ),
     Mutant(
         "a gradient of alignment is clipped to less than nothing", "cllava_fast/train/arguments.py",

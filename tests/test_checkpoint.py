@@ -308,7 +308,7 @@ def test_another_base_or_template_does_not_go_on(
     cf.patch(model, CONFIG, processor=its_processor)
     with monkeypatch.context() as changed:
         if other == "surrogate_fingerprint":
-            changed.setattr(get_increments(model).surrogate, "fingerprint", "another one")
+            changed.setattr(get_increments(model).surrogate, "_fingerprint", "another one")
         with pytest.raises(FileExistsError, match=f"with another {other}; give a new output_dir"):
             run(model, its_processor, resume=True)
     run(new_llava(), processor, resume=True).train()

@@ -92,8 +92,13 @@ def test_samples_are_compared_seed_by_seed() -> None:
     lora = [measured("sequential_lora", 0, "B"), measured("sequential_lora", 1, "C")]
     assert list(combine([Source("all", found), *lora])["methods"]) == ["continual_llava", "base", "sequential_lora"]
     combine([*ours, run_of_before("sequential_lora", 0), run_of_before("sequential_lora", 1)])  # which do not say it
+    with_old = combine([run_of_before("sequential_lora", 0), run_of_before("sequential_lora", 1), *ours])
+    renamed = [source._replace(name="other") for source in lora]
+    combine([Source("all", with_old), *renamed])
+    with pytest.raises(ValueError, match="measured other samples of task 'b'"):  # an old one beside it hides nothing
+        combine([Source("all", with_old), renamed[0], measured("sequential_lora", 1, "D", "other")])
     for first in ([*ours, base], [Source("all", found)]):
-        with pytest.raises(ValueError, match=r"runs/sequential_lora-1-D and .* other samples of task \['b'\]"):
+        with pytest.raises(ValueError, match=r"runs/sequential_lora-1-D and .* other samples of task 'b'"):
             combine([*first, lora[0], measured("sequential_lora", 1, "D")])
 
 

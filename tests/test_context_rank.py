@@ -178,6 +178,20 @@ def test_the_loop_learns_with_it_and_goes_on(new_llava: Callable, processor: Any
     assert all(torch.equal(t, pool.state()[n]) for n, t in get_increments(other).pool.state().items())
 
 
+def test_a_commit_that_fails_changes_nothing(
+    llava: Any, processor: Any, rng: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    increments = learned(llava, processor, rng, tasks=2)
+    before = {name: tensor.clone() for name, tensor in increments.pool.state().items()}
+    monkeypatch.setattr(lowrank, "truncate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        learned(llava, processor, rng, tasks=1)
+    increments.drop_task()
+    after = increments.pool.state()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    cf.save_pretrained(llava, tmp_path / "out")
+
+
 def test_the_exact_option_keeps_no_means(llava: Any, processor: Any, rng: torch.Generator) -> None:
     pool = learned(llava, processor, rng, cf.IncrementConfig(**SHAPE)).pool
     assert not [name for name in pool.state() if "mean_" in name or name == "context_error"]

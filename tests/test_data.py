@@ -71,6 +71,11 @@ def test_a_fingerprint_follows_moved_data_and_notices_other_pictures(tmp_path: P
     first = found("a")
     assert found("b") == first
     assert len({first, found("a", "2.png"), found("c", size=99), fingerprint([cf.Sample("which color?", "red")])}) == 4
+    flat = [tmp_path / "d" / "1.bmp", tmp_path / "e" / "1.bmp"]  # as large as one another
+    for path, color in zip(flat, ("red", "blue"), strict=True):
+        path.parent.mkdir()
+        Image.new("RGB", (64, 64), color).save(path)
+    assert len({fingerprint([cf.Sample("which color?", "red", path)]) for path in flat}) == 2
     sample = cf.Sample("which color?", "red", Image.new("RGB", (8, 8)))
     assert fingerprint([sample]) == fingerprint([sample]) != fingerprint([sample, sample])
     (tmp_path / "b" / "1.png").unlink()

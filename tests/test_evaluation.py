@@ -168,7 +168,7 @@ def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothin
     plain = cf.evaluate_stream(llava, processor, stream(2), max_new_tokens=3, progress=False)
     named = cf.evaluate_stream(llava, processor, stream(2), max_new_tokens=3, progress=False, name="merged")
     assert named["methods"]["merged"]["accuracy_matrix"] == plain["methods"]["frozen"]["accuracy_matrix"]
-    assert named["config"]["method_configs"] == {"merged": {"method": "merged"}} and len(named["methods"]) == 1
+    assert named["config"]["method_configs"] == {"merged": {"method": "frozen"}} and len(named["methods"]) == 1
     assert plain["methods"]["frozen"]["selection_accuracy"] is None
     assert not hasattr(llava, "increments")
     llava.train()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,31 @@ def test_every_method_learns_so_and_a_failure_leaves_what_was_learned(llava: Any
     assert not same(before, state_of(model))
 
 
+@pytest.mark.filterwarnings("ignore:task '.' has learned nothing")
+@pytest.mark.parametrize("name", ["continual_llava", "o_lora"])
+def test_no_task_is_born_as_another(llava: Any, processor: Any, name: str) -> None:
+    model = cf.patch(llava, METHODS[name][0](), processor=processor)
+    for task in "ab":
+        with cf.learning(model, task, np.array(["what color is it?", "which color is it?"])):
+            pass
+    for factors in get_increments(model).pool.layers.values():
+        first, second = factors.A.chunk(2)
+        assert torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0).abs() < 0.1
+
+
+def test_a_task_of_shared_rows_is_a_task_too(llava: Any, processor: Any, tmp_path: Path) -> None:
+    model = cf.patch(llava, cf.LoraConfig(), processor=processor)
+    with pytest.raises(ValueError, match="a task is being learned; save before"), cf.learning(model, "a"):
+        with pytest.raises(RuntimeError, match="being learned already"), cf.learning(model, "b"):
+            pass
+        cf.save_pretrained(model, tmp_path / "out")
+    joint = cf.patch(cf.unpatch(model), cf.JointLoraConfig(), processor=processor)
+    with pytest.warns(UserWarning, match="has learned nothing"), cf.learning(joint, "a"):
+        pass
+    with pytest.raises(ValueError, match="joint_lora learns all tasks at once, and has"), cf.learning(joint, "b"):
+        pass
+
+
 @pytest.mark.filterwarnings("ignore:task 'a' has learned nothing")
 def test_keys_are_aligned(llava: Any, processor: Any) -> None:
     model = cf.patch(llava, cf.IncrementConfig(key_init="orthogonal"), processor=processor)
@@ -112,6 +138,7 @@ def test_what_is_refused_or_warned_of(llava: Any, processor: Any) -> None:
         (None, "instructions is None; continual_llava selects by them"),
         ("what?", "instructions is 'what\\?'"),
         ([], r"instructions is \[\]"),
+        ([1, 2], r"instructions is \[1, 2\]; continual_llava selects by them: give the texts"),
         (torch.zeros(2, 3), rf"instructions is \[2, 3\]; expected queries \[n, {width}\]"),
     ):
         with pytest.raises(ValueError, match=message), cf.learning(model, "a", given):

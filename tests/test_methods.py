@@ -232,8 +232,16 @@ def test_what_is_registered_has_a_name_of_its_own() -> None:
     for config in (Nameless, Plain):
         with pytest.raises(TypeError, match=f"{config.__name__} is not what a method needs: expected a @dataclass"):
             register(config)
-    with pytest.raises(ValueError, match="Taken has method 'sequential_lora', which is LoraConfig's; give it another"):
+    with pytest.raises(ValueError, match="Taken has method 'sequential_lora', which is that of .*LoraConfig; give it"):
         register(Taken)
+    LoraConfig.__module__, Taken.__module__ = "__main__", "__main__"  # cells of a notebook
+    try:
+        register(Taken)
+    finally:
+        LoraConfig.__module__ = "cllava_fast.methods.lora"
+    Namesake = dataclass(frozen=True)(type("LoraConfig", (LoraConfig,), {"method": "sequential_lora", "title": "My"}))
+    with pytest.raises(ValueError, match="LoraConfig has method 'sequential_lora', which is that of cllava_fast"):
+        register(Namesake)
     assert METHODS == before
     register(LoraConfig)(METHODS["sequential_lora"][1])  # a cell of a notebook that runs again
     assert METHODS == before

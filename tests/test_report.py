@@ -339,7 +339,7 @@ def test_lists_of_numbers_stand_on_one_line(strange: dict) -> None:
     assert not re.search(r"\n *[\d.]+,?\n", text)
     assert text == results_json(json.loads(text))
     assert results_json({"a": [], "b": {}}) == '{\n  "a": [],\n  "b": {}\n}\n'
-    for value in ([1, {"a": [2]}], {1: {2.5: 3}}, [{}, 1, [[]]], {"ä\n": (1, "\u2028")}, "a", None):
+    for value in ([1, {"a": [2]}], {1: {2.5: 3}, None: [{True: []}]}, [{}, 1, [[]]], {"ä\n": (1, "\u2028")}, "a", None):
         assert json.loads(results_json(value)) == json.loads(json.dumps(value))
     with pytest.raises(ValueError, match="Out of range"):
         results_json({"a": [{"b": float("nan")}]})

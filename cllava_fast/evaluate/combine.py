@@ -15,6 +15,7 @@ MEASURED = (*METRICS, "base_kept", "selection")
 
 Results = Mapping[str, Any]
 Order = tuple[str, ...]
+_Samples = dict[str, tuple[Any, str]]  # of each task their fingerprint, and where it was said first
 
 
 class Source(NamedTuple):
@@ -50,11 +51,11 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
             tasks; two have one name with other settings, or with the same seed and order; a name lacks a seed or an
             order that others have. The frozen model, which has neither, may have one run.
     """
-    measured: dict[int, Source] = {}  # of each seed: another may stand for other samples, as in the demo
+    measured: dict[int, _Samples] = {}  # of each seed: another may stand for other samples, as in the demo
     for source in sources:
         _check_alike(source, sources[0])
         for seed in source.results["seeds"]:
-            _check_samples(source, measured.setdefault(seed, source), seed)
+            _check_samples(source, seed, measured.setdefault(seed, {}))
     named: dict[str, dict[tuple[int, Order], _Run]] = {}
     for source in sources:
         if source.name is not None and len(source.results["methods"]) > 1:
@@ -74,7 +75,9 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
         "config": {
             "split": _split(sources[0].results),
             "max_new_tokens": _longest_answer(sources[0].results),
-            "samples_sha256": {str(seed): _samples(source.results, seed) for seed, source in measured.items()},
+            "samples_sha256": {
+                str(seed): {task: digest for task, (digest, _) in samples.items()} for seed, samples in measured.items()
+            },
             "runs": {name: list(dict.fromkeys(r.source.where for r in runs.values())) for name, runs in named.items()},
             "settings": {name: next(iter(runs.values())).settings for name, runs in named.items()},
         },
@@ -101,20 +104,18 @@ def _check_alike(source: Source, first: Source) -> None:
             )
 
 
-def _check_samples(source: Source, first: Source, seed: int) -> None:
-    ours, theirs = _samples(source.results, seed), _samples(first.results, seed)
-    other = [task for task in ours if task in theirs and ours[task] != theirs[task]]
-    if other:
-        raise ValueError(
-            f"{source.where} and {first.where} measured other samples of task {brief(other)}; expected the same ones"
-        )
-
-
-def _samples(results: Results, seed: int) -> Mapping[str, Any]:
-    """A fingerprint of each task's measured samples; nothing where it is not said."""
-    config = results.get("config", {})
+def _check_samples(source: Source, seed: int, known: _Samples) -> None:
+    """Notes the fingerprint of each task's measured samples, where it is said."""
+    config = source.results.get("config", {})
     samples = _mapping(config.get("samples_sha256"))
-    return _mapping(samples.get(str(seed))) if "settings" in config else samples
+    if "settings" in config:  # of runs that were combined
+        samples = _mapping(samples.get(str(seed)))
+    for task, digest in samples.items():
+        other, where = known.setdefault(task, (digest, source.where))
+        if other != digest:
+            raise ValueError(
+                f"{source.where} and {where} measured other samples of task {task!r}; expected the same ones"
+            )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

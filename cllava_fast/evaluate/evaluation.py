@@ -355,7 +355,7 @@ def evaluate_stream(
         )
     matrix: list[list[float | None]] = [[None] * len(names) for _ in names[1:]]
     matrix.append([evaluation.score for evaluation in evaluations])
-    method_config = model.increments.config.to_dict() if hasattr(model, "increments") else {"method": name or "frozen"}
+    method_config = model.increments.config.to_dict() if hasattr(model, "increments") else {"method": "frozen"}
     method = name or method_config["method"]
     measured = {
         "accuracy_matrix": matrix,

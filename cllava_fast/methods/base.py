@@ -327,9 +327,14 @@ def register(config: type[Any]) -> Callable[[type[Policy]], type[Policy]]:
             f"{config.__name__} is not what a method needs: expected a @dataclass(frozen=True) with a method and a "
             "title of its own, both ClassVar[str]"
         )
-    if config.method in METHODS and METHODS[config.method][0].__qualname__ != config.__qualname__:
-        taken = METHODS[config.method][0].__name__
-        raise ValueError(f"{config.__name__} has method {config.method!r}, which is {taken}'s; give it another name")
+    if config.method in METHODS:
+        taken = METHODS[config.method][0]
+        again = config.__module__ == taken.__module__ and config.__module__ == "__main__"  # a notebook's cell, say
+        if not again and (config.__module__, config.__qualname__) != (taken.__module__, taken.__qualname__):
+            raise ValueError(
+                f"{config.__name__} has method {config.method!r}, which is that of {taken.__module__}.{taken.__name__}"
+                "; give it another name"
+            )
 
     def enter(policy: type[Policy]) -> type[Policy]:
         METHODS[config.method] = config, policy

@@ -106,6 +106,7 @@ class Increments(nn.Module):
         self.call = Call()
         self.pristine: dict[str, Tensor] = {}
         self.base_fingerprint: str | None = None
+        self._is_open = False  # a task
 
     def linears(self, model: nn.Module) -> dict[str, nn.Module]:
         """The adapted linears of ``model`` by path."""
@@ -127,12 +128,28 @@ class Increments(nn.Module):
             own = {**own, **calibration.own_tensors(self.pool.key_dim, tasks)}
         return own
 
+    def open_task(self, queries: Tensor | None, generator: torch.Generator) -> None:
+        """Makes ready what a task will train; ``queries [n, D]`` are its training instructions."""
+        self.method.open_task(self.pool, queries, generator)
+        self._is_open = True
+
+    def drop_task(self) -> None:
+        """Forgets what the open block has learned."""
+        self._is_open = False
+        self.pool.drop_block()
+
     def close_task(self, name: str, queries: Tensor | None) -> None:
         """Freezes what the open block learned as task ``name``; ``queries [n, D]`` are its training instructions."""
         remembered = None if queries is None or not self.remembers_queries else calibration.gaussian(queries)
         self.method.close_task(self.pool, name, queries, self.groups)
         if remembered is not None:  # nothing that may fail lies between
             calibration.keep(self.pool, remembered)
+        self._is_open = False
+        if self.is_within_a_task:
+            raise RuntimeError(
+                f"{self.config.method} left task {name!r} open: close_task has to commit the block or to count the "
+                "task (Pool.count_task), unless the method says that it counts none (keeps_block)"
+            )
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
         name = getattr(self.config, "surrogate", None)
@@ -156,18 +173,12 @@ class Increments(nn.Module):
             )
         return TextImageSurrogate(sentence_surrogate("sentence", device), paths.vision_width(model), tower)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Increments:
-        super()._apply(fn, recurse)
-        if self.surrogate is not None:  # of the model's children, increments come last: the base has been cast
-            self.surrogate.follow_model()
-        return self
-
     @property
     def is_within_a_task(self) -> bool:
         """Whether a part of a task is learned. Rows that all tasks share stay open behind a task, too."""
         pool = self.pool
         stays_open = not pool.num_rows and (pool.num_tasks > 0 or self.method.keeps_block)
-        return pool.block_rows > 0 and not stays_open
+        return self._is_open or (pool.block_rows > 0 and not stays_open)
 
     @property
     def groups(self) -> int:

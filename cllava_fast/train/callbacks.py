@@ -21,6 +21,7 @@ class ContinualCallback(TrainerCallback):
     its place, from 0, behind those that the model had learned before the run where its method counts them, and
     ``stage`` one of ``STAGES``. ``metrics`` are: of ``"align"`` and ``"tune"`` the last ``loss``; of ``"evaluate"`` the
     ``accuracy/<task>`` of every task of the stream seen so far; of the whole task all of these, as ``<stage>/<name>``.
+    What is learned by then can be saved or measured behind ``"commit"``, and not while a task is being learned.
     """
 
     def on_task_begin(self, task: str, number: int, **kwargs: Any) -> None:

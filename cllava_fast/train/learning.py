@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cllava_fast.model import get_increments
 from cllava_fast.model.patching import check_not_merged
+from cllava_fast.names import brief
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.as_it_was import same_mode
@@ -24,21 +25,21 @@ def learning(
 ) -> Iterator[list[nn.Parameter]]:
     """Opens and aligns a task's rows, yields what trains, and commits it as ``task`` at the end of the block.
 
-    Within, the model is in training mode, in which the new rows act; with ``model.eval()`` only those of earlier tasks
-    do. If the block raises, the model is left as it was before.
+    Within, the model is in training mode, in which the new rows act; in evaluation mode they do not, where a task has
+    rows of its own. If the block raises, what the task has learned is dropped.
 
     Args:
         model: a patched model.
         task: a name that it has not learned yet.
         instructions: those of the training samples, or their queries ``[n, D]``; for methods that select by them.
-        seed: of the new rows, and of alignment (three epochs; ``docs/method.md``).
+        seed: of the run; from it and the task's number those of the new rows and of alignment (three epochs) derive.
 
     Yields:
         The parameters: each task needs an optimizer of its own.
 
     Raises:
         ValueError: instructions are missing, not what the method takes, or of a method that is told the task; the name
-            is taken; a selection is merged.
+            is taken, where the method keeps names; a selection is merged; a joint method has learned already.
         RuntimeError: a task is being learned already, or rows of an earlier task were changed.
     """
     increments = get_increments(model)
@@ -48,14 +49,17 @@ def learning(
         raise RuntimeError("a task is being learned already; learn one after another")
     if task in pool.task_names:
         raise ValueError(f"task {task!r} is learned already; the model has learned {pool.task_names}")
+    if method.joint and pool.block_rows:
+        raise ValueError(f"{increments.config.method} learns all tasks at once, and has learned already")
     queries = _queries(increments, instructions)
+    seed = seed * 10_000 + len(pool.task_names)  # a task's rows are not those that another was born with
     committed = CommittedRows(pool)
     names, before = list(pool.task_names), None
     if pool.block_rows or pool.shared_rows:  # what earlier tasks learned changes, too
         before = {name: tensor.clone() for name, tensor in pool.state().items()}
     try:
         with same_mode(model):
-            method.open_task(pool, queries, torch.Generator().manual_seed(seed))
+            increments.open_task(queries, torch.Generator().manual_seed(seed))
             if method.aligns_keys and queries is not None:
                 args = ContinualArguments(output_dir="nothing is written", progress=False)
                 align_keys(pool, queries, increments.groups, args, seed, f"{task}: align", method.alignment_loss)
@@ -71,9 +75,8 @@ def learning(
             committed.check(task)
             increments.close_task(task, queries)
     except BaseException:
-        if before is None:
-            pool.drop_block()
-        else:
+        increments.drop_task()
+        if before is not None:
             pool.load_state(before, names)
         raise
 
@@ -89,13 +92,16 @@ def _queries(increments: Any, instructions: Sequence[str] | Tensor | None) -> Te
         if instructions.dim() != 2 or not len(instructions) or instructions.shape[1] != surrogate.dim:
             raise ValueError(f"instructions is {list(instructions.shape)}; expected queries [n, {surrogate.dim}]")
         return instructions.float().cpu()
-    if instructions is None or isinstance(instructions, str) or not instructions:
-        raise ValueError(f"instructions is {instructions!r}; {method} selects by them: give the training samples'")
+    texts = [] if instructions is None or isinstance(instructions, str) else list(instructions)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        given = brief(instructions)
+        raise ValueError(f"instructions is {given}; {method} selects by them: give the texts of the training samples")
     if surrogate.uses_image:
         raise ValueError(
             f"instructions are texts, and surrogate {surrogate.name!r} looks at images, too; give queries "
-            f"[n, {surrogate.dim}]: model.increments.surrogate.query(texts, pooled vision features)"
+            f"[n, {surrogate.dim}], as model.increments.surrogate.query makes of both"
         )
-    texts = [increments.reader.canonical(text) for text in instructions] if increments.reader else list(instructions)
+    if increments.reader:
+        texts = [increments.reader.canonical(text) for text in texts]
     queries: Tensor = surrogate.query(texts, batch_size=64)
     return queries

@@ -441,7 +441,7 @@ class ContinualTrainer:
         queries = queries_of(self.model, examples, self.data.features, owners)
         if queries is not None:
             check_queries(queries, examples, title)
-        method.open_task(pool, queries, torch.Generator().manual_seed(seed))
+        increments.open_task(queries, torch.Generator().manual_seed(seed))
         parameters = pool.trainable_parameters()
         try:
             saver = self._saver(number)
@@ -466,7 +466,7 @@ class ContinualTrainer:
                     measured["context_error"] = pool.context_error[-1].item()
         except BaseException:
             # what is committed stays usable, and half a task never is
-            pool.drop_block()
+            increments.drop_task()
             raise
         distributed.on_main(self._begin_files)
         progress = self._progress

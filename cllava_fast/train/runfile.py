@@ -79,7 +79,9 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], other: list[st
         other = [name for name in other if name not in BY_TASK]
     for name in other:
         theirs, ours = found.get(name), identity[name]
-        if name == "stream_sha256" and isinstance(theirs, list):
+        if name == "stream_sha256" and any(isinstance(digest, str) for digest in theirs or ()):
+            yield "files of an earlier version of cllava_fast"
+        elif name == "stream_sha256" and isinstance(theirs, list):
             changed = [task for task, *each in zip(before, theirs, ours, strict=False) if each[0] != each[1]]
             yield f"other samples of task {brief(changed)}"
         elif name == "stream":
