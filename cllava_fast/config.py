@@ -177,7 +177,8 @@ def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, fl
     try:
         return cls(**result)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{where}{section}: {error}") from error
+        flag = f"{section}.{str(error).partition(' ')[0]}"  # an error begins with the field's name
+        raise type(error)(f"{f'--{flag}' if flag in (flags or {}) else where + section}: {error}") from error
 
 
 def convert(value: Any, kind: Any, name: str) -> Any:

@@ -124,6 +124,8 @@ def test_what_is_refused_names_the_file_the_key_and_what_was_meant(
         ("training.max_steps", "many", "--training.max_steps is 'many'; expected a whole number"),
         ("model.quantization", "4", "--model.quantization is '4'; expected one of 4bit, 8bit or null"),
         ("method.name", "lora", "--method.name is 'lora'"),
+        ("method.rank", "0", "--method.rank: rank is 0; expected"),
+        ("training.learning_rate", "-1", "--training.learning_rate: learning_rate is -1"),
     ],
 )
 def test_a_flag_is_refused_by_its_own_name(flag: str, value: str, message: str, tmp_path: Path) -> None:
