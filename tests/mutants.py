@@ -158,6 +158,26 @@ MUTANTS = [
         "pass", ("tests/test_data.py",),
     ),
     Mutant(
+        "FSDP shards what sees images", "cllava_fast/train/tune.py",
+        "[increments, *paths.beside_language_model(model),", "[increments,", ("tests/test_distributed.py",),
+    ),
+    Mutant(
+        "embeddings of before a cast", "cllava_fast/surrogate.py",
+        "if self._dtype != self._embedding.weight.dtype:", "if False:", ("tests/test_files.py",),
+    ),
+    Mutant(
+        "activation checkpointing stays", "cllava_fast/train/as_it_was.py", "        _keeps_activations(model),\n", "",
+        TRAIN,
+    ),
+    Mutant(
+        "a merged model is trained", "cllava_fast/train/loop.py", "        check_not_merged(self.increments)",
+        "        pass", TRAIN,
+    ),
+    Mutant(
+        "evaluation leaves its mode", "cllava_fast/train/as_it_was.py", "            module.training = mode",
+        "            pass", ("tests/test_evaluation.py",),
+    ),
+    Mutant(
         "what cannot be read again is saved", "cllava_fast/model/files.py",
         "        pool.check_state(state, pool.num_tasks)", "        pass", ("tests/test_files.py",),
     ),
