@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from cllava_fast.train.arguments import ContinualArguments
     from cllava_fast.train.callbacks import ContinualCallback
     from cllava_fast.train.learning import learning
-    from cllava_fast.train.loop import ContinualResult, ContinualTrainer, PreparedStream
+    from cllava_fast.train.loop import ContinualTrainer, PreparedStream
+    from cllava_fast.train.result import ContinualResult
 
 __all__ = [
     "ContinualArguments",
@@ -83,7 +84,8 @@ _HOMES = {
     "train.arguments": ("ContinualArguments",),
     "train.callbacks": ("ContinualCallback",),
     "train.learning": ("learning",),
-    "train.loop": ("ContinualResult", "ContinualTrainer", "PreparedStream"),
+    "train.loop": ("ContinualTrainer", "PreparedStream"),
+    "train.result": ("ContinualResult",),
 }
 
 

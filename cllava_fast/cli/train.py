@@ -80,7 +80,7 @@ def _defaults_of_methods(name: str) -> str:
         if name in cls.__dataclass_fields__:
             default = _shown(config.default_of(cls.__dataclass_fields__[name]))
             methods.setdefault(default, []).append(method)
-    own = config.IncrementConfig().method
+    own = config.IncrementConfig.method
     usual = next((default for default, names in methods.items() if own in names), "")
     others = [f"{default} in {', '.join(names)}" for default, names in methods.items() if own not in names]
     return "; ".join(filter(None, [usual, *others]))

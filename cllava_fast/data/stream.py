@@ -143,10 +143,13 @@ def fingerprint(samples: Sequence[Sample]) -> str:
             image = [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
         elif isinstance(image, str | Path):
             path = Path(image)
-            image = [path.name, path.stat().st_size if path.is_file() else None]
-            if position % every == 0 and path.is_file():
-                with path.open("rb") as file:
-                    digest.update(file.read(1 << 16))
+            try:
+                image = [path.name, path.stat().st_size]
+                if position % every == 0:
+                    with path.open("rb") as file:
+                        digest.update(file.read(1 << 16))
+            except OSError:
+                image = [path.name, None]  # gone: whoever opens it says so
         texts = [sample.system, sample.instruction, sample.answer, *sample.history, *sample.references]
         digest.update(json.dumps([texts, str(image)]).encode())
     return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""What a run measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cllava_fast.evaluate import metrics
+
+
+@dataclass
+class ContinualResult:
+    """What a run measured; fractions in 0..1, ``matrix[i][j]`` = accuracy on task j after task i (None: not measured).
+
+    ``selection_accuracy`` is the share of selection weight that falls into the right task's block at the end, over
+    the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
+    right and wrong ones. ``selection`` says which rows the tasks use, see ``cllava_fast.evaluate.selection``, and
+    ``bad_numbers`` what was skipped, by task (``ContinualArguments.on_bad_numbers``). See
+    ``cllava_fast.evaluate.metrics`` for the others.
+    """
+
+    task_names: list[str]
+    accuracy_matrix: list[list[float | None]]
+    selection_accuracy: float | None
+    trainable_parameters: int
+    seconds: float
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    selection: dict[str, Any] | None = None
+    bad_numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {
+            "accuracy_matrix": self.accuracy_matrix,
+            **metrics.summarize(self.accuracy_matrix),
+            "selection_accuracy": self.selection_accuracy,
+            "trainable_parameters": self.trainable_parameters,
+            "seconds": self.seconds,
+        }
+        return numbers if self.selection is None else {**numbers, "selection": self.selection}
+
+    @property
+    def average_accuracy(self) -> float | None:
+        return metrics.average_accuracy(self.accuracy_matrix)
+
+    @property
+    def average_forgetting(self) -> float | None:
+        return metrics.average_forgetting(self.accuracy_matrix)
