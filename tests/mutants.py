@@ -20,6 +20,7 @@ from tests.hostile_mutants import HOSTILE_MUTANTS  # noqa: E402
 from tests.kernel_mutants import KERNEL_MUTANTS  # noqa: E402
 from tests.native_mutants import NATIVE_MUTANTS  # noqa: E402
 from tests.serving_mutants import SERVING_MUTANTS  # noqa: E402
+from tests.training_mutants import TRAIN, TRAINING_MUTANTS  # noqa: E402
 from tests.tuned_mutants import TUNED_MUTANTS  # noqa: E402
 
 PLUGINS = ("-p", "no:cacheprovider", "-p", "tests.any_order")
@@ -42,7 +43,6 @@ INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMA
 # names of an op's tests in the conformance test, where they are not its folder's
 TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
-TRAIN = ("tests/test_train.py", "tests/test_train_refusals.py")
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", *TRAIN)
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
@@ -113,81 +113,6 @@ MUTANTS = [
     Mutant(
         "runs in several orders by their places", "cllava_fast/evaluate/combine.py",
         '"order": place}', '"order": 0}', ("tests/test_combine.py",),
-    ),
-    Mutant(
-        "other samples in one report", "cllava_fast/evaluate/combine.py",
-        "if other != digest:", "if False:", ("tests/test_combine.py",),
-    ),
-    Mutant(
-        "moved data is another stream", "cllava_fast/data/stream.py", "[path.name, path.stat()",
-        "[str(path), path.stat()", ("tests/test_data.py",),
-    ),
-    Mutant(
-        "an extreme that is infinite is finite", "cllava_fast/ops/checks.py",
-        "torch.isfinite(least) & torch.isfinite(most)", "torch.isfinite(least)", ("tests/test_checks.py",),
-    ),
-    Mutant(
-        "garbage stays with what is in use", "cllava_fast/train/garbage.py", "    gc.collect()", "    pass  #", TRAIN,
-    ),
-    Mutant(
-        "what was kept out of garbage collection stays out", "cllava_fast/train/garbage.py", "        gc.unfreeze()",
-        "        pass", TRAIN,
-    ),
-    Mutant(
-        "a loop of one's own leaves half a task", "cllava_fast/train/learning.py", "        increments.drop_task()",
-        "        pass", ("tests/test_learning.py",),
-    ),
-    Mutant(
-        "a loop of one's own loses shared rows", "cllava_fast/train/learning.py",
-        "pool.block_rows or pool.shared_rows", "False", ("tests/test_learning.py",),
-    ),
-    Mutant(
-        "a loop of one's own aligns no keys", "cllava_fast/train/learning.py",
-        "method.aligns_keys and queries is not None", "False", ("tests/test_learning.py",),
-    ),
-    Mutant(
-        "every task is born as the first", "cllava_fast/train/learning.py", "seed * 10_000 + len(pool.task_names)",
-        "seed * 10_000", ("tests/test_learning.py",),
-    ),
-    Mutant(
-        "a task of shared rows is no task", "cllava_fast/model/increments.py", "        self._is_open = True",
-        "        pass", ("tests/test_learning.py",),
-    ),
-    Mutant(
-        "pictures of one name and size are one", "cllava_fast/data/stream.py", "digest.update(file.read(1 << 16))",
-        "pass", ("tests/test_data.py",),
-    ),
-    Mutant(
-        "FSDP shards what sees images", "cllava_fast/train/tune.py",
-        "[increments, *paths.beside_language_model(model),", "[increments,", ("tests/test_distributed.py",),
-    ),
-    Mutant(
-        "embeddings of before a cast", "cllava_fast/surrogate.py",
-        "if self._dtype != self._embedding.weight.dtype:", "if False:", ("tests/test_files.py",),
-    ),
-    Mutant(
-        "activation checkpointing stays", "cllava_fast/train/as_it_was.py", "        _keeps_activations(model),\n", "",
-        TRAIN,
-    ),
-    Mutant(
-        "a merged model is trained", "cllava_fast/train/loop.py", "        check_not_merged(self.increments)",
-        "        pass", TRAIN,
-    ),
-    Mutant(
-        "evaluation leaves its mode", "cllava_fast/train/as_it_was.py", "            module.training = mode",
-        "            pass", ("tests/test_evaluation.py",),
-    ),
-    Mutant(
-        "what cannot be read again is saved", "cllava_fast/model/files.py",
-        "        pool.check_state(state, pool.num_tasks)", "        pass", ("tests/test_files.py",),
-    ),
-    Mutant(
-        "half a task is saved", "cllava_fast/model/files.py", "    if increments.is_within_a_task:", "    if False:",
-        ("tests/test_files.py",),
-    ),
-    Mutant(
-        "a method takes another's name", "cllava_fast/methods/base.py", "    if config.method in METHODS:",
-        "    if False:", ("tests/test_methods.py",),
     ),
     Mutant(
         "a gradient of alignment is clipped to less than nothing", "cllava_fast/train/arguments.py",
@@ -472,6 +397,7 @@ MUTANTS = [
     ),
     Mutant("clip: half a task stays open", "cllava_fast/clip.py", "self.pool.drop_block()", "pass", CLIP),
     *(Mutant(name, file, old, new, (test,)) for name, file, old, new, test in SERVING_MUTANTS),
+    *(Mutant(*mutant) for mutant in TRAINING_MUTANTS),
     *(Mutant(f"tuned: {name}", file, old, new, TUNED) for name, file, old, new in TUNED_MUTANTS),
     *(Mutant(name, file, old, new, (CONFORMANCE, test)) for name, file, old, new, test in KERNEL_MUTANTS),
     *(
