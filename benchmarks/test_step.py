@@ -44,8 +44,9 @@ def points(device, quick):
     elif device == "cpu":
         chosen = [(1, 7, TUNE), (1, 7, CHECKPOINTING), (1, 0, TUNE), (4, 7, TUNE)]
     else:
-        chosen = [(4, 7, TUNE), (16, 7, CHECKPOINTING), (4, 0, TUNE), (4, 7, CHECKPOINTING)]
-        chosen += [(1, 7, TUNE), (1, 7, CHECKPOINTING), (16, 7, TUNE)]
+        # a case's points one after the other: what is right for them is computed once
+        chosen = [(4, 7, TUNE), (4, 7, CHECKPOINTING), (16, 7, CHECKPOINTING), (16, 7, TUNE), (4, 0, TUNE)]
+        chosen += [(1, 7, TUNE), (1, 7, CHECKPOINTING)]
     dtype, launch = (torch.float32, measure.HOST) if device == "cpu" else (torch.bfloat16, measure.IDLE)
     return [Point(Case(size, B, past), dtype, direction, launch) for B, past, direction in chosen]
 

@@ -304,12 +304,24 @@ MUTANTS = [
         ("tests/test_demo.py",),
     ),
     Mutant(
-        "decoding: context lost", "cllava_fast/model/acting.py", "    pairs = selection.joined\n",
-        "    pairs = selection.past\n", ("tests/test_decoding.py",),
+        "decoding: context lost", "cllava_fast/model/acting.py", "pairs, (A, B) = selection.joined,",
+        "pairs, (A, B) = selection.past,", ("tests/test_decoding.py",),
     ),
     Mutant(
-        "decoding: gradients lost", "cllava_fast/model/acting.py", " or torch.is_grad_enabled() or", " or",
+        "decoding: gradients lost", "cllava_fast/model/acting.py", "return torch.is_grad_enabled() or ", "return ",
         ("tests/test_decoding.py",),
+    ),
+    Mutant(
+        "decoding: what looks at tokens looks once", "cllava_fast/model/increments.py",
+        "if type(self.method).route is Method.route:", "if True:", ("tests/test_decoding.py",),
+    ),
+    Mutant(
+        "decoding: prompts decode as tokens do", "cllava_fast/model/acting.py", "native[factors, x.shape, ",
+        "native[factors, ", ("tests/test_decoding.py",),
+    ),
+    Mutant(
+        "decoding: in spite of a backend asked for", "cllava_fast/ops/dispatch.py",
+        "return _asked[-1] if _asked else None", "return None", ("tests/test_decoding.py",),
     ),
     Mutant(
         "evaluation: batches that are selected for mix tasks", "cllava_fast/evaluate/evaluation.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import CompileConfig, StaticCache
 
 import cllava_fast as cf
 from cllava_fast.methods import Pairs, Selection
-from cllava_fast.model import acting, get_increments
+from cllava_fast.model import acting, get_increments, paths
 from cllava_fast.model import increments as increments_module
 from cllava_fast.model.patching import STEP
 from cllava_fast.ops import native
@@ -52,6 +53,79 @@ def test_native_decoding_is_the_same(
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     plain = last_logits(cf.unpatch(llava), batch)
     assert (together - plain).abs().max() > 100 * (together - apart).abs().max()
+
+
+class Asked:
+    """How often a function was called."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.times = function, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.times += 1
+        return self.function(*args)
+
+
+@pytest.fixture
+def decoding(
+    llava: Any, processor: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Asked, Asked, Callable[[int], Tensor]]:
+    """A model that decodes natively on the CPU; who is asked whether it may, and who does it from the second token on;
+    and its answers of so many tokens."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 3, generator)
+    batch = inputs(processor, QUESTIONS, generator)
+    asked = Asked(lambda x, selection, factors: selection.joined if x.shape[1] == 1 else None)
+    straight = Asked(acting.decode)
+    monkeypatch.setattr(acting, "native_pairs", asked)
+    monkeypatch.setattr(acting, "decode", straight)
+    options = {"do_sample": False, "suppress_tokens": [llava.config.image_token_id]}
+    return (
+        llava,
+        asked,
+        straight,
+        lambda new: llava.generate(**batch, max_new_tokens=new, min_new_tokens=new, **options),
+    )
+
+
+def test_whether_a_layer_decodes_natively_is_asked_once(decoding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked, straight, answers = decoding
+    layers = len(get_increments(model).linears(model))
+    natively = answers(5)
+    # for the prompt, and for the first of four tokens behind it
+    assert (asked.times, straight.times) == (2 * layers, 3 * layers)
+    asked.function = lambda *_: None
+    assert torch.equal(answers(5), natively) and straight.times == 3 * layers
+
+
+def true(*_: Any) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("what", ["nothing", "gradients", "backend", "casts", "compiled", "looks at x", "wrapped"])
+def test_what_makes_a_layer_ask_again(what: str, decoding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked, straight, _ = decoding
+    increments = get_increments(model)
+    linear = next(iter(increments.linears(model).values()))
+    x = torch.randn(len(QUESTIONS), 1, linear.in_features)
+    query = torch.randn(len(QUESTIONS), increments.pool.key_dim)
+    if what == "looks at x":
+        monkeypatch.setattr(type(increments.method), "route", lambda self, selection, factors, x: selection)
+    if what == "wrapped":
+        monkeypatch.setattr(paths, "is_plain", lambda linear: False)
+    increments.call.active = increments.method.select(increments.pool, query, increments.groups, False)
+    with torch.no_grad():
+        first = linear(x)
+        asked.times = 0
+        if what == "casts":
+            monkeypatch.setattr(torch, "is_autocast_enabled", true)
+        if what == "compiled":
+            monkeypatch.setattr(torch.compiler, "is_compiling", true)
+        with cf.ops.backend("reference") if what == "backend" else nullcontext():
+            again = torch.enable_grad()(linear)(x) if what == "gradients" else linear(x)
+    assert straight.times == (what == "nothing")
+    assert asked.times == (what not in ("nothing", "wrapped"))
+    torch.testing.assert_close(again.detach(), first)
 
 
 @pytest.mark.skipif(not native.EMULATED, reason="needs the emulated CUDA kernels")

@@ -18,7 +18,7 @@ from transformers import CompileConfig
 import cllava_fast as cf
 from benchmarks import measure
 from cllava_fast import ops
-from cllava_fast.model import get_increments
+from cllava_fast.model import acting, get_increments
 from cllava_fast.model import increments as increments_module
 from cllava_fast.model.caches import returned
 from cllava_fast.ops import native
@@ -101,7 +101,8 @@ def test_token_by_token_as_all_at_once(backend: str, pair: Any, monkeypatch: pyt
     _, model, batch = pair
     model.eval()
     decode = Mock(wraps=increments_module.decode)
-    monkeypatch.setattr(increments_module, "decode", decode)
+    for module in (increments_module, acting):  # a layer's first token, and those that follow
+        monkeypatch.setattr(module, "decode", decode)
     query = torch.randn(len(QUESTIONS), get_increments(model).pool.key_dim)
     batch = on_gpu(batch | {"query": query})
     with torch.no_grad(), ops.backend(backend):

@@ -119,6 +119,11 @@ class Selection:
         index = torch.cat([self.past.index, context.index], 1)
         return Pairs(index, torch.cat([self.past.coefficient, context.coefficient], 1))
 
+    @cached_property
+    def native(self) -> dict[Any, Pairs]:
+        """``joined``, by what a native kernel was found to decode with it."""
+        return {}
+
     def context_pairs(self) -> Pairs:
         """``context`` as pairs of each sample."""
         assert self.context is not None

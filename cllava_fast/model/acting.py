@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllava_fast import ops
 from cllava_fast.methods import Pairs, Selection
 from cllava_fast.ops import dispatch
 from cllava_fast.ops.inject import autograd
-from cllava_fast.ops.inject.native import CUDA_TOKENS
+from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
 from cllava_fast.pool import Factors
 
 
@@ -72,17 +72,43 @@ NATIVE_BYTES = 2**28
 
 def native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | None:
     """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
-    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or torch.is_grad_enabled() or factors.shares_A:
+    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A or _not_eager():
         return None
-    # asked before `joined`, which is kept: what a compiled call keeps lies in the memory of its CUDA graph
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+    pairs, (A, B) = selection.joined, (factors.A, factors.B)
+    if pairs is None or A.dtype != B.dtype or A.dtype not in (x.dtype, torch.float32):
         return None
-    pairs = selection.joined
-    if pairs is None:
-        return None
-    _, rank, d_in = factors.A.shape
-    row = rank * (d_in + factors.B.shape[2]) * factors.A.element_size()
+    _, rank, d_in = A.shape
+    row = rank * (d_in + B.shape[2]) * A.element_size()
     if pairs.index.numel() * row > NATIVE_BYTES or pairs.index.device != x.device:
         return None
-    site = autograd.site(x, None, None, factors.A, factors.B, pairs.index, pairs.coefficient)
+    site = autograd.site(x, None, None, A, B, pairs.index, pairs.coefficient)
     return pairs if dispatch.choose("inject", site).backend == "cuda" else None
+
+
+def remember_native(x: Tensor, selection: Selection, factors: Factors, pairs: Pairs) -> None:
+    """`native_pairs` would find the same for the tokens that follow."""
+    selection.native[factors, x.shape, dispatch.innermost()] = pairs
+
+
+def decode_as_before(
+    x: Tensor, linear: nn.Linear, selection: Selection, factors: Factors, scale: float
+) -> Tensor | None:
+    """The output of a layer that has decoded natively with this selection; None of any other.
+
+    Each token of an answer comes by here in each layer, and the GPU waits meanwhile: as few calls as there can be.
+    """
+    if _not_eager():
+        return None
+    pairs = selection.native.get((factors, x.shape, dispatch.innermost()))
+    if pairs is None:
+        return None
+    own, frozen = factors._buffers, linear._parameters  # `nn.Module.__getattr__` is a call each
+    A, B, weight, bias = own["A"], own["B"], frozen["weight"], frozen["bias"]
+    assert A is not None and B is not None and weight is not None
+    return decode(x, weight, bias, A, B, pairs.index, pairs.coefficient, scale)
+
+
+def _not_eager() -> bool:
+    """Whether a call takes gradients, casts, or is compiled: then it may keep nothing on a selection, which would lie
+    in the memory of its CUDA graph."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")

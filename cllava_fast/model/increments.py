@@ -398,11 +398,13 @@ class Increments(nn.Module):
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         selection = self.method.route(selection, factors, x)
-        pairs = acting.native_pairs(x, selection, factors)
-        if pairs is not None and linear is not None:
-            return decode(
-                x, linear.weight, linear.bias, factors.A, factors.B, pairs.index, pairs.coefficient, self.config.scale
-            )
+        native = None if linear is None else acting.native_pairs(x, selection, factors)
+        if native is not None:
+            assert linear is not None
+            if type(self.method).route is Method.route:  # which does not look at x
+                acting.remember_native(x, selection, factors, native)
+            A, B, index, coefficient = factors.A, factors.B, native.index, native.coefficient
+            return decode(x, linear.weight, linear.bias, A, B, index, coefficient, self.config.scale)
         if self.dropout and self.training and self.pool.block_rows:
             if y is None:
                 assert linear is not None

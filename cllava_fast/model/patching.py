@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
-from cllava_fast.model import answers, caches, paths
+from cllava_fast.model import acting, answers, caches, paths
 from cllava_fast.model.images import check_images, pooled_image
 from cllava_fast.model.increments import Increments, Request
 from cllava_fast.pool import Factors
@@ -220,15 +220,19 @@ def _shadow(module: nn.Module, name: str, function: Any) -> None:
 
 def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
     adapter: _Adapter = linear._adapter
-    increments = adapter.increments
-    if increments.call.active is None:
+    increments, factors = adapter.increments, adapter.factors
+    selection = increments.call.active
+    if selection is None:
         return original(x)
+    decoded = acting.decode_as_before(x, linear, selection, factors, increments.config.scale)
+    if decoded is not None:
+        return decoded
     if increments.method.reads:
-        return original(increments.read(x, adapter.factors))
+        return original(increments.read(x, factors))
     # what other libraries put on this instance (offloading, say) must keep its part
     if paths.is_plain(linear) and getattr(linear.__dict__["forward"], "_original", 0) is None:
-        return increments.inject(x, linear, None, adapter.factors)
-    return increments.inject(x, None, original(x), adapter.factors)
+        return increments.inject(x, linear, None, factors)
+    return increments.inject(x, None, original(x), factors)
 
 
 def _receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

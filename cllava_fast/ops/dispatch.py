@@ -112,6 +112,11 @@ def forget() -> None:
     _choose.cache_clear()
 
 
+def innermost() -> str | None:
+    """What the innermost `backend` block asks for; None outside of all."""
+    return _asked[-1] if _asked else None
+
+
 def choose(op: str, site: Site) -> Choice:
     """The backend that runs `op` at `site`. Cached: a repeated site costs a dictionary look-up."""
     return _choose(op, site, _asked[-1] if _asked else os.environ.get(VARIABLE) or AUTO)

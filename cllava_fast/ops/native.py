@@ -83,10 +83,14 @@ def call(run: Callable[..., Any], library: Any, *arguments: Any) -> Any:
     try:
         return run(library, *arguments)
     except RuntimeError as error:
-        # a kernel's workspace: the stable ABI keeps neither the type nor the text of what torch raised
-        if "aten::new_empty" in str(error):
-            raise torch.OutOfMemoryError(f"no memory for a workspace of {run.__name__}: {error}") from error
+        refuse_without_memory(run.__name__, error)
         raise
+
+
+def refuse_without_memory(op: str, error: RuntimeError) -> None:
+    # a kernel's workspace: the stable ABI keeps neither the type nor the text of what torch raised
+    if "aten::new_empty" in str(error):
+        raise torch.OutOfMemoryError(f"no memory for a workspace of {op}: {error}") from error
 
 
 def accepts_on(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:

@@ -110,6 +110,8 @@ BENCH = (
     Case(B=1, S=1000, d_in=2048, d_out=2048, N=64, R=8, P=4, selection="zipf"),
     Case(B=16, S=1, d_in=2048, d_out=2048, N=64, R=8, P=4, selection="zipf"),
 )
+# As many columns as seven earlier tasks' mean increments, shortened to 32 each.
+SHORTENED = Case(B=16, S=1024, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="uniform", past=28)
 # A 7B model's attention output: the training step, with seven earlier tasks in context, other selections, decoding.
 BENCH_GPU = (
     Case(B=16, S=1024, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="uniform"),
@@ -117,6 +119,7 @@ BENCH_GPU = (
     Case(B=16, S=577, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="distinct"),
     Case(B=4, S=1000, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="zipf"),
     Case(B=1, S=2048, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="identical"),
+    SHORTENED,
     *(case._replace(B=16, S=1024, d_in=4096, d_out=4096) for case in ROUTER_QUICK),
     Case(B=16, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="uniform"),
     Case(B=1, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="identical"),

@@ -79,26 +79,23 @@ def add_(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Lows:
     return reference.lows(low, past_low, given, save)
 
 
-def decode(*arguments: Any) -> Tensor:
-    """`inject` without gradients by the native kernel and nothing around it, for a GPU that waits for each launch."""
-    y: Tensor = native.call(_decode, torch.ops.cllava_fast_native, *arguments)
-    return y
-
-
-def _decode(
-    library: Any,
+def decode(
     x: Tensor,  # [B, S, d_in], S of a few
     weight: Tensor,  # [d_out, d_in]
     bias: Tensor | None,
-    A: Tensor,  # [N, R, d_in]
-    B: Tensor,  # [N, R, d_out]
+    A: Tensor,  # [N, R, d_in], in x's dtype or float32
+    B: Tensor,  # [N, R, d_out], in A's dtype
     index: Tensor,  # [B, P]
     coefficient: Tensor,  # [B, P]
     scale: float,
 ) -> Tensor:
-    y = F.linear(x, weight, bias).contiguous()
-    A, B = factors(A, B, x.dtype)
-    library.inject_add(dense_rows(x), A, B, index, coefficient, scale, y)
+    """`inject` without gradients by the native kernel and nothing around it, for a GPU that waits for each launch."""
+    y = F.linear(x, weight, bias)
+    try:
+        torch.ops.cllava_fast_native.inject_add(dense_rows(x), A, B, index, coefficient, scale, y)
+    except RuntimeError as error:
+        native.refuse_without_memory("inject", error)
+        raise
     return y
 
 
