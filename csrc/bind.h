@@ -319,7 +319,7 @@ struct Bound {
 
   static void inject_add(
       const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& index, const Tensor& coefficient, double scale,
-      const Tensor& y) {
+      const Tensor& y, const Maybe& arrived) {
     InjectAdd call{};
     call.type = type_of("x", x);
     factors(call, A, B, x);
@@ -336,6 +336,10 @@ struct Bound {
     call.coefficient = in<float>(coefficient);
     call.scale = static_cast<float>(scale);
     call.y = y.data_ptr();
+    if (arrived) {
+      expect("arrived", *arrived, Dtype::Int, {call.samples}, x);
+      call.arrived = out<int32_t>(arrived);
+    }
     const Workspace workspace(x, Kernels::workspace(call));
     call.workspace = workspace.pointer();
     Kernels::inject_add(call, x);

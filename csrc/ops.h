@@ -102,6 +102,7 @@ struct InjectAdd {
   const float* coefficient;  // [B, P]
   void* y;                   // in and out [B, S, d_out]
   void* workspace;           // inject_add_workspace() bytes, or null
+  int32_t* arrived;          // [B], zeros, and zeros again afterwards, for this call's own stream; or null
   Type type;                 // of x and y
   Type factor_type;          // of A and B: type, or float32
   float scale;

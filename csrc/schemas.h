@@ -29,8 +29,8 @@ inline void define(torch::stable::detail::StableLibrary& library) {
       "mix_factors_backward(Tensor grad_A, Tensor grad_B, Tensor A, Tensor B, Tensor coefficient, Tensor index, "
       "Tensor(a!)? to_A, Tensor(b!)? to_B, Tensor(c!)? to_coefficient) -> ()");
   library.def(
-      "inject_add(Tensor x, Tensor A, Tensor B, Tensor index, Tensor coefficient, float scale, Tensor(a!) y) -> "
-      "()");
+      "inject_add(Tensor x, Tensor A, Tensor B, Tensor index, Tensor coefficient, float scale, Tensor(a!) y, "
+      "Tensor(b!)? arrived=None) -> ()");
 }
 
 }  // namespace cllava

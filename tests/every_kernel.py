@@ -15,6 +15,7 @@ from cllava_fast import ops  # noqa: E402
 from cllava_fast.ops import native  # noqa: E402
 from cllava_fast.ops.aggregate import cases as aggregate_cases  # noqa: E402
 from cllava_fast.ops.inject import cases as inject_cases  # noqa: E402
+from cllava_fast.ops.inject.native import decode  # noqa: E402
 from cllava_fast.ops.select import cases as select_cases  # noqa: E402
 
 INJECT = inject_cases.Case(B=3, S=7, d_in=17, d_out=33, N=3, R=3, P=11)
@@ -64,8 +65,21 @@ def run_all(device, backend, dtypes=(torch.float32, torch.float16, torch.bfloat1
                 for own, frozen, *rows, free in routed if way != "whole" else routed[:1]:  # a shared A is gathered
                     y = ops.inject(own, frozen.detach(), *rows, free.detach(), past=past)
                     backward([y], own, rows[0], rows[1], rows[3])
+        if backend != "triton":
+            decode_all(device, dtypes, generator)
         index, weight, row_task, row_mean, context = moved(aggregate_cases.make(AGGREGATE, torch.float32, generator))
         backward(ops.aggregate(index, weight, row_task, row_mean.detach(), context)[1:], weight, context)
+
+
+def decode_all(device, dtypes, generator):
+    """Few rows, which one block has, and many."""
+    for dtype in dtypes:
+        for case in (INJECT._replace(S=1, P=2), INJECT._replace(S=1, P=50)):
+            tensors = [tensor.to(device) for tensor in inject_cases.make(case, dtype, generator)]
+            x, weight, A, B, index, coefficient, bias = tensors
+            arrived = torch.zeros(case.B, dtype=torch.int32, device=device)
+            with torch.no_grad():
+                decode(x, weight, bias, A, B, index, coefficient, 1.0, arrived)
 
 
 def ways(backend):

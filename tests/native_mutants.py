@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 SELECT, AGGREGATE, INJECT = "tests/test_op_select.py", "tests/test_op_aggregate.py", "tests/test_op_inject.py"
-SELECT_AGGREGATE = "tests/test_op_select_aggregate.py"
+SELECT_AGGREGATE, EMULATED = "tests/test_op_select_aggregate.py", "tests/test_cuda_emulated.py"
 
 NATIVE_MUTANTS = [
     # name, file under csrc/, old, new, tests beside the conformance test
@@ -51,5 +51,9 @@ NATIVE_MUTANTS = [
     ("mix_factors: only the first tile", "cuda/mix_factors.cu", "tile < tiles; tile++", "tile < 1; tile++", AGGREGATE),
     ("inject: scale lost", "cuda/inject_add.cu", "k < K ? p.coefficient[pair] * p.scale", "k < K ? p.coefficient[pair]", INJECT),
     ("inject: only the first split", "cuda/inject_add.cu", "split < splits.count; split++", "split < 1; split++", INJECT),
-    ("inject: rank is not read", "cuda/inject_add.cu", "p.index[pair], k % R, p.B_stride_n", "p.index[pair], 0, p.B_stride_n", INJECT),
+    ("inject: rank is not read", "cuda/inject_add.cu", "row[place] = factor_row<F>(p.B, p.index[pair], k % R,", "row[place] = factor_row<F>(p.B, p.index[pair], 0,", INJECT),
+    ("inject: one token: only the first rows", "cuda/inject_add.cu", "group < groups; group++", "group < 1; group++", EMULATED),
+    ("inject: one token: the count stays", "cuda/inject_add.cu", "if (threadIdx.x == 0) p.arrived[sample] = 0;", "", EMULATED),
+    ("inject: one token: weights do not move with their rows", "cuda/inject_add.cu", "weight[place] = own;", "", EMULATED),
+    ("inject: one token: nobody waits for the rows", "cuda/inject_add.cu", "  __syncthreads();\n  T* y =", "  T* y =", EMULATED),
 ]  # fmt: skip

@@ -355,13 +355,13 @@ def factor_strides(A, B):
     return dict(zip(names, (*A.stride()[:2], *B.stride()[:2]), strict=True))
 
 
-def inject_add(kernels, y, x, A, B, index, coefficient, scale):
+def inject_add(kernels, y, x, A, B, index, coefficient, scale, arrived=None):
     output = Guarded(tuple(y.shape), y.dtype)
     output.tensor.copy_(y)
     library.call(
-        kernels, "InjectAdd", {"y": output}, x=x, A=A, B=B, index=index, coefficient=coefficient, type=x.dtype,
-        factor_type=A.dtype, scale=scale, samples=x.shape[0], S=x.shape[1], d_in=x.shape[2], d_out=B.shape[2],
-        N=len(A), R=A.shape[1], P=index.shape[1], x_stride_b=x.stride(0), x_stride_s=x.stride(1),
+        kernels, "InjectAdd", {"y": output}, arrived=arrived, x=x, A=A, B=B, index=index, coefficient=coefficient,
+        type=x.dtype, factor_type=A.dtype, scale=scale, samples=x.shape[0], S=x.shape[1], d_in=x.shape[2],
+        d_out=B.shape[2], N=len(A), R=A.shape[1], P=index.shape[1], x_stride_b=x.stride(0), x_stride_s=x.stride(1),
         **factor_strides(A, B),
     )  # fmt: skip
     return output.tensor
@@ -406,6 +406,42 @@ def test_inject_add(sizes, odd, dtype, factor_dtype, kernels, rng):
     few = 4 if samples * tokens * d_out < 100 else 1
     assert error(found[0], exact) <= few * limit(dtype, error(plain, exact), 2, exact, terms)
     assert torch.equal(*found)
+
+
+ONE_TOKEN = (  # samples, d_in, d_out, N, R, P: one group of rows, several, many; more columns than threads take at once
+    (2, 1, 1, 1, 1, 1),
+    (3, 1100, 40, 6, 4, 2),
+    (2, 72, 264, 4, 3, 7),
+    (2, 17, 33, 3, 3, 11),
+    (4, 256, 2048, 5, 8, 4),
+    (2, 512, 4160, 40, 8, 70),
+)
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype"), FACTORS, ids=str)
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("sizes", ONE_TOKEN, ids=str)
+def test_inject_add_in_one_launch(sizes, odd, dtype, factor_dtype, kernels, rng):
+    samples, d_in, d_out, rows, rank, count = sizes
+    x = wide(torch.randn(samples, 1, d_in, generator=rng).to(dtype), odd)
+    y = torch.randn(samples, 1, d_out, generator=rng).to(dtype)
+    A = (torch.randn(rows, rank, d_in, generator=rng) / d_in**0.5).to(factor_dtype)
+    B = torch.randn(rows, rank, d_out, generator=rng).to(factor_dtype)
+    index, coefficient, unread = pairs(samples, count, rows, rng)
+    coefficient[-1] = 0  # a sample of padding alone
+    unread |= torch.ones(rows).bool().index_fill(0, index[coefficient != 0], False)
+    given = y, x, A, B, index, coefficient
+    exact, plain, terms = (
+        inject_reference.inject_add(y, x, Acting(*flat_acting(*rest, scale=0.5)), False)[0]
+        for y, x, *rest in (doubles(*given), given, magnitudes(*given))
+    )
+    A[unread] = B[unread] = float("nan")
+    arrived = torch.zeros(samples, dtype=torch.int32)
+    found = [inject_add(kernels, y, x, wide(A, odd), wide(B, odd), index, coefficient, 0.5, arrived) for _ in range(3)]
+    few = 4 if samples * d_out < 100 else 1
+    assert error(found[0], exact) <= few * limit(dtype, error(plain, exact), 2, exact, terms)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0][-1], y[-1]) and not arrived.any()
 
 
 def test_a_failed_launch_names_the_kernel(kernels):

@@ -98,6 +98,7 @@ def inject_arguments() -> dict[str, torch.Tensor | float]:
     return {
         "x": torch.zeros(2, 3, 8), "A": torch.zeros(5, 2, 8), "B": torch.zeros(5, 2, 6),
         "index": torch.zeros(2, 4).long(), "coefficient": torch.zeros(2, 4), "scale": 1.0, "y": torch.zeros(2, 3, 6),
+        "arrived": torch.zeros(2, dtype=torch.int32),
     }  # fmt: skip
 
 
@@ -118,6 +119,7 @@ def inject_arguments() -> dict[str, torch.Tensor | float]:
         ("inject_add", {"A": torch.zeros(5, 2, 8).half(), "B": torch.zeros(5, 2, 6).half()}, "A: expected Float or"),
         ("inject_add", {"y": torch.zeros(2, 6, 3).transpose(1, 2)}, "y: expected .* without gaps"),
         ("inject_add", {"coefficient": torch.zeros(2, 3)}, r"coefficient: expected Float \[2, 4\]"),
+        ("inject_add", {"arrived": torch.zeros(2).long()}, r"arrived: expected Int \[2\]"),
     ],
 )
 def test_a_wrong_pointer_never_reaches_a_kernel(op: str, change: dict, message: str) -> None:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from cllava_fast import ops
+from cllava_fast.ops import native
+from cllava_fast.ops.inject.cases import Case, make
+from cllava_fast.ops.inject.native import decode
 from tests.ops_helpers import Backend, backends, leaves
 from tests.test_op_library import chain_inputs
 
@@ -134,3 +137,34 @@ def test_running_out_of_memory_leaves_the_process_usable(gpu_backend, tokens, rn
     for ours, before in zip(forward_backward(inputs), wanted, strict=True):
         assert torch.equal(ours, before)
     assert all(gradient.isfinite().all() for gradient in forward_backward(large))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pairs", [4, 60])
+@pytest.mark.parametrize("samples", [1, 16])
+def test_one_launch_decodes_as_float64_and_always_alike(samples, pairs, dtype, rng):
+    """In one launch, whose last block of a sample, whichever that is, adds up what all have left."""
+    refusal = native.cuda_usable()
+    if refusal is not None:
+        pytest.skip(refusal)
+    case = Case(B=samples, S=1, d_in=4096, d_out=4096, N=64, R=8, P=pairs)
+    x, weight, A, B, index, coefficient, bias = (tensor.to("cuda") for tensor in make(case, dtype, rng))
+    arrived = torch.zeros(samples, dtype=torch.int32, device="cuda")
+
+    def found():
+        return decode(x, weight, bias, A, B, index, coefficient, 0.5, arrived)
+
+    def form(x, weight, A, B, coefficient, bias):
+        strength = 0.5 * coefficient.repeat_interleave(case.R, 1).unsqueeze(1)  # [B, 1, P * R]
+        low = x @ A[index].flatten(1, 2).transpose(1, 2) * strength.to(x.dtype)
+        return x @ weight.t() + bias + low @ B[index].flatten(1, 2)
+
+    given = x, weight, A, B, coefficient, bias
+    exact = form(*(tensor.double() for tensor in given))
+    error = lambda y: (y.double() - exact).norm() / exact.norm()  # noqa: E731
+    with torch.no_grad():
+        first = found()
+        assert error(first) <= 2 * error(form(*given))
+        for _ in range(100):
+            assert torch.equal(found(), first)
+    assert not arrived.any()

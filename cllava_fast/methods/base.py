@@ -120,6 +120,13 @@ class Selection:
         return Pairs(index, torch.cat([self.past.coefficient, context.coefficient], 1))
 
     @cached_property
+    def arrived(self) -> Tensor:
+        """int32 ``[B]``, zeros: where a native kernel counts within a layer how much of a sample is done."""
+        pairs = self.block or self.past
+        assert pairs is not None
+        return torch.zeros(self.batch_size, dtype=torch.int32, device=pairs.index.device)
+
+    @cached_property
     def native(self) -> dict[Any, Pairs]:
         """``joined``, by what a native kernel was found to decode with it."""
         return {}

@@ -105,7 +105,7 @@ def decode_as_before(
     own, frozen = factors._buffers, linear._parameters  # `nn.Module.__getattr__` is a call each
     A, B, weight, bias = own["A"], own["B"], frozen["weight"], frozen["bias"]
     assert A is not None and B is not None and weight is not None
-    return decode(x, weight, bias, A, B, pairs.index, pairs.coefficient, scale)
+    return decode(x, weight, bias, A, B, pairs.index, pairs.coefficient, scale, selection.arrived)
 
 
 def _not_eager() -> bool:

@@ -403,8 +403,9 @@ class Increments(nn.Module):
             assert linear is not None
             if type(self.method).route is Method.route:  # which does not look at x
                 acting.remember_native(x, selection, factors, native)
-            A, B, index, coefficient = factors.A, factors.B, native.index, native.coefficient
-            return decode(x, linear.weight, linear.bias, A, B, index, coefficient, self.config.scale)
+            A, B, scale, arrived = factors.A, factors.B, self.config.scale, selection.arrived
+            weight, bias = linear.weight, linear.bias
+            return decode(x, weight, bias, A, B, native.index, native.coefficient, scale, arrived)
         if self.dropout and self.training and self.pool.block_rows:
             if y is None:
                 assert linear is not None

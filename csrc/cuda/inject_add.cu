@@ -1,8 +1,11 @@
-// inject_add for few tokens a sample: y += scale * sum_p coefficient_p * B_p^T (A_p x), in place, in two launches.
+// inject_add for few tokens a sample: y += scale * sum_p coefficient_p * B_p^T (A_p x), in place.
 //
 // `shrink` projects a sample's tokens on its K = P * R rows of A, `expand` adds the weighted rows of B; between them
 // stand float32 sums [B, splits, S, K]. Both read each factor row once for all tokens of the sample, and none whose
 // coefficient is 0: that is padding.
+//
+// `one_launch` is for decoding, where a GPU waits for each launch: one token, and a count of the blocks that are done
+// with a sample, so that the last one may add up what all have left in float32 [B, groups, d_out].
 #include "launch.cuh"
 #include "numbers.cuh"
 #include "ops.cuh"
@@ -29,11 +32,12 @@ __device__ __forceinline__ const F* factor_row(const void* factor, int64_t n, in
   return static_cast<const F*>(factor) + n * stride_n + r * stride_r;
 }
 
-template <typename T, typename F, int TOKENS, bool VECTOR>
+template <typename T, typename F, int TOKENS, bool VECTOR, int ROWS>
 __device__ __forceinline__ void project(const InjectAdd& p, const T* x, const F* const (&row)[ROWS], int64_t begin,
                                         int64_t end, float (&total)[TOKENS * ROWS]) {
-  constexpr int COLUMNS = 16 / sizeof(T);
+  constexpr int COLUMNS = 16 / sizeof(T), UNROLL = ROWS == 1 ? 4 : 1;  // loads that do not wait for each other
   const int64_t lane = threadIdx.x % WARP;
+#pragma unroll UNROLL
   for (int64_t column = begin + lane * COLUMNS; column < end; column += WARP * COLUMNS) {
     float a[ROWS][COLUMNS];
 #pragma unroll
@@ -179,6 +183,119 @@ __global__ void __launch_bounds__(EXPAND_THREADS) expand(InjectAdd p, Splits spl
   }
 }
 
+// A block for WARPS of a sample's K rows: each warp projects the token on one of A, then all add the rows of B.
+template <typename T, typename F, int WARPS>
+__global__ void __launch_bounds__(WARPS * WARP) one_launch(InjectAdd p, unsigned groups, bool vector_A, bool vector_B,
+                                                           bool vector_y, float* partial) {
+  constexpr int COLUMNS = 16 / sizeof(F), UNROLL = 4;
+  constexpr int64_t STEP = WARPS * WARP * COLUMNS;
+  __shared__ const F* row[WARPS];
+  __shared__ float weight[WARPS];
+  __shared__ int rows;
+  __shared__ bool last;
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const unsigned R = unsigned(p.R), k = blockIdx.x % groups * WARPS + warp;
+  const int64_t sample = blockIdx.x / groups, pair = sample * p.P + k / R;
+  const float strength = k < unsigned(p.P) * R ? p.coefficient[pair] * p.scale : 0.0f;
+  float total[1] = {};
+  if (strength != 0.0f) {  // the whole warp
+    const F* const one[1] = {factor_row<F>(p.A, p.index[pair], k % R, p.A_stride_n, p.A_stride_r)};
+    const T* x = static_cast<const T*>(p.x) + sample * p.x_stride_b;
+    if (vector_A) {
+      project<T, F, 1, true>(p, x, one, 0, p.d_in, total);
+    } else {
+      project<T, F, 1, false>(p, x, one, 0, p.d_in, total);
+    }
+    total[0] = warp_sum(total[0]);
+  }
+  if (lane == 0) {
+    row[warp] = strength != 0.0f ? factor_row<F>(p.B, p.index[pair], k % R, p.B_stride_n, p.B_stride_r) : nullptr;
+    weight[warp] = strength * total[0];
+  }
+  __syncthreads();
+  if (warp == 0) {  // those that act move together
+    const F* const mine = lane < WARPS ? row[lane] : nullptr;
+    const float own = lane < WARPS ? weight[lane] : 0.0f;
+    const unsigned kept = __ballot_sync(ALL, mine != nullptr);
+    __syncwarp();  // all have read
+    if (mine != nullptr) {
+      const int place = __popc(kept & ((1u << lane) - 1));
+      row[place] = mine;
+      weight[place] = own;
+    }
+    if (lane == 0) rows = __popc(kept);
+  }
+  __syncthreads();
+  T* y = static_cast<T*>(p.y) + sample * p.d_out;
+  const auto add = [&](int64_t column, const float(&sum)[COLUMNS]) {
+    float value[COLUMNS];
+    load(vector_y, y + column, p.d_out - column, value);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) value[c] += sum[c];
+    store(vector_y, y + column, p.d_out - column, value);
+  };
+  float* const mine = partial + int64_t(blockIdx.x) * p.d_out;
+  for (int64_t column = threadIdx.x * COLUMNS; column < p.d_out; column += STEP) {
+    float sum[COLUMNS] = {};
+#pragma unroll UNROLL
+    for (int i = 0; i < rows; i++) {
+      float part[COLUMNS];
+      load(vector_B, row[i] + column, p.d_out - column, part);
+#pragma unroll
+      for (int c = 0; c < COLUMNS; c++) sum[c] = __fmaf_rn(weight[i], part[c], sum[c]);
+    }
+    if (groups == 1) {
+      add(column, sum);
+    } else {
+      store(vector_B, mine + column, p.d_out - column, sum);
+    }
+  }
+  if (groups == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(p.arrived + sample, 1) == int(groups) - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  const float* const every = partial + sample * groups * p.d_out;
+  for (int64_t column = threadIdx.x * COLUMNS; column < p.d_out; column += STEP) {
+    float sum[COLUMNS] = {};
+#pragma unroll UNROLL
+    for (unsigned group = 0; group < groups; group++) {  // in order, whichever block is the last
+      float part[COLUMNS];
+      const float* from = every + group * p.d_out + column;
+      if (vector_B) {
+        load<COLUMNS, PastL1>(from, part);
+      } else {
+        load_some<COLUMNS, PastL1>(from, p.d_out - column, part);
+      }
+#pragma unroll
+      for (int c = 0; c < COLUMNS; c++) sum[c] += part[c];
+    }
+    add(column, sum);
+  }
+  if (threadIdx.x == 0) p.arrived[sample] = 0;
+}
+
+// Rows of a block: many leave fewer sums, few fill the GPU where there are not many.
+int warps_at_once(const InjectAdd& p) { return p.P * p.R <= 128 ? 8 : 16; }
+
+int64_t groups_of(const InjectAdd& p) { return divide_up(p.P * p.R, warps_at_once(p)); }
+
+bool in_one_launch(const InjectAdd& p) { return p.arrived != nullptr && p.S == 1; }
+
+template <typename T, typename F, int WARPS>
+void launch_one(const InjectAdd& p, cudaStream_t stream) {
+  const bool vector_A = aligned(16, p.type, p.x, p.x_stride_b, p.d_in) &&
+                        aligned(16, p.factor_type, p.A, p.A_stride_n, p.A_stride_r);
+  // a thread's columns, of B and of the sums, are whole where those of y are
+  const bool vector_B = aligned(16, p.factor_type, p.B, p.B_stride_n, p.B_stride_r, p.d_out);
+  const bool vector_y = aligned(16 / int64_t(sizeof(F)) * int64_t(sizeof(T)), p.type, p.y, p.d_out);
+  const int64_t groups = groups_of(p);
+  launch("inject_add one token", one_launch<T, F, WARPS>, blocks("inject_add one token", p.samples * groups),
+         WARPS * WARP, stream, p, unsigned(groups), vector_A, vector_B, vector_y, static_cast<float*>(p.workspace));
+}
+
 Splits splits_of(const InjectAdd& p) {
   const int64_t step = WARP * 16 / size_of(p.type), steps = divide_up(p.d_in, step);
   Splits splits{};
@@ -208,6 +325,7 @@ void launch_both(const InjectAdd& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t inject_add_workspace(const InjectAdd& p) {
+  if (in_one_launch(p)) return groups_of(p) == 1 ? 0 : p.samples * groups_of(p) * p.d_out * int64_t(sizeof(float));
   return p.samples * splits_of(p).count * p.S * p.P * p.R * int64_t(sizeof(float));
 }
 
@@ -215,7 +333,9 @@ void inject_add(const InjectAdd& p, cudaStream_t stream) {
   by_types(p.type, p.factor_type, [&](auto number, auto factor) {
     using T = decltype(number);
     using F = decltype(factor);
-    if (p.S == 1) {
+    if (in_one_launch(p)) {
+      warps_at_once(p) == 8 ? launch_one<T, F, 8>(p, stream) : launch_one<T, F, 16>(p, stream);
+    } else if (p.S == 1) {
       launch_both<T, F, 1>(p, stream);
     } else if (p.S <= 4) {
       launch_both<T, F, 4>(p, stream);

@@ -88,11 +88,12 @@ def decode(
     index: Tensor,  # [B, P]
     coefficient: Tensor,  # [B, P]
     scale: float,
+    arrived: Tensor,  # int32 [B], zeros, for calls of one stream
 ) -> Tensor:
     """`inject` without gradients by the native kernel and nothing around it, for a GPU that waits for each launch."""
     y = F.linear(x, weight, bias)
     try:
-        torch.ops.cllava_fast_native.inject_add(dense_rows(x), A, B, index, coefficient, scale, y)
+        torch.ops.cllava_fast_native.inject_add(dense_rows(x), A, B, index, coefficient, scale, y, arrived)
     except RuntimeError as error:
         native.refuse_without_memory("inject", error)
         raise
