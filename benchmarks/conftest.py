@@ -34,7 +34,7 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 SUBJECTS = ("inject", "select", "aggregate", "merge", "mix_factors", "align", "generate", "step")  # in this order
 UNAVAILABLE = (measure.Unavailable, measure.ops.BackendError, torch.OutOfMemoryError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECONDS = {"cpu": 1.2, "cuda": 0.6}  # of a comparison
+SECONDS = {"cpu": 1.2, "cuda": 0.4}  # of a comparison
 
 
 def pytest_addoption(parser):

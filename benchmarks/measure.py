@@ -295,7 +295,8 @@ def _exact_results(way: Way, direction: str, known: dict[Any, tuple[Tensor, ...]
 @functools.lru_cache(maxsize=2)
 def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The gradient that comes in: bfloat16's numbers in every dtype, so that float64 sees the same ones."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(device, dtype)
+    rng = torch.Generator(device).manual_seed(1)
+    return torch.randn(shape, generator=rng, device=device).bfloat16().to(dtype)
 
 
 def _double(value: Any) -> Any:

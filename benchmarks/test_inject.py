@@ -44,9 +44,8 @@ def broken_down(point):
 
 def inputs(case, dtype, device):
     """x, weight, A, B, index, coefficient, and the past's A, B, coefficient."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator(device).manual_seed(0)
     tensors = [*cases.make(case, dtype, rng)[:6], *(cases.make_past(case, dtype, rng) or ())]
-    tensors = [tensor.to(device) for tensor in tensors]
     if case.S > 1:
         # the past's factors are frozen, how strongly it acts is trained
         for position in (0, 2, 3, 5, 8)[: 5 if case.past else 4]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 EXAMPLE = "example: cllava-fast env"
-NOT_REGISTERED = "not registered"  # how dispatch begins to say so
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +25,10 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(versions)
     ops: dict[tuple[str, bool, str], list[str]] = {}
     rows = dispatch.table()
-    installed = {row.backend for row in rows if not row.reason.startswith(NOT_REGISTERED)}
+    installed = {row.backend for row in rows if not row.reason.startswith(dispatch.NOT_REGISTERED)}
     for row in rows:
         reason = row.reason
-        if reason.startswith(NOT_REGISTERED):
+        if reason.startswith(dispatch.NOT_REGISTERED):
             reason = "has no such kernel" if row.backend in installed else "not in this installation"
         ops.setdefault((row.backend, row.available, reason), []).append(row.op)
     backends = Table("backend", "runs here", "why", "ops", title="backends, the first that can run a call does")

@@ -24,6 +24,7 @@ import torch
 ORDER = ("cuda", "triton", "cpu", "reference")
 AUTO = "auto"
 VARIABLE = "CLLAVA_BACKEND"
+NOT_REGISTERED = "not registered"  # how a reason begins where there is no such kernel
 
 
 class BackendError(RuntimeError):
@@ -159,7 +160,7 @@ def _names(asked: str) -> list[str]:
 def _refusal(op: str, backend: str, site: Site | None, asked: bool = False) -> str | None:
     kernel = _kernels.get(op, {}).get(backend)
     if kernel is None:
-        return f"not registered for {op}"
+        return f"{NOT_REGISTERED} for {op}"
     refusal = kernel.usable()
     if refusal is None and site is not None:
         refusal = kernel.accepts(op, site, asked)

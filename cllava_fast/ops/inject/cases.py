@@ -127,10 +127,10 @@ BENCH_GPU = (
 
 
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    """x, weight, A, B, index, coefficient, bias, of unit scale."""
+    """x, weight, A, B, index, coefficient, bias, of unit scale, on the generator's device."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x = normal(case.B, case.S, case.d_in).to(dtype)
@@ -145,13 +145,16 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
 def select_rows(case: Case, generator: torch.Generator) -> Tensor:  # int64 [B, P]
     """repeats: any rows, also twice; uniform, zipf: without repeats within a sample, some rows as likely as others or
     not; identical: the same for all samples; distinct: no two samples share one; every: all rows, in order."""
+    device = generator.device
     if case.selection == "repeats":
-        return torch.randint(case.N, (case.B, case.P), generator=generator)
+        return torch.randint(case.N, (case.B, case.P), generator=generator, device=device)
     if case.selection == "every":
-        return torch.arange(case.P).expand(case.B, -1).contiguous()
+        return torch.arange(case.P, device=device).expand(case.B, -1).contiguous()
     if case.selection == "distinct":
-        return torch.randperm(case.N, generator=generator)[: case.B * case.P].view(case.B, case.P)
-    likely = torch.arange(1, case.N + 1, dtype=torch.float64) ** (-1.0 if case.selection == "zipf" else 0.0)
+        order = torch.randperm(case.N, generator=generator, device=device)
+        return order[: case.B * case.P].view(case.B, case.P)
+    numbers = torch.arange(1, case.N + 1, dtype=torch.float64, device=device)
+    likely = numbers ** (-1.0 if case.selection == "zipf" else 0.0)
     samples = 1 if case.selection == "identical" else case.B
     index = torch.multinomial(likely.expand(samples, -1), case.P, generator=generator)
     return index.expand(case.B, -1).contiguous()
