@@ -1,4 +1,5 @@
-"""Tables and pictures of the results files: `python -m benchmarks.report` fills benchmarks/README.md.
+"""Tables and pictures of the results files: `python -m benchmarks.report` fills benchmarks/README.md, and README.md
+with what increments cost in a whole model.
 
 A ratio is of two medians of one comparison. What runs on a CPU is shown as ratios only.
 """
@@ -18,7 +19,7 @@ from cllava_fast.environment import require
 from cllava_fast.evaluate.plots import COLORS
 
 README = results.ROOT / "benchmarks" / "README.md"
-BEGIN, END = "<!-- results -->", "<!-- end -->"
+MARK, COST_MARK = "results", "cost of increments"
 FLOORS = ("frozen linear", "frozen step", "unpatched model")
 NOISY = 0.25  # interquartile range over median
 # The devices that this library's kernels are made for.
@@ -298,10 +299,47 @@ def roofline(rows: Iterable[Row]) -> Any:
     return figure
 
 
-def fill(text: str, body: str) -> str:
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md: expected one {BEGIN} and one {END}; put the marks where the tables belong")
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.DOTALL)
+def costs(found: Mapping[str, Mapping[str, Any]], sources: str) -> str:
+    """Whole steps and answers on the GPU that was measured last: times over those of the frozen model."""
+    measured = [content for content in found.values() if not content["device"].startswith("CPU")]
+    measured = [content for content in measured if any("tokens" in row for row in content["rows"])]
+    if not measured:
+        return "No GPU has a results file: nothing is claimed."
+    content = max(measured, key=lambda content: content["environment"]["date"])
+    lines = [
+        "| | frozen model | this library | the ancestor's dense offset | PEFT |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    grouped = comparisons(row for row in content["rows"] if row["op"] in ("step", "generate"))
+    for (op, case, _, direction, _), ways in sorted(grouped.items(), key=lambda item: -samples_of(item[0][1])):
+        floor = base(ways)
+        if floor is not None and floor["way"] in FLOORS:
+            peft = "PEFT LoRA" if op == "step" else "PEFT mixed batch"
+            cells = [over(ways.get(name, {}), floor) for name in ("patched", "dense offset", peft)]
+            lines.append(f"| {what(case, direction)} | {1e3 * floor['median']:,.0f} ms | {' | '.join(cells)} |")
+    day, stale = content["environment"]["date"][:10], content["sources"] != sources
+    head = f"{content['device']}, {day}, times over those of the frozen model:"
+    return "\n\n".join([head, *([STALE] if stale else []), "\n".join(lines)])
+
+
+def over(row: Row, floor: Row) -> str:
+    return f"{row['median'] / floor['median']:.2f}" if "median" in row else "–"
+
+
+def samples_of(case: str) -> int:
+    found = re.search(r"-B(\d+)-", case)
+    return int(found[1]) if found else 0
+
+
+def what(case: str, direction: str) -> str:
+    """ "LLaVA-1.5-7B-B16-S656-past7" in words."""
+    samples, tokens, kind, count = re.search(r"-B(\d+)-S(\d+)-(past|new)(\d+)", case).groups()  # type: ignore[union-attr]
+    if kind == "new":
+        return f"{count} tokens for each of {samples} requests"
+    several = "samples" if int(samples) > 1 else "sample"
+    again = ", activations computed again" if "checkpointing" in direction else ""
+    earlier = f"{count} earlier tasks" if int(count) else "no earlier task"
+    return f"training step, {samples} {several} of {tokens} tokens, {earlier}{again}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -312,8 +350,12 @@ def main(arguments: list[str] | None = None) -> int:
     found = results.read_all(given.results)
     for stem, content in found.items():
         draw(stem, content, given.results)
-    body = render(found, results.sources_digest())
-    atomic.write_text(given.readme, fill(given.readme.read_text(encoding="utf-8"), body))
+    body, cost = (text(found, results.sources_digest()) for text in (render, costs))
+    pages = [(given.readme, MARK, body)]
+    if given.readme == README:
+        pages.append((results.ROOT / "README.md", COST_MARK, cost))
+    for path, mark, part in pages:
+        atomic.write_text(path, results.filled(path.read_text(encoding="utf-8"), mark, part))
     print(body.split("\n\n")[0])
     for stem, content in found.items():
         state = "stale" if content["sources"] != results.sources_digest() else "up to date"

@@ -77,3 +77,11 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
         if content.get("kind") == KIND:
             found[path.stem] = content
     return found
+
+
+def filled(text: str, mark: str, body: str) -> str:
+    """A page with `body` between `<!-- mark -->` and the next `<!-- end -->`."""
+    pattern = re.compile(f"<!-- {mark} -->.*?<!-- end -->", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"expected one <!-- {mark} --> with an <!-- end -->; put the marks where it belongs")
+    return pattern.sub(lambda _: f"<!-- {mark} -->\n\n{body}\n\n<!-- end -->", text)

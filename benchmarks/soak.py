@@ -100,28 +100,34 @@ def plot(results: dict[str, Any], path: Path) -> None:
     right.plot(minutes, [point["files"] for point in results["points"]], color="tab:red", label="open files")
     right.set(ylabel="open files", ylim=(0, 2 * max(point["files"] for point in results["points"])))
     lines = [*left.get_lines(), *right.get_lines()]
-    left.legend(lines, [line.get_label() for line in lines], loc="lower right", fontsize=8)
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110, format="png")
 
 
+def on_gpu(results: dict[str, Any]) -> bool:
+    return "device_growth" in results
+
+
 def sentence(results: dict[str, Any]) -> str:
-    memory = "device" if "device_growth" in results else "resident"
-    kind = "allocated on the GPU" if memory == "device" else "resident"
-    last = results["points"][-1]
+    def grown(memory: str, said: str) -> str:
+        growth, last = results[f"{memory}_growth"] / MIB, results["points"][-1][memory] / MIB
+        return f"{said} grew by {growth:.1f} MiB to {last:.0f} MiB"
+
+    bounded = ("device", "memory allocated there") if on_gpu(results) else ("resident", "resident memory")
+    also = f", {grown('resident', 'resident memory')}" if on_gpu(results) else ""
     return (
         f"{results['minutes']:.0f} minutes on {results['device']}: {results['rounds']} rounds, each "
         f"{results['round']['tasks']} tasks and {results['round']['answers']} answers. After the warm-up, "
-        f"{kind} memory grew by {results[memory + '_growth'] / MIB:.1f} MiB (bound: {results['bound'] / MIB:.0f} MiB) "
-        f"to {last[memory] / MIB:.0f} MiB, open files by {results['files_growth']}: "
-        f"{'passed' if results['passed'] else 'FAILED'}."
+        f"{grown(*bounded)} (bound: {results['bound'] / MIB:.0f} MiB){also}, open files by "
+        f"{results['files_growth']}: {'passed' if results['passed'] else 'FAILED'}."
     )
 
 
 def report(results: dict[str, Any], docs: Path | None) -> int:
     if docs is not None:
-        picture = docs.with_name("soak.png")
+        picture = docs.with_name("soak-gpu.png" if on_gpu(results) else "soak.png")
         atomic.write_file(picture, lambda path: plot(results, path))
-        tiny_stream.fill(docs, "soak", sentence(results))
+        tiny_stream.fill(docs, "soak on a GPU" if on_gpu(results) else "soak", sentence(results))
     print(sentence(results))
     return 0 if results["passed"] else 1
 
@@ -132,13 +138,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bound", type=int, default=32, help="MiB that memory may grow by after the warm-up")
     parser.add_argument("--limit", type=float, default=8.0, help="GiB of address space on a CPU (RLIMIT_AS); 0: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=FOLDER / "soak.json")
+    parser.add_argument("--out", type=Path, help="default: soak.json or soak-gpu.json in benchmarks/results")
     parser.add_argument(
         "--docs", type=lambda name: Path(name) if name else None, default=tiny_stream.DOCS,
         help="page to fill in; the picture lies beside it (default: %(default)s; empty: none)",
     )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing: fill in the page from --out")
     chosen: Any = parser.parse_args(arguments)
+    chosen.out = chosen.out or FOLDER / ("soak-gpu.json" if chosen.device.startswith("cuda") else "soak.json")
     if chosen.report:
         return report(json.loads(chosen.out.read_text(encoding="utf-8")), chosen.docs)
     device = torch.device(chosen.device)

@@ -6,7 +6,6 @@ Task k asks for the colour of a plain image in words of its own, and every task 
 from __future__ import annotations
 
 import os
-import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import cllava_fast as cf
+from benchmarks import results
 from cllava_fast import atomic
 from cllava_fast.demo.images import SIZE
 from cllava_fast.demo.tokenizer import PATCH, build_processor
@@ -73,8 +73,4 @@ def open_files() -> int:
 
 def fill(docs: Path, mark: str, body: str) -> None:
     """Puts ``body`` between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
-    text = docs.read_text(encoding="utf-8")
-    pattern = re.compile(f"<!-- {mark} -->.*?<!-- end -->", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"{docs}: expected one <!-- {mark} --> with an <!-- end -->")
-    atomic.write_text(docs, pattern.sub(lambda _: f"<!-- {mark} -->\n\n{body}\n\n<!-- end -->", text))
+    atomic.write_text(docs, results.filled(docs.read_text(encoding="utf-8"), mark, body))

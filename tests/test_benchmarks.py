@@ -340,6 +340,26 @@ def test_what_the_report_says_of_whole_steps() -> None:
     assert " ms" not in on_cpu and "tokens/s" not in on_cpu and "75.0% (3)" in on_cpu
 
 
+def test_what_the_readme_says_of_whole_models() -> None:
+    content = whole_steps("NVIDIA H200")
+    for row in content["rows"]:
+        row["case"] = "LLaVA-1.5-7B-B1-S656-past7"
+    answers = [
+        row | {"op": "generate", "case": "LLaVA-1.5-7B-B16-S656-new64-tasks8", "way": way}
+        for row, way in zip(content["rows"], ("unpatched model", "patched", "PEFT mixed batch"), strict=True)
+    ]
+    older = whole_steps("NVIDIA H100 80GB HBM3") | {"environment": content["environment"] | {"date": "2025-01-02"}}
+    text = report.costs({"a": older, "b": content | {"rows": content["rows"] + answers}}, "now")
+    head, *table = [line for line in text.splitlines() if line]
+    assert head.startswith("NVIDIA H200, 2026-01-02") and report.STALE not in text
+    assert table[2:] == [
+        "| 64 tokens for each of 16 requests | 2 ms | 1.25 | – | 0.50 |",
+        "| training step, 1 sample of 656 tokens, 7 earlier tasks | 2 ms | 1.25 | – | – |",
+    ]
+    assert report.STALE in report.costs({"b": content}, "later")
+    assert "nothing is claimed" in report.costs({"cpu": whole_steps("CPU x86_64")}, "now")
+
+
 def test_a_cpu_has_ratios_only_and_old_files_say_so() -> None:
     content = made_up("CPU x86_64", sources="then", complete=False)
     text = report.render({"cpu-x86-64": content}, "now")
@@ -369,7 +389,10 @@ def test_the_readme_shows_the_results_files() -> None:
     def settled(text: str) -> str:
         return text.replace(f"{report.STALE}\n\n", "")  # which every change of the ops brings about
 
-    filled = report.fill(text, report.render(found, results.sources_digest()))
+    filled = results.filled(text, report.MARK, report.render(found, results.sources_digest()))
+    assert settled(text) == settled(filled), "run: make report"
+    text = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    filled = results.filled(text, report.COST_MARK, report.costs(found, results.sources_digest()))
     assert settled(text) == settled(filled), "run: make report"
     for stem, content in found.items():
         for name, _ in report.pictures(content):

@@ -22,7 +22,8 @@ def part(mark: str) -> str:
 
 def test_the_docs_show_the_results_files() -> None:
     assert part("long stream") == long_stream.table(json.loads((FOLDER / "long-stream.json").read_text()))
-    assert part("soak") == soak.sentence(json.loads((FOLDER / "soak.json").read_text()))
+    for mark, file in (("soak", "soak.json"), ("soak on a GPU", "soak-gpu.json")):
+        assert part(mark) == soak.sentence(json.loads((FOLDER / file).read_text()))
     for picture in re.findall(r"\]\(([\w-]+\.png)\)", DOCS):
         assert (tiny_stream.DOCS.parent / picture).is_file(), picture
 
