@@ -82,8 +82,7 @@ def describe(content: Mapping[str, Any], sources: str) -> str:
         f"Measured {where['date'][:10]} at commit `{(content['commit'] or 'unknown')[:10]}` with {versions}, "
         f"{where['cpu_threads']} CPU threads of {where['cpus']} CPUs, load {content['load']:.1f} before."
     ]
-    if content["sources"] != sources:
-        lines.append(STALE)
+    lines += staleness(content, sources)
     if not content["complete"]:
         lines.append("**Incomplete**: not every benchmark was run.")
     if content["quick"]:
@@ -97,6 +96,13 @@ def describe(content: Mapping[str, Any], sources: str) -> str:
     against = [ways for ways in comparisons(content["rows"]).values() if best_rival(ways)]
     lines.append(f"This library loses {sum(map(loses, against))} of {len(against)} comparisons.")
     return "\n\n".join(lines)
+
+
+def staleness(content: Mapping[str, Any], sources: str) -> list[str]:
+    if content["sources"] == sources:
+        return []
+    names = ", ".join(f"`{path}`" for path in results.changed(content))
+    return [f"{STALE} Changed: {names}." if names else STALE]
 
 
 def noise(row: Row) -> float:
@@ -124,8 +130,8 @@ def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping
         own, rival = ours(ways), best_rival(ways)
         over = "–"
         if own and rival and "median" in own:
-            about = "~" if max(noise(own), noise(rival)) > NOISY else ""
-            over = f"{about}{own['median'] / rival['median']:.2f}"
+            noisy = "~" if max(noise(own), noise(rival)) > NOISY else ""
+            over = f"{noisy}{own['median'] / rival['median']:.2f}"
             over = f"**{over} loses**" if loses(ways) else over
         cells = [named(case, dtype, direction, launch).replace("\n", "<br>"), *([over] if rivals else [])]
         if on_gpu:
@@ -154,11 +160,10 @@ def cell(row: Row, to: Row | None) -> str:
         return "wrong"
     if "median" not in row or to is None:
         return "–"
-    about = "~" if noise(row) > NOISY else ""
     memory = ""
     if "tokens" in row and row["extra_memory"] and to["extra_memory"]:
         memory = f"{row['extra_memory'] / to['extra_memory']:.2f}, "
-    return f"{about}{row['median'] / to['median']:.2f}<br><sub>{memory}{row['error']:.0e}</sub>"
+    return f"{about(row)}{row['median'] / to['median']:.2f}<br><sub>{memory}{row['error']:.0e}</sub>"
 
 
 def achieved(row: Row | None) -> list[str]:
@@ -302,10 +307,10 @@ def roofline(rows: Iterable[Row]) -> Any:
 def costs(found: Mapping[str, Mapping[str, Any]], sources: str) -> str:
     """Whole steps and answers on the GPU that was measured last: times over those of the frozen model."""
     measured = [content for content in found.values() if not content["device"].startswith("CPU")]
-    measured = [content for content in measured if any("tokens" in row for row in content["rows"])]
-    if not measured:
+    whole_models = [c for c in measured if not c["quick"] and any(row["op"] == "step" for row in c["rows"])]
+    if not whole_models:
         return "No GPU has a results file: nothing is claimed."
-    content = max(measured, key=lambda content: content["environment"]["date"])
+    content = max(whole_models, key=lambda content: content["environment"]["date"])
     lines = [
         "| | frozen model | this library | the ancestor's dense offset | PEFT |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -315,15 +320,22 @@ def costs(found: Mapping[str, Mapping[str, Any]], sources: str) -> str:
         floor = base(ways)
         if floor is not None and floor["way"] in FLOORS:
             peft = "PEFT LoRA" if op == "step" else "PEFT mixed batch"
-            cells = [over(ways.get(name, {}), floor) for name in ("patched", "dense offset", peft)]
-            lines.append(f"| {what(case, direction)} | {1e3 * floor['median']:,.0f} ms | {' | '.join(cells)} |")
-    day, stale = content["environment"]["date"][:10], content["sources"] != sources
-    head = f"{content['device']}, {day}, times over those of the frozen model:"
-    return "\n\n".join([head, *([STALE] if stale else []), "\n".join(lines)])
+            cells = [ratio(ways.get(name, {}), floor) for name in ("patched", "dense offset", peft)]
+            time = f"{about(floor)}{1e3 * floor['median']:,.0f} ms"
+            lines.append(f"| {what(case, direction)} | {time} | {' | '.join(cells)} |")
+    head = f"{content['device']}, {content['environment']['date'][:10]}, times over those of the frozen model"
+    noisy = f"; ~: varies by more than {NOISY:.0%}" if "~" in "".join(lines) else ""
+    return "\n\n".join([f"{head}{noisy}:", *staleness(content, sources), "\n".join(lines)])
 
 
-def over(row: Row, floor: Row) -> str:
-    return f"{row['median'] / floor['median']:.2f}" if "median" in row else "–"
+def about(row: Row) -> str:
+    return "~" if noise(row) > NOISY else ""
+
+
+def ratio(row: Row, floor: Row) -> str:
+    if "median" in row:
+        return f"{about(row)}{row['median'] / floor['median']:.2f}"
+    return "wrong" if "wrong" in row else "–"
 
 
 def samples_of(case: str) -> int:
@@ -352,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
         draw(stem, content, given.results)
     body, cost = (text(found, results.sources_digest()) for text in (render, costs))
     pages = [(given.readme, MARK, body)]
-    if given.readme == README:
+    if given.readme.resolve() == README:
         pages.append((results.ROOT / "README.md", COST_MARK, cost))
     for path, mark, part in pages:
         atomic.write_text(path, results.filled(path.read_text(encoding="utf-8"), mark, part))

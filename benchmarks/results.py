@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,23 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
-def sources_digest() -> str:
-    """Of what decides how fast ops and steps are; needs no git, so a copied tree has one as well."""
+def sources() -> dict[str, str]:
+    """What decides how fast ops and steps are, file by file; needs no git, so a copied tree has it as well."""
     package = ROOT / "cllava_fast"
     files = [path for part in ("ops", "model", "methods") for path in (package / part).rglob("*.py")]
     files += [package / "pool.py", *(ROOT / "csrc").rglob("*")]
-    digest = hashlib.sha256()
-    for path in sorted(
-        path for path in files if path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh")
-    ):
-        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    kept = [path for path in files if path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh")]
+    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(kept)}
+
+
+def sources_digest() -> str:
+    return hashlib.sha256(json.dumps(sources()).encode()).hexdigest()[:16]
+
+
+def changed(content: Mapping[str, Any]) -> list[str]:
+    """Files that are not what they were when results were measured, as far as those say what they were."""
+    then, now = content.get("files"), sources()
+    return [] if then is None else sorted(path for path in then | now if then.get(path) != now.get(path))
 
 
 def commit() -> str | None:
@@ -55,6 +62,7 @@ def new(quick: bool) -> dict[str, Any]:
         "device": device_name(),
         "commit": commit(),
         "sources": sources_digest(),
+        "files": sources(),
         "quick": quick,
         "complete": False,
         "load": os.getloadavg()[0],  # before anything was timed

@@ -316,8 +316,16 @@ MUTANTS = [
         "if type(self.method).route is Method.route:", "if True:", ("tests/test_decoding.py",),
     ),
     Mutant(
-        "decoding: prompts decode as tokens do", "cllava_fast/model/acting.py", "native[factors, x.shape, ",
-        "native[factors, ", ("tests/test_decoding.py",),
+        "decoding: prompts decode as tokens do", "cllava_fast/model/acting.py", "return x.shape, x.dtype,",
+        "return x.dtype,", ("tests/test_decoding.py",),
+    ),
+    Mutant(
+        "decoding: cast models decode as before", "cllava_fast/model/acting.py", "return x.shape, x.dtype,",
+        "return x.shape,", ("tests/test_decoding.py",),
+    ),
+    Mutant(
+        "decoding: a selection holds the model", "cllava_fast/methods/base.py", "return WeakKeyDictionary()",
+        "return {}", ("tests/test_decoding.py",),
     ),
     Mutant(
         "decoding: in spite of a backend asked for", "cllava_fast/ops/dispatch.py",

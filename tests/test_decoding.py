@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -75,7 +77,8 @@ def decoding(
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 3, generator)
     batch = inputs(processor, QUESTIONS, generator)
-    asked = Asked(lambda x, selection, factors: selection.joined if x.shape[1] == 1 else None)
+    single = lambda x: x.shape[1] == 1 and x.dtype == torch.float32  # noqa: E731
+    asked = Asked(lambda x, selection, factors: selection.joined if single(x) else None)
     straight = Asked(acting.decode)
     monkeypatch.setattr(acting, "native_pairs", asked)
     monkeypatch.setattr(acting, "decode", straight)
@@ -102,7 +105,16 @@ def true(*_: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize("what", ["nothing", "gradients", "backend", "casts", "compiled", "looks at x", "wrapped"])
+def pruned(linear: torch.nn.Linear) -> None:
+    weight = linear.weight
+    del linear.weight
+    linear.weight = weight.detach()  # type: ignore[assignment]
+
+
+WHATS = ["nothing", "gradients", "backend", "casts", "compiled", "looks at x", "wrapped", "tokens", "dtype", "pruned"]
+
+
+@pytest.mark.parametrize("what", WHATS)
 def test_what_makes_a_layer_ask_again(what: str, decoding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked, straight, _ = decoding
     increments = get_increments(model)
@@ -121,11 +133,37 @@ def test_what_makes_a_layer_ask_again(what: str, decoding: Any, monkeypatch: pyt
             monkeypatch.setattr(torch, "is_autocast_enabled", true)
         if what == "compiled":
             monkeypatch.setattr(torch.compiler, "is_compiling", true)
+        if what == "tokens":
+            x = torch.cat([x, x], 1)
+        if what == "dtype":
+            x = x.double()
+            linear.double()
+        if what == "pruned":
+            pruned(linear)
         with cf.ops.backend("reference") if what == "backend" else nullcontext():
             again = torch.enable_grad()(linear)(x) if what == "gradients" else linear(x)
     assert straight.times == (what == "nothing")
-    assert asked.times == (what not in ("nothing", "wrapped"))
-    torch.testing.assert_close(again.detach(), first)
+    assert asked.times == (what not in ("nothing", "wrapped", "pruned"))
+    torch.testing.assert_close(again[:, -1:].detach().to(first.dtype), first)
+    assert increments.call.active.arrived.equal(torch.zeros(len(QUESTIONS), dtype=torch.int32))
+
+
+def test_a_selection_keeps_no_model_alive(decoding: Any) -> None:
+    """A cache keeps its selection, for the next turn."""
+    model, *_ = decoding
+    increments = get_increments(model)
+    factors = weakref.ref(next(iter(increments.pool.layers.values())))
+    query = torch.randn(len(QUESTIONS), increments.pool.key_dim)
+    increments.call.active = selection = increments.method.select(increments.pool, query, increments.groups, False)
+    with torch.no_grad():
+        for linear in increments.linears(model).values():
+            linear(torch.randn(len(QUESTIONS), 1, linear.in_features))
+    increments.call.active = None
+    assert len(selection.native) == 3
+    cf.unpatch(model)
+    del increments, linear
+    gc.collect()
+    assert factors() is None and not selection.native
 
 
 @pytest.mark.skipif(not native.EMULATED, reason="needs the emulated CUDA kernels")

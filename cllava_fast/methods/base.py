@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -127,9 +128,9 @@ class Selection:
         return torch.zeros(self.batch_size, dtype=torch.int32, device=pairs.index.device)
 
     @cached_property
-    def native(self) -> dict[Any, Pairs]:
-        """``joined``, by what a native kernel was found to decode with it."""
-        return {}
+    def native(self) -> WeakKeyDictionary[Factors, set[Any]]:
+        """By linear, what its tokens looked like when a native kernel was found to decode them with ``joined``."""
+        return WeakKeyDictionary()
 
     def context_pairs(self) -> Pairs:
         """``context`` as pairs of each sample."""

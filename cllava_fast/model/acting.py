@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +74,10 @@ NATIVE_BYTES = 2**28
 
 def native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | None:
     """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
-    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A or _not_eager():
+    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A or _may_not_keep():
+        return None
+    # nor may a graph that is captured by hand, whose memory the next replay uses again
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return None
     pairs, (A, B) = selection.joined, (factors.A, factors.B)
     if pairs is None or A.dtype != B.dtype or A.dtype not in (x.dtype, torch.float32):
@@ -85,9 +90,9 @@ def native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | N
     return pairs if dispatch.choose("inject", site).backend == "cuda" else None
 
 
-def remember_native(x: Tensor, selection: Selection, factors: Factors, pairs: Pairs) -> None:
-    """`native_pairs` would find the same for the tokens that follow."""
-    selection.native[factors, x.shape, dispatch.innermost()] = pairs
+def remember_native(x: Tensor, selection: Selection, factors: Factors) -> None:
+    """`native_pairs` would find `selection.joined` for the tokens that follow, too."""
+    selection.native.setdefault(factors, set()).add(_like(x))
 
 
 def decode_as_before(
@@ -97,18 +102,24 @@ def decode_as_before(
 
     Each token of an answer comes by here in each layer, and the GPU waits meanwhile: as few calls as there can be.
     """
-    if _not_eager():
+    if _may_not_keep():
         return None
-    pairs = selection.native.get((factors, x.shape, dispatch.innermost()))
-    if pairs is None:
+    known = selection.native.get(factors)
+    if known is None or _like(x) not in known:
         return None
     own, frozen = factors._buffers, linear._parameters  # `nn.Module.__getattr__` is a call each
-    A, B, weight, bias = own["A"], own["B"], frozen["weight"], frozen["bias"]
-    assert A is not None and B is not None and weight is not None
-    return decode(x, weight, bias, A, B, pairs.index, pairs.coefficient, scale, selection.arrived)
+    A, B, weight, pairs = own["A"], own["B"], frozen.get("weight"), selection.joined
+    if weight is None:  # pruned, or parametrized since
+        return None
+    assert A is not None and B is not None and pairs is not None
+    return decode(x, weight, frozen["bias"], A, B, pairs.index, pairs.coefficient, scale, selection.arrived)
 
 
-def _not_eager() -> bool:
-    """Whether a call takes gradients, casts, or is compiled: then it may keep nothing on a selection, which would lie
-    in the memory of its CUDA graph."""
+def _like(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, dispatch.innermost()
+
+
+def _may_not_keep() -> bool:
+    """Whether a call takes gradients, casts, or is compiled: what it keeps on a selection would lie in the memory of
+    its CUDA graph."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")

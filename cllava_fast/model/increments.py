@@ -402,7 +402,7 @@ class Increments(nn.Module):
         if native is not None:
             assert linear is not None
             if type(self.method).route is Method.route:  # which does not look at x
-                acting.remember_native(x, selection, factors, native)
+                acting.remember_native(x, selection, factors)
             A, B, scale, arrived = factors.A, factors.B, self.config.scale, selection.arrived
             weight, bias = linear.weight, linear.bias
             return decode(x, weight, bias, A, B, native.index, native.coefficient, scale, arrived)

@@ -35,10 +35,8 @@ __device__ __forceinline__ const F* factor_row(const void* factor, int64_t n, in
 template <typename T, typename F, int TOKENS, bool VECTOR, int ROWS>
 __device__ __forceinline__ void project(const InjectAdd& p, const T* x, const F* const (&row)[ROWS], int64_t begin,
                                         int64_t end, float (&total)[TOKENS * ROWS]) {
-  constexpr int COLUMNS = 16 / sizeof(T), UNROLL = ROWS == 1 ? 4 : 1;  // loads that do not wait for each other
-  const int64_t lane = threadIdx.x % WARP;
-#pragma unroll UNROLL
-  for (int64_t column = begin + lane * COLUMNS; column < end; column += WARP * COLUMNS) {
+  constexpr int COLUMNS = 16 / sizeof(T), STEP = WARP * COLUMNS;
+  const auto add = [&](int64_t column) {
     float a[ROWS][COLUMNS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -66,6 +64,13 @@ __device__ __forceinline__ void project(const InjectAdd& p, const T* x, const F*
         }
       }
     }
+  };
+  const int64_t first = begin + threadIdx.x % WARP * COLUMNS;
+  if constexpr (ROWS == 1) {
+#pragma unroll 4  // loads that do not wait for each other, which several rows have anyway
+    for (int64_t column = first; column < end; column += STEP) add(column);
+  } else {
+    for (int64_t column = first; column < end; column += STEP) add(column);
   }
 }
 
