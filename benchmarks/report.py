@@ -21,6 +21,8 @@ from cllava_fast.evaluate.plots import COLORS
 README = results.ROOT / "benchmarks" / "README.md"
 MARK, COST_MARK = "results", "cost of increments"
 FLOORS = ("frozen linear", "frozen step", "unpatched model")
+# The end of a case of whole models.
+WHOLE_MODEL = re.compile(r"-B(?P<samples>\d+)-S(\d+)-(past|new)(\d+)")
 NOISY = 0.25  # interquartile range over median
 # The devices that this library's kernels are made for.
 WANTED = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
@@ -130,8 +132,7 @@ def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping
         own, rival = ours(ways), best_rival(ways)
         over = "–"
         if own and rival and "median" in own:
-            noisy = "~" if max(noise(own), noise(rival)) > NOISY else ""
-            over = f"{noisy}{own['median'] / rival['median']:.2f}"
+            over = f"{about(own) or about(rival)}{own['median'] / rival['median']:.2f}"
             over = f"**{over} loses**" if loses(ways) else over
         cells = [named(case, dtype, direction, launch).replace("\n", "<br>"), *([over] if rivals else [])]
         if on_gpu:
@@ -311,18 +312,20 @@ def costs(found: Mapping[str, Mapping[str, Any]], sources: str) -> str:
     if not whole_models:
         return "No GPU has a results file: nothing is claimed."
     content = max(whole_models, key=lambda content: content["environment"]["date"])
-    lines = [
-        "| | frozen model | this library | the ancestor's dense offset | PEFT |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    grouped = comparisons(row for row in content["rows"] if row["op"] in ("step", "generate"))
-    for (op, case, _, direction, _), ways in sorted(grouped.items(), key=lambda item: -samples_of(item[0][1])):
-        floor = base(ways)
-        if floor is not None and floor["way"] in FLOORS:
+    by_samples: list[tuple[int, str]] = []
+    for (op, case, _, direction, _), ways in comparisons(content["rows"]).items():
+        place, floor = WHOLE_MODEL.search(case), base(ways)
+        if place is not None and floor is not None and floor["way"] in FLOORS:
             peft = "PEFT LoRA" if op == "step" else "PEFT mixed batch"
             cells = [ratio(ways.get(name, {}), floor) for name in ("patched", "dense offset", peft)]
             time = f"{about(floor)}{1e3 * floor['median']:,.0f} ms"
-            lines.append(f"| {what(case, direction)} | {time} | {' | '.join(cells)} |")
+            line = f"| {what(place, direction)} | {time} | {' | '.join(cells)} |"
+            by_samples.append((int(place["samples"]), line))
+    lines = [
+        "| | frozen model | this library | the ancestor's dense offset | PEFT |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *(line for _, line in sorted(by_samples, key=lambda row: -row[0])),
+    ]
     head = f"{content['device']}, {content['environment']['date'][:10]}, times over those of the frozen model"
     noisy = f"; ~: varies by more than {NOISY:.0%}" if "~" in "".join(lines) else ""
     return "\n\n".join([f"{head}{noisy}:", *staleness(content, sources), "\n".join(lines)])
@@ -338,14 +341,9 @@ def ratio(row: Row, floor: Row) -> str:
     return "wrong" if "wrong" in row else "–"
 
 
-def samples_of(case: str) -> int:
-    found = re.search(r"-B(\d+)-", case)
-    return int(found[1]) if found else 0
-
-
-def what(case: str, direction: str) -> str:
+def what(place: re.Match[str], direction: str) -> str:
     """ "LLaVA-1.5-7B-B16-S656-past7" in words."""
-    samples, tokens, kind, count = re.search(r"-B(\d+)-S(\d+)-(past|new)(\d+)", case).groups()  # type: ignore[union-attr]
+    samples, tokens, kind, count = place.groups()
     if kind == "new":
         return f"{count} tokens for each of {samples} requests"
     several = "samples" if int(samples) > 1 else "sample"
