@@ -73,7 +73,7 @@ fuzz: $(STAMP) ## feed the readers of strangers' input with mutated files; findi
 bench: native ## time the ops against their rivals; results in benchmarks/results (ARGS="--quick" for less)
 	$(BIN)/python -m pytest -q benchmarks $(ARGS)
 
-report: $(STAMP) ## draw the benchmarks' results files and fill in benchmarks/README.md and what increments cost in README.md
+report: $(STAMP) ## draw the benchmarks' results files and fill in benchmarks/README.md and README.md
 	$(BIN)/python -m benchmarks.report
 
 long-stream: $(STAMP) ## what 200 tasks cost, one by one (a quarter of an hour); fills in docs/long-streams.md
