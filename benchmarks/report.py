@@ -280,9 +280,9 @@ def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[
 
 
 def roofline(rows: Iterable[Row]) -> Any:
-    """Roofs are the most that anything here achieved, not a data sheet's."""
+    """Roofs are the most that anything here achieved that does all the work, as floors do not; not a data sheet's."""
     Figure = require("matplotlib.figure", "pictures of a report").Figure
-    timed = [row for row in rows if "bytes" in row]
+    timed = [row for row in rows if "bytes" in row and (row["ours"] or row["rival"])]
     bandwidth = max(row["bytes"] / row["median"] for row in timed)
     compute = max(row["flops"] / row["median"] for row in timed)
     figure = Figure(figsize=(7, 4.6), layout="constrained")

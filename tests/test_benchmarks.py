@@ -378,6 +378,13 @@ def test_pictures(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_roof_is_of_what_does_all_the_work() -> None:
+    figure = report.roofline(made_up("NVIDIA H200")["rows"])
+    (roof,) = figure.axes[0].get_lines()
+    # of the rival, in 2.4 ms; the floor's 2 ms and what does something else in 1 ms are no roof
+    assert max(roof.get_ydata()) == pytest.approx(1e9 / 2.4e-3)
+
+
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "native_cpu.json").write_text('{"rows": []}')
     results.write(made_up("NVIDIA H200"), tmp_path / results.file_name("NVIDIA H200"))
