@@ -19,9 +19,9 @@ import cllava_fast as cf
 from benchmarks import measure
 from cllava_fast import ops
 from cllava_fast.model import acting, get_increments
-from cllava_fast.model import increments as increments_module
 from cllava_fast.model.caches import returned
 from cllava_fast.ops import native
+from cllava_fast.ops.inject import few_tokens
 from tests.helpers import QUESTIONS, cached, inputs, learn, take
 from tests.test_checkpoint import At, killed, learned, same
 
@@ -63,12 +63,16 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda,triton", "reference"])
 @pytest.mark.parametrize("training", [True, False])
-def test_same_as_on_the_cpu(backend: str, training: bool, pair: Any) -> None:
+def test_same_as_on_the_cpu(backend: str, training: bool, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, moved, batch = pair
+    by_columns = Mock(wraps=few_tokens.inject)
+    monkeypatch.setattr(few_tokens, "inject", by_columns)
     for one in pair[:2]:
         one.train(training)
     with ops.backend(backend):
         found = loss_and_gradients(moved, on_gpu(batch)) if training else {"logits": logits(moved, on_gpu(batch))}
+    layers = len(get_increments(model).pool.layers)
+    assert by_columns.call_count == (layers if training and backend == "auto" else 0)
     with ops.backend("reference"):
         wanted = loss_and_gradients(model, batch) if training else {"logits": logits(model, batch)}
     assert found.keys() == wanted.keys() and (len(found) > 6 or not training)
@@ -100,9 +104,8 @@ def test_answers_of_a_batch_are_those_alone(dtype: torch.dtype, pair: Any) -> No
 def test_token_by_token_as_all_at_once(backend: str, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, batch = pair
     model.eval()
-    decode = Mock(wraps=increments_module.decode)
-    for module in (increments_module, acting):  # a layer's first token, and those that follow
-        monkeypatch.setattr(module, "decode", decode)
+    decode = Mock(wraps=acting.decode)
+    monkeypatch.setattr(acting, "decode", decode)
     query = torch.randn(len(QUESTIONS), get_increments(model).pool.key_dim)
     batch = on_gpu(batch | {"query": query})
     with torch.no_grad(), ops.backend(backend):

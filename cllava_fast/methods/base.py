@@ -66,6 +66,8 @@ class Selection:
             goes on with it decides on them anew.
         images: ``[B, 1 + d]`` float64 on the CPU, number and sum of the pooled images that samples have shown, for
             later turns of their conversations; None where nobody looked.
+        columns: ``[B, 1, K]`` float32, how strongly each column of the open block and of ``context`` acts, for layers
+            that train on few tokens (``ops/inject/few_tokens.py``); None where one list of columns cannot say it all.
         seen: linears that ``Method.route`` has counted this forward pass's tokens in: one that is recomputed does not
             count again. None where nothing is counted.
     """
@@ -84,6 +86,7 @@ class Selection:
     seen: set[Factors] | None = None
     means: bool = False
     images: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -123,9 +126,8 @@ class Selection:
     @cached_property
     def arrived(self) -> Tensor:
         """int32 ``[B]``, zeros: where a native kernel counts within a layer how much of a sample is done."""
-        pairs = self.block or self.past
-        assert pairs is not None
-        return torch.zeros(self.batch_size, dtype=torch.int32, device=pairs.index.device)
+        assert self.past is not None
+        return torch.zeros(self.batch_size, dtype=torch.int32, device=self.past.index.device)
 
     @cached_property
     def native(self) -> WeakKeyDictionary[Factors, set[Any]]:
@@ -179,6 +181,7 @@ class Selection:
             strength=None if self.strength is None else function(self.strength),
             mask=None if self.mask is None else function(self.mask),
             images=None if self.images is None else function(self.images),
+            columns=None if self.columns is None else function(self.columns),
         )
 
     def scaled(self, strength: Tensor) -> Selection:
@@ -190,7 +193,8 @@ class Selection:
             return pairs and Pairs(pairs.index, pairs.coefficient * factor)
 
         context = None if self.context is None else self.context * factor
-        return replace(self, block=scale(self.block), past=scale(self.past), context=context, strength=strength)
+        block, past = scale(self.block), scale(self.past)
+        return replace(self, block=block, past=past, context=context, strength=strength, columns=None)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from cllava_fast import ops
 from cllava_fast.methods import Pairs, Selection
 from cllava_fast.ops import dispatch
-from cllava_fast.ops.inject import autograd
+from cllava_fast.ops.inject import adds_up, autograd, check_frozen, few_tokens
 from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
-from cllava_fast.pool import Factors
+from cllava_fast.pool import Factors, Pool
 
 
 def context_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -68,6 +68,40 @@ def pools(
     return [(*first, past), *((*other, None) for other in others)]
 
 
+def columns(selection: Selection, pool: Pool, scale: float) -> Tensor | None:
+    """``Selection.columns``, which layers that are computed again must find rather than make: not theirs to decide."""
+    block = selection.block
+    if block is None or selection.past is not None or selection.mix or pool.shares_A or block.coefficient.dim() != 2:
+        return None
+    if not torch.is_grad_enabled() or block.index.device.type not in few_tokens.DEVICES:
+        return None
+    past_rank = pool.context_rank if selection.means else pool.rank
+    rows, rank, past = pool.block_rows, pool.rank, selection.context
+    return few_tokens.strength(block.index, block.coefficient, rows, rank, past, past_rank, scale)
+
+
+def train_on_few_tokens(
+    x: Tensor, linear: nn.Linear | None, base: Tensor | None, selection: Selection, factors: Factors
+) -> Tensor | None:
+    """The output of a layer that few tokens train; None of any other."""
+    strength = selection.columns
+    if strength is None or not few_tokens.wins(x):
+        return None
+    past_A = past_B = None
+    if selection.context is not None:
+        rows = selection.context.shape[1]
+        past_A, past_B = (factor[:rows] for factor in context_rows(selection, factors))
+        if adds_up(x, ops.Past(past_A, past_B, selection.context), products=3):
+            return None
+    assert factors.block_A is not None and factors.block_B is not None
+    weight = bias = None
+    if linear is not None and base is None:
+        weight, bias = linear.weight, linear.bias
+        check_frozen(weight, bias)
+    A, B = factors.block_A, factors.block_B
+    return few_tokens.inject(x, weight, bias, base, A, B, past_A, past_B, strength.to(x.device))
+
+
 # Bytes of factors that native decoding may read, sample by sample, before matrix products with the context are better.
 NATIVE_BYTES = 2**28
 
@@ -90,9 +124,16 @@ def native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | N
     return pairs if dispatch.choose("inject", site).backend == "cuda" else None
 
 
-def remember_native(x: Tensor, selection: Selection, factors: Factors) -> None:
-    """`native_pairs` would find `selection.joined` for the tokens that follow, too."""
-    selection.native.setdefault(factors, set()).add(_like(x))
+def decode_natively(
+    x: Tensor, linear: nn.Linear, selection: Selection, factors: Factors, scale: float, lasts: bool
+) -> Tensor | None:
+    """A layer's output, where `native_pairs` finds what acts; None elsewhere. ``lasts``: it would find the same for the
+    tokens that follow, so they need not ask."""
+    if native_pairs(x, selection, factors) is None:
+        return None
+    if lasts:
+        selection.native.setdefault(factors, set()).add(_like(x))
+    return _decode(x, linear.weight, linear.bias, selection, factors, scale)
 
 
 def decode_as_before(
@@ -107,12 +148,20 @@ def decode_as_before(
     known = selection.native.get(factors)
     if known is None or _like(x) not in known:
         return None
-    own, frozen = factors._buffers, linear._parameters  # `nn.Module.__getattr__` is a call each
-    A, B, weight, pairs = own["A"], own["B"], frozen.get("weight"), selection.joined
+    frozen = linear._parameters  # `nn.Module.__getattr__` is a call each
+    weight = frozen.get("weight")
     if weight is None:  # pruned, or parametrized since
         return None
+    return _decode(x, weight, frozen["bias"], selection, factors, scale)
+
+
+def _decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection, factors: Factors, scale: float
+) -> Tensor:
+    own, pairs = factors._buffers, selection.joined
+    A, B = own["A"], own["B"]
     assert A is not None and B is not None and pairs is not None
-    return decode(x, weight, frozen["bias"], A, B, pairs.index, pairs.coefficient, scale, selection.arrived)
+    return decode(x, weight, bias, A, B, pairs.index, pairs.coefficient, scale, selection.arrived)
 
 
 def _like(x: Tensor) -> tuple[Any, ...]:

@@ -18,7 +18,6 @@ from cllava_fast.model.images import images_per_sample
 from cllava_fast.model.instructions import InstructionReader, text_ids
 from cllava_fast.ops import checks
 from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
-from cllava_fast.ops.inject.native import decode
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, sentence_surrogate
 
@@ -223,6 +222,11 @@ class Increments(nn.Module):
                 return within.expand(request.batch)
         return self.select_by_instruction(request, pooled_image)
 
+    @property
+    def _one_for_all_layers(self) -> bool:
+        """Whether what acts is the same in every layer and at every token."""
+        return type(self.method).route is Method.route
+
     def _asks(self, request: Request) -> bool:
         return self.reader is None or request.input_ids is None or self.reader.has_turn(request.input_ids)
 
@@ -245,6 +249,8 @@ class Increments(nn.Module):
         if selection is None:
             return None
         selection = selection.expand(request.batch)
+        if self._one_for_all_layers:
+            selection = replace(selection, columns=acting.columns(selection, self.pool, self.config.scale))
         if not self.method.routes:
             return selection
         selection = replace(selection, mask=_mask(request, counts=self.training))
@@ -398,20 +404,20 @@ class Increments(nn.Module):
         if base is not None:
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         selection = self.method.route(selection, factors, x)
-        native = None if linear is None else acting.native_pairs(x, selection, factors)
-        if native is not None:
-            assert linear is not None
-            if type(self.method).route is Method.route:  # which does not look at x
-                acting.remember_native(x, selection, factors)
-            A, B, scale, arrived = factors.A, factors.B, self.config.scale, selection.arrived
-            weight, bias = linear.weight, linear.bias
-            return decode(x, weight, bias, A, B, native.index, native.coefficient, scale, arrived)
+        if linear is not None:
+            lasts = self._one_for_all_layers
+            decoded = acting.decode_natively(x, linear, selection, factors, self.config.scale, lasts)
+            if decoded is not None:
+                return decoded
         if self.dropout and self.training and self.pool.block_rows:
             if y is None:
                 assert linear is not None
                 check_frozen(linear.weight, linear.bias)
                 y = functional.linear(x, linear.weight, linear.bias)
             x = functional.dropout(x, self.dropout)
+        trained = acting.train_on_few_tokens(x, linear, y, selection, factors)
+        if trained is not None:
+            return trained
         for A, B, pairs, past in acting.pools(selection, factors, x.device):
             index, coefficient = pairs.index.to(x.device), pairs.coefficient.to(x.device)
             if y is None:

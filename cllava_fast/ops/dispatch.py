@@ -120,7 +120,12 @@ def innermost() -> str | None:
 
 def choose(op: str, site: Site) -> Choice:
     """The backend that runs `op` at `site`. Cached: a repeated site costs a dictionary look-up."""
-    return _choose(op, site, _asked[-1] if _asked else os.environ.get(VARIABLE) or AUTO)
+    return _choose(op, site, wanted())
+
+
+def wanted() -> str:
+    """The backend asked for, by the innermost block or else the environment; `AUTO` if by none."""
+    return _asked[-1] if _asked else os.environ.get(VARIABLE) or AUTO
 
 
 @lru_cache(maxsize=8192)

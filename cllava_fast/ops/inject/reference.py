@@ -220,15 +220,15 @@ def strength(given: Acting) -> Tensor:
     """Of each column, [B, 1, K] or [B, S, K]; of each row, [B, S, rows, 1], where tokens have their own and rows share
     one A."""
     of_rows = by_scale(_of_pool(given) if given.whole else given.coefficient, given.scale)
-    return of_rows.unsqueeze(3) if given.shared else _of_columns(of_rows, given.B.shape[1])
+    return of_rows.unsqueeze(3) if given.shared else of_columns(of_rows, given.B.shape[1])
 
 
 def past_strength(given: Acting) -> Tensor:  # [B, 1, C * Q]
     assert given.past_coefficient is not None and given.past_B is not None
-    return _of_columns(by_scale(given.past_coefficient, given.scale), given.past_B.shape[1])
+    return of_columns(by_scale(given.past_coefficient, given.scale), given.past_B.shape[1])
 
 
-def _of_columns(of_rows: Tensor, rank: int) -> Tensor:  # to [B, 1, rows * R], or [B, S, rows * R]
+def of_columns(of_rows: Tensor, rank: int) -> Tensor:  # to [B, 1, rows * R], or [B, S, rows * R]
     of_columns = of_rows.repeat_interleave(rank, -1)
     return of_columns.unsqueeze(1) if of_rows.dim() == 2 else of_columns
 
@@ -239,12 +239,14 @@ def by_scale(coefficient: Tensor, scale: float) -> Tensor:
 
 def _of_pool(given: Acting) -> Tensor:  # -> [B, N], or [B, S, N]
     """Coefficients of the pool's rows, 0 where not selected. A row that appears twice in a sample counts twice."""
-    if given.in_order:
-        return given.coefficient
-    chosen = given.index.unsqueeze(2) == torch.arange(given.B.shape[0], device=given.index.device)  # [B, P, N]
-    if given.per_token:
-        return torch.bmm(given.coefficient, chosen.to(given.coefficient.dtype))
-    return torch.where(chosen, given.coefficient.unsqueeze(2), 0).sum(1)
+    return given.coefficient if given.in_order else over_pool(given.index, given.coefficient, given.B.shape[0])
+
+
+def over_pool(index: Tensor, coefficient: Tensor, rows: int) -> Tensor:  # -> [B, rows], or [B, S, rows]
+    chosen = index.unsqueeze(2) == torch.arange(rows, device=index.device)  # [B, P, rows]
+    if coefficient.dim() == 3:
+        return torch.bmm(coefficient, chosen.to(coefficient.dtype))
+    return torch.where(chosen, coefficient.unsqueeze(2), 0).sum(1)
 
 
 def times(low: Tensor, strength: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,117 @@
+"""inject in training with few tokens, where a GPU waits for Python: what counts is how many calls there are.
+
+All samples' tokens are projected on one list of rows, the open pool's and the past's, by library products alone. How
+strongly each column acts is the same in every layer, so it is worked out once for all of them (`strength`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cllava_fast.ops import checks, dispatch
+from cllava_fast.ops.inject import reference
+from cllava_fast.ops.inject.reference import as_dtype
+
+DEVICES = ("cuda",)  # a CPU has nobody waiting, and does the same work in fewer products otherwise
+# With more, the device has enough to do meanwhile, and fewer passes over the activations count for more.
+TOKENS = 1024
+
+
+def wins(x: Tensor) -> bool:
+    """Whether `inject` is the way for a layer's x, of which a gradient is taken."""
+    # in float16 a row that does not act may overflow, which `reference` looks after
+    if x.device.type not in DEVICES or x.shape[0] * x.shape[1] > TOKENS or x.dtype == torch.float16:
+        return False
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or checks.under_autocast(x):
+        return False
+    return dispatch.wanted() == dispatch.AUTO
+
+
+def strength(
+    index: Tensor,  # [B, P], of rows
+    coefficient: Tensor,  # [B, P]
+    rows: int,  # N of the pool
+    rank: int,
+    past: Tensor | None,  # [B, C] or [1, C], of rows that all act
+    past_rank: int,
+    scale: float,
+) -> Tensor:  # [B, 1, K], with its gradient
+    """Of each column, N * rank of the pool's and C * past_rank of the past's; 0 where a row is not selected."""
+    found = reference.of_columns(reference.over_pool(index, coefficient, rows), rank)
+    if past is not None:
+        found = torch.cat([found, reference.of_columns(past.expand(len(index), -1), past_rank)], 2)
+    return reference.by_scale(found, scale)
+
+
+def inject(
+    x: Tensor,  # [B, S, d_in]
+    weight: Tensor | None,  # [d_out, d_in]; None where there is a base
+    bias: Tensor | None,  # [d_out]
+    base: Tensor | None,  # [B, S, d_out], on which the increments are added
+    A: Tensor,  # [N, R, d_in]
+    B: Tensor,  # [N, R, d_out]
+    past_A: Tensor | None,  # [C, Q, d_in]
+    past_B: Tensor | None,  # [C, Q, d_out]
+    strength: Tensor,  # [B, 1, K]
+) -> Tensor:  # [B, S, d_out]
+    """`ops.inject` or `ops.inject_add`, whose `index` and coefficients are in `strength`; gradients as there."""
+    y: Tensor = _Inject.apply(x, weight, bias, base, A, B, past_A, past_B, strength)
+    return y
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
+        past_A: Tensor | None, past_B: Tensor | None, strength: Tensor,
+    ) -> Tensor:  # fmt: skip
+        tokens, rows = x.flatten(0, 1), _joined(A, past_A, x.dtype)  # [T, d_in], [K, d_in]
+        low = (tokens @ rows.t()).view(*x.shape[:2], len(rows))
+        weighed = reference.times(low, strength, x.dtype)  # [B, S, K]
+        if base is None:
+            assert weight is not None
+            y = x.new_empty(*x.shape[:2], len(weight))
+            if bias is None:
+                torch.mm(tokens, weight.t(), out=y.flatten(0, 1))
+            else:
+                torch.addmm(bias, tokens, weight.t(), out=y.flatten(0, 1))
+        else:
+            y = base.clone(memory_format=torch.contiguous_format)
+        y.flatten(0, 1).addmm_(weighed.flatten(0, 1), _joined(B, past_B, x.dtype))
+        # joined rows are made again rather than kept: in a large model they outweigh the activations of a layer
+        of_A = x if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(of_A, weight, A, B, past_A, past_B, strength, low, weighed)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, past_A, past_B, strength, low, weighed = ctx.saved_tensors
+        need_x, _, _, need_base, need_A, need_B, _, _, need_strength = ctx.needs_input_grad
+        to_x = to_A = to_B = to_strength = None
+        own = A.shape[0] * A.shape[1]  # columns of the pool
+        grads = grad.flatten(0, 1)  # [T, d_out]
+        if need_B:
+            to_B = as_dtype((weighed.flatten(0, 1)[:, :own].t() @ grads).view(B.shape), B.dtype)
+        if need_x or need_A or need_strength:
+            low_grad = (grads @ _joined(B, past_B, grad.dtype).t()).view(low.shape)  # [B, S, K]
+            if need_strength:
+                products = as_dtype(low_grad, torch.promote_types(low.dtype, strength.dtype)) * low
+                to_strength = as_dtype(products.sum(1, keepdim=True), strength.dtype)
+            weighed_grad = reference.times(low_grad, strength, grad.dtype).flatten(0, 1)  # [T, K]
+            if need_A:
+                to_A = as_dtype((weighed_grad[:, :own].t() @ x.flatten(0, 1)).view(A.shape), A.dtype)
+            if need_x:
+                rows = _joined(A, past_A, grad.dtype)
+                to_x = weighed_grad @ rows if weight is None else (grads @ weight).addmm_(weighed_grad, rows)
+                to_x = to_x.view(*grad.shape[:2], rows.shape[1])
+        return to_x, None, None, grad if need_base else None, to_A, to_B, None, None, to_strength
+
+
+def _joined(factor: Tensor, past: Tensor | None, dtype: torch.dtype) -> Tensor:  # [N, R, d], [C, Q, d] -> [K, d]
+    rows = reference.columns(factor, dtype)
+    return rows if past is None else torch.cat([rows, reference.columns(past, dtype)])
