@@ -9,6 +9,18 @@ CHECKPOINT, LATER = "tests/test_checkpoint.py", "tests/test_later_tasks.py"
 
 SERVING_MUTANTS = [
     (
+        "beams ask at each step", "cllava_fast/methods/base.py", "if batch not in self._expanded:", "if True:",
+        "tests/test_decoding.py",
+    ),
+    (
+        "what a graph records is kept", "cllava_fast/methods/base.py", "if checks.captured():", "if False:",
+        "tests/test_decoding.py",
+    ),
+    (
+        "without a query a layer asks at each step", "cllava_fast/model/increments.py",
+        "if pending is not None and not self.method.routes:", "if False:", "tests/test_decoding.py",
+    ),
+    (
         "task 100 is older than task 11", "cllava_fast/model/files.py", "[folder for _, folder in sorted(numbered)]",
         "sorted(folder for _, folder in numbered)", CHECKPOINT,
     ),

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
 import cllava_fast as cf
-from cllava_fast.methods import Pairs, Selection
+from cllava_fast.methods import METHODS, Pairs, Selection
 from cllava_fast.model import acting, get_increments, paths
 from cllava_fast.model.patching import STEP
-from cllava_fast.ops import native
+from cllava_fast.ops import checks, native
 from tests.helpers import QUESTIONS, cached, inputs, learn
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
@@ -71,11 +71,15 @@ class Asked:
 
 @pytest.fixture
 def decoding(
-    llava: Any, processor: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, Asked, Asked, Callable[[int], Tensor]]:
+    request: pytest.FixtureRequest,
+    llava: Any,
+    processor: Any,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Any, Asked, Asked, Callable[..., Tensor]]:
     """A model that decodes natively on the CPU; who is asked whether it may, and who does it; and its answers of so
     many tokens."""
-    cf.patch(llava, CONFIG, processor=processor)
+    cf.patch(llava, getattr(request, "param", CONFIG), processor=processor)
     learn(llava, 3, generator)
     batch = inputs(processor, QUESTIONS, generator)
     single = lambda x: x.shape[1] == 1 and x.dtype == torch.float32  # noqa: E731
@@ -88,7 +92,7 @@ def decoding(
         llava,
         asked,
         straight,
-        lambda new: llava.generate(**batch, max_new_tokens=new, min_new_tokens=new, **options),
+        lambda new, **more: llava.generate(**batch, max_new_tokens=new, min_new_tokens=new, **options, **more),
     )
 
 
@@ -100,6 +104,26 @@ def test_whether_a_layer_decodes_natively_is_asked_once(decoding: Any, monkeypat
     assert (asked.times, straight.times) == (2 * layers, 4 * layers)
     asked.function = lambda *_: None
     assert torch.equal(answers(5), natively) and straight.times == 4 * layers
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("decoding", [CONFIG, METHODS["o_lora"][0](a_std=0.1)], indirect=True, ids=["queries", "none"])
+def test_beams_ask_once(decoding: Any, more: dict[str, int]) -> None:
+    """Each step's selection is the same one, repeated for the beams."""
+    model, asked, straight, answers = decoding
+    layers = len(get_increments(model).linears(model))
+    natively = answers(5, **more)
+    assert (asked.times, straight.times) == (2 * layers, 4 * layers)
+    asked.function = lambda *_: None
+    assert torch.equal(answers(5, **more), natively) and straight.times == 4 * layers
+
+
+def test_what_a_graph_records_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    selection = Selection(past=Pairs(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)))
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "captured", true)
+        assert selection.expand(4) is not selection.expand(4)
+    assert selection.expand(4) is selection.expand(4) and selection.expand(6).batch_size == 6
 
 
 def true(*_: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.names import check_choices
+from cllava_fast.ops import checks
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
 Policy = TypeVar("Policy", bound="Method")
@@ -148,8 +149,19 @@ class Selection:
             return self
         if size == 0 or batch % size:
             raise ValueError(f"the batch holds {batch} samples; instructions were selected for {size}: give one each")
-        times = batch // size
+        if checks.captured():
+            return self._expand(batch // size)
+        if batch not in self._expanded:
+            self._expanded[batch] = self._expand(batch // size)
+        return self._expanded[batch]
+
+    def _expand(self, times: int) -> Selection:
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    @cached_property
+    def _expanded(self) -> dict[int, Selection]:
+        """By samples: every step of an answer asks, and its layers decode on with what one step has found."""
+        return {}
 
     def take(self, samples: Tensor) -> Selection:
         """The samples that ``samples [n]`` int64 names, in its order, any number of times."""

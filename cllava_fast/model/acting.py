@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cllava_fast import ops
 from cllava_fast.methods import Pairs, Selection
-from cllava_fast.ops import dispatch
+from cllava_fast.ops import checks, dispatch
 from cllava_fast.ops.inject import adds_up, autograd, check_frozen, few_tokens
 from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
 from cllava_fast.pool import Factors, Pool
@@ -108,10 +108,7 @@ NATIVE_BYTES = 2**28
 
 def native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | None:
     """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
-    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A or _may_not_keep():
-        return None
-    # nor may a graph that is captured by hand, whose memory the next replay uses again
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A or _may_not_keep() or checks.captured():
         return None
     pairs, (A, B) = selection.joined, (factors.A, factors.B)
     if pairs is None or A.dtype != B.dtype or A.dtype not in (x.dtype, torch.float32):

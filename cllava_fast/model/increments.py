@@ -211,6 +211,8 @@ class Increments(nn.Module):
         if not learning and not self.pool.num_tasks and self.method.uses_query:
             return None
         if not self.method.uses_query:
+            if pending is not None and not self.method.routes:  # a step of an answer has its prompt's, as below
+                return pending.expand(request.batch)
             return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
         if request.query is None and request.instructions is None:
             if pending is not None:

@@ -147,6 +147,14 @@ def under_autocast(tensor: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def captured() -> bool:
+    """Whether a compiler or a CUDA graph records what runs. Results then lie in memory that the next replay uses again,
+    and may not be kept."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def can_read(tensor: Tensor, cuda: bool) -> bool:
     """Whether a check may look at values: never while tracing or capturing; on a GPU only if asked to (it waits)."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or torch._is_functional_tensor(tensor):
