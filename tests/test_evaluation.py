@@ -145,7 +145,8 @@ def test_evaluate_stream_of_a_learned_model(
 ) -> None:
     folder, result, model = run
     options: dict[str, Any] = {"max_new_tokens": 3, "progress": False}
-    results = cf.evaluate_stream(model, processor, graded_stream(), tmp_path / "eval", **options)
+    results = cf.evaluate_stream(model, processor, graded_stream(), tmp_path / "eval", seed=2, **options)
+    assert results["seeds"] == [2]
     method = results["methods"]["continual_llava"]
     assert method["accuracy_matrix"] == [[None, None], result.accuracy_matrix[1]]
     assert method["selection_accuracy"] == result.selection_accuracy

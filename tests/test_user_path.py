@@ -25,8 +25,9 @@ from tests.test_distributed import environment, free_port
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "what color is the triangle?"
 SETTINGS = (
-    "--training.align_steps", "20", "--training.max_steps", "40", "--training.learning_rate", "3e-3",
-    "--training.lr_scheduler_type", "linear", "--method.scale", "8", "--method.a_std", "0.09",
+    "--training.seed", "1", "--training.align_steps", "20", "--training.max_steps", "40",
+    "--training.learning_rate", "3e-3", "--training.lr_scheduler_type", "linear",
+    "--method.scale", "8", "--method.a_std", "0.09",
     "--training.per_device_train_batch_size", "16", "--training.max_new_tokens", "4",
 )  # fmt: skip
 
@@ -146,7 +147,7 @@ def test_eval_measures_what_the_run_did(data: Path, run: Path, printed: Callable
     results = json.loads((data / "measured" / "results.json").read_text())
     measured = results["methods"]["continual_llava"]["accuracy_matrix"][-1]
     trained = json.loads((run / "results.json").read_text())["methods"]["continual_llava"]["accuracy_matrix"][-1]
-    assert measured == trained
+    assert measured == trained and results["seeds"] == [1]
     assert f"{100 * measured[0]:.1f}" in shown
     lines = (data / "measured" / "predictions" / "color.jsonl").read_text().splitlines()
     assert len(lines) == 24 and "prediction" in json.loads(lines[0])

@@ -309,6 +309,7 @@ def evaluate_stream(
     max_new_tokens: int = 16,
     image_feature_bytes: int = 2 << 30,
     name: str | None = None,
+    seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -320,6 +321,7 @@ def evaluate_stream(
         output_dir: receives ``predictions/<task>.jsonl`` and the report, from the main process; None writes nothing.
         split: ``"test"`` or ``"validation"``.
         name: what the results call the model; None for its method's name, or ``"frozen"`` for a plain one.
+        seed: that the model learned with, for a report of several; nothing is drawn here.
         overwrite: replace an earlier evaluation in ``output_dir``.
 
     Returns:
@@ -371,7 +373,7 @@ def evaluate_stream(
         "batch_size": batch_size, "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
     }  # fmt: skip
     shown = {evaluation.task: evaluation.examples for evaluation in evaluations}
-    results = results_of_run(data.stream, method, 0, measured, config, {}, shown)
+    results = results_of_run(data.stream, method, seed, measured, config, {}, shown)
     if folder is not None:
         distributed.on_main(functools.partial(_write, folder, evaluations, results))
     return results
