@@ -12,13 +12,13 @@ import torch
 from benchmarks import baselines, measure
 from benchmarks.measure import Unavailable, Way, Work
 from cllava_fast import ops
-from cllava_fast.ops.inject import cases
+from cllava_fast.ops.inject import cases, few_calls
 
 OP = "inject"
-AUTOTUNED = "compiled, max-autotune"
+AUTOTUNED, FEW_CALLS = "compiled, max-autotune", "few calls"
 WAYS = (
     "frozen linear", "inject", "smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch",
-    "PEFT LoRA", "PEFT mixed batch", "expert loop", "one product", "gathered",
+    "PEFT LoRA", "PEFT mixed batch", "expert loop", "one product", "gathered", FEW_CALLS,
 )  # fmt: skip
 # What takes coefficients of tokens, or rows that share one A; and what does not.
 OF_ROUTERS = {
@@ -33,8 +33,13 @@ BROKEN_DOWN = ("inject", "smart eager", "frozen linear")
 def points(device, quick):
     chosen = cases.QUICK if quick else cases.BENCH if device == "cpu" else cases.BENCH_GPU
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    directions = lambda case: measure.DIRECTIONS if case.S > 1 else (measure.FORWARD,)  # noqa: E731
-    return measure.points(chosen, [dtype], device, directions, launch_bound=lambda case: case.S == 1)
+    return measure.points(chosen, [dtype], device, directions, lambda case: case.S == 1 or case == cases.ONE_SAMPLE)
+
+
+def directions(case):
+    if case == cases.ONE_SAMPLE:
+        return (measure.BOTH,)
+    return measure.DIRECTIONS if case.S > 1 else (measure.FORWARD,)
 
 
 def broken_down(point):
@@ -72,6 +77,10 @@ def way(name, point, tensors):
         if point.launch == measure.GRAPH:
             raise Unavailable("copies the numbers of its samples to the device: no CUDA graph")
         return peft_mixed_batch(x, weight, A, B, index, coefficient)
+    if name == FEW_CALLS:
+        if case != cases.ONE_SAMPLE:
+            raise Unavailable("for training steps that wait for Python")
+        return Way(in_few_calls, exact_by_sample, tensors, "what layers of a patched model take here", rival=False)
     if name == "dense by batch":
         return Way(baselines.dense_by_batch, exact_by_batch, tensors, measure.BY_BATCH, rival=False)
     if name in ("compiled", AUTOTUNED):
@@ -117,6 +126,12 @@ def compile_options(name, point):
 
 def inject(x, weight, A, B, index, coefficient, *past):
     return ops.inject(x, weight, A, B, index, coefficient, past=past or None, check_values=False)
+
+
+def in_few_calls(x, weight, A, B, index, coefficient, past_A, past_B, past_coefficient):
+    """With the strengths that layers have in common."""
+    strength = few_calls.strength(index, coefficient, *B.shape[:2], past_coefficient, past_B.shape[1], 1.0)
+    return few_calls.inject(x, weight, None, None, A, B, past_A, past_B, strength)
 
 
 def low_rank(sample, A, B, index, coefficient, *past):

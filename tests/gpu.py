@@ -71,7 +71,7 @@ def steps(out: Path, soak_minutes: float = 1.5) -> list[Step]:
     workers = min(3, (os.cpu_count() or 1) // 5) if installed("xdist") else 0
     no_pytest = "" if installed("pytest") else "pytest is not installed"
     op_tests = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_op*.py")}
-    op_tests = sorted(op_tests - {"tests/test_ops_gpu.py"} | {"tests/test_few_tokens.py", "tests/test_memory.py"})
+    op_tests = sorted(op_tests - {"tests/test_ops_gpu.py"} | {"tests/test_few_calls.py", "tests/test_memory.py"})
 
     def test(name: str, *tests: str, workers: int = workers) -> Step:
         junit = f"{name}.xml"

@@ -9,7 +9,7 @@ CHECKPOINT, LATER = "tests/test_checkpoint.py", "tests/test_later_tasks.py"
 
 SERVING_MUTANTS = [
     (
-        "beams ask at each step", "cllava_fast/methods/base.py", "if batch not in self._expanded:", "if True:",
+        "beams ask at each step", "cllava_fast/methods/base.py", "if asked not in self._expanded:", "if True:",
         "tests/test_decoding.py",
     ),
     (
@@ -17,8 +17,17 @@ SERVING_MUTANTS = [
         "tests/test_decoding.py",
     ),
     (
+        "without a query a loop of one's own has its generate's rows", "cllava_fast/model/increments.py",
+        " and not self.call.custom:", ":", "tests/test_decoding.py",
+    ),
+    (
+        "what was expanded in inference mode trains", "cllava_fast/methods/base.py",
+        "asked = batch, torch.is_inference_mode_enabled()", "asked = batch, False", "tests/test_decoding.py",
+    ),
+    (
         "without a query a layer asks at each step", "cllava_fast/model/increments.py",
-        "if pending is not None and not self.method.routes:", "if False:", "tests/test_decoding.py",
+        "if pending is not None and not self.method.routes and not self.call.custom:", "if False:",
+        "tests/test_decoding.py",
     ),
     (
         "task 100 is older than task 11", "cllava_fast/model/files.py", "[folder for _, folder in sorted(numbered)]",

@@ -118,12 +118,41 @@ def test_beams_ask_once(decoding: Any, more: dict[str, int]) -> None:
     assert torch.equal(answers(5, **more), natively) and straight.times == 4 * layers
 
 
+def test_a_loop_of_ones_own_asks_as_it_likes_without_a_query(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    """Of fewer samples, since some are done; and with gradients, in inference mode, while a task is learned."""
+    cf.patch(llava, METHODS["o_lora"][0](a_std=0.1), processor=processor)
+    learn(llava, 2, generator, commit_last=False)
+    batch = inputs(processor, QUESTIONS, generator)
+    found = {}
+
+    def loop(model: Any, input_ids: Tensor, pixel_values: Tensor, **_: Any) -> Tensor:
+        few = {"input_ids": input_ids[:2], "pixel_values": pixel_values[:2], "use_cache": False}
+        with torch.inference_mode():
+            found["few"] = model(**few).logits[:, -1].clone()
+        with torch.enable_grad():
+            model.train()
+            loss = model(**few, labels=few["input_ids"]).loss
+            found["gradient"] = torch.autograd.grad(loss, next(p for p in model.parameters() if p.requires_grad))[0]
+            model.eval()
+        return input_ids
+
+    llava.generate(**batch, custom_generate=loop, max_new_tokens=3)
+    wanted = last_logits(llava, {"input_ids": batch["input_ids"][:2], "pixel_values": batch["pixel_values"][:2]})
+    torch.testing.assert_close(found["few"], wanted)
+    assert found["gradient"].abs().max() > 0
+
+
 def test_what_a_graph_records_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     selection = Selection(past=Pairs(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)))
     with monkeypatch.context() as patched:
         patched.setattr(checks, "captured", true)
         assert selection.expand(4) is not selection.expand(4)
     assert selection.expand(4) is selection.expand(4) and selection.expand(6).batch_size == 6
+    with torch.inference_mode():
+        selection.expand(2 * 4)
+    assert not selection.expand(2 * 4).past.coefficient.is_inference()  # which could not be used in training
 
 
 def true(*_: Any) -> bool:

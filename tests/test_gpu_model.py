@@ -21,7 +21,7 @@ from cllava_fast import ops
 from cllava_fast.model import acting, get_increments
 from cllava_fast.model.caches import returned
 from cllava_fast.ops import native
-from cllava_fast.ops.inject import few_tokens
+from cllava_fast.ops.inject import few_calls
 from tests.helpers import QUESTIONS, cached, inputs, learn, take
 from tests.test_checkpoint import At, killed, learned, same
 
@@ -65,8 +65,8 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 def test_same_as_on_the_cpu(backend: str, training: bool, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, moved, batch = pair
-    by_columns = Mock(wraps=few_tokens.inject)
-    monkeypatch.setattr(few_tokens, "inject", by_columns)
+    by_columns = Mock(wraps=few_calls.inject)
+    monkeypatch.setattr(few_calls, "inject", by_columns)
     for one in pair[:2]:
         one.train(training)
     with ops.backend(backend):

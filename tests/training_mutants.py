@@ -2,8 +2,8 @@
 
 TRAIN = ("tests/test_train.py", "tests/test_train_refusals.py")
 
-FEW, ACTING = "cllava_fast/ops/inject/few_tokens.py", "cllava_fast/model/acting.py"
-FEW_TESTS = ("tests/test_few_tokens.py",)
+FEW, ACTING = "cllava_fast/ops/inject/few_calls.py", "cllava_fast/model/acting.py"
+FEW_TESTS = ("tests/test_few_calls.py",)
 
 TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
@@ -139,44 +139,48 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "    if False:",
         ("tests/test_methods.py",),
     ),
-    ("few tokens: scale lost", FEW, "reference.by_scale(found, scale)", "found", FEW_TESTS),
-    ("few tokens: any number", FEW, "> TOKENS", "> 99 * TOKENS", FEW_TESTS),
-    ("few tokens: float16", FEW, "x.dtype == torch.float16", "False", FEW_TESTS),
-    ("few tokens: a backend asked for by name", FEW, "dispatch.wanted() == dispatch.AUTO", "True", FEW_TESTS),
-    ("few tokens: base lost", FEW, "y = base.clone(", "y = (0 * base).clone(", FEW_TESTS),
-    ("few tokens: bias lost", FEW, "if bias is None:", "if True:", FEW_TESTS),
+    ("few calls: scale lost", FEW, "reference.by_scale(found, scale)", "found", FEW_TESTS),
+    ("few calls: any size", FEW, "<= WORK", "<= 99 * WORK", FEW_TESTS),
+    ("few calls: float16", FEW, "x.dtype == torch.float16", "False", FEW_TESTS),
+    ("few calls: a backend asked for by name", ACTING, " or dispatch.wanted() != dispatch.AUTO", "", FEW_TESTS),
+    ("few calls: base lost", FEW, "y = base.clone(", "y = (0 * base).clone(", FEW_TESTS),
+    ("few calls: bias lost", FEW, "if bias is None:", "if True:", FEW_TESTS),
     (
-        "few tokens: the past's columns are the pool's",
+        "few calls: the past's columns are the pool's",
         FEW,
         "weighed_grad[:, :own].t()",
         "weighed_grad[:, -own:].t()",
         FEW_TESTS,
     ),
-    ("few tokens: x is kept for a frozen A", FEW, "x if ctx.needs_input_grad[4] else None", "x", FEW_TESTS),
+    ("few calls: x is kept for a frozen A", FEW, "x if ctx.needs_input_grad[4] else None", "x", FEW_TESTS),
     (
-        "few tokens: a coefficient's gradient is weighed",
+        "few calls: a coefficient's gradient is weighed",
         FEW,
         "products.sum(1, keepdim=True)",
         "(products * strength).sum(1, keepdim=True)",
         FEW_TESTS,
     ),
     (
-        "few tokens: evaluation, too",
+        "few calls: without gradients, too",
         ACTING,
-        "if not torch.is_grad_enabled() or block.index",
-        "if block.index",
+        "if not torch.is_grad_enabled() or dispatch",
+        "if dispatch",
         FEW_TESTS,
     ),
-    ("few tokens: factors that are summed", ACTING, " or selection.mix or pool", " or pool", FEW_TESTS),
+    ("few calls: a method's own rows", ACTING, " or selection.rows is not None or", " or", FEW_TESTS),
+    ("few calls: cast on the way back", FEW, "cast = checks.under_autocast(grad)", "cast = False", FEW_TESTS),
+    ("few calls: a second derivative is zero", FEW, "if torch.is_grad_enabled():", "if False:", FEW_TESTS),
+    ("few calls: any number of columns", FEW, "+ columns * (d_in + d_out)", "", FEW_TESTS),
+    ("few calls: factors that are summed", ACTING, " or selection.mix or pool", " or pool", FEW_TESTS),
     (
-        "few tokens: means have the rank of rows",
+        "few calls: means have the rank of rows",
         ACTING,
         "pool.context_rank if selection.means else pool.rank",
         "pool.rank",
         FEW_TESTS,
     ),
     (
-        "few tokens: a past that outweighs the weight",
+        "few calls: a past that outweighs the weight",
         ACTING,
         "if adds_up(x, ops.Past(past_A, past_B, selection.context), products=3):",
         "if False:",

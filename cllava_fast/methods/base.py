@@ -67,8 +67,9 @@ class Selection:
             goes on with it decides on them anew.
         images: ``[B, 1 + d]`` float64 on the CPU, number and sum of the pooled images that samples have shown, for
             later turns of their conversations; None where nobody looked.
-        columns: ``[B, 1, K]`` float32, how strongly each column of the open block and of ``context`` acts, for layers
-            that train on few tokens (``ops/inject/few_tokens.py``); None where one list of columns cannot say it all.
+        column_strength: ``[B, 1, K]`` float32, how strongly each column of the open block and of ``context``
+            acts, for layers that take gradients where a GPU waits for Python (``ops/inject/few_calls.py``); None where
+            that cannot say it all, or nobody asks.
         seen: linears that ``Method.route`` has counted this forward pass's tokens in: one that is recomputed does not
             count again. None where nothing is counted.
     """
@@ -87,7 +88,7 @@ class Selection:
     seen: set[Factors] | None = None
     means: bool = False
     images: Tensor | None = None
-    columns: Tensor | None = None
+    column_strength: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -151,16 +152,17 @@ class Selection:
             raise ValueError(f"the batch holds {batch} samples; instructions were selected for {size}: give one each")
         if checks.captured():
             return self._expand(batch // size)
-        if batch not in self._expanded:
-            self._expanded[batch] = self._expand(batch // size)
-        return self._expanded[batch]
+        asked = batch, torch.is_inference_mode_enabled()  # whose tensors could not be used in training later
+        if asked not in self._expanded:
+            self._expanded[asked] = self._expand(batch // size)
+        return self._expanded[asked]
 
     def _expand(self, times: int) -> Selection:
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     @cached_property
-    def _expanded(self) -> dict[int, Selection]:
-        """By samples: every step of an answer asks, and its layers decode on with what one step has found."""
+    def _expanded(self) -> dict[tuple[int, bool], Selection]:
+        """Every step of an answer asks, and its layers decode on with what one step has found."""
         return {}
 
     def take(self, samples: Tensor) -> Selection:
@@ -193,7 +195,7 @@ class Selection:
             strength=None if self.strength is None else function(self.strength),
             mask=None if self.mask is None else function(self.mask),
             images=None if self.images is None else function(self.images),
-            columns=None if self.columns is None else function(self.columns),
+            column_strength=None if self.column_strength is None else function(self.column_strength),
         )
 
     def scaled(self, strength: Tensor) -> Selection:
@@ -206,7 +208,7 @@ class Selection:
 
         context = None if self.context is None else self.context * factor
         block, past = scale(self.block), scale(self.past)
-        return replace(self, block=block, past=past, context=context, strength=strength, columns=None)
+        return replace(self, block=block, past=past, context=context, strength=strength, column_strength=None)
 
 
 @dataclass(frozen=True)

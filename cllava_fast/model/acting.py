@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cllava_fast import ops
 from cllava_fast.methods import Pairs, Selection
 from cllava_fast.ops import checks, dispatch
-from cllava_fast.ops.inject import adds_up, autograd, check_frozen, few_tokens
+from cllava_fast.ops.inject import adds_up, autograd, check_frozen, few_calls
 from cllava_fast.ops.inject.native import CUDA_TOKENS, decode
 from cllava_fast.pool import Factors, Pool
 
@@ -68,24 +68,26 @@ def pools(
     return [(*first, past), *((*other, None) for other in others)]
 
 
-def columns(selection: Selection, pool: Pool, scale: float) -> Tensor | None:
-    """``Selection.columns``, which layers that are computed again must find rather than make: not theirs to decide."""
+def column_strength(selection: Selection, pool: Pool, scale: float) -> Tensor | None:
+    """``Selection.column_strength``, decided once a forward pass: a layer that is computed again goes the same way."""
     block = selection.block
-    if block is None or selection.past is not None or selection.mix or pool.shares_A or block.coefficient.dim() != 2:
+    if block is None or selection.past is not None or selection.rows is not None or selection.mix or pool.shares_A:
         return None
-    if not torch.is_grad_enabled() or block.index.device.type not in few_tokens.DEVICES:
+    if block.coefficient.dim() != 2 or block.index.device.type not in few_calls.DEVICES:
+        return None
+    if not torch.is_grad_enabled() or dispatch.wanted() != dispatch.AUTO:
         return None
     past_rank = pool.context_rank if selection.means else pool.rank
     rows, rank, past = pool.block_rows, pool.rank, selection.context
-    return few_tokens.strength(block.index, block.coefficient, rows, rank, past, past_rank, scale)
+    return few_calls.strength(block.index, block.coefficient, rows, rank, past, past_rank, scale)
 
 
-def train_on_few_tokens(
+def train_in_few_calls(
     x: Tensor, linear: nn.Linear | None, base: Tensor | None, selection: Selection, factors: Factors
 ) -> Tensor | None:
-    """The output of a layer that few tokens train; None of any other."""
-    strength = selection.columns
-    if strength is None or not few_tokens.wins(x):
+    """The output of a layer that trains where a GPU waits for Python; None of any other."""
+    strength, A, B = selection.column_strength, factors.block_A, factors.block_B
+    if strength is None or A is None or B is None or not few_calls.wins(x, B.shape[2], strength.shape[2]):
         return None
     past_A = past_B = None
     if selection.context is not None:
@@ -93,13 +95,11 @@ def train_on_few_tokens(
         past_A, past_B = (factor[:rows] for factor in context_rows(selection, factors))
         if adds_up(x, ops.Past(past_A, past_B, selection.context), products=3):
             return None
-    assert factors.block_A is not None and factors.block_B is not None
     weight = bias = None
     if linear is not None and base is None:
         weight, bias = linear.weight, linear.bias
         check_frozen(weight, bias)
-    A, B = factors.block_A, factors.block_B
-    return few_tokens.inject(x, weight, bias, base, A, B, past_A, past_B, strength.to(x.device))
+    return few_calls.inject(x, weight, bias, base, A, B, past_A, past_B, strength.to(x.device))
 
 
 # Bytes of factors that native decoding may read, sample by sample, before matrix products with the context are better.
@@ -108,7 +108,13 @@ NATIVE_BYTES = 2**28
 
 def native_pairs(x: Tensor, selection: Selection, factors: Factors) -> Pairs | None:
     """What acts, where a GPU decodes: it waits for each launch, and the context as more pairs takes none of its own."""
-    if not x.is_cuda or x.shape[1] > CUDA_TOKENS or factors.shares_A or _may_not_keep() or checks.captured():
+    if (
+        not x.is_cuda
+        or x.shape[1] > CUDA_TOKENS
+        or factors.shares_A
+        or _takes_gradients_or_casts()
+        or checks.captured()
+    ):
         return None
     pairs, (A, B) = selection.joined, (factors.A, factors.B)
     if pairs is None or A.dtype != B.dtype or A.dtype not in (x.dtype, torch.float32):
@@ -140,7 +146,7 @@ def decode_as_before(
 
     Each token of an answer comes by here in each layer, and the GPU waits meanwhile: as few calls as there can be.
     """
-    if _may_not_keep():
+    if _takes_gradients_or_casts() or torch.compiler.is_compiling():
         return None
     known = selection.native.get(factors)
     if known is None or _like(x) not in known:
@@ -165,7 +171,5 @@ def _like(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.device, dispatch.innermost()
 
 
-def _may_not_keep() -> bool:
-    """Whether a call takes gradients, casts, or is compiled: what it keeps on a selection would lie in the memory of
-    its CUDA graph."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")
+def _takes_gradients_or_casts() -> bool:
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")

@@ -211,7 +211,8 @@ class Increments(nn.Module):
         if not learning and not self.pool.num_tasks and self.method.uses_query:
             return None
         if not self.method.uses_query:
-            if pending is not None and not self.method.routes:  # a step of an answer has its prompt's, as below
+            # a step of an answer has its prompt's; a caller's own loop asks whatever it likes
+            if pending is not None and not self.method.routes and not self.call.custom:
                 return pending.expand(request.batch)
             return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
         if request.query is None and request.instructions is None:
@@ -252,7 +253,9 @@ class Increments(nn.Module):
             return None
         selection = selection.expand(request.batch)
         if self._one_for_all_layers:
-            selection = replace(selection, columns=acting.columns(selection, self.pool, self.config.scale))
+            selection = replace(
+                selection, column_strength=acting.column_strength(selection, self.pool, self.config.scale)
+            )
         if not self.method.routes:
             return selection
         selection = replace(selection, mask=_mask(request, counts=self.training))
@@ -417,7 +420,7 @@ class Increments(nn.Module):
                 check_frozen(linear.weight, linear.bias)
                 y = functional.linear(x, linear.weight, linear.bias)
             x = functional.dropout(x, self.dropout)
-        trained = acting.train_on_few_tokens(x, linear, y, selection, factors)
+        trained = acting.train_in_few_calls(x, linear, y, selection, factors)
         if trained is not None:
             return trained
         for A, B, pairs, past in acting.pools(selection, factors, x.device):

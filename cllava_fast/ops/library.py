@@ -12,6 +12,9 @@ from torch.autograd import forward_ad
 from cllava_fast.ops import dispatch
 
 NAMESPACE = "cllava_fast"
+NO_SECOND_DERIVATIVE = (
+    "second derivatives of this library's ops are not implemented. Call backward without create_graph=True."
+)
 DEVICES = ("cpu", "cuda")
 
 _kernels: dict[Any, Callable[..., Any]] = {}  # of each op
@@ -142,10 +145,7 @@ def no_second_derivative(op: Any) -> Callable[..., Any]:
     """`differentiable` for a backward op, whose gradient is a clear error instead of a silently wrong zero."""
 
     def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(
-            f"{op} has no derivative of its own: second derivatives of this library's ops are not implemented. "
-            "Call backward without create_graph=True."
-        )
+        raise NotImplementedError(f"{op} has no derivative of its own: {NO_SECOND_DERIVATIVE}")
 
     return differentiable(op, backward)
 

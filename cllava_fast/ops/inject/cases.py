@@ -112,6 +112,8 @@ BENCH = (
 )
 # As many columns as seven earlier tasks' mean increments, shortened to 32 each.
 SHORTENED = Case(B=16, S=1024, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="uniform", past=28)
+# One sample of a 7B model's training step, where a GPU waits for Python.
+ONE_SAMPLE = Case(B=1, S=656, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="identical", past=56, alike=True)
 # A 7B model's attention output: the training step, with seven earlier tasks in context, other selections, decoding.
 BENCH_GPU = (
     Case(B=16, S=1024, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="uniform"),
@@ -120,6 +122,7 @@ BENCH_GPU = (
     Case(B=4, S=1000, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="zipf"),
     Case(B=1, S=2048, d_in=4096, d_out=4096, N=8, R=8, P=4, selection="identical"),
     SHORTENED,
+    ONE_SAMPLE,
     *(case._replace(B=16, S=1024, d_in=4096, d_out=4096) for case in ROUTER_QUICK),
     Case(B=16, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="uniform"),
     Case(B=1, S=1, d_in=4096, d_out=4096, N=64, R=8, P=4, selection="identical"),

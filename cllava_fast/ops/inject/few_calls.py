@@ -1,4 +1,4 @@
-"""inject in training with few tokens, where a GPU waits for Python: what counts is how many calls there are.
+"""inject in training where a GPU waits for Python, so that what counts is how many calls there are.
 
 All samples' tokens are projected on one list of rows, the open pool's and the past's, by library products alone. How
 strongly each column acts is the same in every layer, so it is worked out once for all of them (`strength`).
@@ -6,29 +6,31 @@ strongly each column acts is the same in every layer, so it is worked out once f
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cllava_fast.ops import checks, dispatch
+from cllava_fast.ops import checks, library
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject.reference import as_dtype
 
 DEVICES = ("cuda",)  # a CPU has nobody waiting, and does the same work in fewer products otherwise
+# Multiplications in a layer: as many as the frozen product of 1,024 tokens has in a 7B model, some 50 us of an H100.
 # With more, the device has enough to do meanwhile, and fewer passes over the activations count for more.
-TOKENS = 1024
+WORK = 2**34
 
 
-def wins(x: Tensor) -> bool:
-    """Whether `inject` is the way for a layer's x, of which a gradient is taken."""
+def wins(x: Tensor, d_out: int, columns: int) -> bool:
+    """Whether `inject` is the way for a layer's x, in training."""
     # in float16 a row that does not act may overflow, which `reference` looks after
-    if x.device.type not in DEVICES or x.shape[0] * x.shape[1] > TOKENS or x.dtype == torch.float16:
+    if x.device.type not in DEVICES or x.dtype == torch.float16:
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or checks.under_autocast(x):
         return False
-    return dispatch.wanted() == dispatch.AUTO
+    samples, tokens, d_in = x.shape
+    return samples * tokens * (d_in * d_out + columns * (d_in + d_out)) <= WORK
 
 
 def strength(
@@ -82,34 +84,59 @@ class _Inject(torch.autograd.Function):
         else:
             y = base.clone(memory_format=torch.contiguous_format)
         y.flatten(0, 1).addmm_(weighed.flatten(0, 1), _joined(B, past_B, x.dtype))
-        # joined rows are made again rather than kept: in a large model they outweigh the activations of a layer
+        # joined rows are made again rather than kept: in a large model they outweigh x, and low and weighed do not
         of_A = x if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(of_A, weight, A, B, past_A, past_B, strength, low, weighed)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, past_A, past_B, strength, low, weighed = ctx.saved_tensors
-        need_x, _, _, need_base, need_A, need_B, _, _, need_strength = ctx.needs_input_grad
-        to_x = to_A = to_B = to_strength = None
-        own = A.shape[0] * A.shape[1]  # columns of the pool
-        grads = grad.flatten(0, 1)  # [T, d_out]
-        if need_B:
-            to_B = as_dtype((weighed.flatten(0, 1)[:, :own].t() @ grads).view(B.shape), B.dtype)
-        if need_x or need_A or need_strength:
-            low_grad = (grads @ _joined(B, past_B, grad.dtype).t()).view(low.shape)  # [B, S, K]
-            if need_strength:
-                products = as_dtype(low_grad, torch.promote_types(low.dtype, strength.dtype)) * low
-                to_strength = as_dtype(products.sum(1, keepdim=True), strength.dtype)
-            weighed_grad = reference.times(low_grad, strength, grad.dtype).flatten(0, 1)  # [T, K]
-            if need_A:
-                to_A = as_dtype((weighed_grad[:, :own].t() @ x.flatten(0, 1)).view(A.shape), A.dtype)
-            if need_x:
-                rows = _joined(A, past_A, grad.dtype)
-                to_x = weighed_grad @ rows if weight is None else (grads @ weight).addmm_(weighed_grad, rows)
-                to_x = to_x.view(*grad.shape[:2], rows.shape[1])
-        return to_x, None, None, grad if need_base else None, to_A, to_B, None, None, to_strength
+        saved = ctx.saved_tensors
+        # a region around the backward pass would cast some of the products, and not others
+        cast = checks.under_autocast(grad)
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False) if cast else nullcontext():
+            found = _gradients(grad, saved, ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            of = grad, *(tensor for tensor in saved if tensor is not None)
+            found = tuple(None if gradient is None else _Once.apply(gradient, *of) for gradient in found)
+        to_x, to_A, to_B, to_strength = found
+        return to_x, None, None, grad if ctx.needs_input_grad[3] else None, to_A, to_B, None, None, to_strength
+
+
+def _gradients(grad: Tensor, saved: Any, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Of x, A, B and strength."""
+    x, weight, A, B, past_A, past_B, strength, low, weighed = saved
+    need_x, _, _, _, need_A, need_B, _, _, need_strength = needed
+    to_x = to_A = to_B = to_strength = None
+    own = A.shape[0] * A.shape[1]  # columns of the pool
+    grads = grad.flatten(0, 1)  # [T, d_out]
+    if need_B:
+        to_B = as_dtype((weighed.flatten(0, 1)[:, :own].t() @ grads).view(B.shape), B.dtype)
+    if need_x or need_A or need_strength:
+        low_grad = (grads @ _joined(B, past_B, grad.dtype).t()).view(low.shape)  # [B, S, K]
+        if need_strength:
+            products = as_dtype(low_grad, torch.promote_types(low.dtype, strength.dtype)) * low
+            to_strength = as_dtype(products.sum(1, keepdim=True), strength.dtype)
+        weighed_grad = reference.times(low_grad, strength, grad.dtype).flatten(0, 1)  # [T, K]
+        if need_A:
+            to_A = as_dtype((weighed_grad[:, :own].t() @ x.flatten(0, 1)).view(A.shape), A.dtype)
+        if need_x:
+            rows = _joined(A, past_A, grad.dtype)
+            to_x = weighed_grad @ rows if weight is None else (grads @ weight).addmm_(weighed_grad, rows)
+            to_x = to_x.view(*grad.shape[:2], rows.shape[1])
+    return to_x, to_A, to_B, to_strength
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, `of` what it depends on, which nobody can derive once more."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(library.NO_SECOND_DERIVATIVE)
 
 
 def _joined(factor: Tensor, past: Tensor | None, dtype: torch.dtype) -> Tensor:  # [N, R, d], [C, Q, d] -> [K, d]

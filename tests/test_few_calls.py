@@ -1,4 +1,4 @@
-"""`inject` where few tokens train: values and gradients, and where a patched model goes that way."""
+"""Training in few calls: values and gradients, and where a patched model goes that way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cllava_fast import ops
 from cllava_fast.methods import METHODS, Pairs, Selection
 from cllava_fast.model import acting, get_increments
 from cllava_fast.ops.inject import cases as inject_cases
-from cllava_fast.ops.inject import few_tokens
+from cllava_fast.ops.inject import few_calls
 from tests.helpers import QUESTIONS, inputs, learn
 from tests.ops_helpers import GPU, Backend, nan_in_empty_memory
 from tests.test_ops import OPS, SCALE, check
@@ -33,9 +33,9 @@ def by_columns(
 ) -> Any:
     past_A, past_B, past_coefficient = past or (None, None, None)
     past_rank = 0 if past_B is None else past_B.shape[1]
-    strength = few_tokens.strength(index, coefficient, len(B), B.shape[1], past_coefficient, past_rank, SCALE)
+    strength = few_calls.strength(index, coefficient, len(B), B.shape[1], past_coefficient, past_rank, SCALE)
     given = {"weight": None, "bias": None, "base": None, **frozen}
-    return (few_tokens.inject(x, A=A, B=B, past_A=past_A, past_B=past_B, strength=strength, **given),)
+    return (few_calls.inject(x, A=A, B=B, past_A=past_A, past_B=past_B, strength=strength, **given),)
 
 
 def on_linear(
@@ -83,12 +83,14 @@ def test_keeps_no_input_where_its_factor_is_frozen(rng):
         assert kept == trained
 
 
-def test_no_second_derivative(rng):
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()])
+def test_no_second_derivative(loss, rng):
+    """Not even one that is silently zero, where the first does not depend on y's gradient."""
     x, weight, A, B, index, coefficient, bias = inject_cases.make(inject_cases.CASES[1], torch.float32, rng)
-    y = by_columns(x.requires_grad_(), A, B, index, coefficient, weight=weight, bias=bias)[0]
-    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    y = by_columns(x.requires_grad_(), A.requires_grad_(), B, index, coefficient, weight=weight, bias=bias)[0]
+    (first,) = torch.autograd.grad(loss(y), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(first.sum(), A)
 
 
 # -- in a model ------------------------------------------------------------------------------------------------------
@@ -98,14 +100,14 @@ def test_no_second_derivative(rng):
 def taken(monkeypatch) -> Counter:
     """How often layers went that way, here where no GPU waits."""
     count: Counter = Counter()
-    way = few_tokens.inject
+    way = few_calls.inject
 
     def counted(*args: Any) -> Tensor:
         count["layers"] += 1
         return way(*args)
 
-    monkeypatch.setattr(few_tokens, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(few_tokens, "inject", counted)
+    monkeypatch.setattr(few_calls, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(few_calls, "inject", counted)
     return count
 
 
@@ -144,6 +146,43 @@ def test_a_model_learns_the_same(checkpointing, changes, llava, processor, gener
     with ops.backend("reference"):
         same(found, loss_and_gradients(llava, batch))
     assert taken["layers"] == layers * (1 + checkpointing)  # a backend asked for by name is what runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_in_an_autocast_region(dtype, llava, processor, generator, taken):
+    """Which casts products, but not those that are added in place."""
+    cf.patch(llava.to(dtype), config(), processor=processor)
+    learn(llava, 3, generator, commit_last=False)
+    batch = inputs(processor, QUESTIONS, generator)
+    trained = [p for p in llava.train().parameters() if p.requires_grad]
+    found = []
+    for region in (False, True):
+        loss = llava(**batch, labels=batch["input_ids"]).loss
+        with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16, enabled=region):
+            found.append(torch.autograd.grad(loss, trained, allow_unused=True))
+    assert taken["layers"]
+    for plain, cast in zip(*found, strict=True):
+        if plain is not None:  # what is no work of this library is cast
+            torch.testing.assert_close(cast, plain, atol=0.05 * float(plain.abs().max()), rtol=0.05)
+
+
+@pytest.mark.parametrize("asked", [("reference", "auto"), ("auto", "reference")])
+def test_a_layer_goes_the_same_way_when_it_is_computed_again(asked, llava, processor, generator, taken):
+    cf.patch(llava, config(), processor=processor)
+    learn(llava, 3, generator, commit_last=False)
+    llava.train().enable_input_require_grads()
+    llava.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = inputs(processor, QUESTIONS, generator)
+    wanted = loss_and_gradients(llava, batch)
+    taken.clear()
+    forward, backward = asked
+    with ops.backend(forward):
+        loss = llava(**batch, labels=batch["input_ids"]).loss
+    with ops.backend(backward):
+        loss.backward()
+    found = {name: p.grad for name, p in llava.named_parameters() if p.grad is not None}
+    same({"loss": loss.detach(), **found}, wanted)
+    assert taken["layers"] == (2 * len(get_increments(llava).pool.layers) if forward == "auto" else 0)
 
 
 class Doubled(nn.Linear):
@@ -191,7 +230,14 @@ def test_every_method_learns_the_same(method, llava, processor, generator, taken
         same(found, loss_and_gradients(llava, batch))
 
 
-WHYS = ["evaluates", "many tokens", "without gradients", "autocast", "float16", "factors are summed"]
+def work(model: Any, batch: dict[str, Tensor], columns: int = 2 * (4 + 4)) -> int:
+    """Multiplications of an adapted linear, which are all of one size; beside two tasks of four rows of rank 2."""
+    linear = next(iter(get_increments(model).linears(model).values()))
+    d_in, d_out = linear.in_features, linear.out_features
+    return batch["input_ids"].numel() * (d_in * d_out + columns * (d_in + d_out))
+
+
+WHYS = ["evaluates", "much work", "many columns", "without gradients", "autocast", "float16", "factors are summed"]
 
 
 @pytest.mark.parametrize("why", WHYS)
@@ -201,8 +247,9 @@ def test_the_op_runs_where(why, llava, processor, generator, taken, monkeypatch)
     cf.patch(llava, config(context="factor" if why == "factors are summed" else "product"), processor=processor)
     learn(llava, 2, generator, commit_last=False)
     batch = inputs(processor, QUESTIONS, generator)
-    tokens = batch["input_ids"].numel()
-    monkeypatch.setattr(few_tokens, "TOKENS", tokens - (why == "many tokens"))
+    monkeypatch.setattr(few_calls, "WORK", work(llava, batch) - (why == "much work"))
+    if why == "many columns":
+        monkeypatch.setattr(few_calls, "WORK", work(llava, batch, columns=1))
     with torch.set_grad_enabled(why != "without gradients"), torch.autocast("cpu", enabled=why == "autocast"):
         llava.train(why != "evaluates")(**batch)
     assert not taken["layers"]
@@ -214,28 +261,28 @@ def test_what_one_list_of_columns_cannot_say(taken):
         SimpleNamespace(block_rows=3, rank=2, context_rank=0, shares_A=False),
     )
     selection = Selection(block=pairs)
-    found = acting.columns(selection, pool, 2.0)
+    found = acting.column_strength(selection, pool, 2.0)
     assert found.tolist() == [[[2.0, 2.0, 0.0, 0.0, 0.0, 0.0]]] * 2
     by_token = Pairs(pairs.index, torch.ones(2, 5, 1))
     for other in (
         Selection(past=pairs), replace(selection, past=pairs), replace(selection, mix=True),
-        replace(selection, block=by_token),
+        replace(selection, block=by_token), replace(selection, rows=(torch.ones(3, 2, 4),) * 2),
     ):  # fmt: skip
-        assert acting.columns(other, pool, 2.0) is None
+        assert acting.column_strength(other, pool, 2.0) is None
     pool.shares_A = True
-    assert acting.columns(selection, pool, 2.0) is None
+    assert acting.column_strength(selection, pool, 2.0) is None
     pool.shares_A = False
     with torch.no_grad():
-        assert acting.columns(selection, pool, 2.0) is None
-    weaker = replace(selection, columns=found).scaled(torch.tensor([0.5, 0.5]))
-    assert weaker.columns is None  # of what acted before
+        assert acting.column_strength(selection, pool, 2.0) is None
+    weaker = replace(selection, column_strength=found).scaled(torch.tensor([0.5, 0.5]))
+    assert weaker.column_strength is None  # of what acted before
 
 
-def test_of_as_many_tokens_as_there_may_be(llava, processor, generator, taken, monkeypatch):
+def test_as_much_work_as_there_may_be(llava, processor, generator, taken, monkeypatch):
     cf.patch(llava, config(), processor=processor)
     learn(llava, 2, generator, commit_last=False)
     batch = inputs(processor, QUESTIONS, generator)
-    monkeypatch.setattr(few_tokens, "TOKENS", batch["input_ids"].numel())
+    monkeypatch.setattr(few_calls, "WORK", work(llava, batch))
     llava.train()(**batch)
     assert taken["layers"]
 
