@@ -63,6 +63,10 @@ def way(name, point, tensors):
     x, weight, A, B, index, coefficient, *past = tensors
     if name == "frozen linear":
         return Way(baselines.frozen, exact_frozen, (x, weight), "the floor", rival=False)
+    if name == FEW_CALLS:
+        if case != cases.ONE_SAMPLE:
+            raise Unavailable("for training steps that wait for Python")
+        return Way(in_few_calls, exact_by_sample, tensors, "what layers of a patched model take here", rival=False)
     if point.case.per_token or point.case.shared:
         return of_router(name, point, tensors)
     if name in OF_ROUTERS:
@@ -77,10 +81,6 @@ def way(name, point, tensors):
         if point.launch == measure.GRAPH:
             raise Unavailable("copies the numbers of its samples to the device: no CUDA graph")
         return peft_mixed_batch(x, weight, A, B, index, coefficient)
-    if name == FEW_CALLS:
-        if case != cases.ONE_SAMPLE:
-            raise Unavailable("for training steps that wait for Python")
-        return Way(in_few_calls, exact_by_sample, tensors, "what layers of a patched model take here", rival=False)
     if name == "dense by batch":
         return Way(baselines.dense_by_batch, exact_by_batch, tensors, measure.BY_BATCH, rival=False)
     if name in ("compiled", AUTOTUNED):

@@ -26,6 +26,22 @@ def point(direction: str) -> Point:
     return Point("case", torch.float32, direction, measure.HOST)
 
 
+def test_few_calls_stand_beside_one_sample_alone(monkeypatch):
+    small = test_inject.cases.ONE_SAMPLE._replace(S=12, d_in=48, d_out=40)
+    monkeypatch.setattr(test_inject.cases, "ONE_SAMPLE", small)
+    for case in (small, *test_inject.cases.QUICK):
+        at = Point(case, torch.float32, measure.BOTH, measure.HOST)
+        tensors = test_inject.inputs(case, torch.float32, "cpu")
+        if case != small:
+            with pytest.raises(Unavailable, match="wait for Python"):
+                test_inject.way(test_inject.FEW_CALLS, at, tensors)
+            continue
+        measure.runner(test_inject.way(test_inject.FEW_CALLS, at, tensors), at)()
+        ways = {name: test_inject.way(name, at, tensors) for name in (test_inject.FEW_CALLS, "smart eager")}
+        found = [way.function(*way.inputs) for way in ways.values()]
+        torch.testing.assert_close(*found)
+
+
 def test_what_few_rounds_leave_undecided_goes_on():
     measured = {name: measure.Measured([at] * 5, 0.0, None) for name, at in {"ours": 1.0, "a": 1.1, "b": 1.15}.items()}
     assert measure.undecided(measured, "ours", ["a", "b"]) == ["ours", "a"]
