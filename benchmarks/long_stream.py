@@ -26,7 +26,7 @@ from torch import Tensor
 
 import cllava_fast as cf
 from benchmarks import tiny_stream
-from benchmarks.results import FOLDER, device_name
+from benchmarks.results import FOLDER, device_name, fill
 from cllava_fast import atomic, ops
 from cllava_fast.environment import environment
 from cllava_fast.model import get_increments
@@ -170,7 +170,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def report(results: dict[str, Any], docs: Path) -> int:
     atomic.write_file(docs.with_suffix(".png"), lambda path: plot(results, path))
-    tiny_stream.fill(docs, "long stream", table(results))
+    fill(docs, "long stream", table(results))
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Tables and pictures of the results files: `python -m benchmarks.report` fills benchmarks/README.md, and README.md
-with what increments cost in a whole model.
+"""Tables and pictures of the results files: `python -m benchmarks.report` fills benchmarks/README.md, README.md with
+what increments cost in a whole model, and these and other pages with the tables of the demo and of native kernels.
 
 A ratio is of two medians of one comparison. What runs on a CPU is shown as ratios only.
 """
@@ -7,16 +7,18 @@ A ratio is of two medians of one comparison. What runs on a CPU is shown as rati
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import native_cpu, results
 from cllava_fast import atomic
 from cllava_fast.environment import require
 from cllava_fast.evaluate.plots import COLORS
+from cllava_fast.evaluate.report import load_results, markdown_table
 
 README = results.ROOT / "benchmarks" / "README.md"
 MARK, COST_MARK = "results", "cost of increments"
@@ -28,6 +30,22 @@ NOISY = 0.25  # interquartile range over median
 WANTED = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
 STALE = "**Stale**: the sources have changed since; measure again."
 Row = Mapping[str, Any]
+
+
+def _of_demo(path: Path) -> str:
+    return markdown_table(load_results(path), brief=True)
+
+
+def _of_native(path: Path) -> str:
+    return native_cpu.table(json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+
+# Pages, what their marks say before the name of a results file, and what is shown of it.
+TABLES = (
+    ("README.md", "table of", _of_demo),
+    ("docs/evaluation.md", "table of", _of_demo),
+    ("csrc/README.md", "native table of", _of_native),
+)
 
 
 def comparisons(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
@@ -361,11 +379,12 @@ def main(arguments: list[str] | None = None) -> int:
     for stem, content in found.items():
         draw(stem, content, given.results)
     body, cost = (text(found, results.sources_digest()) for text in (render, costs))
-    pages = [(given.readme, MARK, body)]
+    results.fill(given.readme, MARK, body)
     if given.readme.resolve() == README:
-        pages.append((results.ROOT / "README.md", COST_MARK, cost))
-    for path, mark, part in pages:
-        atomic.write_text(path, results.filled(path.read_text(encoding="utf-8"), mark, part))
+        results.fill(results.ROOT / "README.md", COST_MARK, cost)
+        for page, kind, table in TABLES:
+            for file in re.findall(f"<!-- {kind} (\\S+) -->", (results.ROOT / page).read_text(encoding="utf-8")):
+                results.fill(results.ROOT / page, f"{kind} {file}", table(results.ROOT / file))
     print(body.split("\n\n")[0])
     for stem, content in found.items():
         state = "stale" if content["sources"] != results.sources_digest() else "up to date"

@@ -89,7 +89,16 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
 
 def filled(text: str, mark: str, body: str) -> str:
     """A page with `body` between `<!-- mark -->` and the next `<!-- end -->`."""
-    pattern = re.compile(f"<!-- {mark} -->.*?<!-- end -->", re.DOTALL)
+    pattern = re.compile(f"<!-- {re.escape(mark)} -->.*?<!-- end -->", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"expected one <!-- {mark} --> with an <!-- end -->; put the marks where it belongs")
     return pattern.sub(lambda _: f"<!-- {mark} -->\n\n{body}\n\n<!-- end -->", text)
+
+
+def fill(page: Path, mark: str, body: str) -> None:
+    """Writes the page `filled`."""
+    try:
+        text = filled(page.read_text(encoding="utf-8"), mark, body)
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from None
+    atomic.write_text(page, text)

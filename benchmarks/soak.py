@@ -24,7 +24,7 @@ import torch
 
 import cllava_fast as cf
 from benchmarks import tiny_stream
-from benchmarks.results import FOLDER, device_name
+from benchmarks.results import FOLDER, device_name, fill
 from cllava_fast import atomic
 from cllava_fast.environment import environment
 
@@ -127,7 +127,7 @@ def report(results: dict[str, Any], docs: Path | None) -> int:
     if docs is not None:
         picture = docs.with_name("soak-gpu.png" if on_gpu(results) else "soak.png")
         atomic.write_file(picture, lambda path: plot(results, path))
-        tiny_stream.fill(docs, "soak on a GPU" if on_gpu(results) else "soak", sentence(results))
+        fill(docs, "soak on a GPU" if on_gpu(results) else "soak", sentence(results))
     print(sentence(results))
     return 0 if results["passed"] else 1
 

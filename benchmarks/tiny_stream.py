@@ -15,8 +15,6 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import cllava_fast as cf
-from benchmarks import results
-from cllava_fast import atomic
 from cllava_fast.demo.images import SIZE
 from cllava_fast.demo.tokenizer import PATCH, build_processor
 
@@ -69,8 +67,3 @@ def resident_bytes() -> int:
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-def fill(docs: Path, mark: str, body: str) -> None:
-    """Puts ``body`` between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
-    atomic.write_text(docs, results.filled(docs.read_text(encoding="utf-8"), mark, body))

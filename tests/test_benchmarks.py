@@ -408,6 +408,15 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     assert list(results.read_all(tmp_path)) == ["nvidia-h200", "cpu-x86-64"]
 
 
+def test_a_page_without_the_marks_is_named(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text <!-- table of a+b.json -->\nold\n<!-- end --> text")
+    results.fill(page, "table of a+b.json", "new")
+    assert page.read_text() == "text <!-- table of a+b.json -->\n\nnew\n\n<!-- end --> text"
+    with pytest.raises(ValueError, match=r"page\.md: expected one <!-- results -->"):
+        results.fill(page, "results", "new")
+
+
 def test_the_readme_shows_the_results_files() -> None:
     found = results.read_all(results.FOLDER)
     text = report.README.read_text(encoding="utf-8")
