@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE = 1
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo
-	@echo '  PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)  ARGS="..." (passed on to demo, test and bench)'
+	@echo '  PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)  ARGS="..." (passed on to what is run)'
 
 install: $(STAMP) ## create .venv and install everything, once
 
@@ -91,5 +91,5 @@ tune: ## measure tiles and backends on a GPU, with that machine's own Python (PY
 	$(PY) -m benchmarks.tune $(ARGS)
 
 clean: ## remove what was built or run here (not .venv)
-	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis cllava_fast/_native_*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -38,9 +38,7 @@ def smart_eager(
     return torch.baddbmm(y, low, rows(B, index))
 
 
-def expert_loop(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
-) -> Tensor:
+def expert_loop(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
     """Routers as their users write them, one expert or branch after another; all rows act, in order."""
     y = F.linear(x, weight)
     lows = [F.linear(x, down) for down in A] * (len(B) // len(A))  # one, where rows share it
@@ -49,18 +47,14 @@ def expert_loop(
     return y
 
 
-def one_product(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
-) -> Tensor:
+def one_product(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
     """Routers by one product with all experts' A, a scaling, one product with all B; all rows act, in order."""
     low = F.linear(x, A.flatten(0, 1)).unflatten(2, (len(A), -1)) * _of_tokens(coefficient, x).unsqueeze(3)
     y = F.linear(x, weight)
     return torch.addmm(y.flatten(0, 1), low.flatten(2).flatten(0, 1), B.flatten(0, 1)).view_as(y)
 
 
-def gathered(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
-) -> Tensor:
+def gathered(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor) -> Tensor:
     """Rows that share one A: x on its R columns, scaled for each of the sample's rows, and on their B."""
     low = F.linear(x, A.flatten(0, 1)).unsqueeze(2) * _of_tokens(coefficient, x).unsqueeze(3)  # [B, S, P, R]
     return torch.baddbmm(F.linear(x, weight), low.flatten(2), rows(B, index))

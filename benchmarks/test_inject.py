@@ -130,7 +130,7 @@ def inject(x, weight, A, B, index, coefficient, *past):
 
 def in_few_calls(x, weight, A, B, index, coefficient, past_A, past_B, past_coefficient):
     """With the strengths that layers have in common."""
-    strength = few_calls.strength(index, coefficient, *B.shape[:2], past_coefficient, past_B.shape[1], 1.0)
+    strength = few_calls.column_strength(index, coefficient, *B.shape[:2], past_coefficient, past_B.shape[1], 1.0)
     return few_calls.inject(x, weight, None, None, A, B, past_A, past_B, strength)
 
 

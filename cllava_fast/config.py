@@ -18,13 +18,12 @@ import yaml
 
 from cllava_fast import untrusted
 from cllava_fast.atomic import write_text
-from cllava_fast.data.load import STREAM_KEYS
+from cllava_fast.data.load import SECTIONS, STREAM_KEYS
 from cllava_fast.methods import METHODS, IncrementConfig, MethodConfig
 from cllava_fast.names import brief, check_names, nearest
 from cllava_fast.train.arguments import ContinualArguments
 
 CONFIG = "config.yaml"  # of a run's folder
-SECTIONS = ("model", "method", "training")
 KEYS = (*SECTIONS, *STREAM_KEYS, "stream", "base")
 
 

@@ -29,10 +29,12 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from csrc import build as csrc_build  # noqa: E402
 
 MINUTES = 8  # for all steps together
 PATIENCE = 10  # seconds that a step has to write down what it has once its time is over
@@ -78,11 +80,10 @@ def steps(out: Path, soak_minutes: float = 1.5) -> list[Step]:
         command = [*pytest, *tests, f"--junitxml={out / junit}", *(["-n", str(workers)] if workers > 1 else [])]
         return Step(name, command, 240, missing=no_pytest, junit=junit, beside=True)
 
-    builder = load_builder()
     found = [
         Step(
             "build", [python, "csrc/build.py", "cpu", "cuda"], 180, gpu=False,
-            missing=builder.missing("cuda") or "",
+            missing=csrc_build.missing("cuda") or "",
         ),
         Step("environment", [python, "tests/gpu.py", "--environment", str(out / "env.json")], 60, gpu=False),
         # graphs, streams, memory: what only a GPU shows
@@ -128,14 +129,6 @@ def steps(out: Path, soak_minutes: float = 1.5) -> list[Step]:
     no_triton = "" if installed("triton") else "triton is not installed"
     found.append(Step("tune", command, 3600, missing=no_triton, named=True, spare=90))
     return found
-
-
-def load_builder() -> Any:
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def changes_what_runs(variable: str) -> bool:

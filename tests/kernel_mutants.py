@@ -67,7 +67,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("inject: per token: B's gradient unweighed", "launch.outer(launch.weigh_pairs(low, given) if given.per_token else low, grad)", "launch.outer(launch.weigh_pairs(low, given) if given.shared else low, grad)"),
         ("inject: x's gradient without the frozen part", "to_x.flatten(0, 1).addmm_(grad.flatten(0, 1), weight)", "pass"),
         ("inject: per token: B's gradient weighed twice", "launch.sum_by_row(partial, given.B, given, scaled=given.per_token)", "launch.sum_by_row(partial, given.B, given, scaled=False)"),
-        ("inject: shared: A's gradient flipped", "to_A = _outer(folded, x, given.A)", "to_A = _outer(-folded, x, given.A)"),
+        ("inject: shared: A's gradient flipped", "to_A = sum_over_all_tokens(folded, x, given.A)", "to_A = sum_over_all_tokens(-folded, x, given.A)"),
         ("inject: shared: x's gradient flipped", "to_x = _expand(folded, given.A, None)", "to_x = _expand(-folded, given.A, None)"),
         ("inject: shared: B's gradient of the first segment", "to_sum = launch.outer(low, grad).sum(1)", "to_sum = -launch.outer(low, grad).sum(1)"),
         ("inject: A's gradient from grad's low", "to_A = launch.sum_by_row(launch.outer(low_grad.scaled, x)", "to_A = launch.sum_by_row(launch.outer(-low_grad.scaled, x)"),

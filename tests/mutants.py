@@ -313,7 +313,7 @@ MUTANTS = [
     ),
     Mutant(
         "decoding: what looks at tokens looks once", "cllava_fast/model/increments.py",
-        "lasts = self._one_for_all_layers", "lasts = True", ("tests/test_decoding.py",),
+        "lasts = not self.method.routes", "lasts = True", ("tests/test_decoding.py",),
     ),
     Mutant(
         "decoding: prompts decode as tokens do", "cllava_fast/model/acting.py", "return x.shape, x.dtype,",

@@ -33,7 +33,7 @@ def by_columns(
 ) -> Any:
     past_A, past_B, past_coefficient = past or (None, None, None)
     past_rank = 0 if past_B is None else past_B.shape[1]
-    strength = few_calls.strength(index, coefficient, len(B), B.shape[1], past_coefficient, past_rank, SCALE)
+    strength = few_calls.column_strength(index, coefficient, len(B), B.shape[1], past_coefficient, past_rank, SCALE)
     given = {"weight": None, "bias": None, "base": None, **frozen}
     return (few_calls.inject(x, A=A, B=B, past_A=past_A, past_B=past_B, strength=strength, **given),)
 

@@ -203,7 +203,7 @@ def test_a_failing_write_leaves_the_last_good_state(
         ("tasks twice", ValueError, "expected each name once"),
         ("no json", ValueError, "cannot be read"),
         ("deep json", ValueError, "cannot be read"),
-        ("big json", ValueError, "it has 1048577 bytes"),
+        ("big json", ValueError, "has more than 1048576 bytes"),
         ("newer", ValueError, "format is 2, newer than 1; upgrade"),
         ("format", ValueError, "format is None, not 1"),
         ("peft", ValueError, "peft.PeftModel"),

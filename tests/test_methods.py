@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from cllava_fast.methods import (
     JointLoraConfig,
     LoraConfig,
     Selection,
+    SequentialLora,
     config_from_dict,
     make_method,
     register,
@@ -165,6 +166,23 @@ def test_lora_is_one_row_that_always_acts(generator: torch.Generator) -> None:
     selection = method.select(pool, None, 1, training=False).expand(5)
     assert dense(selection, 1, 0).tolist() == [[1.0]] * 5
     assert make_method(JointLoraConfig()).joint
+
+
+def test_a_method_that_looks_at_activations_says_so_by_what_it_overrides() -> None:
+    """No flag that could be forgotten: merged, such a method would answer with one selection of its own."""
+
+    class Routed(SequentialLora):
+        def route(self, selection: Any, factors: Any, x: torch.Tensor) -> Any:
+            return selection
+
+    class Read(SequentialLora):
+        def read(self, selection: Any, factors: Any, x: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+            return x
+
+    config = LoraConfig()
+    assert [(kind(config).routes, kind(config).reads) for kind in (SequentialLora, Routed, Read)] == [
+        (False, False), (True, False), (True, True),
+    ]  # fmt: skip
 
 
 def test_expand_repeats_each_sample_for_its_beams(generator: torch.Generator) -> None:

@@ -66,6 +66,7 @@ def test_a_stream_of_three_forms(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(FileNotFoundError, match=f"start from base='{folder / 'sub'}'"):
         load_stream(moved)
     assert cf.load_stream(moved, base=folder).name == "mine"
+    assert cf.load_stream(save(folder / "sub", {**spec(), "base": ".."})).name == "mine"  # as a run's own says it
 
 
 def test_a_tasks_own_images(folder: Path) -> None:

@@ -148,8 +148,8 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "few calls: the past's columns are the pool's",
         FEW,
-        "weighed_grad[:, :own].t()",
-        "weighed_grad[:, -own:].t()",
+        "sum_over_all_tokens(weighed_grad[..., :own]",
+        "sum_over_all_tokens(weighed_grad[..., -own:]",
         FEW_TESTS,
     ),
     ("few calls: x is kept for a frozen A", FEW, "x if ctx.needs_input_grad[4] else None", "x", FEW_TESTS),

@@ -17,7 +17,7 @@ from cllava_fast.untrusted import read_yaml
 
 READY = Path(__file__).resolve().parent / "ready"
 STREAM_KEYS = ("name", "images", "tasks")
-RUN_KEYS = ("model", "method", "training")  # of a file that describes a whole run; not the stream's business
+SECTIONS = ("model", "method", "training")  # of a file that describes a whole run; not the stream's business
 TASK_KEYS = ("name", "train", "test", "validation", "images", "metric", "prompt")
 SOURCE_KEYS = ("path", "split", "columns")
 SPLITS = ("train", "test", "validation")
@@ -33,7 +33,8 @@ def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None 
 
     Args:
         source: the path of a stream's YAML, the mapping that such a file holds, or one of ``ready_streams()``.
-        base: the folder that relative paths start from; by default the YAML's own, the current one for the others.
+        base: the folder that relative paths start from; by default what the YAML says (``base:``, as a run's own does),
+            or its own folder, the current one for the others.
 
     Raises:
         ValueError: unknown keys (the nearest known one is named), values of a wrong kind, two tasks of one name, an
@@ -42,7 +43,7 @@ def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None 
     """
     spec, title, home = _open(source)
     tasks = _tasks(spec, title)
-    root = Path(os.path.expanduser(base)) if base is not None else home
+    root = _under(home, spec.get("base") or ".") if base is None else Path(os.path.expanduser(base))
     missing = list(dict.fromkeys(line for task in tasks for line in task.missing(root)))
     if missing:
         raise FileNotFoundError(
@@ -109,8 +110,8 @@ def _open(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
 
 
 def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
-    check_names(spec, (*STREAM_KEYS, *RUN_KEYS), f"{title}: ")
-    for key in ("name", "images"):
+    check_names(spec, (*STREAM_KEYS, *SECTIONS, "base"), f"{title}: ")
+    for key in ("name", "images", "base"):
         _text(spec, key, title)
     listed = spec.get("tasks")
     if not isinstance(listed, list) or not listed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import gc
 import multiprocessing
 import os
 import threading
@@ -239,15 +237,11 @@ def _each(config: DemoConfig, output: Path, runs: list[_Run]) -> Iterator[tuple[
 
 
 def _in_a_process(threads: int) -> None:
-    from transformers import Trainer  # noqa: F401 (most of what is imported, and what follows is about that)
     from transformers.utils import logging
 
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    # each task collects garbage twice, and would look through all that modules hold, again and again
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # or extensions call what they own at the end a leak
 
 
 def _end_with_the_parent() -> None:

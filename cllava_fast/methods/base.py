@@ -272,16 +272,24 @@ class Method(ABC):
     keeps_block: ClassVar[bool] = False  # no task is counted: the block that one leaves open is what was learned
     uses_query: ClassVar[bool] = True
     uses_task: ClassVar[bool] = False  # the query is the task's number, [B, 1]: an oracle
-    routes: ClassVar[bool] = False  # ``route`` looks at activations, so no one selection can be merged or exported
     by_first_token: ClassVar[bool] = False  # ``route`` decides on a prompt's first token, for all that follow
     shares_A: ClassVar[bool] = False  # a pool's rows have one A, ``[1, R, d_in]``
     shared_rows: ClassVar[bool] = False  # every task trains the same rows, and keys are those of tasks (``Pool``)
     by_batch: bool = False  # one selection for all samples of a batch, so evaluation mixes no tasks
     remembers_queries: ClassVar[bool] = False  # the pool keeps a Gaussian of each task's queries (``calibration``)
-    reads: ClassVar[bool] = False  # ``read`` changes what ``o_proj`` is handed; no increments are added behind it
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @property
+    def routes(self) -> bool:
+        """Whether layers decide what acts, by what they are handed: no one selection can be merged or exported."""
+        return self.reads or type(self).route is not Method.route
+
+    @property
+    def reads(self) -> bool:
+        """Whether ``read`` changes what ``o_proj`` is handed; no increments are added behind it."""
+        return type(self).read is not Method.read
 
     @abstractmethod
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
@@ -304,8 +312,8 @@ class Method(ABC):
         return linear
 
     def read(self, selection: Selection, factors: Factors, x: Tensor, queries: Tensor) -> Tensor:
-        """What an ``o_proj`` reads in place of ``x [B, S, d_in]``, its attention's heads side by side, for methods with
-        ``reads``. ``queries [B, S, H, head_dim]`` are those of the same attention, before positions are added."""
+        """What an ``o_proj`` reads in place of ``x [B, S, d_in]``, its attention's heads side by side.
+        ``queries [B, S, H, head_dim]`` are those of the same attention, before positions are added."""
         return x
 
     def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:

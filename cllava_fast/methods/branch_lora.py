@@ -70,7 +70,6 @@ class BranchLora(Method):
     """Pool row j of a linear is its branch j. Beside them, each linear keeps ``router [T, N, d_in]``, one for each
     committed task, ``frozen [N]``, and ``activity [N]`` of the newest task."""
 
-    routes = True
     by_first_token = True
     shares_A = True
     shared_rows = True

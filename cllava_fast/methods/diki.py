@@ -73,8 +73,6 @@ class DikiConfig(MethodConfig):
 class Diki(Method):
     """Pool row t of a layer's ``o_proj`` is task t: its ``A`` is ``P_k``, its ``B`` is ``P_v``."""
 
-    routes = True
-    reads = True
     remembers_queries = True
     config: DikiConfig
 

@@ -51,7 +51,6 @@ class Meteora(LoraForEachTask):
     """Pool row t is task t's LoRA; each linear keeps ``gate [T, d_in]`` beside them."""
 
     uses_query = False
-    routes = True
     config: MeteoraConfig
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:

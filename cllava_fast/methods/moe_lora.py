@@ -53,7 +53,6 @@ class MoeLoraConfig(MethodConfig):
 class MoeLora(SequentialLora):
     """Every expert acts on every token, as strongly as the softmax of the linear's router says."""
 
-    routes = True
     config: MoeLoraConfig
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:

@@ -52,7 +52,6 @@ class MtlLora(Method):
     """Each task acts through its own ``Lambda_t A`` and its own sum of all B."""
 
     uses_task = True
-    routes = True  # what a linear computes is no row of the pool, so nothing can be merged or exported
     shares_A = True
     config: MtlLoraConfig
 

@@ -79,7 +79,7 @@ def column_strength(selection: Selection, pool: Pool, scale: float) -> Tensor | 
         return None
     past_rank = pool.context_rank if selection.means else pool.rank
     rows, rank, past = pool.block_rows, pool.rank, selection.context
-    return few_calls.strength(block.index, block.coefficient, rows, rank, past, past_rank, scale)
+    return few_calls.column_strength(block.index, block.coefficient, rows, rank, past, past_rank, scale)
 
 
 def train_in_few_calls(

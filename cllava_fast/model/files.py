@@ -280,8 +280,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     # weights without it are what is left of saved increments
     _check_is_there(path, MissingError if (path.parent / WEIGHTS).is_file() else FileNotFoundError)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
         values = parse_json(read_file(path, MAX_CONFIG_BYTES), "it")
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")

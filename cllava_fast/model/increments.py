@@ -225,11 +225,6 @@ class Increments(nn.Module):
                 return within.expand(request.batch)
         return self.select_by_instruction(request, pooled_image)
 
-    @property
-    def _one_for_all_layers(self) -> bool:
-        """Whether what acts is the same in every layer and at every token."""
-        return type(self.method).route is Method.route
-
     def _asks(self, request: Request) -> bool:
         return self.reader is None or request.input_ids is None or self.reader.has_turn(request.input_ids)
 
@@ -252,12 +247,9 @@ class Increments(nn.Module):
         if selection is None:
             return None
         selection = selection.expand(request.batch)
-        if self._one_for_all_layers:
-            selection = replace(
-                selection, column_strength=acting.column_strength(selection, self.pool, self.config.scale)
-            )
         if not self.method.routes:
-            return selection
+            strength = acting.column_strength(selection, self.pool, self.config.scale)
+            return replace(selection, column_strength=strength)
         selection = replace(selection, mask=_mask(request, counts=self.training))
         if self.training or not self.method.by_first_token:
             return selection
@@ -314,17 +306,15 @@ class Increments(nn.Module):
 
         ``images`` is what ``images`` returns.
         """
-        surrogate = self.surrogate
-        if self.method.uses_task:
-            if request.query is None:
-                raise ValueError(
-                    f"{self.config.method} must be told the task: pass query= [B, 1], each sample's task number; "
-                    f"learned: {dict(enumerate(self.pool.task_names))}"
-                )
-            return self._check_query(request.query, request.batch)
-        assert surrogate is not None
         if request.query is not None:
             return self._check_query(request.query, request.batch)
+        if self.method.uses_task:
+            raise ValueError(
+                f"{self.config.method} must be told the task: pass query= [B, 1], each sample's task number; "
+                f"learned: {dict(enumerate(self.pool.task_names))}"
+            )
+        surrogate = self.surrogate
+        assert surrogate is not None
         if request.instructions is None and request.input_ids is None:
             raise ValueError("no instruction: input_ids is None; pass instructions=[...] with one text for each sample")
         if self.reader is None and request.instructions is None:
@@ -410,7 +400,7 @@ class Increments(nn.Module):
             x = x.to(base.device)  # an offloaded layer was handed its input elsewhere
         selection = self.method.route(selection, factors, x)
         if linear is not None:
-            lasts = self._one_for_all_layers
+            lasts = not self.method.routes
             decoded = acting.decode_natively(x, linear, selection, factors, self.config.scale, lasts)
             if decoded is not None:
                 return decoded

@@ -87,10 +87,10 @@ def shape(name: str, tensor: Tensor, pattern: str, sizes: dict[str, int]) -> Non
             )
 
 
-def number(name: str, value: Any) -> None:
+def scale(value: Any) -> None:
     if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
         raise ValueError(
-            f"{name}: expected a number, got {type(value).__name__}; it has no gradient. "
+            f"scale: expected a number, got {type(value).__name__}; it has no gradient. "
             "What is trained belongs into the coefficients."
         )
 
@@ -139,6 +139,11 @@ def same_dtype(name: str, tensor: Tensor, like: str, reference: Tensor) -> None:
             f"{name}: has dtype {tensor.dtype} but {like} has {reference.dtype}. "
             f"Cast one of them, or run under torch.autocast."
         )
+
+
+def exact_dtype(*tensors: Tensor) -> torch.dtype:
+    """What numbers are added up in: float64 where one of them is, else float32."""
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
 def under_autocast(tensor: Tensor) -> bool:

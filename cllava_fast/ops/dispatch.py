@@ -2,7 +2,7 @@
 
 A backend is a name and one function per op that it implements; an op's folder registers it with one line:
 
-    dispatch.register("triton", {"inject": triton.inject, "inject_backward": triton.backward}, usable=triton.usable)
+    dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
 
 For each call the first registered backend of `ORDER` that is usable on this machine and accepts the call's device,
 dtype and sizes is taken. `CLLAVA_BACKEND=name` or `with backend("name"):` asks for one by name; if that one cannot run,
@@ -24,6 +24,9 @@ import torch
 ORDER = ("cuda", "triton", "cpu", "reference")
 AUTO = "auto"
 VARIABLE = "CLLAVA_BACKEND"
+# What kernels of this library are made for.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOWEST_CAPABILITY = (8, 0)
 NOT_REGISTERED = "not registered"  # how a reason begins where there is no such kernel
 
 
@@ -81,6 +84,17 @@ def above(site: Site, limits: Mapping[str, int]) -> str | None:
         if size > limits.get(name, size):
             return f"{name} = {size} is above {limits[name]}"
     return None
+
+
+def other_dtype(dtype: torch.dtype) -> str | None:
+    """What kernels say of a dtype that they are not made for; None of another."""
+    return None if dtype in DTYPES else f"{dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
+
+
+def too_old() -> str | None:
+    """What kernels say of a GPU that they are not made for; None of another."""
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= LOWEST_CAPABILITY else f"compute capability {capability} is below {LOWEST_CAPABILITY}"
 
 
 def register(

@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda")
 
 _kernels: dict[Any, Callable[..., Any]] = {}  # of each op
 _nothing_between_in: dict[tuple[int, bool], bool] = {}  # the dispatcher's keys, and whether gradients are on
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # noqa: TOR901 (what it registers lives as long as it does)
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # what it registers lives as long as it does
 _PLAIN = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 _AUTOGRAD = (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA)
 _BELOW_AUTOGRAD = (*_PLAIN, _C.DispatchKey.ADInplaceOrView)
@@ -71,7 +71,7 @@ def differentiable(
 
     It does what `torch.library.register_autograd` makes of an op whose schema has no defaults. In eager mode on plain
     tensors, where the dispatcher would find autograd and the kernel and nothing else, it goes to these two straight,
-    without boxing fourteen arguments there and back.
+    without boxing all arguments there and back.
     """
     kernel = _kernels[op]
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from cllava_fast.ops import dispatch
 
 FOLDER = Path(__file__).resolve().parents[1]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOWEST_CAPABILITY = (8, 0)
 HOW = "build it with a C++ compiler: pip install --no-build-isolation . in the source tree"
 HOW_CUDA = "build it with the CUDA toolkit: CLLAVA_BUILD_CUDA=1 pip install --no-build-isolation . in the source tree"
 EMULATED = os.environ.get("CLLAVA_EMULATE_CUDA", "0") == "1"
@@ -44,10 +42,7 @@ def cuda_usable() -> str | None:
         return f"_native_cuda.so is not built: {HOW_CUDA}"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < LOWEST_CAPABILITY:
-        return f"compute capability {capability} is below {LOWEST_CAPABILITY}"
-    return _load("_native_cuda.so", HOW_CUDA)
+    return dispatch.too_old() or _load("_native_cuda.so", HOW_CUDA)
 
 
 def _load(name: str, how: str) -> str | None:
@@ -100,9 +95,7 @@ def accepts_on(backend: str, accepts: Accepts, op: str, site: dispatch.Site, ask
         return f"the tensors are on {site.device}"
     if emulated and not asked:
         return "the emulation runs only when asked for by name"
-    if site.dtype not in DTYPES:
-        return f"{site.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
-    return accepts(op, site, asked)
+    return dispatch.other_dtype(site.dtype) or accepts(op, site, asked)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

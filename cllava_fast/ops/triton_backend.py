@@ -19,8 +19,6 @@ from cllava_fast.ops import dispatch
 
 # triton reads it when a kernel is decorated, so a later change has no effect
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-LOWEST_CAPABILITY = (8, 0)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @functools.cache
@@ -31,15 +29,13 @@ def usable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
-    capability = torch.cuda.get_device_capability()
-    if capability < LOWEST_CAPABILITY:
-        return f"compute capability {capability} is below {LOWEST_CAPABILITY}"
-    return None
+    return dispatch.too_old()
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    if site.dtype not in DTYPES:
-        return f"{site.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
+    refusal = dispatch.other_dtype(site.dtype)
+    if refusal is not None:
+        return refusal
     if site.device.type == "cuda":
         return "this process interprets its kernels (TRITON_INTERPRET=1)" if INTERPRETED else None
     if not INTERPRETED:

@@ -45,9 +45,9 @@ def tune(
     *,
     seed: int,
     title: str,
-    steps_factor: int = 1,
-    callbacks: Sequence[TrainerCallback] = (),
-    saver: TaskSaver | None = None,
+    steps_factor: int,
+    callbacks: Sequence[TrainerCallback],
+    saver: TaskSaver,
 ) -> Tuned:
     """Tunes the open block of a patched model; next-token cross entropy on the answers.
 
@@ -213,20 +213,17 @@ class TaskTrainer(Trainer):
         if self.is_fsdp_enabled and state.fsdp_plugin.cpu_ram_efficient_loading:
             raise ValueError("fsdp_cpu_ram_efficient_loading is on and would empty the increments; turn it off")
 
-    def train_with(self, saver: TaskSaver | None, losses: _Losses) -> None:
+    def train_with(self, saver: TaskSaver, losses: _Losses) -> None:
         """``train`` from where ``saver`` has it, saved on the way.
 
         Raises:
             RunStopped: a signal came, and the step it came in is saved.
         """
-        if saver is None:
-            self.train()
-        else:
-            saving = self._saving = _Saving(self, saver, losses)
-            self.add_callback(saving)
-            self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
-            if saving.stopped:
-                saver.stop()
+        saving = self._saving = _Saving(self, saver, losses)
+        self.add_callback(saving)
+        self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
+        if saving.stopped:
+            saver.stop()
         optimizer = _without_wrapper(self.optimizer)
         if hasattr(optimizer, "eval"):  # one without a schedule: its weights so far are not those that it has learned
             optimizer.eval()

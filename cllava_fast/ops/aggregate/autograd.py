@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import dispatch, library
-from cllava_fast.ops.aggregate.reference import exact_dtype
+from cllava_fast.ops.checks import exact_dtype
 
 
 def _site(index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor) -> dispatch.Site:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cllava_fast.ops.checks import exact_dtype
+
 
 def mix_factors(
     A: Tensor,  # [N, R, d_in]
@@ -34,20 +36,20 @@ def mix_factors_backward(
 
 
 def _mix(factor: Tensor, coefficient: Tensor, index: Tensor) -> Tensor:  # -> [B, R, d]
-    exact = _exact(factor)
+    exact = exact_dtype(factor)
     mixed = torch.bmm(coefficient.to(exact).unsqueeze(1), _rows(factor, index, exact))  # [B, 1, R * d]
     return mixed.view(index.shape[0], *factor.shape[1:]).to(factor.dtype)
 
 
 def _to_rows(grad: Tensor, factor: Tensor, coefficient: Tensor, index: Tensor) -> Tensor:  # -> [N, R, d]
-    exact = _exact(factor)
+    exact = exact_dtype(factor)
     chosen = index.unsqueeze(2) == torch.arange(factor.shape[0], device=index.device)  # [B, P, N]
     strength = (chosen.to(exact) * coefficient.to(exact).unsqueeze(2)).sum(1)  # [B, N]
     return (strength.t() @ grad.to(exact).flatten(1)).view(factor.shape).to(factor.dtype)
 
 
 def _along_rows(grad: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # -> [B, P]
-    exact = _exact(factor)
+    exact = exact_dtype(factor)
     grad = grad.to(exact).flatten(1)
     if factor.shape[0] <= min(index.numel(), 16 * index.shape[1]):  # products nobody asked for cost less than copies
         return (grad @ factor.to(exact).flatten(1).t()).gather(1, index)
@@ -57,7 +59,3 @@ def _along_rows(grad: Tensor, factor: Tensor, index: Tensor) -> Tensor:  # -> [B
 def _rows(factor: Tensor, index: Tensor, exact: torch.dtype) -> Tensor:  # -> [B, P, R * d]
     rows = factor.index_select(0, index.reshape(-1)).to(exact)
     return rows.view(*index.shape, factor.shape[1] * factor.shape[2])
-
-
-def _exact(factor: Tensor) -> torch.dtype:
-    return torch.float64 if factor.dtype == torch.float64 else torch.float32

@@ -24,7 +24,7 @@ def aggregate(
     """coefficient, index, each [B, M + N]."""
     shape = len(index), index.shape[1] + len(row_task)
     coefficient, rows = weight.new_empty(shape), index.new_empty(shape)
-    library.aggregate(*_dense(index, weight, row_task, row_mean, context), coefficient, rows)
+    library.aggregate(*dense(index, weight, row_task, row_mean, context), coefficient, rows)
     return coefficient, rows
 
 
@@ -43,7 +43,7 @@ def aggregate_backward(
         return own if needed[0] else weight.new_empty(0), torch.zeros_like(context if needed[1] else context[:0, 0])
     to_weight = weight.new_empty(weight.shape) if needed[0] else None
     to_context = context.new_empty(context.shape) if needed[1] else None
-    library.aggregate_backward(*_dense(grad.float(), index, weight, row_task, row_mean, context), to_weight, to_context)
+    library.aggregate_backward(*dense(grad.float(), index, weight, row_task, row_mean, context), to_weight, to_context)
     return (
         weight.new_empty(0) if to_weight is None else to_weight,
         context.new_empty(0) if to_context is None else to_context,
@@ -58,7 +58,7 @@ def mix_factors(library: Any, A: Tensor, B: Tensor, coefficient: Tensor, index: 
     if 0 in (index.numel(), A.numel(), B.numel()):  # no pointer to give to a kernel
         return mix.mix_factors(A, B, coefficient, index)
     A_mix, B_mix = (factor.new_empty(len(index), *factor.shape[1:]) for factor in (A, B))
-    library.mix_factors(_adjacent(A), _adjacent(B), *_dense(coefficient, index), A_mix, B_mix)
+    library.mix_factors(adjacent(A), adjacent(B), *dense(coefficient, index), A_mix, B_mix)
     return A_mix, B_mix
 
 
@@ -81,21 +81,19 @@ def mix_factors_backward(
         return mix.mix_factors_backward(grad_A, grad_B, A, B, coefficient, index, needed)
     like = (A, B, coefficient)
     outs = [t.new_empty(t.shape) if need else None for t, need in zip(like, needed, strict=True)]
-    library.mix_factors_backward(
-        *_dense(grad_A, grad_B), _adjacent(A), _adjacent(B), *_dense(coefficient, index), *outs
-    )
+    library.mix_factors_backward(*dense(grad_A, grad_B), adjacent(A), adjacent(B), *dense(coefficient, index), *outs)
     to_A, to_B, to_coefficient = (t.new_empty(0) if out is None else out for t, out in zip(like, outs, strict=True))
     return to_A, to_B, to_coefficient
 
 
-def _dense(*tensors: Tensor) -> list[Tensor]:
+def dense(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _adjacent(factor: Tensor) -> Tensor:
+def adjacent(factor: Tensor) -> Tensor:
     """[N, R, d] with the R * d entries of each row adjacent; a copy only if need be."""
-    adjacent = factor.stride(2) == 1 and (factor.shape[1] == 1 or factor.stride(1) == factor.shape[2])
-    return factor if adjacent else factor.contiguous()
+    is_so = factor.stride(2) == 1 and (factor.shape[1] == 1 or factor.stride(1) == factor.shape[2])
+    return factor if is_so else factor.contiguous()
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cllava_fast.ops.checks import exact_dtype
+
 
 def aggregate(
     index: Tensor,  # [B, M]
@@ -58,7 +60,3 @@ def _looks_back(index: Tensor, row_task: Tensor, tasks: int) -> tuple[Tensor, Te
     """Which tasks each selected row looks back at `[B, M, T]`, and which rows a sample reads at all `[B, N]`."""
     looks = torch.arange(tasks, device=index.device) < row_task[index].unsqueeze(2)
     return looks, looks.any(1)[:, row_task]
-
-
-def exact_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

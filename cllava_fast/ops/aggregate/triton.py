@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cllava_fast.ops.aggregate.native import dense
 from cllava_fast.ops.triton_backend import Shipped
 
 COLUMNS = 256  # pairs of one sample, or rows of the pool, at a time
@@ -131,7 +132,7 @@ def context_gradient_kernel(
 def aggregate(
     index: Tensor, weight: Tensor, row_task: Tensor, row_mean: Tensor, context: Tensor
 ) -> tuple[Tensor, Tensor]:
-    index, weight, row_task, row_mean, context = _dense(index, weight, row_task, row_mean, context)
+    index, weight, row_task, row_mean, context = dense(index, weight, row_task, row_mean, context)
     (samples, chosen), pool = index.shape, len(row_task)
     coefficient = weight.new_empty(samples, chosen + pool, dtype=torch.float32)
     rows = index.new_empty(samples, chosen + pool)
@@ -154,7 +155,7 @@ def aggregate_backward(
     context: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    grad, index, weight, row_task, row_mean, context = _dense(grad, index, weight, row_task, row_mean, context)
+    grad, index, weight, row_task, row_mean, context = dense(grad, index, weight, row_task, row_mean, context)
     (samples, chosen), pool, tasks = index.shape, len(row_task), len(context)
     grad = grad.float()
     grad_weight, grad_context = weight.new_empty(0), context.new_empty(0)
@@ -183,10 +184,6 @@ def aggregate_backward(
             TILE=TILE, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_weight, grad_context
-
-
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
 
 
 def shipped() -> list[Shipped]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cllava_fast.ops.aggregate.native import adjacent
 from cllava_fast.ops.triton_backend import Shipped
 
 COLUMNS = 1024  # of a flattened row [R * d]: 16 bytes a thread in half precision
@@ -126,7 +127,7 @@ def mix_factors_backward(
     to_A, to_B = (factor.new_empty(factor.shape if need else 0) for factor, need in zip((A, B), needed, strict=False))
     wanted = [(grad, to) for grad, to, need in zip((grad_A, grad_B), (to_A, to_B), needed, strict=False) if need]
     if wanted:
-        _add_up_rows([grad for grad, _ in wanted], [to for _, to in wanted], _strength(A, B, coefficient, index))
+        _add_up_rows([grad for grad, _ in wanted], [to for _, to in wanted], _strength(A, coefficient, index))
     if not needed[2]:
         return to_A, to_B, coefficient.new_empty(0)
     return to_A, to_B, _along_rows(grad_A, grad_B, A, B, index).to(coefficient.dtype)
@@ -147,7 +148,7 @@ def _add_up_rows(sources: list[Tensor], outs: list[Tensor], weight: Tensor, inde
     )  # fmt: skip
 
 
-def _strength(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> Tensor:  # -> [N, B]
+def _strength(A: Tensor, coefficient: Tensor, index: Tensor) -> Tensor:  # -> [N, B]
     (samples, pairs), pool = index.shape, len(A)
     strength = coefficient.new_empty(pool, samples, dtype=torch.float32)
     if strength.numel():
@@ -173,9 +174,8 @@ def _along_rows(grad_A: Tensor, grad_B: Tensor, A: Tensor, B: Tensor, index: Ten
 
 
 def _flatten(tensor: Tensor) -> tuple[Tensor, int]:
-    """[n, R, d] with the R * d entries of each row adjacent, and how far apart rows are; a copy only if need be."""
-    adjacent = tensor.stride(2) == 1 and (tensor.shape[1] == 1 or tensor.stride(1) == tensor.shape[2])
-    tensor = tensor if adjacent else tensor.contiguous()
+    """[n, R, d] with the R * d entries of each row adjacent, and how far apart rows are."""
+    tensor = adjacent(tensor)
     return tensor, tensor.stride(0)
 
 

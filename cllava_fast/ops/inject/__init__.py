@@ -202,7 +202,7 @@ def _acting(
         coefficient, per_token = coefficient.squeeze(1), False
     samples, pairs = index.shape
     whole = plan(x.device.type, samples, pairs, rows, rank, per_token, A.shape[0] != rows) == "whole"
-    save = autograd.save_for(A, B, coefficient, past_coefficient)
+    save = autograd.save_for(B, coefficient, past_coefficient)
     return A, B, index, coefficient, past_A, past_B, past_coefficient, scale, whole, save
 
 
@@ -230,7 +230,7 @@ def _check_inject(
         checks.same_dtype("bias", bias, "x", x)
     check_frozen(weight, bias)
     checks.device(x, weight=weight, bias=bias)
-    checks.number("scale", scale)
+    checks.scale(scale)
     _check_pairs(x, A, B, index, coefficient, past, sizes)
 
 
@@ -244,7 +244,7 @@ def _check_inject_add(
     checks.floating(y=y, x=x)
     checks.same_dtype("x", x, "y", y)
     checks.device(y, x=x)
-    checks.number("scale", scale)
+    checks.scale(scale)
     _check_pairs(x, A, B, index, coefficient, past, sizes)
 
 

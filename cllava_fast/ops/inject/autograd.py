@@ -107,7 +107,7 @@ BACKWARD = library.define(
 )
 
 
-def save_for(A: Tensor, B: Tensor, coefficient: Tensor, past_coefficient: Tensor | None) -> bool:
+def save_for(B: Tensor, coefficient: Tensor, past_coefficient: Tensor | None) -> bool:
     """Whether a backward pass will want the projections: x's own gradient does without, A's wants x itself."""
     trained = B.requires_grad or coefficient.requires_grad
     trained |= past_coefficient is not None and past_coefficient.requires_grad

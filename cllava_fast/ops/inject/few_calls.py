@@ -1,7 +1,7 @@
 """inject in training where a GPU waits for Python, so that what counts is how many calls there are.
 
 All samples' tokens are projected on one list of rows, the open pool's and the past's, by library products alone. How
-strongly each column acts is the same in every layer, so it is worked out once for all of them (`strength`).
+strongly each column acts is the same in every layer, so it is worked out once for all of them (`column_strength`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import checks, library
+from cllava_fast.ops.checks import exact_dtype
 from cllava_fast.ops.inject import reference
-from cllava_fast.ops.inject.reference import as_dtype
+from cllava_fast.ops.inject.reference import as_dtype, columns, sum_over_all_tokens
 
 DEVICES = ("cuda",)  # a CPU has nobody waiting, and does the same work in fewer products otherwise
 # Multiplications in a layer: as many as the frozen product of 1,024 tokens has in a 7B model, some 50 us of an H100.
@@ -33,7 +34,7 @@ def wins(x: Tensor, d_out: int, columns: int) -> bool:
     return samples * tokens * (d_in * d_out + columns * (d_in + d_out)) <= WORK
 
 
-def strength(
+def column_strength(
     index: Tensor,  # [B, P], of rows
     coefficient: Tensor,  # [B, P]
     rows: int,  # N of the pool
@@ -71,7 +72,7 @@ class _Inject(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
         past_A: Tensor | None, past_B: Tensor | None, strength: Tensor,
     ) -> Tensor:  # fmt: skip
-        tokens, rows = x.flatten(0, 1), _joined(A, past_A, x.dtype)  # [T, d_in], [K, d_in]
+        tokens, rows = x.flatten(0, 1), columns(A, x.dtype, past_A)  # [T, d_in], [K, d_in]
         low = (tokens @ rows.t()).view(*x.shape[:2], len(rows))
         weighed = reference.times(low, strength, x.dtype)  # [B, S, K]
         if base is None:
@@ -83,7 +84,7 @@ class _Inject(torch.autograd.Function):
                 torch.addmm(bias, tokens, weight.t(), out=y.flatten(0, 1))
         else:
             y = base.clone(memory_format=torch.contiguous_format)
-        y.flatten(0, 1).addmm_(weighed.flatten(0, 1), _joined(B, past_B, x.dtype))
+        y.flatten(0, 1).addmm_(weighed.flatten(0, 1), columns(B, x.dtype, past_B))
         # joined rows are made again rather than kept: in a large model they outweigh x, and low and weighed do not
         of_A = x if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(of_A, weight, A, B, past_A, past_B, strength, low, weighed)
@@ -111,18 +112,18 @@ def _gradients(grad: Tensor, saved: Any, needed: tuple[bool, ...]) -> tuple[Tens
     own = A.shape[0] * A.shape[1]  # columns of the pool
     grads = grad.flatten(0, 1)  # [T, d_out]
     if need_B:
-        to_B = as_dtype((weighed.flatten(0, 1)[:, :own].t() @ grads).view(B.shape), B.dtype)
+        to_B = sum_over_all_tokens(weighed[..., :own], grad, B)
     if need_x or need_A or need_strength:
-        low_grad = (grads @ _joined(B, past_B, grad.dtype).t()).view(low.shape)  # [B, S, K]
+        low_grad = (grads @ columns(B, grad.dtype, past_B).t()).view(low.shape)  # [B, S, K]
         if need_strength:
-            products = as_dtype(low_grad, torch.promote_types(low.dtype, strength.dtype)) * low
+            products = as_dtype(low_grad, exact_dtype(low)) * low
             to_strength = as_dtype(products.sum(1, keepdim=True), strength.dtype)
-        weighed_grad = reference.times(low_grad, strength, grad.dtype).flatten(0, 1)  # [T, K]
+        weighed_grad = reference.times(low_grad, strength, grad.dtype)  # [B, S, K]
         if need_A:
-            to_A = as_dtype((weighed_grad[:, :own].t() @ x.flatten(0, 1)).view(A.shape), A.dtype)
+            to_A = sum_over_all_tokens(weighed_grad[..., :own], x, A)
         if need_x:
-            rows = _joined(A, past_A, grad.dtype)
-            to_x = weighed_grad @ rows if weight is None else (grads @ weight).addmm_(weighed_grad, rows)
+            low_grads, rows = weighed_grad.flatten(0, 1), columns(A, grad.dtype, past_A)
+            to_x = low_grads @ rows if weight is None else (grads @ weight).addmm_(low_grads, rows)
             to_x = to_x.view(*grad.shape[:2], rows.shape[1])
     return to_x, to_A, to_B, to_strength
 
@@ -137,8 +138,3 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(library.NO_SECOND_DERIVATIVE)
-
-
-def _joined(factor: Tensor, past: Tensor | None, dtype: torch.dtype) -> Tensor:  # [N, R, d], [C, Q, d] -> [K, d]
-    rows = reference.columns(factor, dtype)
-    return rows if past is None else torch.cat([rows, reference.columns(past, dtype)])

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cllava_fast.ops.checks import exact_dtype
+
 GATHERED = 2**21  # entries of a factor that may be gathered at once, if that is not less than one sample's
 
 
@@ -209,7 +211,7 @@ def _backward_of_sums(grad: Tensor, given: Acting, low: Tensor, needed: list[boo
     need_x, need_A, need_B, need_coefficient, _ = needed
     to_B = to_coefficient = None
     if need_B or need_coefficient:
-        to_sum = as_dtype(torch.bmm(low.transpose(1, 2), grad), _exact(grad))  # [B, R, d_out]
+        to_sum = as_dtype(torch.bmm(low.transpose(1, 2), grad), exact_dtype(grad))  # [B, R, d_out]
         to_B, to_coefficient = sum_of_B_backward(to_sum, given, need_B, need_coefficient)
     if not (need_x or need_A):
         return None, to_B, to_coefficient
@@ -321,12 +323,19 @@ def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting, all_rows: boo
             part.baddbmm_(low_part, rows)
 
 
-def project(x: Tensor, factor: Tensor) -> Tensor:  # [B, S, d], [N, R, d] -> [B, S, N * R]
-    return F.linear(x, columns(factor, x.dtype)).contiguous()
+def project(x: Tensor, factor: Tensor, past: Tensor | None = None) -> Tensor:  # [B, S, d], [N, R, d] -> [B, S, N * R]
+    return F.linear(x, columns(factor, x.dtype, past)).contiguous()
 
 
-def columns(factor: Tensor, dtype: torch.dtype) -> Tensor:  # [N, R, d] -> [N * R, d]
-    return as_dtype(factor, dtype).flatten(0, 1)
+def columns(factor: Tensor, dtype: torch.dtype, past: Tensor | None = None) -> Tensor:  # [N, R, d] -> [N * R, d]
+    """Behind them the past's, where there is one: a copy of a few rows, so that activations are read once for both."""
+    rows = as_dtype(factor, dtype).flatten(0, 1)
+    return rows if past is None else torch.cat([rows, columns(past, dtype)])
+
+
+def sum_over_all_tokens(low: Tensor, x: Tensor, factor: Tensor) -> Tensor:  # [B, S, N * R], [B, S, d]
+    """The gradient of `factor` [N, R, d], all of whose rows act on all samples."""
+    return as_dtype((low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape), factor.dtype)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -366,14 +375,14 @@ def _by_pair(rows: Tensor, given: Acting) -> Tensor:  # [b, P * R, d] -> [b, P, 
 
 def _sum_of_products(low_grad: Tensor, low: Tensor, rows: int, rank: int, scale: float) -> Tensor:  # -> [B, rows]
     """The gradient of a coefficient, before its dtype."""
-    by_column = (as_dtype(low_grad, _exact(low)) * low).sum(1)  # [B, K]
+    by_column = (as_dtype(low_grad, exact_dtype(low)) * low).sum(1)  # [B, K]
     return by_scale(by_column.view(low.shape[0], rows, rank).sum(2), scale)
 
 
 def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting) -> Tensor:  # -> like coefficient
     rank, rows = given.A.shape[1], given.B.shape[0] if given.whole else given.index.shape[1]
     if given.per_token:
-        by_row = as_dtype(low_grad, _exact(low)).view(*low.shape[:2], rows, rank)
+        by_row = as_dtype(low_grad, exact_dtype(low)).view(*low.shape[:2], rows, rank)
         found = (by_row * (low.unsqueeze(2) if given.shared else low.view(by_row.shape))).sum(3)
         found = by_scale(found, given.scale)
     else:
@@ -387,9 +396,9 @@ def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting) -> Tensor:  
 def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:
     """The gradient of `factor` [N, R, d], summed in one order."""
     if given.whole or all_rows:
-        return as_dtype((low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape), factor.dtype)
+        return sum_over_all_tokens(low, x, factor)
     rows, rank, size = factor.shape
-    exact = _exact(x)
+    exact = exact_dtype(x)
     by_pair = as_dtype(torch.bmm(low.transpose(1, 2), x), exact).view(given.index.numel(), rank * size)
     if x.device.type == "cpu":
         total = by_pair.new_zeros(rows, rank * size).index_add_(0, given.index.reshape(-1), by_pair)
@@ -397,7 +406,3 @@ def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting, all_
         chosen = (given.index.reshape(-1) == torch.arange(rows, device=x.device).unsqueeze(1)).to(exact)  # [N, B * P]
         total = chosen @ by_pair
     return as_dtype(total.view(factor.shape), factor.dtype)
-
-
-def _exact(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

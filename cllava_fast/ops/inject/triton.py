@@ -13,16 +13,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject import triton_launch as launch
-from cllava_fast.ops.inject.reference import Acting, columns
+from cllava_fast.ops.inject.reference import Acting, columns, project, sum_over_all_tokens
 from cllava_fast.ops.inject.tiling import choose, one_pass, one_pass_tiles
-from cllava_fast.ops.inject.triton_launch import shipped
-
-__all__ = ["inject", "inject_add", "inject_backward", "shipped"]
 
 Result = tuple[Tensor, Tensor, Tensor]
 
@@ -58,13 +54,13 @@ def _increments(
     """A new y = bias + base + increments, and what the backward pass needs."""
     low: Tensor | None
     if given.whole and not given.shared:
-        low = _project(x, given.A, given.past_A)
+        low = project(x, given.A, given.past_A)
         scaled = launch.weigh(low, None, given, scale_low=True).low
         assert scaled is not None
         y = _expand(scaled, given.B, given.past_B, bias=bias, base=base)
         return y, low if save else x.new_empty(0), x.new_empty(0)
     if given.shared:
-        low = _project(x, given.A)  # [B, S, R]
+        low = project(x, given.A)  # [B, S, R]
         if given.per_token:
             y = launch.expand(launch.weigh_pairs(low, given), given.B, given.index, bias=bias, base=base)
         else:
@@ -77,7 +73,7 @@ def _increments(
         y = launch.expand(shrunk[0], given.B, given.index, bias=bias, base=base)
     past_low = x.new_empty(0)
     if given.past_A is not None and given.past_B is not None:
-        past_low = _project(x, given.past_A)
+        past_low = project(x, given.past_A)
         scaled = launch.weigh(past_low, None, given, past_only=True, scale_low=True).low
         assert scaled is not None
         y.flatten(0, 1).addmm_(scaled.flatten(0, 1), columns(given.past_B, x.dtype))
@@ -160,7 +156,7 @@ def _backward_shared(
             to_coefficient, folded = launch.of_tokens(known, low_grad, given, fold=need_x or need_A)
         if need_A:
             assert x is not None and folded is not None
-            to_A = _outer(folded, x, given.A)
+            to_A = sum_over_all_tokens(folded, x, given.A)
         if need_x:
             assert folded is not None
             to_x = _expand(folded, given.A, None)
@@ -198,7 +194,7 @@ def _past_backward(
     """Adds the past's part to x's gradient, where that is needed, and returns its coefficient's."""
     if given.past_A is None or given.past_B is None or (to_x is None and not need_past):
         return None
-    past_grad = _project(grad, given.past_B)
+    past_grad = project(grad, given.past_B)
     known = past_low if need_past else None
     past = launch.weigh(known, past_grad, given, past_only=True, scale_grad=to_x is not None, multiply=need_past)
     if past.grad is not None and to_x is not None:
@@ -216,7 +212,7 @@ def _backward_whole(
     of_pool = given.A.shape[0] * given.A.shape[1]  # columns
     multiply = need_past or (need_coefficient and not given.per_token)
     known = low if need_B or multiply else None
-    low_grad = _project(grad, given.B, given.past_B) if need_x or need_A or need_coefficient or need_past else None
+    low_grad = project(grad, given.B, given.past_B) if need_x or need_A or need_coefficient or need_past else None
     if given.per_token and need_coefficient:
         assert low_grad is not None
         to_coefficient, _ = launch.of_tokens(low, low_grad, given)
@@ -227,11 +223,11 @@ def _backward_whole(
         if need_past and given.past_A is not None:
             to_past = launch.sum_products(weighed.products, None, given.past_A.shape[1], given.scale, of_pool)
     if weighed.low is not None:
-        to_B = _outer(weighed.low[..., :of_pool], grad, given.B)
+        to_B = sum_over_all_tokens(weighed.low[..., :of_pool], grad, given.B)
     if weighed.grad is not None:
         if need_A:
             assert x is not None
-            to_A = _outer(weighed.grad[..., :of_pool], x, given.A)
+            to_A = sum_over_all_tokens(weighed.grad[..., :of_pool], x, given.A)
         if need_x:
             to_x = _expand(weighed.grad, given.A, given.past_A)
     return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
@@ -254,24 +250,10 @@ def _nothing(x: Tensor, given: Acting) -> bool:
     return 0 in sizes or (given.past_A is not None and given.past_A.numel() == 0)
 
 
-def _project(x: Tensor, factor: Tensor, past: Tensor | None = None) -> Tensor:  # [B, S, d] -> [B, S, C]
-    return F.linear(x, _joined(factor, past, x.dtype)).contiguous()
-
-
 def _expand(
     low: Tensor, factor: Tensor, past: Tensor | None, *, bias: Tensor | None = None, base: Tensor | None = None
 ) -> Tensor:  # [B, S, C] -> [B, S, d]
-    rows = low.flatten(0, 1), _joined(factor, past, low.dtype)
+    rows = low.flatten(0, 1), columns(factor, low.dtype, past)
     start = bias if base is None else base.flatten(0, 1)
     assert bias is None or base is None
     return (torch.mm(*rows) if start is None else torch.addmm(start, *rows)).view(*low.shape[:2], -1)
-
-
-def _joined(factor: Tensor, past: Tensor | None, dtype: torch.dtype) -> Tensor:  # -> [C, d]
-    """A copy of a few rows, so that activations are read once for both."""
-    rows = columns(factor, dtype)
-    return rows if past is None else torch.cat([rows, columns(past, dtype)])
-
-
-def _outer(low: Tensor, x: Tensor, factor: Tensor) -> Tensor:  # -> [N, R, d]
-    return (low.flatten(0, 1).t() @ x.flatten(0, 1)).view(factor.shape).to(factor.dtype)

@@ -23,6 +23,7 @@ from cllava_fast.ops.inject.tiling import (
     defaults,
     one_pass_tiles,
 )
+from cllava_fast.ops.native import dense_rows
 from cllava_fast.ops.triton_backend import Shipped
 from cllava_fast.ops.tuned import power_of_two
 
@@ -75,7 +76,7 @@ def shrink(
     other: Tensor | None = None,  # [B, S, K]: asks for products
     left: Tensor | None = None,  # [B, S, K]: asks for outer
 ) -> Shrunk:
-    x, factor = _dense_rows(x), _dense_rows(factor)
+    x, factor = dense_rows(x), dense_rows(factor)
     tiles = beside(tiles, x.dtype, factor.dtype)
     samples, tokens, width = x.shape
     rank = factor.shape[1]
@@ -106,12 +107,12 @@ def expand(
     base: Tensor | None = None,  # [B, S, width]
     tiles: Tiles | None = None,
 ) -> Tensor:
-    factor = _dense_rows(factor)
+    factor = dense_rows(factor)
     samples, tokens, columns = low.shape
     _, rank, width = factor.shape
     tiles = tiles or choose("expand", low, columns)
     bias = None if bias is None else bias.contiguous()
-    base = None if base is None else _dense_rows(base)
+    base = None if base is None else dense_rows(base)
     base_strides = (0, 0) if base is None else base.stride()[:2]
     out = low.new_empty(samples, tokens, width)
     sizes = (tokens, width, index.shape[1], *factor.stride()[:2], *base_strides)
@@ -128,7 +129,7 @@ def outer(
     tiles: Tiles | None = None,
 ) -> Tensor:
     """float32 [B, segments, K, d], to be summed over segments."""
-    right = _dense_rows(right)
+    right = dense_rows(right)
     samples, tokens, columns = left.shape
     width = right.shape[2]
     tiles = tiles or choose("outer", left, columns)
@@ -253,10 +254,6 @@ def _launch(kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **constan
 
 def _blocks(tiles: Tiles) -> dict[str, int]:
     return {"BLOCK_S": tiles.tokens, "BLOCK_K": tiles.columns, "BLOCK_D": tiles.width}
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def shipped() -> list[Shipped]:

@@ -16,16 +16,12 @@ native_backend.register("cpu", native.KERNELS, native.cpu_accepts)
 native_backend.register("cuda", native.KERNELS, native.cuda_accepts)
 
 
+# The most that its running top-M holds, the widest row of its backward, the rows that its numbers can tell apart.
+TRITON_LIMITS = {"M": 64, "D": 8192, "N": 2**31}
+
+
 def triton_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
-    sizes = dict(site.sizes)
-    for name, most, why in (
-        ("M", 64, "the most that its running top-M holds"),
-        ("D", 8192, "the widest row that its backward holds"),
-        ("N", 2**31, "the rows that its row numbers can tell apart"),
-    ):
-        if sizes.get(name, 0) > most:
-            return f"{name} = {sizes[name]} is above {most}, {why}"
-    return triton_backend.accepts(op, site, asked)
+    return dispatch.above(site, TRITON_LIMITS) or triton_backend.accepts(op, site, asked)
 
 
 triton_backend.register("cllava_fast.ops.select.triton", "select", "select_backward", accepts=triton_accepts)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast.ops import dispatch, library
+from cllava_fast.ops.checks import exact_dtype
 
 
 def _site(
@@ -25,9 +26,8 @@ def _backward_site(
 
 def _fake(query: Tensor, keys: Tensor, top_m: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     shape = (query.shape[0], top_m)
-    exact = torch.float64 if keys.dtype == torch.float64 else torch.float32
     return (
-        query.new_empty(shape, dtype=exact),
+        query.new_empty(shape, dtype=exact_dtype(keys)),
         query.new_empty(shape, dtype=torch.float32),
         query.new_empty(shape, dtype=torch.int64),
     )

@@ -43,13 +43,16 @@ def select(
 def prepared(
     query: Tensor, keys: Tensor, allowed: Tensor | None, by_batch: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if allowed is not None:
-        if allowed.dim() == 1:
-            allowed = allowed.expand(1 if by_batch else len(query), -1)
-        elif by_batch:
-            allowed = allowed.all(0, keepdim=True)
-        allowed = allowed.view(torch.uint8)
+    allowed = None if allowed is None else as_bytes(allowed, len(query), by_batch)
     return in_range(query).float().contiguous(), dense_rows(keys), allowed
+
+
+def as_bytes(allowed: Tensor, batch: int, by_batch: bool) -> Tensor:  # bool [N] or [B, N] -> uint8 [B, N], or [1, N]
+    if allowed.dim() == 1:
+        allowed = allowed.expand(1 if by_batch else batch, -1)
+    elif by_batch:
+        allowed = allowed.all(0, keepdim=True)
+    return allowed.view(torch.uint8)
 
 
 def select_backward(

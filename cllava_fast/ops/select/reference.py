@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cllava_fast.ops.checks import exact_dtype
+
 SUM_FLOOR = 1e-6  # below this the weights are uniform
 
 
@@ -28,7 +30,7 @@ def select(
         similarity = similarity.mean(0, keepdim=True)  # [1, N]
         if allowed is not None and allowed.dim() == 2:
             allowed = allowed.all(0)
-    similarity = similarity.to(torch.float64 if keys.dtype == torch.float64 else torch.float32)
+    similarity = similarity.to(exact_dtype(keys))
     if allowed is not None:
         similarity = similarity.masked_fill(~allowed, float("-inf"))
     # Ranked as float32: two sums that differ in their last float64 bits only (another batch size, another position of

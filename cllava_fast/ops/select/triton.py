@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from cllava_fast.ops.native import dense_rows
+from cllava_fast.ops.select.native import as_bytes
 from cllava_fast.ops.select.reference import in_range
 from cllava_fast.ops.select.triton_kernels import gradient_kernel, mean_unit_kernel, merge_kernel, scan_kernel
 from cllava_fast.ops.triton_backend import Shipped
@@ -59,13 +61,8 @@ def select(
     outputs = similarity, weight, index
     if batch == 0:
         return outputs
-    query, keys = _query(query), _rows(keys)
-    if allowed is not None:
-        if allowed.dim() == 1:
-            allowed = allowed.expand(batch, -1)
-        elif by_batch:
-            allowed = allowed.all(0, keepdim=True)
-        allowed = allowed.view(torch.uint8)
+    query, keys = _query(query), dense_rows(keys)
+    allowed = None if allowed is None else as_bytes(allowed, batch, by_batch)
     strides = (0, 0) if allowed is None else allowed.stride()
     copies = 1
     if by_batch:
@@ -93,7 +90,7 @@ def select_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, gr
     batch, top_m = index.shape
     if by_batch:
         grad = (grad.float().sum(0) / batch).expand(batch, top_m)
-    query, keys, index = _query(query), _rows(keys), index.contiguous()
+    query, keys, index = _query(query), dense_rows(keys), index.contiguous()
     constants, warps = _gradient_constants(keys.shape[1] // groups, keys.shape[0], top_m)
     gradient_kernel[(triton.cdiv(keys.shape[0], constants["KEYS"]), groups)](
         grad, query, keys, index, out,
@@ -105,11 +102,6 @@ def select_backward(grad: Tensor, query: Tensor, keys: Tensor, index: Tensor, gr
 
 def _query(query: Tensor) -> Tensor:
     return (in_range(query).float() if query.dtype == torch.float64 else query).contiguous()
-
-
-def _rows(keys: Tensor) -> Tensor:
-    """Rows may lie apart (a slice of wider ones), their entries not."""
-    return keys if keys.stride(1) == 1 else keys.contiguous()
 
 
 def _mean_unit(query: Tensor, groups: int) -> Tensor:  # [B, D] -> [1, D]
@@ -174,7 +166,6 @@ def _shipped() -> Iterator[Shipped]:
     outputs = {"similarity": "*fp32", "weight": "*fp32", "index": "*i64"}
     sizes = {name: "i32" for name in ("B", "N", "M", "chunk", "groups", "copies", "rounds", "key_stride")}
     strides = {"allowed_stride_b": "i32", "allowed_stride_n": "i32"}
-    seen = set()
     for rows, width, top_m, groups in shapes:
         cut = plan(rows, width, top_m, groups)
         kernels = []
@@ -199,8 +190,4 @@ def _shipped() -> Iterator[Shipped]:
         if cut.slices > 1:
             signature = {"candidates": "*i64", **outputs, "B": "i32", "M": "i32", "count": "i32", "copies": "i32"}
             kernels.append(Shipped(merge_kernel, signature, _merge_constants(cut, top_m)))
-        for kernel in kernels:
-            key = (kernel.kernel.__name__, str(kernel.signature), str(kernel.constants), kernel.num_warps)
-            if key not in seen:
-                seen.add(key)
-                yield kernel
+        yield from kernels

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cllava_fast.ops import dispatch, library
 from cllava_fast.ops.aggregate.autograd import aggregate_backward
-from cllava_fast.ops.aggregate.reference import exact_dtype
+from cllava_fast.ops.checks import exact_dtype
 
 
 def _site(
