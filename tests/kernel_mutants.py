@@ -74,7 +74,13 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("cllava_fast/ops/inject/triton_launch.py", "tests/test_op_inject.py"): [
         ("inject: segments lost at launch", "segments = cdiv(s_tiles, segment_tiles)\n", "segments = s_tiles // segment_tiles\n"),
+    ],
+    ("cllava_fast/ops/native.py", "tests/test_op_inject.py"): [
         ("inject: dense rows assumed", "return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()", "return tensor"),
+    ],
+    ("cllava_fast/ops/aggregate/native.py", "tests/test_op_aggregate.py"): [
+        ("aggregate: return list(tensors)", "return [tensor.contiguous() for tensor in tensors]", "return list(tensors)"),
+        ("mix_factors: adjacent = True or", "is_so = factor.stride(2) == 1 and", "is_so = True or"),
     ],
     ("cllava_fast/ops/aggregate/triton.py", "tests/test_op_aggregate.py"): [
         ("aggregate: read = looks", "read |= looks", "read = looks"),
@@ -97,7 +103,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("aggregate: context_gradient_kernel[(tiles * tiles - 1,)]", "context_gradient_kernel[(tiles * tiles,)]", "context_gradient_kernel[(tiles * tiles - 1,)]"),
         ("aggregate: task_sum_kernel[(samples,)]", "task_sum_kernel[(samples * tiles,)]", "task_sum_kernel[(samples,)]"),
         ("aggregate: tl.program_id(0) % tiles < tl.program_id(0) // tiles", "tl.program_id(0) % tiles <= tl.program_id(0) // tiles", "tl.program_id(0) % tiles < tl.program_id(0) // tiles"),
-        ("aggregate: return list(tensors)", "return [tensor.contiguous() for tensor in tensors]", "return list(tensors)"),
     ],
     ("cllava_fast/ops/aggregate/triton_mix.py", "tests/test_op_aggregate.py"): [
         ("mix_factors: other=0) if GATHER", "mask=term < terms, other=0)\n            if GATHER", "other=0)\n            if GATHER"),
@@ -117,7 +122,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("mix_factors: tl.minimum(tile * SLICE + SLICE, size) - BLOCK", "tl.minimum(tile * SLICE + SLICE, size)", "tl.minimum(tile * SLICE + SLICE, size) - BLOCK"),
         ("mix_factors: return -partial.sum(0)", "return partial.sum(0)", "return -partial.sum(0)"),
         ("mix_factors: return partial[:-1].sum(0)", "return partial.sum(0)", "return partial[:-1].sum(0)"),
-        ("mix_factors: adjacent = True or", "adjacent = tensor.stride(2) == 1 and", "adjacent = True or"),
         ("mix_factors: other=0) value = tl.load(factor + row * factor_apart + colum", "mask=column < size, other=0)\n        value = tl.load(factor + row * factor_apart + column, mask=column < size, other=0)", "other=0)\n        value = tl.load(factor + row * factor_apart + column)"),
     ],
     ("cllava_fast/ops/select/triton_kernels.py", "tests/test_op_select.py"): [

@@ -178,7 +178,7 @@ MUTANTS = [
     ),
     Mutant(
         "inject: per token: a repeated row counts once", f"{INJECT}/reference.py",
-        "chosen.to(given.coefficient.dtype))", "(chosen & (chosen.cumsum(1) == 1)).to(given.coefficient.dtype))",
+        "chosen.to(coefficient.dtype))", "(chosen & (chosen.cumsum(1) == 1)).to(coefficient.dtype))",
         INJECT_TESTS,
     ),
     Mutant(

@@ -170,7 +170,7 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ("few calls: a method's own rows", ACTING, " or selection.rows is not None or", " or", FEW_TESTS),
     ("few calls: cast on the way back", FEW, "cast = checks.under_autocast(grad)", "cast = False", FEW_TESTS),
     ("few calls: a second derivative is zero", FEW, "if torch.is_grad_enabled():", "if False:", FEW_TESTS),
-    ("few calls: any number of columns", FEW, "+ columns * (d_in + d_out)", "", FEW_TESTS),
+    ("few calls: any number of columns", FEW, "+ total_rank * (d_in + d_out)", "", FEW_TESTS),
     ("few calls: factors that are summed", ACTING, " or selection.mix or pool", " or pool", FEW_TESTS),
     (
         "few calls: means have the rank of rows",

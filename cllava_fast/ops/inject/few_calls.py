@@ -23,7 +23,7 @@ DEVICES = ("cuda",)  # a CPU has nobody waiting, and does the same work in fewer
 WORK = 2**34
 
 
-def wins(x: Tensor, d_out: int, columns: int) -> bool:
+def wins(x: Tensor, d_out: int, total_rank: int) -> bool:
     """Whether `inject` is the way for a layer's x, in training."""
     # in float16 a row that does not act may overflow, which `reference` looks after
     if x.device.type not in DEVICES or x.dtype == torch.float16:
@@ -31,7 +31,7 @@ def wins(x: Tensor, d_out: int, columns: int) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or checks.under_autocast(x):
         return False
     samples, tokens, d_in = x.shape
-    return samples * tokens * (d_in * d_out + columns * (d_in + d_out)) <= WORK
+    return samples * tokens * (d_in * d_out + total_rank * (d_in + d_out)) <= WORK
 
 
 def column_strength(
