@@ -20,7 +20,7 @@ from cllava_fast import untrusted
 from cllava_fast.atomic import write_text
 from cllava_fast.data.load import SECTIONS, STREAM_KEYS
 from cllava_fast.methods import METHODS, IncrementConfig, MethodConfig
-from cllava_fast.names import brief, check_names, nearest
+from cllava_fast.names import brief, check_names, convert, nearest
 from cllava_fast.train.arguments import ContinualArguments
 
 CONFIG = "config.yaml"  # of a run's folder
@@ -180,41 +180,6 @@ def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, fl
         raise type(error)(f"{f'--{flag}' if flag in (flags or {}) else where + section}: {error}") from error
 
 
-def convert(value: Any, kind: Any, name: str) -> Any:
-    """``value``, as YAML reads it, in the type ``kind`` of a field. Raises ValueError where it has another."""
-    try:
-        return _convert(value, kind)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{name} is {brief(value)}; expected {describe(kind)}") from None
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    origin, choices = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in choices):
-        return value
-    if origin in (Union, types.UnionType):
-        for choice in choices:
-            try:
-                return _convert(value, choice)
-            except ValueError:
-                continue
-    elif kind is types.NoneType and value is None:
-        return None
-    elif kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
-        return float(value)  # a text too: YAML reads 1e-4, without a point, as one
-    elif kind in (int, bool, str) and type(value) is kind:
-        return value
-    elif origin in (tuple, list):
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list | tuple):
-            return origin(_convert(item, choices[0]) for item in items)
-    elif (origin or kind) is dict and isinstance(value, dict):
-        return dict(value)
-    raise ValueError
-
-
 def from_text(text: str, kind: Any) -> Any:
     """What a flag's text means for a field of type ``kind``: YAML, or itself where a text is wanted."""
     wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -226,19 +191,6 @@ def from_text(text: str, kind: Any) -> Any:
         return text
     literal = [choice for choice in wanted if get_origin(choice) is Literal]
     return text if literal and value is not None and not isinstance(value, str) else value
-
-
-def describe(kind: Any) -> str:
-    """A field's type in words."""
-    origin, choices = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, choices))
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(choice) for choice in choices)
-    if origin in (tuple, list):
-        return f"a list, each {describe(choices[0])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-    return "a mapping" if (origin or kind) is dict else words.get(kind, str(kind))
 
 
 def default_of(entry: Field[Any]) -> Any:

@@ -1,11 +1,14 @@
-"""Names that users write: an unknown one is refused with the one that was meant."""
+"""Names and values that users write: what is unknown or of another type is refused, with what was meant."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
+import types
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_names(given: Any, known: Collection[str], where: str) -> None:
@@ -25,6 +28,75 @@ def check_choices(config: Any) -> None:
         if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
             expected = ", ".join(map(repr, get_args(kind)))
             raise ValueError(f"{name} is {brief(getattr(config, name))}; expected one of {expected}")
+
+
+def check_types(config: Any) -> None:
+    """Brings a dataclass's fields to the types that it says, as a file's would be. Raises ValueError, which names the
+    field, where a value has another. Numbers of numpy and torch are taken for what they hold, paths for texts."""
+    hints = get_type_hints(type(config))
+    for entry in fields(config):
+        value, kind = getattr(config, entry.name), hints[entry.name]
+        if get_origin(kind) is Literal or not _is_known(kind):
+            continue
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif hasattr(value, "item") and getattr(value, "shape", None) == ():
+            value = value.item()
+        object.__setattr__(config, entry.name, convert(value, kind, entry.name))
+
+
+def _is_known(kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType, tuple, list):
+        return all(choice is Ellipsis or _is_known(choice) for choice in get_args(kind))
+    return (get_origin(kind) or kind) in (int, float, bool, str, dict, types.NoneType)
+
+
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """``value``, as YAML reads it, in the type ``kind`` of a field. Raises ValueError where it has another."""
+    try:
+        return _convert(value, kind)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} is {brief(value)}; expected {describe(kind)}") from None
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    origin, choices = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in choices):
+        return value
+    if origin in (Union, types.UnionType):
+        for choice in choices:
+            try:
+                return _convert(value, choice)
+            except ValueError:
+                continue
+    elif kind is types.NoneType and value is None:
+        return None
+    elif kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        return float(value)  # a text too: YAML reads 1e-4, without a point, as one
+    elif kind in (int, bool, str) and type(value) is kind:
+        return value
+    elif origin in (tuple, list):
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple):
+            return origin(_convert(item, choices[0]) for item in items)
+    elif (origin or kind) is dict and isinstance(value, dict):
+        return dict(value)
+    raise ValueError
+
+
+def describe(kind: Any) -> str:
+    """A field's type in words."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, choices))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(choice) for choice in choices)
+    if origin in (tuple, list):
+        return f"a list, each {describe(choices[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+    return "a mapping" if (origin or kind) is dict else words.get(kind, str(kind))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

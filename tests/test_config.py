@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 import yaml
 
+import cllava_fast as cf
 from cllava_fast.cli import init
 from cllava_fast.config import CONFIG, convert, from_text, load_config
 from cllava_fast.methods import IncrementConfig, LoraConfig
@@ -79,6 +83,31 @@ def test_a_ready_stream_is_named_in_place_of_a_file(tmp_path: Path) -> None:
     assert config.stream == "icons" and config.training.output_dir == "runs/icons"
     config.save(tmp_path)
     assert load_config(tmp_path / CONFIG).stream == "icons"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (cf.IncrementConfig, {"calibrate": "no"}, "calibrate is 'no'; expected true or false"),
+        (cf.IncrementConfig, {"calibrate": 0}, "calibrate is 0; expected true or false"),
+        (cf.IncrementConfig, {"rank": 2.5}, "rank is 2.5; expected a whole number"),
+        (cf.IncrementConfig, {"targets": [1]}, "targets is .1.; expected a list, each a text"),
+        (cf.ContinualArguments, {"max_steps": 2.5}, "max_steps is 2.5; expected a whole number"),
+        (cf.ContinualArguments, {"bf16": "no"}, "bf16 is 'no'; expected true or false"),
+        (cf.ContinualArguments, {"trainer_options": 1}, "trainer_options is 1; expected a mapping"),
+    ],
+)
+def test_python_values_have_the_types_of_a_yaml(kind: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**({"output_dir": "runs/x"} if kind is cf.ContinualArguments else {}), **values)
+
+
+def test_python_values_are_brought_to_their_types(tmp_path: Path) -> None:
+    config = cf.IncrementConfig(rank=numpy.int64(3), scale="2", a_std=torch.tensor(0.5), targets="o_proj")
+    assert json.loads(json.dumps(config.to_dict()))["targets"] == ["o_proj"]
+    assert (config.rank, config.scale, config.a_std, config.targets) == (3, 2.0, 0.5, ("o_proj",))
+    arguments = cf.ContinualArguments(output_dir=tmp_path, learning_rate=numpy.float32(0.5), seed=numpy.int64(1))
+    assert (arguments.output_dir, arguments.learning_rate, arguments.seed) == (str(tmp_path), 0.5, 1)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from cllava_fast.model import paths
 from cllava_fast.model.card import EXACT, increments_card, is_repo_id
 from cllava_fast.model.instructions import template_markers
 from cllava_fast.model.patching import check_not_merged, find_processor, get_increments, patch, unpatch
-from cllava_fast.names import brief
+from cllava_fast.names import brief, convert
 from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
 from cllava_fast.untrusted import parse_json, read_file
@@ -264,7 +264,7 @@ def read_config(folder: Path) -> Saved:
 
 def _method_config(values: Any) -> MethodConfig:
     """The method's config, each field of the type that it has in a run's YAML."""
-    from cllava_fast.config import convert, typed_fields  # not above: it imports what trains, and that this module
+    from cllava_fast.config import typed_fields  # not above: it imports what trains, and that this module
 
     if not isinstance(values, dict) or not isinstance(values.get("method"), str):
         raise ValueError(f"config is {brief(values)}; expected a mapping with a method and its fields")

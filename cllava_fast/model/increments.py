@@ -339,6 +339,8 @@ class Increments(nn.Module):
 
     def _check_query(self, query: Tensor, batch: int) -> Tensor:
         width = 1 if self.surrogate is None else self.surrogate.dim
+        if not isinstance(query, Tensor):
+            raise TypeError(f"query is a {type(query).__name__}; expected a tensor [{batch}, {width}]")
         if query.dim() != 2 or query.shape[1] != width or len(query) != batch:
             raise ValueError(f"query is {list(query.shape)}; expected [{batch}, {width}]")
         if checks.can_read(query, cuda=False) and not torch.isfinite(query).all():  # a GPU would have to be waited for

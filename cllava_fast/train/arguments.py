@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cllava_fast.names import check_choices
+from cllava_fast.names import check_choices, check_types
 
 
 def _option(default: Any, text: str) -> Any:
@@ -116,9 +116,10 @@ class ContinualArguments:
     progress: bool = _option(True, "Show progress bars, on the main process.")
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        check_types(self)
         if not self.output_dir:
             raise ValueError("output_dir is empty; name the folder that receives the run")
-        check_choices(self)
         for name in (
             "align_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_batch_size",
             "max_new_tokens", "logging_steps",
@@ -148,8 +149,7 @@ class ContinualArguments:
         self._check_trainer_options()
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one of them")
-        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
-        object.__setattr__(self, "report_to", [name for name in names if name != "none"])
+        object.__setattr__(self, "report_to", [name for name in self.report_to if name != "none"])
 
     def _check_trainer_options(self) -> None:
         """Refuses what transformers would take and no task could be tuned with as it should be."""
