@@ -309,7 +309,9 @@ def test_another_base_or_template_does_not_go_on(
     with monkeypatch.context() as changed:
         if other == "surrogate_fingerprint":
             changed.setattr(get_increments(model).surrogate, "_fingerprint", "another one")
-        with pytest.raises(FileExistsError, match=f"with another {other}; give a new output_dir"):
+        with pytest.raises(
+            FileExistsError, match=f"with another {other}; give what it was started with, or a new output_dir"
+        ):
             run(model, its_processor, resume=True)
     run(new_llava(), processor, resume=True).train()
 

@@ -118,7 +118,7 @@ def test_an_unfinished_run_has_a_report(
     assert matrix[0][0] is not None and matrix[1] == [None, None]
     assert results["methods"]["continual_llava"]["average_accuracy"] == matrix[0][0]
     assert cli.main(["report", str(tmp_path / "run")]) == 0
-    assert "so far" in capsys.readouterr().out
+    assert "after 1 of 2 tasks" in capsys.readouterr().out
     assert "learned 1 of 2 tasks" in (tmp_path / "run" / "report.md").read_text()
     # and the report is in nobody's way
     again = cf.patch(new_llava(), CONFIG, processor=processor)

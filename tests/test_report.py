@@ -175,7 +175,7 @@ def test_strange_names_break_no_table(strange: dict, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=open("/dev/null", "w"))
     report.print_table(strange, console)
     printed = console.export_text()
-    assert "[/red]" in printed and "score in % on the validation split so far" in printed
+    assert "[/red]" in printed and "score in % on the validation split after " in printed
 
 
 @pytest.mark.parametrize(("kept", "behind"), [(None, ["75.0", "–"]), (0.25, ["75.0", "–", "25.0"])])

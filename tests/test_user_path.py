@@ -148,9 +148,35 @@ def test_eval_measures_what_the_run_did(data: Path, run: Path, printed: Callable
     measured = results["methods"]["continual_llava"]["accuracy_matrix"][-1]
     trained = json.loads((run / "results.json").read_text())["methods"]["continual_llava"]["accuracy_matrix"][-1]
     assert measured == trained and results["seeds"] == [1]
+    of_run = json.loads((run / "results.json").read_text())["config"]["arguments"]
+    assert results["config"]["arguments"] == of_run
+    assert (results["config"]["learned"], results["config"]["tasks"]) == (2, 2)
+    assert "after the last task" in shown
     assert f"{100 * measured[0]:.1f}" in shown
     lines = (data / "measured" / "predictions" / "color.jsonl").read_text().splitlines()
     assert len(lines) == 24 and "prediction" in json.loads(lines[0])
+
+
+def test_eval_after_the_first_task_says_so_and_is_no_finished_run(
+    data: Path, run: Path, printed: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = printed("eval", run, "--after", "color", "--output", data / "half")
+    assert "after 1 of 2 tasks" in shown and "after the last" not in shown
+    assert "learned 1 of 2 tasks" in (data / "half" / "report.md").read_text()
+    assert cli.main(["report", str(run), f"half={data / 'half'}", "--output", str(data / "table")]) == 1
+    assert "half has learned 1 of 2 tasks; finish it first" in capsys.readouterr().err
+
+
+def test_an_evaluation_stands_in_place_of_its_run(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    printed("eval", run, "--output", data / "again", "--max-new-tokens", "4")
+    results = json.loads((data / "again" / "results.json").read_text())
+    other = {**results, "seeds": [2]}
+    (data / "other").mkdir()
+    (data / "other" / "results.json").write_text(json.dumps(other))
+    assert "2 seed(s)" in printed("report", run, data / "other", "--output", data / "both")
+    other["config"]["arguments"]["max_steps"] += 1
+    (data / "other" / "results.json").write_text(json.dumps(other))
+    assert cli.main(["report", str(run), str(data / "other"), "--output", str(data / "neither")]) == 1
 
 
 def test_eval_on_two_processes_is_that_on_one(data: Path, run: Path, printed: Callable[..., str]) -> None:

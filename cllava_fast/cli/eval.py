@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from cllava_fast import distributed
-    from cllava_fast.cli.running import check_positive, open_base, open_run, open_stream, run_config
+    from cllava_fast.cli.running import check_positive, open_base, open_run, open_stream, run_config, said_of_run
     from cllava_fast.config import load_config
     from cllava_fast.evaluate.evaluation import check_output, check_tasks, evaluate_stream
     from cllava_fast.evaluate.report import print_table
@@ -44,9 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_tasks(stream, arguments.split)
     if arguments.output is not None:
         distributed.on_main(lambda: check_output(Path(arguments.output), arguments.overwrite))
+    run = None
     if arguments.frozen:
         model, processor = open_base(config)
     else:
+        run = said_of_run(Path(arguments.run_dir), config, arguments.after)
         model, processor = open_run(arguments.run_dir, arguments.after, arguments.model)
     results = evaluate_stream(
         model,
@@ -58,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens or config.training.max_new_tokens,
         image_feature_bytes=config.training.image_feature_bytes,
         seed=0 if arguments.frozen else config.training.seed,
+        run=run,
         overwrite=arguments.overwrite,
         progress=config.training.progress,
     )

@@ -17,6 +17,8 @@ from cllava_fast.cli.base import check_base, default_device, load_base
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
+from cllava_fast.evaluate.report import RESULTS, load_results
+from cllava_fast.methods import METHODS
 from cllava_fast.model.files import CONFIG as INCREMENTS
 from cllava_fast.model.files import WEIGHTS, read_config, saved_increments
 from cllava_fast.names import check_names
@@ -152,6 +154,16 @@ def increments_of(folder: Path, after: str | None) -> Path:
         if after in names:
             return saved[names.index(after)]
     raise ValueError(f"{folder} has no state after task {after!r}; expected one of {', '.join(tasks)}")
+
+
+def said_of_run(folder: Path, config: RunConfig, after: str | None) -> dict[str, Any]:
+    """What an evaluation of a run says of it: how it was trained, and how much of its stream it had learned."""
+    said: dict[str, Any] = {"arguments": config.training.identity()}
+    number = int(increments_of(folder, after).name.partition("-")[0])
+    if not (folder / RESULTS).is_file():
+        return said
+    tasks = len(load_results(folder / RESULTS)["stream"])
+    return {**said, "learned": tasks if METHODS[config.method.method][1].joint else number, "tasks": tasks}
 
 
 def _newest_task(increments: Path) -> str:

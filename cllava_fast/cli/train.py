@@ -13,7 +13,8 @@ RESUMES = True  # what was interrupted goes on by the same command and --resume
 EXAMPLE = """examples:
   cllava-fast train stream.yaml --model llava-hf/llava-1.5-7b-hf --output runs/mine
   cllava-fast train stream.yaml --model path/of/llava --method.rank 16 --training.bf16
-  cllava-fast train stream.yaml --output runs/mine --resume      # goes on where it was stopped or killed
+  cllava-fast train stream.yaml --output runs/mine --resume      # goes on where it was stopped or killed; with the
+                                                                 # flags of its first start, if it had more
   accelerate launch -m cllava_fast.cli train stream.yaml --model path/of/llava
 
 Every flag with a point is a field of the YAML's section of that name (--training.seed 1 is training: {seed: 1});

@@ -89,8 +89,8 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
 def _check_alike(source: Source, first: Source) -> None:
     results, other = source.results, first.results
     if not finished(results):
-        size = len(results["stream"])
-        raise ValueError(f"{source.where} has learned {learned(results)} of {size} tasks; finish it first")
+        count, tasks = learned(results)
+        raise ValueError(f"{source.where} has learned {count} of {tasks} tasks; finish it first")
     for what, ours, theirs in (
         ("the tasks", sorted(results["stream"]), sorted(other["stream"])),
         ("the metrics", _metrics(results), _metrics(other)),
@@ -134,7 +134,7 @@ def _split(results: Results) -> str:
 def _longest_answer(results: Results) -> Any:
     """In tokens, as a run has it or an evaluation; None where it is not said."""
     config = results.get("config", {})
-    return _mapping(config.get("arguments")).get("max_new_tokens", config.get("max_new_tokens"))
+    return config.get("max_new_tokens", _mapping(config.get("arguments")).get("max_new_tokens"))
 
 
 def _is_frozen(runs: Mapping[tuple[int, Order], _Run]) -> bool:

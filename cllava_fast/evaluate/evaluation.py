@@ -83,7 +83,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """Raises FileExistsError for a folder that holds something else than an evaluation, or one that is to stay."""
     check_replaceable(folder, (PREDICTIONS, *REPORT_FILES), "an evaluation")
     if not overwrite and not is_empty(folder):
-        raise FileExistsError(f"{folder} holds an earlier evaluation; set overwrite, or give another output_dir")
+        raise FileExistsError(
+            f"{folder} holds an earlier evaluation; set overwrite (--overwrite), or give another output_dir (--output)"
+        )
 
 
 def references_of(sample: Sample) -> tuple[str, ...]:
@@ -310,6 +312,7 @@ def evaluate_stream(
     image_feature_bytes: int = 2 << 30,
     name: str | None = None,
     seed: int = 0,
+    run: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -322,6 +325,8 @@ def evaluate_stream(
         split: ``"test"`` or ``"validation"``.
         name: what the results call the model; None for its method's name, or ``"frozen"`` for a plain one.
         seed: that the model learned with, for a report of several; nothing is drawn here.
+        run: what the results' config shall say of the run that the model learned in, for a report of several: its
+            ``arguments``, how many tasks it had ``learned`` and how many ``tasks`` it has.
         overwrite: replace an earlier evaluation in ``output_dir``.
 
     Returns:
@@ -371,6 +376,7 @@ def evaluate_stream(
         "model": model.name_or_path or None, "split": split,
         "samples_sha256": {task.name: fingerprint(getattr(task, split)) for task in data.stream},
         "batch_size": batch_size, "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
+        **(run or {}),
     }  # fmt: skip
     shown = {evaluation.task: evaluation.examples for evaluation in evaluations}
     results = results_of_run(data.stream, method, seed, measured, config, {}, shown)

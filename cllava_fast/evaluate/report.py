@@ -25,6 +25,7 @@ from cllava_fast.evaluate.wording import (
     finished,
     headline,
     is_compared,
+    learned,
     measures_base,
     metric_title,
     only_exact,
@@ -110,7 +111,8 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     widths = [max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
     if sum(widths) + len(widths) > console.width and len(rows) < len(header):
         lines = [list(column) for column in zip(header, *rows, strict=True)]
-    after = "after the last task" if finished(results) else "so far"
+    count, tasks = learned(results)
+    after = "after the last task" if finished(results) else f"after {count} of {tasks} tasks"
     split = results.get("config", {}).get("split", "test")
     where = "" if split == "test" else f" on the {escape(printable(split))} split"
     title = f"{quantity(results)} in %{where} {after}, {over_runs(results)}"

@@ -38,11 +38,17 @@ def metric_title(name: str) -> str:
 
 
 def finished(results: Mapping[str, Any]) -> bool:
-    return learned(results) == len(results["stream"])
+    count, tasks = learned(results)
+    return count == tasks
 
 
-def learned(results: Mapping[str, Any]) -> int:
-    return min(learned_tasks(result["accuracy_matrix"]) for result in results["methods"].values())
+def learned(results: Mapping[str, Any]) -> tuple[int, int]:
+    """How many tasks were learned, of how many: an evaluation says it, of the run that it measured."""
+    config = results.get("config", {})
+    if isinstance(config.get("learned"), int) and isinstance(config.get("tasks"), int):
+        return config["learned"], config["tasks"]
+    count = min(learned_tasks(result["accuracy_matrix"]) for result in results["methods"].values())
+    return count, len(results["stream"])
 
 
 def is_compared(results: Mapping[str, Any]) -> bool:
@@ -71,7 +77,7 @@ def headline(results: Mapping[str, Any]) -> str:
 def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the table's numbers mean: a text, or a column's name and what it says."""
     split = results.get("config", {}).get("split", "test")
-    what, steps, size = quantity(results), learned(results), len(results["stream"])
+    what, (steps, size) = quantity(results), learned(results)
     plural = "Accuracies" if what == "accuracy" else "Scores"
     judged = "exact match" if only_exact(results) else "each task's metric"
     texts = [

@@ -114,7 +114,12 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
         raise FileExistsError(f"{output_dir} holds other files than a run's; give a new output_dir")
     if other:
         which = ", ".join(_differences(found, identity, other))
-        raise FileExistsError(f"{output_dir} holds another run, with {which}; give a new output_dir")
+        raise FileExistsError(
+            f"{output_dir} holds another run, with {which}; give what it was started with, or a new output_dir "
+            "(--output)"
+        )
     if not resume:
-        raise FileExistsError(f"{output_dir} holds this run already; set resume to go on, or a new output_dir")
+        raise FileExistsError(
+            f"{output_dir} holds this run already; set resume (--resume) to go on, or a new output_dir (--output)"
+        )
     return found
