@@ -140,6 +140,8 @@ def test_a_task_that_comes_later(
     assert str(increments) in written
     (output / "config.yaml").write_text(written.replace(str(increments), str(data / "removed")))
     assert "color" in printed("ask", output, "--image", picture(data), QUESTION)
+    assert "after the last task" in printed("eval", output)
+    assert "after 1 of 2 tasks" in printed("eval", output, "--after", "new-color")
 
 
 def test_eval_measures_what_the_run_did(data: Path, run: Path, printed: Callable[..., str]) -> None:

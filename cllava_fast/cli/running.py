@@ -159,11 +159,12 @@ def increments_of(folder: Path, after: str | None) -> Path:
 def said_of_run(folder: Path, config: RunConfig, after: str | None) -> dict[str, Any]:
     """What an evaluation of a run says of it: how it was trained, and how much of its stream it had learned."""
     said: dict[str, Any] = {"arguments": config.training.identity()}
-    number = int(increments_of(folder, after).name.partition("-")[0])
-    if not (folder / RESULTS).is_file():
-        return said
-    tasks = len(load_results(folder / RESULTS)["stream"])
-    return {**said, "learned": tasks if METHODS[config.method.method][1].joint else number, "tasks": tasks}
+    newest = _newest_task(increments_of(folder, after))
+    tasks = load_results(folder / RESULTS)["stream"] if (folder / RESULTS).is_file() else []
+    if METHODS[config.method.method][1].joint:
+        newest = tasks[-1] if tasks else ""
+    # folders count what a model had learned before the run, too
+    return said if newest not in tasks else {**said, "learned": tasks.index(newest) + 1, "tasks": len(tasks)}
 
 
 def _newest_task(increments: Path) -> str:
