@@ -169,6 +169,16 @@ class TestLengths:
         said = [str(warning.message) for warning in recwarn if "max_new_tokens" in str(warning.message)]
         assert len(said) == (2 if most == 1 else 0) and all(text.startswith(expected) for text in said)
 
+    def test_answers_that_the_tokenizer_cannot_write(
+        self, llava: Any, processor: Any, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        test = [Sample("is it?", "no"), Sample("what is it?", "a xylophone"), Sample("which bar?", "red bar")]
+        stream = Stream([Task("a", test, test), Task("b", test[:1], test[:1])])
+        cf.evaluate_stream(llava, processor, stream, max_new_tokens=3, progress=False)
+        (said,) = [str(warning.message) for warning in recwarn if "does not know" in str(warning.message)]
+        assert said.startswith("task 'a', test: 1 of 3 answers hold what the base's tokenizer does not know, such as")
+        assert "'a xylophone'" in said
+
     def test_the_model_says_and_else_the_tokenizer(
         self, llava: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -186,4 +186,25 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "if False:",
         FEW_TESTS,
     ),
+    (
+        "answers that nobody can write are silent",
+        "cllava_fast/data/lengths.py",
+        "    if unknown:",
+        "    if False:",
+        ("tests/test_data.py",),
+    ),
+    (
+        "half a run's evaluation is a whole one's",
+        "cllava_fast/cli/running.py",
+        '"learned": tasks.index(newest) + 1,',
+        '"learned": len(tasks),',
+        ("tests/test_user_path.py",),
+    ),
+    (
+        "a setting's type is not looked at",
+        "cllava_fast/names.py",
+        "convert(value, kind, entry.name))",
+        "value)",
+        ("tests/test_config.py",),
+    ),
 ]

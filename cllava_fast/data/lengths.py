@@ -30,15 +30,27 @@ def token_limit(tokenizer: Any, model: Any | None) -> Limit | None:
     return next((limit for limit in limits if limit.tokens < UNKNOWN), None)
 
 
-def warn_of_long_answers(examples: Iterable[Example], most: int, what: str) -> None:
-    """Of answers that no evaluation meets that generates ``most`` tokens."""
-    lengths = [len(example.answer_ids) - 1 for example in examples]  # without the end
-    if (long := sum(length > most for length in lengths)) and distributed.is_main():
-        warnings.warn(
+def warn_of_answers(examples: Iterable[Example], most: int, tokenizer: Any, what: str) -> None:
+    """Of answers that no evaluation meets: it generates ``most`` tokens, and none that the tokenizer does not know."""
+    lengths, unknown = [], []
+    for example in examples:
+        ids = example.answer_ids[:-1]  # without the end
+        lengths.append(len(ids))
+        if getattr(tokenizer, "unk_token_id", None) in ids:
+            unknown.append(example.sample.answer)
+    said = []
+    if long := sum(length > most for length in lengths):
+        said.append(
             f"{what}: {long} of {len(lengths)} answers have more than max_new_tokens={most} tokens, the longest "
-            f"{max(lengths)}; what a model answers is cut off there, and cannot equal them",
-            stacklevel=2,
+            f"{max(lengths)}; what a model answers is cut off there, and cannot equal them"
         )
+    if unknown:
+        said.append(
+            f"{what}: {len(unknown)} of {len(lengths)} answers hold what the base's tokenizer does not know, such as "
+            f"{brief(unknown[0])}; the model can neither learn nor give them"
+        )
+    for text in said if distributed.is_main() else []:
+        warnings.warn(text, stacklevel=2)
 
 
 def _positions(config: Any) -> int:

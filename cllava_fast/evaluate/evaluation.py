@@ -22,7 +22,7 @@ from torch import Tensor
 from cllava_fast import distributed
 from cllava_fast.atomic import check_replaceable, is_empty, new_folder
 from cllava_fast.data.encode import Collator, Example
-from cllava_fast.data.lengths import warn_of_long_answers
+from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Sample, Stream, fingerprint
 from cllava_fast.environment import environment
@@ -356,7 +356,7 @@ def evaluate_stream(
     with distributed.failing_together(), same_mode(model):
         for task in names:
             examples = data.examples(task, split, model, with_features=False)
-            warn_of_long_answers(examples, max_new_tokens, f"task {task!r}, {split}")
+            warn_of_answers(examples, max_new_tokens, data.encoder.tokenizer, f"task {task!r}, {split}")
         evaluations = evaluate_tasks(
             model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
         )

@@ -27,7 +27,7 @@ from cllava_fast.atomic import (
     write_text,
 )
 from cllava_fast.data.encode import Collator
-from cllava_fast.data.lengths import warn_of_long_answers
+from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream
 from cllava_fast.evaluate import evaluation
@@ -327,7 +327,8 @@ class ContinualTrainer:
             self._watch.check()
             examples = self.data.examples(name, split, self.model)
             if split == self.args.eval_split:
-                warn_of_long_answers(examples, self.args.max_new_tokens, f"task {name!r}, {split}")
+                tokenizer = self.data.encoder.tokenizer
+                warn_of_answers(examples, self.args.max_new_tokens, tokenizer, f"task {name!r}, {split}")
             queries_of(self.model, examples, self.data.features, [name] * len(examples))
 
     def _place(self) -> None:
