@@ -46,9 +46,13 @@ def check_types(config: Any) -> None:
 
 
 def _is_known(kind: Any) -> bool:
-    if get_origin(kind) in (Union, types.UnionType, tuple, list):
-        return all(choice is Ellipsis or _is_known(choice) for choice in get_args(kind))
-    return (get_origin(kind) or kind) in (int, float, bool, str, dict, types.NoneType)
+    """Whether it is a type that a file can hold; a method of one's own may have fields of others."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return choices[1:] == (Ellipsis,) and _is_known(choices[0])
+    if origin in (Union, types.UnionType, list):
+        return all(map(_is_known, choices))
+    return (origin or kind) in (int, float, bool, str, dict, types.NoneType)
 
 
 def convert(value: Any, kind: Any, name: str) -> Any:

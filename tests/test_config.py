@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_a_ready_stream_is_named_in_place_of_a_file(tmp_path: Path) -> None:
 def test_python_values_have_the_types_of_a_yaml(kind: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**({"output_dir": "runs/x"} if kind is cf.ContinualArguments else {}), **values)
+
+
+def test_types_that_no_file_holds_are_the_methods_own() -> None:
+    @dataclass(frozen=True)
+    class Own(cf.IncrementConfig):
+        pair: tuple[int, str] = (1, "a")
+        function: Callable[[int], int] = abs
+        many: tuple[int, ...] = ()
+
+    own = Own(pair=(2, "b"), function=max, many=[1, 2])
+    assert (own.pair, own.function, own.many) == ((2, "b"), max, (1, 2))
+    with pytest.raises(ValueError, match="many is .'a'.; expected a list, each a whole number"):
+        Own(many=["a"])
 
 
 def test_python_values_are_brought_to_their_types(tmp_path: Path) -> None:
