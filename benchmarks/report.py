@@ -26,6 +26,7 @@ FLOORS = ("frozen linear", "frozen step", "unpatched model")
 # The end of a case of whole models.
 WHOLE_MODEL = re.compile(r"-B(?P<samples>\d+)-S(\d+)-(past|new)(\d+)")
 NOISY = 0.25  # interquartile range over median
+NAMED = 6  # of the sources that have changed since
 # The devices that this library's kernels are made for.
 WANTED = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
 STALE = "**Stale**: the sources have changed since; measure again."
@@ -121,8 +122,10 @@ def describe(content: Mapping[str, Any], sources: str) -> str:
 def staleness(content: Mapping[str, Any], sources: str) -> list[str]:
     if content["sources"] == sources:
         return []
-    names = ", ".join(f"`{path}`" for path in results.changed(content))
-    return [f"{STALE} Changed: {names}." if names else STALE]
+    changed = results.changed(content)
+    names = ", ".join(f"`{path}`" for path in changed[:NAMED])
+    more = f" and {len(changed) - NAMED} others" if len(changed) > NAMED else ""
+    return [f"{STALE} Changed: {names}{more}." if names else STALE]
 
 
 def noise(row: Row) -> float:

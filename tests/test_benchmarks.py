@@ -376,6 +376,8 @@ def test_what_the_readme_says_of_whole_models() -> None:
     assert f"{report.STALE}\n" in report.costs({"b": content}, "later")
     files = results.sources() | {"csrc/gone.cu": "0"}
     assert f"{report.STALE} Changed: `csrc/gone.cu`.\n" in report.costs({"b": content | {"files": files}}, "later")
+    files |= {f"csrc/gone{i}.cu": "" for i in range(10)}
+    assert "`csrc/gone4.cu` and 5 others.\n" in report.costs({"b": content | {"files": files}}, "later")
     assert "nothing is claimed" in report.costs({"cpu": whole_steps("CPU x86_64")}, "now")
 
 
