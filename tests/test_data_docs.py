@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from cllava_fast.data import read_samples, ready_streams
-from cllava_fast.data.load import RUN_KEYS, STREAM_KEYS, TASK_KEYS
+from cllava_fast.data.load import SECTIONS, STREAM_KEYS, TASK_KEYS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -61,5 +61,5 @@ def test_the_code_runs(folder: Path, llava: Any, processor: Any, monkeypatch: py
 
 
 def test_every_key_and_every_ready_stream_is_told() -> None:
-    for name in (*STREAM_KEYS, *TASK_KEYS, *RUN_KEYS, *ready_streams()):
+    for name in (*STREAM_KEYS, *TASK_KEYS, *SECTIONS, *ready_streams()):
         assert f"`{name}`" in PAGE, name
