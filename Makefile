@@ -73,7 +73,7 @@ fuzz: $(STAMP) ## feed the readers of strangers' input with mutated files; findi
 bench: native ## time the ops against their rivals; results in benchmarks/results (ARGS="--quick" for less)
 	$(BIN)/python -m pytest -q benchmarks $(ARGS)
 
-report: $(STAMP) ## draw the benchmarks' results files and fill in benchmarks/README.md and README.md
+report: $(STAMP) ## draw the benchmarks' results files and fill in the pages' tables
 	$(BIN)/python -m benchmarks.report
 
 long-stream: $(STAMP) ## what 200 tasks cost, one by one (a quarter of an hour); fills in docs/long-streams.md
@@ -91,5 +91,5 @@ tune: ## measure tiles and backends on a GPU, with that machine's own Python (PY
 	$(PY) -m benchmarks.tune $(ARGS)
 
 clean: ## remove what was built or run here (not .venv)
-	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis cllava_fast/_native_*
+	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -22,21 +22,16 @@ def check_names(given: Any, known: Collection[str], where: str) -> None:
             raise ValueError(f"{where}{_short(str(name))} is unknown; {nearest(str(name), known)}")
 
 
-def check_choices(config: Any) -> None:
-    """Raises ValueError for a dataclass's first field whose value is none of its ``Literal`` type's."""
-    for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-            expected = ", ".join(map(repr, get_args(kind)))
-            raise ValueError(f"{name} is {brief(getattr(config, name))}; expected one of {expected}")
-
-
 def check_types(config: Any) -> None:
     """Brings a dataclass's fields to the types that it says, as a file's would be. Raises ValueError, which names the
     field, where a value has another. Numbers of numpy and torch are taken for what they hold, paths for texts."""
     hints = get_type_hints(type(config))
     for entry in fields(config):
         value, kind = getattr(config, entry.name), hints[entry.name]
-        if get_origin(kind) is Literal or not _is_known(kind):
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            expected = ", ".join(map(repr, get_args(kind)))
+            raise ValueError(f"{entry.name} is {brief(value)}; expected one of {expected}")
+        if not _is_known(kind):
             continue
         if isinstance(value, os.PathLike):
             value = os.fspath(value)

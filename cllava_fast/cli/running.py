@@ -160,7 +160,10 @@ def said_of_run(folder: Path, config: RunConfig, after: str | None) -> dict[str,
     """What an evaluation of a run says of it: how it was trained, and how much of its stream it had learned."""
     said: dict[str, Any] = {"arguments": config.training.identity()}
     newest = _newest_task(increments_of(folder, after))
-    tasks = load_results(folder / RESULTS)["stream"] if (folder / RESULTS).is_file() else []
+    try:
+        tasks = load_results(folder / RESULTS)["stream"]
+    except (OSError, ValueError):  # an evaluation goes without
+        tasks = []
     if METHODS[config.method.method][1].joint:
         newest = tasks[-1] if tasks else ""
     # folders count what a model had learned before the run, too

@@ -32,11 +32,11 @@ def token_limit(tokenizer: Any, model: Any | None) -> Limit | None:
 
 def warn_of_answers(examples: Iterable[Example], most: int, tokenizer: Any, what: str) -> None:
     """Of answers that no evaluation meets: it generates ``most`` tokens, and none that the tokenizer does not know."""
-    lengths, unknown = [], []
+    lengths, unknown, unknown_id = [], [], getattr(tokenizer, "unk_token_id", None)
     for example in examples:
         ids = example.answer_ids[:-1]  # without the end
         lengths.append(len(ids))
-        if getattr(tokenizer, "unk_token_id", None) in ids:
+        if unknown_id in ids:
             unknown.append(example.sample.answer)
     said = []
     if long := sum(length > most for length in lengths):

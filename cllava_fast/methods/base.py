@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cllava_fast.names import check_choices, check_types
+from cllava_fast.names import check_types
 from cllava_fast.ops import checks
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
@@ -238,7 +238,6 @@ class MethodConfig:
     targets: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        check_choices(self)
         check_types(self)
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; expected at least 1")

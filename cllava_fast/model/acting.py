@@ -86,8 +86,12 @@ def train_in_few_calls(
     x: Tensor, linear: nn.Linear | None, base: Tensor | None, selection: Selection, factors: Factors
 ) -> Tensor | None:
     """The output of a layer that trains where a GPU waits for Python; None of any other."""
-    strength, A, B = selection.column_strength, factors.block_A, factors.block_B
-    if strength is None or A is None or B is None or not few_calls.wins(x, B.shape[2], strength.shape[2]):
+    strength = selection.column_strength
+    if strength is None:
+        return None
+    A, B = factors.block_A, factors.block_B
+    assert A is not None and B is not None
+    if not few_calls.wins(x, B.shape[2], strength.shape[2]):
         return None
     past_A = past_B = None
     if selection.context is not None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cllava_fast.names import check_choices, check_types
+from cllava_fast.names import check_types
 
 
 def _option(default: Any, text: str) -> Any:
@@ -116,7 +116,6 @@ class ContinualArguments:
     progress: bool = _option(True, "Show progress bars, on the main process.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
         check_types(self)
         if not self.output_dir:
             raise ValueError("output_dir is empty; name the folder that receives the run")

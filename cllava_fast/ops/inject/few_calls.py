@@ -17,7 +17,7 @@ from cllava_fast.ops.checks import exact_dtype
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject.reference import as_dtype, columns, sum_over_all_tokens
 
-DEVICES = ("cuda",)  # a CPU has nobody waiting, and does the same work in fewer products otherwise
+DEVICES = ("cuda",)  # with a CPU nobody waits, and projecting on rows that do not act is work
 # Multiplications in a layer: as many as the frozen product of 1,024 tokens has in a 7B model, some 50 us of an H100.
 # With more, the device has enough to do meanwhile, and fewer passes over the activations count for more.
 WORK = 2**34
