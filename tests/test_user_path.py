@@ -169,6 +169,14 @@ def test_eval_after_the_first_task_says_so_and_is_no_finished_run(
     assert "half has learned 1 of 2 tasks; finish it first" in capsys.readouterr().err
 
 
+def test_eval_does_without_a_runs_results(data: Path, run: Path, printed: Callable[..., str]) -> None:
+    torn = data / "torn"
+    shutil.copytree(run, torn)
+    for damage in (lambda file: file.write_text(file.read_text()[:99]), Path.unlink):
+        damage(torn / "results.json")
+        assert "after the last task" in printed("eval", torn)
+
+
 def test_an_evaluation_stands_in_place_of_its_run(data: Path, run: Path, printed: Callable[..., str]) -> None:
     printed("eval", run, "--output", data / "again", "--max-new-tokens", "4")
     results = json.loads((data / "again" / "results.json").read_text())

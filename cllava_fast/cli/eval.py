@@ -44,11 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_tasks(stream, arguments.split)
     if arguments.output is not None:
         distributed.on_main(lambda: check_output(Path(arguments.output), arguments.overwrite))
-    run = None
+    said = None
     if arguments.frozen:
         model, processor = open_base(config)
     else:
-        run = said_of_run(Path(arguments.run_dir), config, arguments.after)
+        said = said_of_run(Path(arguments.run_dir), config, arguments.after)
         model, processor = open_run(arguments.run_dir, arguments.after, arguments.model)
     results = evaluate_stream(
         model,
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens or config.training.max_new_tokens,
         image_feature_bytes=config.training.image_feature_bytes,
         seed=0 if arguments.frozen else config.training.seed,
-        run=run,
+        run=said,
         overwrite=arguments.overwrite,
         progress=config.training.progress,
     )

@@ -22,7 +22,6 @@ from cllava_fast.evaluate.wording import (
     P_VALUE,
     YARDSTICK,
     explanations,
-    finished,
     headline,
     is_compared,
     learned,
@@ -112,7 +111,7 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     if sum(widths) + len(widths) > console.width and len(rows) < len(header):
         lines = [list(column) for column in zip(header, *rows, strict=True)]
     count, tasks = learned(results)
-    after = "after the last task" if finished(results) else f"after {count} of {tasks} tasks"
+    after = "after the last task" if count == tasks else f"after {count} of {tasks} tasks"
     split = results.get("config", {}).get("split", "test")
     where = "" if split == "test" else f" on the {escape(printable(split))} split"
     title = f"{quantity(results)} in %{where} {after}, {over_runs(results)}"
