@@ -170,7 +170,7 @@ def test_eval_after_the_first_task_says_so_and_is_no_finished_run(
 
 
 def test_eval_does_without_a_runs_results(data: Path, run: Path, printed: Callable[..., str]) -> None:
-    torn = data / "torn"
+    torn = data / "torn-results"
     shutil.copytree(run, torn)
     for damage in (lambda file: file.write_text(file.read_text()[:99]), Path.unlink):
         damage(torn / "results.json")
