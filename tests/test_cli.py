@@ -282,6 +282,31 @@ def test_train_refuses_before_it_loads_or_writes(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["  "], "the question is blank"),
+        (["what?", "--image", "no.png"], "--image is 'no.png', which is no file"),
+        (["what?", "--image", "."], "--image is '.', which is no file"),
+        (["what?", "--image", "words.png"], "words.png"),
+        (["what?", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    ],
+)
+def test_ask_refuses_before_it_loads(
+    arguments: list[str], message: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def never(*arguments: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("cllava_fast.cli.running.open_run", never)
+    monkeypatch.chdir(tmp_path)
+    Path("words.png").write_text("no image")
+    assert cli.main(["ask", str(finished), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "weights were loaded" not in error, error
+
+
 def test_train_says_how_to_ask(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = arguments.max_new_tokens or answer_tokens(arguments.run_dir)
     if not arguments.question.strip():
         raise ValueError("the question is blank; expected a text")
+    if arguments.image is not None and not os.path.isfile(arguments.image):
+        raise FileNotFoundError(f"--image is {arguments.image!r}, which is no file; expected a picture")
     sample = Sample(arguments.question, "", arguments.image, id="the question")
     check_texts(replace(sample, answer="-"), "the question")
     sample.open_image()  # refused now, not behind the weights
