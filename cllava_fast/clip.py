@@ -65,8 +65,7 @@ class PromptedClip(nn.Module):
             raise TypeError(f"clip is a {type(clip).__name__}; expected a transformers.CLIPModel")
         if hasattr(clip, "increments"):
             raise ValueError("the CLIP has prompts already; remove() them before others")
-        recomputes = ("activation_checkpointing", "gradient_checkpointing")  # its name in older transformers
-        if any(getattr(module, name, False) for module in clip.modules() for name in recomputes):
+        if any(getattr(module, "gradient_checkpointing", False) for module in clip.modules()):
             raise ValueError("the CLIP recomputes activations; gradient_checkpointing_disable() it first")
         self.config = replace(config or DikiConfig(), surrogate="image", strength="likelihood")
         self.method: Any = make_method(self.config)
@@ -293,7 +292,7 @@ class PromptedClip(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the prompts and what tasks remember of their images, never the CLIP; as ``cf.save_pretrained``."""
-        return write_increments(self.clip, self.pool, self.config, None, Path(path), card=clip_card)
+        return write_increments(self.clip, self.pool, self.config, None, Path(path), clip_card)
 
     @classmethod
     def load(cls, clip: CLIPModel, path: str | os.PathLike[str]) -> PromptedClip:

@@ -18,7 +18,7 @@ import yaml
 
 from cllava_fast import untrusted
 from cllava_fast.atomic import write_text
-from cllava_fast.data.load import SECTIONS, STREAM_KEYS
+from cllava_fast.data.load import SECTIONS, STREAM_KEYS, under
 from cllava_fast.methods import METHODS, IncrementConfig, MethodConfig
 from cllava_fast.names import brief, check_names, convert, nearest
 from cllava_fast.train.arguments import ContinualArguments
@@ -119,7 +119,7 @@ def load_config(
         raise ValueError(f"{where}tasks is missing; expected a list of tasks (cllava-fast init writes an example)")
     if "stream" in values:
         _text(values["stream"], f"{where}stream")
-    root = folder / _text(values.get("base", "."), f"{where}base") if base is None else Path(base).resolve()
+    own_base = _text(values.get("base", "."), f"{where}base")
     sections = {name: _section(name, values.get(name), where) for name in SECTIONS}
     _rebase(sections["model"], "path", folder)
     _rebase(sections["model"], "increments", folder)
@@ -147,7 +147,7 @@ def load_config(
         method=make(METHODS[method][0], sections["method"], "method", where, flags),
         training=make(ContinualArguments, sections["training"], "training", where, flags),
         stream=stream,
-        base=root,
+        base=under(folder, own_base) if base is None else under(Path.cwd(), base).resolve(),
         source=str(source),
     )
 
@@ -183,14 +183,12 @@ def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, fl
 def from_text(text: str, kind: Any) -> Any:
     """What a flag's text means for a field of type ``kind``: YAML, or itself where a text is wanted."""
     wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if str in wanted and not (text.startswith("[") and any(get_origin(choice) is list for choice in wanted)):
+    if str in wanted or any(get_origin(choice) is Literal for choice in wanted):  # of texts
         return None if types.NoneType in wanted and text in ("null", "none") else text
     try:
-        value = untrusted.parse_yaml(text, "the flag")
+        return untrusted.parse_yaml(text, "the flag")
     except ValueError:
         return text
-    literal = [choice for choice in wanted if get_origin(choice) is Literal]
-    return text if literal and value is not None and not isinstance(value, str) else value
 
 
 def default_of(entry: Field[Any]) -> Any:
@@ -221,8 +219,8 @@ def _section(name: str, value: Any, where: str) -> dict[str, Any]:
 def _rebase(values: dict[str, Any], key: str, folder: Path, always: bool = False) -> None:
     """Relative paths start from ``folder``; what is not there may be the name of a model on a hub."""
     value = values.get(key)
-    if isinstance(value, str) and value and (always or os.path.exists(folder / value)):
-        values[key] = str(folder / value)
+    if isinstance(value, str) and value and (always or under(folder, value).exists()):
+        values[key] = str(under(folder, value))
 
 
 def _method_of(increments: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import Tensor
 
@@ -195,6 +196,10 @@ def test_a_round_trip_through_files(name: str, generator: torch.Generator, tmp_p
     paths.input_embedding(other).weight.data += 1
     with pytest.raises(ValueError, match="another base model"):
         cf.load_pretrained(other, tmp_path / "out", processor=processor_of(name))
+    cf.export_peft(model, tmp_path / "lora", task="task0")
+    does = "text-generation" if name.endswith(FOR_TEXT) else "image-text-to-text"
+    for folder in ("out", "lora"):
+        assert ModelCard.load(tmp_path / folder / "README.md").data.pipeline_tag == does
 
 
 @pytest.mark.parametrize("name", ["LlavaNext" + FOR_IMAGES, "LlavaOnevision" + FOR_IMAGES, "Qwen2" + FOR_TEXT])
@@ -229,7 +234,7 @@ def test_queries_of_text_and_image(name: str, generator: torch.Generator) -> Non
     increments = get_increments(model)
     query = increments.surrogate.query(
         [increments.reader.canonical(question) for question in ASKED],
-        features.pooled(samples, paths.vision_width(model)),
+        features.pooled(samples, increments.surrogate.image_dim),
     )
     assert len({tuple(row.tolist()) for row in query}) == 3
     examples = encoder.encode(samples)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import pytest
@@ -40,6 +40,15 @@ def test_a_file_and_flags_make_one_configuration_and_flags_win(tmp_path: Path) -
     assert (config.training.seed, config.training.bf16) == (5, False)
     assert config.training.output_dir == str(tmp_path / "out")
     assert config.stream == STREAM and config.base == tmp_path
+
+
+def test_a_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = write(tmp_path, model="x", base="~/data", training={"output_dir": "~/runs/mine"})
+    for base, meant in ((None, "data"), ("~/other", "other")):
+        config = load_config(file, base=base)
+        assert config.base == tmp_path / "home" / meant
+        assert config.training.output_dir == str(tmp_path / "home" / "runs" / "mine")
 
 
 def test_a_flags_path_starts_where_the_user_is(tmp_path: Path) -> None:
@@ -196,7 +205,7 @@ def test_bad_numbers_as_yaml_and_people_write_them() -> None:
     assert convert(None, int | None, "x") is None
     assert convert("a", tuple[str, ...], "x") == ("a",)
     assert convert([], str | list[str], "x") == [] and convert("a", str | list[str], "x") == "a"
-    assert from_text("[a, b]", str | list[str]) == ["a", "b"] and from_text("a", str | list[str]) == "a"
+    assert from_text("none", Literal["4bit", "8bit"] | None) is None and from_text("8", Literal["8"]) == "8"
 
 
 def test_what_init_writes_shows_every_default_and_loads(tmp_path: Path) -> None:

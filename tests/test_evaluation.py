@@ -189,7 +189,7 @@ def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothin
 def test_features_are_computed_where_a_plain_model_came_first(llava: Any, processor: Any) -> None:
     """A stream is prepared once for several models; a plain one, which takes pixels, computes no features."""
     data = PreparedStream(stream(1), processor)
-    data.examples("task0", "test", None)
+    data.examples("task0", "test", llava, with_features=False)
     assert not data.features._projected
     data.examples("task0", "test", llava)
     assert len(data.features._projected) == 3
@@ -314,7 +314,7 @@ def test_predictions_say_how_much_of_the_rows_acted(
     )
     data = PreparedStream(cf.Stream([cf.Task("task0", test, test)]), processor)
     (found,) = evaluation.evaluate_tasks(llava, data, ["task0"], "test", batch_size=1, max_new_tokens=1, progress=False)
-    by_length = sorted(data.examples("task0", "test", None), key=lambda example: len(example.prompt_ids))
+    by_length = sorted(data.examples("task0", "test", llava), key=lambda example: len(example.prompt_ids))
     acted = {example.instruction: coefficient for example, coefficient in zip(by_length, seen, strict=True)}
     for record in found.records:
         weights = torch.tensor([record["weights"]]) * record["strength"]

@@ -127,6 +127,23 @@ def test_images_stand_upright(tmp_path: Path, suffix: str, orientation: int) -> 
         assert read_size(lazy, "lazy") == read_rgb(lazy, "lazy").size == (32, 16)
 
 
+def test_a_png_that_says_behind_its_pixels_how_it_stands(tmp_path: Path) -> None:
+    """Its size and its pixels agree, however often it is looked at."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.png", exif=exif)
+    data, position, chunks = (tmp_path / "a.png").read_bytes(), 8, []
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        chunks.append(data[position:end])
+        position = end
+    late = sorted(chunks, key=lambda chunk: (chunk[4:8] == b"eXIf") + 2 * (chunk[4:8] == b"IEND"))
+    assert late != chunks
+    (tmp_path / "a.png").write_bytes(data[:8] + b"".join(late))
+    sample = Sample("what?", "red", str(tmp_path / "a.png"))
+    assert sample.image_size() == sample.open_image().size == sample.image_size() == (32, 16)
+
+
 def test_damaged_metadata_cost_no_image(tmp_path: Path) -> None:
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff" + b"\xff" * 40)
     assert opened(tmp_path / "a.jpg").size == (8, 4)

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in argv if word in COMMANDS), None)
-    command = None if name is None else _module(name)
+    command = None if name is None else importlib.import_module(f"cllava_fast.cli.{name}")
     top, chosen = _parser(name, command)
     arguments, unknown = top.parse_known_args(argv)
     if unknown:
@@ -101,10 +101,6 @@ def _new(make: object, **options: object) -> argparse.ArgumentParser:
     return make(**options)  # type: ignore[operator]
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"cllava_fast.cli.{name}")
-
-
 def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     flag = unknown[0].partition("=")[0]
     if not flag.startswith("--"):
@@ -119,7 +115,8 @@ def _sentence(error: Exception) -> str:
     rank = os.environ.get("RANK", "0")
     who = "cllava-fast" if rank == "0" else f"cllava-fast, process {rank}"
     text = printable(str(error).strip()) or type(error).__name__
-    if isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError)) or _is_ours(error):
+    ours = type(error).__module__.startswith("cllava_fast.")
+    if ours or isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError)):
         return f"{who}: {text}"
     return f"{who}: {type(error).__name__}: {text} (--traceback shows where)"
 
@@ -138,7 +135,3 @@ def _go_on(command: ModuleType, argv: list[str]) -> str:
 
 def _warning(message: Warning | str, *where: object, **line: object) -> str:
     return f"cllava-fast: {printable(str(message))}\n"
-
-
-def _is_ours(error: Exception) -> bool:
-    return type(error).__module__.startswith("cllava_fast.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import fields, replace
 
 MOST_JOBS = 8  # unless more are asked for: each takes about a GB
 EXAMPLE = "example: cllava-fast demo --setting capability --seeds 3 --orders 3 --output runs/capability"
@@ -52,25 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
-    from cllava_fast.demo.run import DEFAULT, DemoConfig, run_demo
+    from cllava_fast.demo.run import DemoConfig, run_demo
     from cllava_fast.evaluate.report import print_table
 
-    config = DemoConfig(
-        output=arguments.output,
-        setting=arguments.setting,
-        seeds=arguments.seeds,
-        orders=arguments.orders,
-        methods=tuple(arguments.methods or DEFAULT),
-        ambiguous=arguments.ambiguous,
-        surrogate=arguments.surrogate,
-        context=arguments.context,
-        steps=arguments.steps,
-        split=arguments.split,
-        train=arguments.train,
-        test=arguments.test,
-        overwrite=arguments.overwrite,
-        jobs=1 if arguments.jobs is None else arguments.jobs,
-    )
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    config = DemoConfig(**{field.name: given[field.name] for field in fields(DemoConfig) if field.name in given})
     if arguments.jobs is None and not torch.cuda.is_available():
         runs = config.seeds * config.orders * len(config.methods)
         config = replace(config, jobs=min(torch.get_num_threads(), runs, MOST_JOBS))

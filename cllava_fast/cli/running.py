@@ -27,8 +27,6 @@ from cllava_fast.train.identity import run_identity
 from cllava_fast.train.runfile import find_run
 from cllava_fast.train.tune import check_engine
 
-DEFAULT_TOKENS = 16  # of an answer, where no run says how many
-
 
 def train(config: RunConfig) -> cf.ContinualResult:
     """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
@@ -137,9 +135,10 @@ def run_config(folder: Path, base: str | None = None) -> RunConfig:
 
 
 def answer_tokens(path: str) -> int:
-    """How long an answer may be, as in the run's training."""
+    """How long an answer may be, as in the run's training; of a folder that no run left, as in any."""
     folder = Path(path)
-    return run_config(folder).training.max_new_tokens if (folder / CONFIG).is_file() else DEFAULT_TOKENS
+    training = run_config(folder).training if (folder / CONFIG).is_file() else cf.ContinualArguments
+    return training.max_new_tokens
 
 
 def increments_of(folder: Path, after: str | None) -> Path:

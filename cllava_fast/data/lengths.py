@@ -19,10 +19,8 @@ class Limit(NamedTuple):
     name: str
 
 
-def token_limit(tokenizer: Any, model: Any | None) -> Limit | None:
-    """What the model says, and only where it does not, the tokenizer; None where neither does, or without a model."""
-    if model is None:
-        return None
+def token_limit(tokenizer: Any, model: Any) -> Limit | None:
+    """What the model says, and only where it does not, the tokenizer; None where neither does."""
     limits = (
         Limit(_positions(model.config.get_text_config()), "the model's max_position_embeddings"),
         Limit(tokenizer.model_max_length, "the tokenizer's model_max_length"),

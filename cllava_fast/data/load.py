@@ -43,7 +43,7 @@ def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None 
     """
     spec, title, home = _open(source)
     tasks = _tasks(spec, title)
-    root = _under(home, spec.get("base") or ".") if base is None else Path(os.path.expanduser(base))
+    root = under(home, spec.get("base") or ".") if base is None else Path(os.path.expanduser(base))
     missing = list(dict.fromkeys(line for task in tasks for line in task.missing(root)))
     if missing:
         raise FileNotFoundError(
@@ -72,8 +72,8 @@ class _TaskSpec:
 
     def missing(self, root: Path) -> list[str]:
         wanted = {f"{self.name}, {split}": source.path for split, source in self.splits.items()}
-        lines = [f"{what}: {path}" for what, path in wanted.items() if not os.path.exists(_under(root, path))]
-        if self.images is not None and not os.path.isdir(_under(root, self.images)):
+        lines = [f"{what}: {path}" for what, path in wanted.items() if not os.path.exists(under(root, path))]
+        if self.images is not None and not os.path.isdir(under(root, self.images)):
             lines.append(f"image folder: {self.images}")
         return lines
 
@@ -82,13 +82,14 @@ class _TaskSpec:
         return Task(self.name, metric=self.metric, **read)
 
     def _samples(self, source: _Source, root: Path) -> Sequence[Sample]:
-        path = _under(root, source.path)
+        path = under(root, source.path)
         # a folder of images is its own image folder
-        images = None if self.images is None or is_image_folder(path) else _under(root, self.images)
+        images = None if self.images is None or is_image_folder(path) else under(root, self.images)
         return read_samples(path, images, self.prompt, split=source.split, columns=source.columns)
 
 
-def _under(root: Path, path: str) -> Path:
+def under(root: Path, path: str) -> Path:
+    """What a YAML means by a path: from ``root`` where it is relative, ``~`` is the home folder."""
     return root / os.path.expanduser(path)
 
 

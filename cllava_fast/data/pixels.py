@@ -115,8 +115,8 @@ def _refuse_size(name: str, pixels: str) -> NoReturn:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An open image as ``read_rgb`` gives it. Raises ValueError for a mode without a fixed range, such as F."""
+    turn = TURNS.get(_orientation(image))  # as read_size: loading finds more, behind a PNG's pixels
     image.load()
-    turn = TURNS.get(_orientation(image))
     if image.mode.startswith("I"):
         image = _eight_bits(image)
         image.info.pop("transparency", None)  # of 16 bits

@@ -26,7 +26,7 @@ class PreparedStream:
         self._seen: set[tuple[str, str, bool]] = set()
         self._fitting: set[tuple[str, str, Limit | None]] = set()
 
-    def examples(self, task: str, split: str, model: Any | None, with_features: bool = True) -> Sequence[Example]:
+    def examples(self, task: str, split: str, model: Any, with_features: bool = True) -> Sequence[Example]:
         """The encoded samples; ``model`` says how long they may be and computes features of images that are new.
 
         Raises:
@@ -36,7 +36,7 @@ class PreparedStream:
         key = (task, split)
         surrogate = getattr(getattr(model, "increments", None), "surrogate", None)
         pooled = surrogate is not None and surrogate.uses_image
-        if model is not None and with_features and (*key, pooled) not in self._seen:
+        if with_features and (*key, pooled) not in self._seen:
             self.features.add(samples, self.encoder, model, pooled=pooled)
             self._seen.add((*key, pooled))
         where = f"task {task!r}, {split}"

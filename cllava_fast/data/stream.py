@@ -73,9 +73,6 @@ class Task:
     validation: Sequence[Sample] = ()
     metric: str = "exact_match"
 
-    def __len__(self) -> int:
-        return len(self.train)
-
 
 class Stream:
     """Tasks in the order in which they are learned, checked at once so that no run fails halfway.

@@ -26,15 +26,14 @@ from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Sample, Stream, fingerprint
 from cllava_fast.environment import environment
-from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.predict import batches_of, predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, write_report
-from cllava_fast.evaluate.results import METRICS
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.evaluate.selection import selection_study
 from cllava_fast.pool import Pool
 from cllava_fast.train.as_it_was import same_mode
 from cllava_fast.train.progress import stage
+from cllava_fast.train.result import ContinualResult
 
 PREDICTIONS = "predictions"  # folder of a run that holds a JSONL file for each task
 EXAMPLES = 2  # right ones and wrong ones of each task in the report
@@ -274,27 +273,15 @@ def file_names(tasks: Sequence[str]) -> list[str]:
 
 
 def results_of_run(
-    stream: Stream,
-    method: str,
-    seed: int,
-    measured: Mapping[str, Any],
-    config: Mapping[str, Any],
-    losses: Mapping[str, Sequence[float]],
-    examples: Mapping[str, Sequence[Mapping[str, Any]]],
+    stream: Stream, method: str, seed: int, result: ContinualResult, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What ``results.json`` holds for one method and one seed.
-
-    Args:
-        measured: the ``results.METRICS`` values, and for methods that select ``"selection"``, see ``selection_study``.
-    """
-    numbers = {name: measured[name] for name in METRICS}
-    if measured.get("selection"):
-        numbers["selection"] = measured["selection"]
+    """What ``results.json`` holds for one method and one seed."""
+    numbers = result.to_dict()
     return {
         "stream": stream.task_names,
         "metrics": {task.name: task.metric for task in stream},
         "seeds": [seed],
-        "methods": {method: {**numbers, "per_seed": [numbers], "losses": losses, "examples": examples}},
+        "methods": {method: {**numbers, "per_seed": [numbers], "losses": result.losses, "examples": result.examples}},
         "environment": environment(),
         "config": dict(config),
     }
@@ -364,22 +351,22 @@ def evaluate_stream(
     matrix.append([evaluation.score for evaluation in evaluations])
     method_config = model.increments.config.to_dict() if hasattr(model, "increments") else {"method": "frozen"}
     method = name or method_config["method"]
-    measured = {
-        "accuracy_matrix": matrix,
-        **metrics.summarize(matrix),
-        "selection_accuracy": selection_accuracy(evaluations),
-        "selection": study_of(evaluations),
-        "trainable_parameters": 0,
-        "seconds": time.perf_counter() - start,
-    }
+    measured = ContinualResult(
+        task_names=names,
+        accuracy_matrix=matrix,
+        selection_accuracy=selection_accuracy(evaluations),
+        trainable_parameters=0,
+        seconds=time.perf_counter() - start,
+        examples={evaluation.task: evaluation.examples for evaluation in evaluations},
+        selection=study_of(evaluations),
+    )
     config = {
         "model": model.name_or_path or None, "split": split,
         "samples_sha256": {task.name: fingerprint(getattr(task, split)) for task in data.stream},
         "batch_size": batch_size, "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
         **(run or {}),
     }  # fmt: skip
-    shown = {evaluation.task: evaluation.examples for evaluation in evaluations}
-    results = results_of_run(data.stream, method, seed, measured, config, {}, shown)
+    results = results_of_run(data.stream, method, seed, measured, config)
     if folder is not None:
         distributed.on_main(functools.partial(_write, folder, evaluations, results))
     return results

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example, ImageFeatures, samples_of
-from cllava_fast.model.paths import execution_device, input_embedding, vision_width
+from cllava_fast.model.paths import execution_device, input_embedding
 
 
 @torch.no_grad()
@@ -129,5 +129,5 @@ def queries_of(
         )
     image = None
     if increments.surrogate.uses_image:
-        image = features.pooled(samples_of(examples), vision_width(model))
+        image = features.pooled(samples_of(examples), increments.surrogate.image_dim)
     return distributed.from_main(increments.surrogate.query(texts, image, batch_size=64))

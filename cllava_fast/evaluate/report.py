@@ -290,6 +290,5 @@ def _markdown_examples(method: str, result: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    lines = ["| " + " | ".join(map(_md, row)) + " |" for row in rows]
-    head = "| task | question | expected | predicted | score |\n| --- | --- | --- | --- | ---: |"
-    return "\n".join(["", f"## Answers of {method} at the end", "", head, *lines, ""])
+    table = _markdown_rows(["task", "question", "expected", "predicted", "score"], rows, texts=4)
+    return f"\n## Answers of {method} at the end\n\n{table}\n"

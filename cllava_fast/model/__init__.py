@@ -1,4 +1,4 @@
-"""The only place that knows transformers models: paths, patch, merge, files, export."""
+"""The only place that knows transformers models, but for a CLIP (``clip.py``): paths, patch, merge, files, export."""
 
 from cllava_fast.model.export import ExportReport, export_peft
 from cllava_fast.model.files import load_pretrained, save_pretrained

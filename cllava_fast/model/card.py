@@ -14,20 +14,21 @@ FOLDER = "path/of/this/folder"
 EXACT = "none"  # the quantisation of a base that has none
 
 
-def increments_card(config: dict[str, Any], rows: int, location: str | None = None) -> str:
+def increments_card(config: dict[str, Any], rows: int, location: str | None = None, *, images: bool) -> str:
     """The card of a folder that ``save_pretrained`` wrote.
 
     Args:
         config: what ``adapter_config.json`` holds.
         rows: rows in the pool.
         location: name that the folder is loaded by, where one is known.
+        images: whether the base takes images.
     """
     base = ", quantization_config=quantization" if config["base_quantization"] != EXACT else ""
     base = ", model=base" if config["base_model_name_or_path"] is None else base
     load = f'import cllava_fast as cf\n\nmodel = cf.from_pretrained("{location or FOLDER}"{base})'
     what = (
-        "# Increments for a frozen LLaVA\n\n"
-        "What a LLaVA learned, task after task, as low-rank increments. The frozen base model is not in here."
+        "# Increments for a frozen model\n\n"
+        "What it learned, task after task, as low-rank increments. The frozen base model is not in here."
     )
     method = config["config"]
     facts = {
@@ -35,7 +36,7 @@ def increments_card(config: dict[str, Any], rows: int, location: str | None = No
         "adapted linears": ", ".join(as_code(target) for target in method["targets"]),
         "surrogate": as_code(method["surrogate"]) if "surrogate" in method else "none",
     }
-    return _learned_card(config, facts, what, load, "image-text-to-text")
+    return _learned_card(config, facts, what, load, _pipeline(images))
 
 
 def clip_card(config: dict[str, Any], rows: int, location: str | None = None) -> str:
@@ -69,7 +70,7 @@ def _learned_card(config: dict[str, Any], facts: dict[str, str], what: str, load
     return _card(config["base_model_name_or_path"], LIBRARY, tags, text, pipeline)
 
 
-def peft_card(config: dict[str, Any], selection: str, error: float, targets: tuple[str, ...]) -> str:
+def peft_card(config: dict[str, Any], selection: str, error: float, targets: tuple[str, ...], *, images: bool) -> str:
     """The card of a folder that ``export_peft`` wrote.
 
     Args:
@@ -77,6 +78,7 @@ def peft_card(config: dict[str, Any], selection: str, error: float, targets: tup
         selection: in words, what was exported.
         error: largest relative error of the compression; 0 for none.
         targets: the adapted linears.
+        images: whether the base takes images.
     """
     exact = "none; all rows that act" if error == 0 else f"relative error {error:.1e} at most"
     facts = {
@@ -93,12 +95,14 @@ def peft_card(config: dict[str, Any], selection: str, error: float, targets: tup
         "```python\nfrom peft import PeftModel\n\n"
         f'model = PeftModel.from_pretrained(base, "{FOLDER}")\n```\n'
     )
-    return _card(config["base_model_name_or_path"], "peft", [LIBRARY, "lora"], text)
+    return _card(config["base_model_name_or_path"], "peft", [LIBRARY, "lora"], text, _pipeline(images))
 
 
-def _card(
-    base_model: str | None, library: str, tags: list[str], text: str, pipeline: str = "image-text-to-text"
-) -> str:
+def _pipeline(images: bool) -> str:
+    return "image-text-to-text" if images else "text-generation"
+
+
+def _card(base_model: str | None, library: str, tags: list[str], text: str, pipeline: str) -> str:
     # a hub refuses metadata that names a folder
     base: dict[str, Any] = (
         {"base_model": base_model, "base_model_relation": "adapter"} if is_repo_id(base_model) else {}

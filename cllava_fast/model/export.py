@@ -18,6 +18,7 @@ from cllava_fast.model.card import as_code, peft_card
 from cllava_fast.model.files import CARD, CONFIG, WEIGHTS, base_name
 from cllava_fast.model.merging import acting_rows, choose_one
 from cllava_fast.model.patching import get_increments
+from cllava_fast.model.paths import vision_tower
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def export_peft(
         "target_modules": list(errors),  # whole paths: the vision tower has linears of the same names
     }
     said = _words(task, instruction, query)
-    card = peft_card(config, said, max(errors.values()), increments.config.targets)
+    images = vision_tower(model) is not None
+    card = peft_card(config, said, max(errors.values()), increments.config.targets, images=images)
     with new_folder(target) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cllava_fast.model import paths
 from cllava_fast.model.card import EXACT, increments_card, is_repo_id
 from cllava_fast.model.instructions import template_markers
 from cllava_fast.model.patching import check_not_merged, find_processor, get_increments, patch, unpatch
-from cllava_fast.names import brief, convert
+from cllava_fast.names import brief
 from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
 from cllava_fast.untrusted import parse_json, read_file
@@ -79,7 +80,8 @@ def save_pretrained(
     if increments.is_within_a_task:
         raise ValueError("a task is being learned; save before it begins, or once it is committed")
     surrogate = increments.surrogate.fingerprint if increments.surrogate else None
-    return write_increments(model, increments.pool, increments.config, surrogate, Path(path), base_model, repo_id)
+    card = partial(increments_card, images=paths.vision_tower(model) is not None)
+    return write_increments(model, increments.pool, increments.config, surrogate, Path(path), card, base_model, repo_id)
 
 
 def write_increments(
@@ -88,9 +90,9 @@ def write_increments(
     config: MethodConfig,
     surrogate: str | None,
     target: Path,
+    card: Callable[..., str],
     base_model: str | None = None,
     repo_id: str | None = None,
-    card: Callable[..., str] = increments_card,
 ) -> Path:
     """What ``save_pretrained`` does with a pool of ``model``'s; ``surrogate`` is its fingerprint."""
     # a folder with nothing but a README.md is somebody else's
@@ -263,14 +265,9 @@ def read_config(folder: Path) -> Saved:
 
 
 def _method_config(values: Any) -> MethodConfig:
-    """The method's config, each field of the type that it has in a run's YAML."""
-    from cllava_fast.config import typed_fields  # not above: it imports what trains, and that this module
-
     if not isinstance(values, dict) or not isinstance(values.get("method"), str):
         raise ValueError(f"config is {brief(values)}; expected a mapping with a method and its fields")
     config = config_from_dict(values)
-    kinds = typed_fields(type(config)).items()
-    config = type(config)(**{name: convert(getattr(config, name), kind, name) for name, (_, kind) in kinds})
     if config.rank > MAX_RANK:
         raise ValueError(f"rank is {config.rank}; expected {MAX_RANK} at most")
     return config

@@ -170,7 +170,7 @@ class Increments(nn.Module):
                 f'surrogate "text+image" looks at images, and a {type(model).__name__} has no vision tower; '
                 'use "sentence" or "backbone"'
             )
-        return TextImageSurrogate(sentence_surrogate("sentence", device), paths.vision_width(model), tower)
+        return TextImageSurrogate(sentence_surrogate("sentence", device), tower.config.hidden_size, tower)
 
     @property
     def is_within_a_task(self) -> bool:

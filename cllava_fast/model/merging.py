@@ -185,7 +185,6 @@ def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor,
 
 
 def _merged(weight: Tensor, selection: Selection, increments: Increments, path: str) -> Tensor:
-    with torch.no_grad():
-        A, B, coefficient = acting_rows(selection, increments.pool.factors(path))
-        every = torch.arange(len(A), device=A.device)
-        return ops.merge(weight, A, B, every, coefficient, increments.config.scale, check_values=False)
+    A, B, coefficient = acting_rows(selection, increments.pool.factors(path))
+    every = torch.arange(len(A), device=A.device)
+    return ops.merge(weight, A, B, every, coefficient, increments.config.scale, check_values=False)

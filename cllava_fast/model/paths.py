@@ -1,4 +1,5 @@
-"""Which transformers models can be patched, and where their parts are. Nothing else in the tree knows module paths.
+"""Which transformers models can be patched, and where their parts are. Nothing else in the tree knows module paths but
+``clip.py``, of a CLIP.
 
 A new base is one row of ``BASES``, if every language layer hands the forward's keyword arguments to its ``self_attn``;
 the tests in ``tests/test_bases.py`` check the rest for every row.
@@ -200,12 +201,6 @@ def vision_tower(model: nn.Module) -> Any:
     """None for a model that takes no images."""
     path = base_of(model).vision_tower
     return None if path is None else model.get_submodule(path)
-
-
-def vision_width(model: nn.Module) -> int:
-    """Width of the vision tower's last hidden state; 0 without a tower."""
-    tower = vision_tower(model)
-    return 0 if tower is None else tower.config.hidden_size
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding:

@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-STAGES = ("align", "tune", "commit", "evaluate")
-
 
 class ContinualCallback(TrainerCallback):
     """A ``transformers.TrainerCallback`` that is told of tasks and their stages, too.
@@ -19,8 +17,10 @@ class ContinualCallback(TrainerCallback):
 
     In each hook ``task`` is the task's name (names joined by ``+`` where a method learns tasks together), ``number``
     its place, from 0, behind those that the model had learned before the run where its method counts them, and
-    ``stage`` one of ``STAGES``. ``metrics`` are: of ``"align"`` and ``"tune"`` the last ``loss``; of ``"evaluate"`` the
-    ``accuracy/<task>`` of every task of the stream seen so far; of the whole task all of these, as ``<stage>/<name>``.
+    ``stage`` one of ``"align"``, ``"tune"``, ``"commit"``, ``"evaluate"``. ``metrics`` are: of the first two the last
+    ``loss``; of ``"commit"`` the largest relative error of the shortened context, ``context_error``, where there is
+    one; of ``"evaluate"`` the ``accuracy/<task>`` of every task of the stream seen so far; of the whole task all of
+    these, as ``<stage>/<name>``.
     What is learned by then can be saved or measured behind ``"commit"``, and not while a task is being learned.
     """
 

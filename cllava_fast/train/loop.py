@@ -379,9 +379,7 @@ class ContinualTrainer:
             "method_configs": {method["method"]: method},
             **({} if self.args.eval_budget is None else {"evaluated": self._progress.get("evaluated", [])}),
         }
-        results = evaluation.results_of_run(
-            self.stream, method["method"], self.args.seed, result.to_dict(), config, result.losses, result.examples
-        )
+        results = evaluation.results_of_run(self.stream, method["method"], self.args.seed, result, config)
         write_text(self.output_dir / RESULTS, results_json(results))
 
     def _saved(self, number: int, phases: list[list[str]]) -> Path:
