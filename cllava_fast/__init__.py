@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cllava_fast import ops
-    from cllava_fast.data import Sample, Stream, Task, load_stream, read_samples
+    from cllava_fast.data import DataCollator, Sample, Stream, Task, load_stream, read_samples
     from cllava_fast.evaluate.evaluation import evaluate_stream
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
     from cllava_fast.model import (
@@ -39,6 +39,7 @@ __all__ = [
     "ContinualCallback",
     "ContinualResult",
     "ContinualTrainer",
+    "DataCollator",
     "IncrementConfig",
     "JointLoraConfig",
     "LoraConfig",
@@ -65,7 +66,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "data": ("Sample", "Stream", "Task", "load_stream", "read_samples"),
+    "data": ("DataCollator", "Sample", "Stream", "Task", "load_stream", "read_samples"),
     "evaluate.evaluation": ("evaluate_stream",),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
     "model": (

@@ -134,7 +134,9 @@ def load_config(
     method = sections["method"].pop("name", IncrementConfig.method)
     if not isinstance(method, str) or method not in METHODS:
         given = "--method.name" if "method.name" in (flags or {}) else f"{where}method.name"
-        raise ValueError(f"{given} is {brief(method)}; {nearest(str(method), METHODS)}")
+        raise ValueError(
+            f"{given} is {brief(method)}; {nearest(str(method), METHODS)}, or import the module that registers it"
+        )
     if "path" not in sections["model"]:
         raise ValueError(f"{where}model is missing; give --model PATH, or model: PATH in the file")
     stream: dict[str, Any] | str = {key: values[key] for key in STREAM_KEYS if key in values}

@@ -22,6 +22,7 @@ import cllava_fast as cf
 from cllava_fast import distributed
 from cllava_fast.cli import running
 from cllava_fast.config import ModelConfig, RunConfig
+from cllava_fast.data.encode import samples_of
 from cllava_fast.evaluate import evaluation
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.methods.branch_lora import BranchLoraConfig
@@ -98,7 +99,7 @@ def learn(output: Path, report: Path, config: Any = CONFIG, **values: Any) -> An
     result = run.train()
     increments = get_increments(run.model)
     examples = [e for name in ("task0", "task1") for e in run.data.examples(name, "test", run.model)]
-    queries = queries_of(run.model, examples, run.data.features)
+    queries = queries_of(run.model, samples_of(examples), run.data.features)
     selection = increments.method.select(increments.pool, queries, increments.groups, training=False)
     assert selection is not None
     save_file(increments.pool.state(), report.with_suffix(".safetensors"))

@@ -26,6 +26,7 @@ HOSTILE_MUTANTS = [
     ("any number of pixels", PIXELS, "width * height > Image.MAX_IMAGE_PIXELS", "False", IMAGES),
     ("any shape", PIXELS, "max(width, height) > MAX_ASPECT * min(width, height)", "False", IMAGES),
     ("images lie on their side", PIXELS, "turn = TURNS.get(_orientation(image))", "turn = None", IMAGES),
+    ("a picture turns when it is read", PIXELS, "    turn = TURNS.get(_orientation(image))  # as read_size: loading finds more, behind a PNG's pixels\n    image.load()\n", "    image.load()\n    turn = TURNS.get(_orientation(image))\n", IMAGES),
     ("16 bits are cut off", PIXELS, 'value * (1 / 257) + 0.5', "value", IMAGES),
     ("what is transparent is black", PIXELS, 'image.size, "white"', 'image.size, "black"', IMAGES),
     ("a pipe is opened", UNTRUSTED, "if not stat.S_ISREG(status.st_mode):", "if False:", DATA),

@@ -104,7 +104,7 @@ MUTANTS = [
     ),
     Mutant(
         "the second task has another precision", "cllava_fast/train/as_it_was.py",
-        '("_original_forward", "_is_accelerate_prepared")', '("_original_forward",)', TRAIN,
+        '"_original_forward", "_is_accelerate_prepared")', '"_original_forward")', TRAIN,
     ),
     Mutant(
         "two settings under one name", "cllava_fast/evaluate/combine.py",

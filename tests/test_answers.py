@@ -91,6 +91,10 @@ def test_no_label_gives_what_transformers_gives(training, batch):
         assert training(**batch, **options, num_items_in_batch=torch.tensor(4)).loss == 0
 
 
+OF_EARLIER_TASKS = pytest.mark.filterwarnings("ignore:a task is being learned, and in evaluation mode")
+
+
+@OF_EARLIER_TASKS
 def test_evaluation_and_whoever_asks_get_all_logits(training, batch):
     size = batch["labels"].shape[1]
     assert training(**batch, **ALL).logits.shape[1] == size
@@ -104,6 +108,7 @@ def test_evaluation_and_whoever_asks_get_all_logits(training, batch):
     assert training.train()(**batch).logits.shape[1] == 3
 
 
+@OF_EARLIER_TASKS
 def test_a_failed_forward_leaves_nothing_behind(training, batch):
     with pytest.raises(Exception, match="."):
         training(**{**batch, "pixel_values": batch["pixel_values"][:1]})

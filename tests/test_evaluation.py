@@ -15,7 +15,7 @@ import torch
 
 import cllava_fast as cf
 from cllava_fast import cli
-from cllava_fast.data.encode import Collator, Encoder, Example, ImageFeatures
+from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import fingerprint
 from cllava_fast.evaluate import evaluation, scores
@@ -297,7 +297,7 @@ def test_a_system_prompt_that_is_read_as_the_instruction(
     increments = learn(cf.patch(llava, CONFIG, processor=processor), 1, rng)
     increments.reader._behind_system = between
     sample = dataclasses.replace(stream(1).tasks[0].test[0], system=system)
-    queries_of(llava, [Example(sample, [], [], sample.instruction)], ImageFeatures())
+    queries_of(llava, [sample], ImageFeatures())
     said = [str(warning.message) for warning in recwarn if "system prompt" in str(warning.message)]
     assert len(said) == (system != "" and between == "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast.data.encode import Collator
@@ -40,15 +44,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_the_page_learns_tasks_and_forgets_none(llava: Any, processor: Any, tmp_path: Path) -> None:
     model, data = cf.patch(llava, CONFIG, processor=processor), PreparedStream(stream(2), processor)
-    (code,) = re.findall(r"```python\n(with cf\.learning.*?)```", PAGE, re.DOTALL)
-    code = code.replace("lr=2e-5", "lr=1e-2")
-    for task in data.stream:
-        namespace = {
-            "cf": cf, "torch": torch, "model": model, "name": task.name, "folder": tmp_path / "mine",
-            "questions": instructions(data, task.name), "batches": batches(data, task.name, model, 80),
-        }  # fmt: skip
-        exec(code, namespace)
-        assert namespace["loss"].item() < 0.5 and not model.training
+    (code,) = re.findall(r"```python\n(from torch\.utils.*?)```", PAGE, re.DOTALL)
+    assert "DataLoader(task.train, " in code
+    code = code.replace("lr=2e-5", "lr=1e-2").replace("DataLoader(task.train, ", "DataLoader(task.train * 40, ")
+    namespace = {"cf": cf, "torch": torch, "model": model, "processor": processor, "stream": data.stream}
+    exec(code, {**namespace, "folder": tmp_path / "mine"})
+    assert not model.training
     results = cf.evaluate_stream(model, processor, data, max_new_tokens=3, progress=False)
     assert min(results["methods"]["continual_llava"]["accuracy_matrix"][-1]) > 0.6
     assert results["methods"]["continual_llava"]["selection_accuracy"] > 0.9
@@ -64,9 +65,9 @@ def test_every_method_learns_so_and_a_failure_leaves_what_was_learned(llava: Any
     data, pool = PreparedStream(stream(2), processor), get_increments(model).pool
     queries: Any = instructions(data, "task0")
     if getattr(get_increments(model).surrogate, "uses_image", False):
-        with pytest.raises(ValueError, match="looks at images, too; give queries"), cf.learning(model, "a", queries):
+        with pytest.raises(ValueError, match="looks at images, too; give the"), cf.learning(model, "a", queries):
             pass
-        queries = get_increments(model).surrogate.query(queries)
+        queries = data.stream.tasks[0].train
 
     def learn(task: str, fails: bool = False) -> None:
         with cf.learning(model, task, queries) as parameters:
@@ -135,11 +136,11 @@ def test_what_is_refused_or_warned_of(llava: Any, processor: Any) -> None:
     model = cf.patch(llava, CONFIG, processor=processor)
     width = get_increments(model).pool.key_dim
     for given, message in (
-        (None, "instructions is None; continual_llava selects by them"),
-        ("what?", "instructions is 'what\\?'"),
-        ([], r"instructions is \[\]"),
-        ([1, 2], r"instructions is \[1, 2\]; continual_llava selects by them: give the texts"),
-        (torch.zeros(2, 3), rf"instructions is \[2, 3\]; expected queries \[n, {width}\]"),
+        (None, "questions is None; continual_llava selects by them"),
+        ("what?", "questions is 'what\\?'"),
+        ([], r"questions is \[\]"),
+        ([1, 2], r"questions is \[1, 2\]; continual_llava selects by them: give the training samples"),
+        (torch.zeros(2, 3), rf"questions is \[2, 3\]; expected queries \[n, {width}\]"),
     ):
         with pytest.raises(ValueError, match=message), cf.learning(model, "a", given):
             pass
@@ -159,3 +160,96 @@ def test_what_is_refused_or_warned_of(llava: Any, processor: Any) -> None:
     told = cf.patch(cf.unpatch(model), METHODS["per_task_lora"][0](), processor=processor)
     with pytest.raises(ValueError, match="per_task_lora is told the task"), cf.learning(told, "a"):
         pass
+
+
+def test_samples_and_their_instructions_are_the_same_question(llava: Any, processor: Any) -> None:
+    model, train = cf.patch(llava, CONFIG, processor=processor), stream(1).tasks[0].train
+    means = []
+    for task, questions in (("a", train), ("b", [sample.instruction for sample in train])):
+        with pytest.warns(UserWarning, match="has learned nothing"), cf.learning(model, task, questions):
+            means.append(get_increments(model).pool.block_keys.mean(0))
+    torch.testing.assert_close(*means, atol=0.05, rtol=0)
+    looking = cf.patch(cf.unpatch(model), cf.IncrementConfig(surrogate="text+image"), processor=processor)
+    width = get_increments(looking).surrogate.image_dim
+    with pytest.warns(UserWarning, match="has learned nothing"), cf.learning(looking, "a", train):
+        pass
+    assert get_increments(looking).pool.keys[:, -width:].any(), "nobody looked at the pictures"
+
+
+def test_a_collator_makes_what_the_trainer_makes(llava: Any, processor: Any) -> None:
+    model = cf.patch(llava, CONFIG, processor=processor)
+    data, task = PreparedStream(stream(1), processor), "task0"
+    (wanted,) = batches(data, task, model, 1)
+    loader = DataLoader(data.stream.tasks[0].train, batch_size=12, collate_fn=cf.DataCollator(processor), num_workers=1)
+    batch = next(iter(loader))
+    assert batch.keys() == wanted.keys() and all(torch.equal(batch[name], wanted[name]) for name in wanted)
+    prompts = cf.DataCollator(processor, training=False)(data.stream.tasks[0].train[:2])
+    assert "labels" not in prompts and torch.equal(prompts.attention_mask[:, -1], torch.ones(2, dtype=torch.int64))
+    with torch.no_grad():
+        assert model.generate(**prompts, max_new_tokens=2).shape[1] == prompts.input_ids.shape[1] + 2
+
+
+def test_a_loss_of_earlier_tasks_is_told(llava: Any, processor: Any, recwarn: pytest.WarningsRecorder) -> None:
+    model, task = cf.patch(llava, CONFIG, processor=processor), stream(1).tasks[0]
+    batch = cf.DataCollator(processor)(task.train[:4])
+    with cf.learning(model, "a", task.train) as parameters:
+        for parameter in parameters:
+            parameter.data += 0.1
+        model(**batch)
+        prompt = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        model.eval()
+        model(**prompt)
+        assert not recwarn
+        with pytest.warns(UserWarning, match="in evaluation mode its rows do not act") as caught:
+            frozen = model(**batch).loss
+        assert caught[0].filename == __file__ and not frozen.requires_grad
+    model(**batch)
+    with pytest.warns(UserWarning, match="'b' has learned nothing"), cf.learning(model, "b", task.train):
+        model.eval()
+        with pytest.warns(UserWarning, match="is that of the tasks before it"):
+            model(**batch)
+    shared = cf.patch(cf.unpatch(model), cf.LoraConfig(), processor=processor)
+    with cf.learning(shared, "a") as parameters:
+        for parameter in parameters:
+            parameter.data += 0.1
+        shared.eval()
+        assert shared(**batch).loss.requires_grad, "its rows do act"
+    assert not recwarn
+
+
+@pytest.mark.parametrize("prepared", ["within", "before"])
+def test_what_accelerate_wraps_within_is_taken_off(llava: Any, processor: Any, tmp_path: Path, prepared: str) -> None:
+    model, task = cf.patch(llava, CONFIG, processor=processor), stream(1).tasks[0]
+    ours, batch = model.forward, cf.DataCollator(processor, training=False)(task.train[:4])
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    if prepared == "before":
+        accelerator.prepare(model)
+    with cf.learning(model, "a", task.train):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=20, learning_rate=1e-2, bf16=True, use_cpu=True, save_strategy="no",
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, args, train_dataset=task.train, data_collator=cf.DataCollator(processor)).train()
+    assert ("_original_forward" in model.__dict__) == (prepared == "before")
+    unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert unwrapped is model and model.forward == ours
+    frozen = cf.unpatch(copy.deepcopy(model))
+    with torch.no_grad():
+        logits = model(**batch).logits
+        assert not torch.allclose(logits, frozen(**batch).logits), "the increments are gone"
+        loaded = cf.load_pretrained(frozen, cf.save_pretrained(model, tmp_path / "out"), processor=processor)
+        assert torch.equal(loaded(**batch).logits, logits)
+
+
+def test_a_wrapped_model_is_named(llava: Any, processor: Any) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    for inside, do in (
+        (cf.patch(llava, CONFIG, processor=processor), "its .module"),
+        (llava.model, "call cllava_fast"),
+    ):
+        with pytest.raises(ValueError, match=f"the Wrapper is not patched; .*{do}"), cf.learning(Wrapper(inside), "a"):
+            pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import cllava_fast as cf
 from cllava_fast.methods import (
     METHODS,
     ContinualLlava,
     IncrementConfig,
     JointLoraConfig,
     LoraConfig,
+    Pairs,
     Selection,
     SequentialLora,
     config_from_dict,
@@ -25,6 +27,7 @@ from cllava_fast.methods import (
 )
 from cllava_fast.methods.continual_llava import mean_weight, sample_keys
 from cllava_fast.pool import LinearShape, Pool
+from tests.helpers import learn
 
 D = 12
 
@@ -288,3 +291,33 @@ def test_a_task_that_fails_leaves_what_can_be_saved(name: str, generator: torch.
     assert again.task_names == pool.task_names and again.state().keys() == pool.state().keys()
     for key, tensor in again.state().items():
         assert torch.equal(tensor, pool.state()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "message"),
+    [
+        (lambda found: (found.past, found.context), TypeError, "returned a tuple; expected a Selection"),
+        (lambda found: replace(found, past=Pairs(found.past.index[:1], found.past.coefficient[:1])), ValueError,
+         r"past has an index \[1, 4\] and a coefficient \[1, 4\]; expected 2 samples"),
+        (lambda found: replace(found, past=Pairs(found.past.index, found.past.coefficient[:1])), ValueError,
+         "expected 2 samples"),
+        (lambda found: replace(found, past=Pairs(found.past.index.int(), found.past.coefficient)), TypeError,
+         "an index of torch.int32"),
+        (lambda found: replace(found, past=Pairs(found.past.index, found.past.coefficient.double())), TypeError,
+         "a coefficient of torch.float64; expected torch.int64 and torch.float32"),
+        (lambda found: replace(found, past=Pairs(found.past.index + 8, found.past.coefficient)), ValueError,
+         r"past.index: expected entries in \[0, rows\) = \[0, 16\)"),
+        (lambda found: replace(found, past=None, block=found.past), ValueError, r"block.index: .* = \[0, 0\)"),
+    ],
+)  # fmt: skip
+def test_a_selection_that_cannot_be_meant_is_refused_at_once(
+    broken: Any, error: type[Exception], message: str, llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    """By the name of the method's own function: layers take what they are handed."""
+    increments = learn(cf.patch(llava, IncrementConfig(), processor=processor), 2, generator)
+    query = increments.surrogate.query(["what color is it?", "which digit is it?"])
+    found = increments.select_by_query(query)
+    assert found.past.index.max() > 8 and found.block is None
+    increments.method.select = lambda *_: broken(found)
+    with pytest.raises(error, match=f"ContinualLlava.select.*{message}"):
+        increments.select_by_query(query)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast.atomic import read_json, write_json
@@ -80,6 +80,9 @@ def test_nothing_is_written_for_bad_input(llava: Any, processor: Any, tmp_path: 
         cf.ContinualTrainer(llava, processor, empty, arguments(tmp_path / "run", eval_split="validation"))
     with pytest.raises(TypeError, match="expected transformers.LlavaForConditionalGeneration"):
         cf.ContinualTrainer(torch.nn.Linear(1, 1), processor, stream(), arguments(tmp_path / "run"))
+    with pytest.raises(ValueError, match="early stopping evaluates within a task"):
+        cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"), callbacks=[EarlyStoppingCallback])
+    cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"), callbacks=None)
     assert not (tmp_path / "run").exists()
 
 

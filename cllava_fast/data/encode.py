@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 from cllava_fast.data.conversation import SET_TEMPLATE, Conversation, Turns
 from cllava_fast.data.lazy import LazySequence
@@ -121,7 +122,7 @@ class Encoder:
         return dict(self.processor.image_processor(list(images), return_tensors="pt"))
 
 
-def samples_of(examples: Sequence[Example]) -> Iterable[Sample]:
+def samples_of(examples: Sequence[Example]) -> Sequence[Sample]:
     """The samples, without encoding them again where examples are made on demand."""
     return examples.samples if isinstance(examples, LazyExamples) else [example.sample for example in examples]
 
@@ -242,3 +243,28 @@ class Collator:
             return {"image_features": projected}
         opened = [sample.open_image() for sample in samples]
         return self.encoder.images([image for image in opened if image is not None])
+
+
+class DataCollator:
+    """The ``collate_fn`` of a ``DataLoader`` over samples, for a training loop of one's own: batches as the trainer's.
+
+    A prompt is the processor's chat template; the answer and the end-of-sequence token stand behind it, padding on the
+    right, labels on answers alone. With ``training=False``, prompts alone, padding on the left, for ``model.generate``.
+
+    Args:
+        processor: the model's; a tokenizer, where the model takes no images.
+        training: with answers and labels.
+
+    Returns:
+        Of a list of samples, what the model takes: ``model(**batch.to(model.device))``.
+
+    Raises:
+        ValueError: a chat template that does not write a sample's turns, or a tokenizer without an eos_token.
+    """
+
+    def __init__(self, processor: Any, training: bool = True) -> None:
+        self._encoder = Encoder(processor)
+        self._collate = Collator(self._encoder, None, training)
+
+    def __call__(self, samples: Sequence[Sample]) -> BatchFeature:
+        return BatchFeature(self._collate(self._encoder.encode(samples)))

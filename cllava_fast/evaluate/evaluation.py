@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cllava_fast import distributed
 from cllava_fast.atomic import check_replaceable, is_empty, new_folder
-from cllava_fast.data.encode import Collator, Example
+from cllava_fast.data.encode import Collator, Example, samples_of
 from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Sample, Stream, fingerprint
@@ -120,7 +120,9 @@ def evaluate_tasks(
     places = {name: range(len(task)) if positions is None else positions[name] for name, task in tasks.items()}
     tasks = {name: task if positions is None else [task[i] for i in places[name]] for name, task in tasks.items()}
     examples = [example for task in tasks.values() for example in task]
-    queries = queries_of(model, examples, data.features, [name for name, task in tasks.items() for _ in task])
+    queries = queries_of(
+        model, samples_of(examples), data.features, [name for name, task in tasks.items() for _ in task]
+    )
     batches = -(-len(examples) // batch_size)
     with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
         answers = predict(

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cllava_fast import distributed
-from cllava_fast.data.encode import Collator, Example, ImageFeatures, samples_of
+from cllava_fast.data.encode import Collator, Example, ImageFeatures
+from cllava_fast.data.stream import Sample
 from cllava_fast.model.paths import execution_device, input_embedding
 
 
@@ -98,13 +99,13 @@ def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 def queries_of(
-    model: Any, examples: Sequence[Example], features: ImageFeatures, tasks: Sequence[str] = ()
+    model: Any, samples: Sequence[Sample], features: ImageFeatures, tasks: Sequence[str] = ()
 ) -> Tensor | None:
     """``[n, D]`` on the CPU, by the same reading of instructions as in the model; None where no query selects.
 
     Args:
-        features: hold the examples' images, for surrogates that look at them.
-        tasks: the task of each example, which a method with ``uses_task`` is told, and no other.
+        features: hold the samples' images, for surrogates that look at them.
+        tasks: the task of each sample, which a method with ``uses_task`` is told, and no other.
 
     Raises:
         ValueError: the model was patched without a processor.
@@ -117,7 +118,7 @@ def queries_of(
     if increments.reader is None:
         raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
     texts, systems = [], False
-    for sample in samples_of(examples):
+    for sample in samples:
         texts.append(increments.reader.canonical(sample.instruction))
         systems |= bool(sample.system)
     if systems and increments.reader.mixes_system and distributed.is_main():
@@ -129,5 +130,5 @@ def queries_of(
         )
     image = None
     if increments.surrogate.uses_image:
-        image = features.pooled(samples_of(examples), increments.surrogate.image_dim)
+        image = features.pooled(samples, increments.surrogate.image_dim)
     return distributed.from_main(increments.surrogate.query(texts, image, batch_size=64))

@@ -348,6 +348,31 @@ def pool_version(pool: Pool) -> int:
     return sum(parameter._version for parameter in pool.parameters())
 
 
+def check_selection(method: Method, pool: Pool, selection: Any, samples: int) -> None:
+    """Refuses what ``Method.select`` cannot have meant for that many queries; layers take what they are handed."""
+    what = f"{type(method).__name__}.select"
+    if selection is None:
+        return
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{what} returned a {type(selection).__name__}; expected a Selection, or None")
+    block_rows = pool.block_rows if selection.rows is None else len(selection.rows[1])
+    for name, pairs, rows in (("block", selection.block, block_rows), ("past", selection.past, pool.num_rows)):
+        if pairs is None:
+            continue
+        index, coefficient = pairs.index, pairs.coefficient
+        if len(index) != samples or len(coefficient) != samples:
+            raise ValueError(
+                f"{what}: {name} has an index {list(index.shape)} and a coefficient {list(coefficient.shape)}; "
+                f"expected {samples} samples, as there are queries"
+            )
+        if index.dtype != torch.int64 or coefficient.dtype != torch.float32:
+            raise TypeError(
+                f"{what}: {name} has an index of {index.dtype} and a coefficient of {coefficient.dtype}; expected "
+                "torch.int64 and torch.float32"
+            )
+        checks.within(f"{what}: {name}.index", index, rows, "rows")
+
+
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {}  # config and policy by the config's ``method``
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cllava_fast.methods import Begun, Method, MethodConfig, Selection, calibration, make_method
+from cllava_fast.methods.base import check_selection
 from cllava_fast.model import acting, caches, paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.images import images_per_sample
@@ -239,6 +240,7 @@ class Increments(nn.Module):
         query = query.to(self.pool.keys.device)
         learning = self.training and self.pool.block_rows > 0
         selection = self.method.select(self.pool, query, self.groups, learning)
+        check_selection(self.method, self.pool, selection, len(query))
         if selection is not None and self.calibrates and not learning:
             selection = selection.scaled(calibration.familiarity(self.pool, query))
         return selection

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -167,7 +168,10 @@ def get_increments(model: Any) -> Increments:
     """The ``Increments`` of a patched model. Raises ValueError if the model is not patched."""
     increments = getattr(model, "increments", None)
     if not isinstance(increments, Increments):
-        raise ValueError(f"the {type(model).__name__} is not patched; call cllava_fast.patch(model) first")
+        inner = getattr(model, "module", None)
+        wraps = isinstance(getattr(inner, "increments", None), Increments)  # as DistributedDataParallel does
+        do = "give the patched model inside it, its .module" if wraps else "call cllava_fast.patch(model) first"
+        raise ValueError(f"the {type(model).__name__} is not patched; {do}")
     return increments
 
 
@@ -208,12 +212,19 @@ def _shadow(module: nn.Module, name: str, function: Any) -> None:
     present = module.__dict__.get(name)
     original = getattr(type(module), name) if present is None else present
 
-    @functools.wraps(original)  # callers inspect the signature
+    @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # looked up by class, never held: a copied model must call its own parts
         call = functools.partial(original, self) if present is None else original
         return function(self, call, *args, **kwargs)
 
+    # callers inspect the signature, but who takes wrappers off (accelerate) must not go past this one
+    signature = inspect.signature(original)
+    if present is not None:  # bound already
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = signature.replace(parameters=[own, *signature.parameters.values()])
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    del method.__wrapped__
     method._original = present  # type: ignore[attr-defined]
     module.__dict__[name] = MethodType(method, module)
 
@@ -277,6 +288,8 @@ def _forward(
         pending = within if increments.call.custom else None
     check_images(model, kwargs, image_features)
     selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending, within=within)
+    if kwargs.get("labels") is not None and not increments.training and increments.is_within_a_task:
+        _warn_of_earlier_tasks(selection)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
     remember = _Remember(increments, kwargs, selection) if pending is None else None
@@ -290,6 +303,16 @@ def _forward(
         if remember is not None:
             remember(output)
     return output
+
+
+def _warn_of_earlier_tasks(selection: Selection | None) -> None:
+    if selection is None or selection.block is None:
+        warnings.warn(
+            "a task is being learned, and in evaluation mode its rows do not act: this loss is that of the tasks "
+            "before it, and has no gradient of its parameters. Call model.train() first; for a loss to look at, under "
+            "torch.no_grad()",
+            stacklevel=6,  # who called the model
+        )
 
 
 def _generate(

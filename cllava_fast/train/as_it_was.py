@@ -25,7 +25,7 @@ def as_it_was(model: Any) -> Iterator[None]:
     """Behind the block, a task's engine has left nothing on ``model``, whether it came to its end or not."""
     with (
         _quiet("transformers.trainer"),
-        _keeps_forward(model),
+        keeps_forward(model),
         _counts_as_adapted(model),
         _keeps_cache(model),
         _keeps_activations(model),
@@ -34,16 +34,17 @@ def as_it_was(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _keeps_forward(model: Any) -> Iterator[None]:
-    """Takes off what mixed precision and FSDP wrap around our methods: accelerate's own unwrapping would take ours off,
-    too. So is its mark, with which the next task would get none."""
-    ours = {name: model.__dict__[name] for name in ("forward", "generate")}
+def keeps_forward(model: Any) -> Iterator[None]:
+    """Takes off what mixed precision and FSDP wrap around our methods within the block, and accelerate's marks, with
+    which the next task would get none."""
+    names = ("forward", "generate", "_original_forward", "_is_accelerate_prepared")
+    before = {name: model.__dict__[name] for name in names if name in model.__dict__}
     try:
         yield
     finally:
-        model.__dict__.update(ours)
-        for name in ("_original_forward", "_is_accelerate_prepared"):
+        for name in names:
             model.__dict__.pop(name, None)
+        model.__dict__.update(before)
 
 
 @contextmanager

@@ -10,35 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cllava_fast.data.encode import Encoder, ImageFeatures
+from cllava_fast.data.stream import Sample
+from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.model import get_increments
 from cllava_fast.model.patching import check_not_merged
 from cllava_fast.names import brief
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
-from cllava_fast.train.as_it_was import same_mode
+from cllava_fast.train.as_it_was import keeps_forward, same_mode
 from cllava_fast.train.committed import CommittedRows
 
 
 @contextmanager
 def learning(
-    model: Any, task: str, instructions: Sequence[str] | Tensor | None = None, *, seed: int = 0
+    model: Any, task: str, questions: Sequence[str] | Sequence[Sample] | Tensor | None = None, *, seed: int = 0
 ) -> Iterator[list[nn.Parameter]]:
     """Opens and aligns a task's rows, yields what trains, and commits it as ``task`` at the end of the block.
 
     Within, the model is in training mode, in which the new rows act; in evaluation mode they do not, where a task has
-    rows of its own. If the block raises, what the task has learned is dropped.
+    rows of its own. If the block raises, what the task has learned is dropped. What accelerate wraps around the model's
+    methods within the block (autocast, say) is taken off behind it.
 
     Args:
         model: a patched model.
         task: a name that it has not learned yet.
-        instructions: those of the training samples, or their queries ``[n, D]``; for methods that select by them.
+        questions: the training samples, or their instructions alone, or their queries ``[n, D]``; for methods that
+            select by them. An instruction is the whole user turn, word for word as the prompts have it; a surrogate
+            that looks at images needs the samples.
         seed: of the run; from it and the task's number those of the new rows and of alignment (three epochs) derive.
 
     Yields:
         The parameters: each task needs an optimizer of its own.
 
     Raises:
-        ValueError: instructions are missing, not what the method takes, or of a method that is told the task; the name
+        ValueError: questions are missing, not what the method takes, or of a method that is told the task; the name
             is taken, where the method keeps names; a selection is merged; a joint method has learned already.
         RuntimeError: a task is being learned already, or rows of an earlier task were changed.
     """
@@ -51,14 +57,14 @@ def learning(
         raise ValueError(f"task {task!r} is learned already; the model has learned {pool.task_names}")
     if method.joint and pool.block_rows:
         raise ValueError(f"{increments.config.method} learns all tasks at once, and has learned already")
-    queries = _queries(increments, instructions)
+    queries = _queries(model, questions)
     seed = seed * 10_000 + len(pool.task_names)  # a task's rows are not those that another was born with
     committed = CommittedRows(pool)
     names, before = list(pool.task_names), None
     if pool.block_rows or pool.shared_rows:  # what earlier tasks learned changes, too
         before = {name: tensor.clone() for name, tensor in pool.state().items()}
     try:
-        with same_mode(model):
+        with same_mode(model), keeps_forward(model):
             increments.open_task(queries, torch.Generator().manual_seed(seed))
             if method.aligns_keys and queries is not None:
                 args = ContinualArguments(output_dir="nothing is written", progress=False)
@@ -81,27 +87,34 @@ def learning(
         raise
 
 
-def _queries(increments: Any, instructions: Sequence[str] | Tensor | None) -> Tensor | None:
-    method = increments.config.method
+def _queries(model: Any, questions: Sequence[str] | Sequence[Sample] | Tensor | None) -> Tensor | None:
+    increments = get_increments(model)
+    method, surrogate = increments.config.method, increments.surrogate
     if increments.method.uses_task:
         raise ValueError(f"{method} is told the task of each sample, which ContinualTrainer does; use that")
-    surrogate = increments.surrogate
     if surrogate is None:
         return None
-    if isinstance(instructions, Tensor):
-        if instructions.dim() != 2 or not len(instructions) or instructions.shape[1] != surrogate.dim:
-            raise ValueError(f"instructions is {list(instructions.shape)}; expected queries [n, {surrogate.dim}]")
-        return instructions.float().cpu()
-    texts = [] if instructions is None or isinstance(instructions, str) else list(instructions)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        given = brief(instructions)
-        raise ValueError(f"instructions is {given}; {method} selects by them: give the texts of the training samples")
+    if isinstance(questions, Tensor):
+        if questions.dim() != 2 or not len(questions) or questions.shape[1] != surrogate.dim:
+            raise ValueError(f"questions is {list(questions.shape)}; expected queries [n, {surrogate.dim}]")
+        return questions.float().cpu()
+    given: list[Any] = [] if questions is None or isinstance(questions, str) else list(questions)
+    if given and all(isinstance(question, Sample) for question in given):
+        features = ImageFeatures()
+        if surrogate.uses_image:
+            features.add(given, Encoder(increments.processor), model)
+        return queries_of(model, given, features)
+    if not given or not all(isinstance(question, str) for question in given):
+        raise ValueError(
+            f"questions is {brief(questions)}; {method} selects by them: give the training samples, or their "
+            "instructions"
+        )
     if surrogate.uses_image:
         raise ValueError(
-            f"instructions are texts, and surrogate {surrogate.name!r} looks at images, too; give queries "
-            f"[n, {surrogate.dim}], as model.increments.surrogate.query makes of both"
+            f"questions are texts, and surrogate {surrogate.name!r} looks at images, too; give the training samples, "
+            f"or queries [n, {surrogate.dim}]"
         )
     if increments.reader:
-        texts = [increments.reader.canonical(text) for text in texts]
-    queries: Tensor = surrogate.query(texts, batch_size=64)
+        given = [increments.reader.canonical(text) for text in given]
+    queries: Tensor = surrogate.query(given, batch_size=64)
     return queries

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from cllava_fast import distributed
 from cllava_fast.atomic import (
@@ -26,7 +26,7 @@ from cllava_fast.atomic import (
     sweep,
     write_text,
 )
-from cllava_fast.data.encode import Collator
+from cllava_fast.data.encode import Collator, samples_of
 from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream
@@ -82,18 +82,21 @@ class ContinualTrainer:
         stream: Stream | PreparedStream,
         args: ContinualArguments,
         *,
-        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     ) -> None:
         if not isinstance(args, ContinualArguments):
             raise TypeError(
                 f"args is a {type(args).__name__}; expected cllava_fast.ContinualArguments, whose trainer_options take "
                 "further fields of transformers.TrainingArguments"
             )
+        listeners: list[TrainerCallback] = [c() if isinstance(c, type) else c for c in callbacks or ()]
+        if any(isinstance(listener, EarlyStoppingCallback) for listener in listeners):
+            raise ValueError("callbacks: early stopping evaluates within a task, and a task is evaluated at its end")
         distributed.start()
         if not isinstance(stream, PreparedStream):
             stream = PreparedStream(stream, processor, args.image_feature_bytes)
         self.args = args
-        self.callbacks = [c() if isinstance(c, type) else c for c in callbacks]
+        self.callbacks = listeners
         self.data = stream
         self.stream = stream.stream
         self.output_dir = Path(args.output_dir)
@@ -329,7 +332,7 @@ class ContinualTrainer:
             if split == self.args.eval_split:
                 tokenizer = self.data.encoder.tokenizer
                 warn_of_answers(examples, self.args.max_new_tokens, tokenizer, f"task {name!r}, {split}")
-            queries_of(self.model, examples, self.data.features, [name] * len(examples))
+            queries_of(self.model, samples_of(examples), self.data.features, [name] * len(examples))
 
     def _place(self) -> None:
         """Several processes each compute on the device that the launcher gave them."""
@@ -397,7 +400,7 @@ class ContinualTrainer:
         parts = [self.data.examples(name, "train", self.model) for name in names]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
         owners = [name for name, part in zip(names, parts, strict=True) for _ in part]
-        queries = queries_of(self.model, examples, self.data.features, owners)
+        queries = queries_of(self.model, samples_of(examples), self.data.features, owners)
         if queries is not None:
             check_queries(queries, examples, title)
         increments.open_task(queries, torch.Generator().manual_seed(seed))

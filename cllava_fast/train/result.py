@@ -25,8 +25,8 @@ class ContinualResult:
     trainable_parameters: int
     seconds: float
     losses: dict[str, list[float]] = field(default_factory=dict)
-    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    selection: dict[str, Any] | None = None
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)  # pictures
+    selection: dict[str, Any] | None = field(default=None, repr=False)
     bad_numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
