@@ -25,7 +25,7 @@ _AUTOGRAD = (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA)
 _BELOW_AUTOGRAD = (*_PLAIN, _C.DispatchKey.ADInplaceOrView)
 _profiler_enabled, _has_torch_function = torch.autograd._profiler_enabled, torch.overrides.has_torch_function
 _included, _excluded = _C._dispatch_tls_local_include_set, _C._dispatch_tls_local_exclude_set
-_keys_of = _C._dispatch_keys
+_keys_of, _is_wrapped = _C._dispatch_keys, _C._functorch.is_functorch_wrapped_tensor
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list))
 
 
@@ -95,11 +95,14 @@ def differentiable(
             found = backward(ctx, *grads)
             return (*found, None) if isinstance(found, tuple) else (found, None)
 
+    # Function.apply without its care for functorch, for which it goes through all arguments in Python
+    straight = super(torch.autograd.Function, Differentiable).apply
+
     def autograd(keys: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
-            return Differentiable.apply(*args, keys)
+            return (straight if keys is None else Differentiable.apply)(*args, keys)
         return kernel(*args) if keys is None else below_autograd(keys, args)
 
     def call(*args: Any) -> Any:
@@ -125,6 +128,8 @@ def _nothing_between(args: tuple[Any, ...]) -> bool:
         return False
     if _has_torch_function(args) or not _PLAIN_TYPES.issuperset(map(type, args)):
         return False
+    if any(map(_is_wrapped, [argument for argument in args if isinstance(argument, torch.Tensor)])):
+        return False  # by a transform that is over
     keys = (_included() | _keys_of(args[0])) - _excluded()
     situation = keys.raw_repr(), torch.is_grad_enabled()
     known = _nothing_between_in.get(situation)
