@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         push_to_hub,
         save_pretrained,
         scale_layers,
+        share,
         unmerge,
         unpatch,
     )
@@ -61,6 +62,7 @@ __all__ = [
     "read_samples",
     "save_pretrained",
     "scale_layers",
+    "share",
     "unmerge",
     "unpatch",
 ]
@@ -78,6 +80,7 @@ _HOMES = {
         "push_to_hub",
         "save_pretrained",
         "scale_layers",
+        "share",
         "unmerge",
         "unpatch",
     ),

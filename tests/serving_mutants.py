@@ -5,7 +5,7 @@ from __future__ import annotations
 LOOP, RUNFILE = "cllava_fast/train/loop.py", "cllava_fast/train/runfile.py"
 BRANCH, PROCESSES = "cllava_fast/methods/branch_lora.py", "tests/test_distributed.py"
 INSTRUCTIONS = "cllava_fast/model/instructions.py"
-CHECKPOINT, LATER = "tests/test_checkpoint.py", "tests/test_later_tasks.py"
+CHECKPOINT, LATER, SHARING = "tests/test_checkpoint.py", "tests/test_later_tasks.py", "tests/test_sharing.py"
 
 SERVING_MUTANTS = [
     (
@@ -69,6 +69,44 @@ SERVING_MUTANTS = [
     (
         "a number of results.json is a line", "cllava_fast/atomic.py",
         "and value and isinstance(value[0], dict | list | tuple)", "and value", "tests/test_report.py",
+    ),
+    (
+        "an answer of two models", "cllava_fast/model/patching.py",
+        "        remember(output)\n    _check_not_swapped(increments, swaps)\n", "        remember(output)\n", SHARING,
+    ),
+    (
+        "a call that broke on what was loaded says how", "cllava_fast/model/patching.py",
+        "        _check_not_swapped(increments, swaps, error)\n", "", SHARING,
+    ),
+    ("loading is nothing to tell", "cllava_fast/model/files.py", "with increments.swapping():", "if True:", SHARING),
+    (
+        "merging is nothing to tell", "cllava_fast/model/merging.py",
+        "torch.no_grad(), increments.swapping():", "torch.no_grad():", SHARING,
+    ),
+    (
+        "taking out is nothing to tell", "cllava_fast/model/merging.py",
+        "    with increments.swapping():\n        for path in increments.pristine:",
+        "    if True:\n        for path in increments.pristine:", SHARING,
+    ),
+    (
+        "unpatching is nothing to tell", "cllava_fast/model/patching.py",
+        "    increments.swaps += 1\n", "", SHARING,
+    ),
+    (
+        "two models are one parameter", "cllava_fast/model/sharing.py",
+        "plain = type(tensor) is nn.Parameter", "plain = False", SHARING,
+    ),
+    (
+        "two models have one pool", "cllava_fast/model/sharing.py",
+        'if name.startswith("increments."):', "if False:", SHARING,
+    ),
+    (
+        "weights under a merge are copied", "cllava_fast/model/sharing.py",
+        "    shared.update({id(tensor): tensor.detach() for tensor in _pristine(model)})\n", "", SHARING,
+    ),
+    (
+        "another library's adapters are saved over", "cllava_fast/model/files.py",
+        "    check_nothing_over(model)\n    if increments", "    if increments", SHARING,
     ),
     (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",

@@ -6,6 +6,7 @@ from cllava_fast.model.hub import from_pretrained, push_to_hub
 from cllava_fast.model.layer_scaling import LayerScaling, scale_layers
 from cllava_fast.model.merging import MergeReport, merge, unmerge
 from cllava_fast.model.patching import get_increments, patch, unpatch
+from cllava_fast.model.sharing import share
 
 __all__ = [
     "ExportReport",
@@ -20,6 +21,7 @@ __all__ = [
     "push_to_hub",
     "save_pretrained",
     "scale_layers",
+    "share",
     "unmerge",
     "unpatch",
 ]

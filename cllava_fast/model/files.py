@@ -23,7 +23,14 @@ from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import EXACT, increments_card, is_repo_id
 from cllava_fast.model.instructions import template_markers
-from cllava_fast.model.patching import check_not_merged, find_processor, get_increments, patch, unpatch
+from cllava_fast.model.patching import (
+    check_not_merged,
+    check_nothing_over,
+    find_processor,
+    get_increments,
+    patch,
+    unpatch,
+)
 from cllava_fast.names import brief
 from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
@@ -70,13 +77,14 @@ def save_pretrained(
             a folder of this machine is not named.
 
     Raises:
-        ValueError: the model is not patched, a selection is merged, a task is being learned, the base is offloaded, or
-            what was learned could not be read again (NaN, say).
+        ValueError: the model is not patched, a selection is merged, a task is being learned, the base is offloaded or
+            carries adapters of another library, or what was learned could not be read again (NaN, say).
         FileExistsError: ``path`` holds something else.
         ValueError: ``path`` holds an adapter that this library did not save.
     """
     increments = get_increments(model)
     check_not_merged(increments)
+    check_nothing_over(model)
     if increments.is_within_a_task:
         raise ValueError("a task is being learned; save before it begins, or once it is committed")
     surrogate = increments.surrogate.fingerprint if increments.surrogate else None
@@ -152,6 +160,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     was_patched = hasattr(model, "increments")
     if was_patched:
         check_not_merged(get_increments(model))
+        check_nothing_over(model)
     saved, state = read_increments(model, folder)
     if processor is None and not was_patched:
         processor = speak_as_learned(find_processor(model), saved, folder)
@@ -164,7 +173,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
             raise ValueError(
                 f"{folder} was learned with another surrogate than {saved.config.to_dict().get('surrogate')!r} here"
             )
-        increments.pool.load_state(state, saved.tasks)
+        with increments.swapping():
+            increments.pool.load_state(state, saved.tasks)
     except BaseException:
         if not was_patched:
             unpatch(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -73,6 +74,7 @@ class Increments(nn.Module):
         dropout: share of its input that increments do not see in training, where the config has such a field.
         pool: the rows; the only state.
         call: what acts in the call that is under way.
+        swaps: counts how often what acts was replaced, see ``swapping``.
         pristine: the frozen weight of each linear that ``merge`` replaced, by path; empty while nothing is merged.
         base_fingerprint: of the frozen model, kept where a process may lose parts of it (FSDP); otherwise None.
     """
@@ -105,6 +107,7 @@ class Increments(nn.Module):
         self.dropout: float = getattr(config, "dropout", 0.0)
         self.call = Call()
         self.pristine: dict[str, Tensor] = {}
+        self.swaps = 0
         self.base_fingerprint: str | None = None
         self._is_open = False  # a task
 
@@ -127,6 +130,15 @@ class Increments(nn.Module):
         if shape is None and tasks and self.remembers_queries:
             own = {**own, **calibration.own_tensors(self.pool.key_dim, tasks)}
         return own
+
+    @contextmanager
+    def swapping(self) -> Iterator[None]:
+        """Around whatever replaces what acts on calls: those that are under way say so, and give no answer."""
+        self.swaps += 1
+        try:
+            yield
+        finally:
+            self.swaps += 1
 
     def open_task(self, queries: Tensor | None, generator: torch.Generator) -> None:
         """Makes ready what a task will train; ``queries [n, D]`` are its training instructions."""

@@ -98,7 +98,7 @@ class InstructionReader:
         if not turn:
             raise ValueError(
                 f"the instruction {brief(text)} is blank, or nothing stands behind its last {_shown(self.user)}; "
-                "expected a text"
+                "expected a text, 'describe the image', say"
             )
         return turn
 
@@ -146,7 +146,10 @@ class InstructionReader:
             )
         turn = self._turn(text)
         if not turn:
-            raise ValueError(f"the last user turn of sample {sample} is empty in input_ids; pass instructions=[...]")
+            raise ValueError(
+                f"the last user turn of sample {sample} is empty in input_ids; ask in words, or pass instructions=[...] "
+                "with a text for each sample ('describe the image', say)"
+            )
         return turn
 
 

@@ -65,7 +65,7 @@ def merge(
     report = MergeReport({}, {})
     try:
         # weights made in inference mode could not be used in training later
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), increments.swapping():
             for path, linear in linears.items():
                 _merge_one(linear, path, selection, increments, report)
     except BaseException:
@@ -89,12 +89,15 @@ def _merge_one(linear: nn.Linear, path: str, selection: Selection, increments: I
 def unmerge(model: Any) -> Any:
     """Puts the pristine weights back, the very tensors; does nothing where none was merged. Returns the model."""
     increments = get_increments(model)
-    linears = _plain_linears(model, increments) if increments.pristine else {}
-    for path in increments.pristine:
-        linear = linears[path]
-        present = linear.weight.data  # the model may have been moved or cast since
-        linear.weight.data = increments.pristine[path].to(present.device, present.dtype)
-    increments.pristine = {}
+    if not increments.pristine:
+        return model
+    linears = _plain_linears(model, increments)
+    with increments.swapping():
+        for path in increments.pristine:
+            linear = linears[path]
+            present = linear.weight.data  # the model may have been moved or cast since
+            linear.weight.data = increments.pristine[path].to(present.device, present.dtype)
+        increments.pristine = {}
     return model
 
 

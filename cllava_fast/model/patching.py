@@ -147,6 +147,7 @@ def unpatch(model: Any) -> Any:
         # what is wrapped around a method may carry its attributes
         if not isinstance(module.__dict__.get(name), MethodType) or not hasattr(module.__dict__[name], "_original"):
             raise ValueError(f"{name} of {type(module).__name__} was replaced after patch(); undo that first")
+    increments.swaps += 1
     for module, name in shadowed:
         original = module.__dict__.pop(name)._original
         if original is not None:
@@ -178,6 +179,13 @@ def get_increments(model: Any) -> Increments:
 def check_not_merged(increments: Increments) -> None:
     if increments.pristine:
         raise ValueError("a selection is merged into the frozen weights; call cllava_fast.unmerge(model) first")
+
+
+def check_nothing_over(model: Any) -> None:
+    """Raises ValueError for a patched model that another library (PEFT, say) has put adapters over since."""
+    over = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if over is not None:
+        raise ValueError(f"{over} carries adapters of another library, put over the patch; remove them first")
 
 
 def _check_not_adapted(model: Any) -> None:
@@ -337,16 +345,30 @@ def _generate(
     pending = _select(model, kwargs, instructions, query, goes_on=False, pending=outer if assists or custom else None)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
-    remember, output = _Remember(increments, kwargs, pending), None
+    remember, output, swaps = _Remember(increments, kwargs, pending), None, increments.swaps
     # images lie on the CPU, and what a compiled step is handed must not
     call.pending = pending and replace(pending, images=None)
     call.custom = kwargs.get("custom_generate") is not None
     try:
         output = original(None, *args, **kwargs)
+    except Exception as error:
+        _check_not_swapped(increments, swaps, error)
+        raise
     finally:
         call.pending, call.custom = outer, custom
         remember(output)
+    _check_not_swapped(increments, swaps)
     return output
+
+
+def _check_not_swapped(increments: Increments, swaps: int, error: Exception | None = None) -> None:
+    """An answer is of what acted when it began, from its first token to its last, or there is none."""
+    if increments.swaps != swaps:
+        raise RuntimeError(
+            "what acts was replaced (load_pretrained, merge, unmerge or unpatch) while generate was under way; ask "
+            "again. To replace it without waiting for calls, load into cllava_fast.share(model), and ask that from then"
+            " on"
+        ) from error
 
 
 def _prepare_inputs_for_generation(model: Any, original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""``share``: another model over the weights of one, which takes no memory of its own but for its increments."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from cllava_fast.model import paths
+
+
+def share(model: Any) -> Any:
+    """A copy of a model, patched or not, over the very weights of ``model``, which stay in memory once.
+
+    Each has increments of its own: load others into the copy, merge or unpatch one of the two, and the other stays as
+    it is. Moving or casting one (``to``) gives it weights of its own.
+
+    Raises:
+        TypeError: no model that can be patched.
+        ValueError: weights are offloaded.
+    """
+    paths.check_supported(model)
+    shared: dict[int, Any] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.startswith("increments."):
+            continue
+        if tensor.is_meta:
+            raise ValueError(f"{name} is offloaded, and what offloads it would be copied; share a model in memory")
+        # an object of its own, which can be merged into, frozen and cast; quantised weights have none of these
+        plain = type(tensor) is nn.Parameter
+        shared[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad) if plain else tensor
+    shared.update({id(tensor): tensor.detach() for tensor in _pristine(model)})
+    return copy.deepcopy(model, shared)
+
+
+def _pristine(model: Any) -> list[Any]:
+    increments = getattr(model, "increments", None)
+    return [] if increments is None else list(increments.pristine.values())

@@ -1,0 +1,163 @@
+"""Two sets of increments over one base in memory, and what acts replaced while calls are under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import cllava_fast as cf
+from cllava_fast.model import get_increments
+from tests.helpers import QUESTIONS, inputs, learn
+
+CONFIG = cf.IncrementConfig(a_std=0.1, rank=4)
+
+
+def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def base_of(model: Any) -> dict[str, torch.Tensor]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in tensors if not name.startswith("increments.")}
+
+
+@pytest.fixture
+def learned(new_llava: Callable[[], Any], processor: Any, generator: torch.Generator) -> Callable[[int], Any]:
+    """A model of so many tasks."""
+
+    def new(tasks: int) -> Any:
+        model = cf.patch(new_llava(), CONFIG, processor=processor)
+        learn(model, tasks, generator, b_std=0.1)
+        return model
+
+    return new
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_each_model_acts_by_its_own_over_one_base(
+    learned: Callable[[int], Any], processor: Any, generator: torch.Generator, tmp_path: Path, merged: bool
+) -> None:
+    model, batch = learned(2), inputs(processor, QUESTIONS[:3], generator)
+    newer = cf.save_pretrained(learned(3), tmp_path / "newer")
+    before = logits(model, batch)
+    if merged:
+        cf.merge(model, task="task0")
+    now = logits(model, batch)
+    other = cf.share(model)
+    assert torch.equal(logits(other, batch), now)
+    mine, theirs = base_of(model), base_of(other)
+    assert all(theirs[name].data_ptr() == tensor.data_ptr() for name, tensor in mine.items()) and mine
+    assert not any(theirs[name] is tensor for name, tensor in model.named_parameters() if name in mine)
+    rows = [{t.data_ptr() for t in m.increments.pool.state().values() if t.numel()} for m in (model, other)]
+    assert rows[0].isdisjoint(rows[1]), "what one learns in place, the other would have learned"
+    pristine = {path: weight.data_ptr() for path, weight in model.increments.pristine.items()}
+    cf.unmerge(other)
+    assert all(other.get_submodule(path).weight.data_ptr() == where for path, where in pristine.items())
+    cf.load_pretrained(other, newer)
+    after = logits(other, batch)
+    assert not torch.allclose(after, before) and torch.equal(logits(model, batch), now)
+    cf.merge(other, task="task2")
+    assert torch.equal(logits(model, batch), now)
+    cf.unmerge(model)
+    assert torch.equal(logits(model, batch), before)
+    cf.unmerge(other)
+    cf.unpatch(model)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(logits(other, batch), after)
+    with cf.learning(other, "task3", QUESTIONS) as parameters:
+        for parameter in parameters:
+            parameter.data += 0.1
+    assert "task3" in get_increments(other).pool.task_names and not hasattr(model, "increments")
+
+
+def test_a_plain_model_is_shared_too(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    other, batch = cf.share(llava), inputs(processor, QUESTIONS[:2], generator)
+    frozen = logits(llava, batch)
+    learn(cf.patch(other, CONFIG, processor=processor), 2, generator, b_std=0.1)
+    assert not torch.allclose(logits(other, batch), frozen) and torch.equal(logits(llava, batch), frozen)
+    assert not hasattr(llava, "increments")
+
+
+def test_what_cannot_be_shared(llava: Any) -> None:
+    with pytest.raises(TypeError, match="expected transformers.LlavaForConditionalGeneration"):
+        cf.share(torch.nn.Linear(2, 2))
+    llava.lm_head.to("meta")
+    with pytest.raises(ValueError, match="lm_head.weight is offloaded"):
+        cf.share(llava)
+
+
+class Swaps:
+    """A streamer that does something behind the prompt and the first token."""
+
+    def __init__(self, swap: Callable[[], Any]) -> None:
+        self.swap, self.puts = swap, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts += 1
+        if self.puts == 2:
+            self.swap()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["load newer", "load older", "merge", "unmerge", "merge and unmerge", "unpatch"])
+def test_a_call_under_way_gives_no_answer_of_two_models(
+    how: str, learned: Callable[[int], Any], processor: Any, generator: torch.Generator, tmp_path: Path
+) -> None:
+    model, batch = learned(2), inputs(processor, QUESTIONS[:1], generator)
+    newer = cf.save_pretrained(learned(3), tmp_path / "newer")
+    older = cf.save_pretrained(learned(1), tmp_path / "older")
+    if how == "unmerge":
+        cf.merge(model, task="task0")
+    swap = {
+        "load newer": lambda: cf.load_pretrained(model, newer),
+        "load older": lambda: cf.load_pretrained(model, older),
+        "merge": lambda: cf.merge(model, task="task1"),
+        "unmerge": lambda: cf.unmerge(model),
+        "merge and unmerge": lambda: cf.unmerge(cf.merge(model, task="task1") and model),
+        "unpatch": lambda: cf.unpatch(model),
+    }[how]
+    ask = {**batch, "max_new_tokens": 4, "min_new_tokens": 4}
+    with pytest.raises(RuntimeError, match=r"was replaced .* while generate was under way; ask again"):
+        model.generate(**ask, streamer=Swaps(swap))
+    if how != "unpatch":
+        assert get_increments(model).call.pending is None
+        if how == "merge":
+            cf.unmerge(model)
+    assert torch.equal(model.generate(**ask), model.generate(**ask, streamer=Swaps(lambda: None)))
+
+
+def test_another_failure_keeps_its_name(learned: Callable[[int], Any], processor: Any, rng: torch.Generator) -> None:
+    def fail() -> None:
+        raise KeyError("mine")
+
+    batch = inputs(processor, QUESTIONS[:1], rng)
+    with pytest.raises(KeyError, match="mine"):
+        learned(1).generate(**batch, max_new_tokens=4, min_new_tokens=4, streamer=Swaps(fail))
+
+
+def test_adapters_put_over_a_patch_are_neither_saved_nor_loaded_over(
+    learned: Callable[[int], Any], tmp_path: Path
+) -> None:
+    model = learned(1)
+    saved = cf.save_pretrained(model, tmp_path / "before")
+    over = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for call in (lambda: cf.save_pretrained(model, tmp_path / "out"), lambda: cf.load_pretrained(model, saved)):
+        with pytest.raises(ValueError, match="q_proj carries adapters of another library, put over the patch"):
+            call()
+    assert not (tmp_path / "out").exists()
+    over.unload()
+    cf.load_pretrained(model, cf.save_pretrained(model, tmp_path / "out"))
+
+
+def test_pixels_are_not_taken_for_features(learned: Callable[[int], Any], processor: Any, rng: torch.Generator) -> None:
+    batch = inputs(processor, QUESTIONS[:1], rng)
+    with pytest.raises(ValueError, match=r"pixel_values is \[3, 64, 64\]; expected \[images, 3, H, W\]"):
+        learned(1).generate(**{**batch, "pixel_values": batch["pixel_values"][0]})
