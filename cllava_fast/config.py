@@ -139,6 +139,7 @@ def load_config(
         )
     if "path" not in sections["model"]:
         raise ValueError(f"{where}model is missing; give --model PATH, or model: PATH in the file")
+    _check_fields(method, sections["method"], where, flags or {})
     stream: dict[str, Any] | str = {key: values[key] for key in STREAM_KEYS if key in values}
     stream = values.get("stream", stream)
     name = stream if isinstance(stream, str) else stream.get("name") or file.stem
@@ -162,6 +163,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {type(values).__name__}; expected a mapping with tasks, model, ...")
     return values
+
+
+def _check_fields(method: str, values: Mapping[str, Any], where: str, flags: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field that other methods have and this one has not."""
+    for name in values:
+        theirs = [other for other, (config, _) in METHODS.items() if name in config.__dataclass_fields__]
+        if theirs and method not in theirs:
+            given = f"--method.{name}" if f"method.{name}" in flags else f"{where}method.{name}"
+            raise ValueError(f"{given} is a field of {', '.join(theirs)}; this run's method is {method}")
 
 
 def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, flags: Mapping[str, Any] | None) -> Any:

@@ -137,7 +137,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     runs, table = [str(tmp_path / f"run{seed}") for seed in (0, 1)], str(tmp_path / "table")
     assert cli.main(["report", *runs, f"other={runs[0]}", f"other={runs[1]}", "--output", table]) == 0
     shown = capsys.readouterr().out
-    assert "2 seed(s)" in shown and "Continual LLaVA" in shown and "Other" in shown and "72.5 ± 3.5" in shown
+    assert "2 seed(s)" in shown and "Continual LLaVA" in shown and "other" in shown and "72.5 ± 3.5" in shown
     results = load_results(tmp_path / "table" / "results.json")
     assert list(results["methods"]) == ["continual_llava", "other"] and (tmp_path / "table" / "report.html").is_file()
     for arguments, message in (

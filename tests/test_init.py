@@ -67,12 +67,16 @@ def test_init_copies_a_ready_stream(tmp_path: Path) -> None:
     [
         (["{tmp}/s.yaml", "--from", "con"], "there is no ready stream 'con'; did you mean coin?"),
         (["{tmp}/s.yaml", "--data", "{tmp}/empty"], "holds no NAME_train.json"),
-        (["{tmp}/s.yaml", "--data", "{tmp}/half"], "a_test.json does not exist"),
+        (["{tmp}/s.yaml", "--data", "{tmp}/half"], "a_test.json (or .jsonl) is missing"),
+        (["{tmp}/s.yaml", "--data", "{tmp}/both"], "a_train.json and a_train.jsonl are both there; keep one"),
         (["{tmp}/no/s.yaml"], "does not exist"),
     ],
 )
 def test_init_refuses(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "both"):
+        (tmp_path / name).mkdir()
+    for name in ("a_train.json", "a_train.jsonl", "a_test.json"):
+        (tmp_path / "both" / name).touch()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "a_train.json").write_text("[]")
     assert cli.main(["init", *[argument.format(tmp=tmp_path) for argument in arguments]]) == 1

@@ -26,8 +26,9 @@ from cllava_fast.methods import (
     register,
 )
 from cllava_fast.methods.continual_llava import mean_weight, sample_keys
+from cllava_fast.model import get_increments
 from cllava_fast.pool import LinearShape, Pool
-from tests.helpers import learn
+from tests.helpers import QUESTIONS, inputs, learn
 
 D = 12
 
@@ -291,6 +292,25 @@ def test_a_task_that_fails_leaves_what_can_be_saved(name: str, generator: torch.
     assert again.task_names == pool.task_names and again.state().keys() == pool.state().keys()
     for key, tensor in again.state().items():
         assert torch.equal(tensor, pool.state()[key]), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_selects_what_layers_can_take(name: str, llava: Any, processor: Any, rng: torch.Generator) -> None:
+    """In training and behind it, for one task after another, more of them than any default has rows for."""
+    config, policy = METHODS[name]
+    increments = get_increments(cf.patch(llava, config(), processor=processor))
+    batch = inputs(processor, QUESTIONS[:2], rng)
+    for task in range(1 if policy.joint else 10):
+        queries = torch.randn(8, increments.pool.key_dim or 1, generator=rng)
+        told = {"query": increments.task_query([f"task{task}"] * 2)} if policy.uses_task else {}
+        increments.open_task(queries, rng)
+        for mode in (True, False):
+            if mode or task or not policy.uses_task:
+                with torch.no_grad():
+                    assert llava.train(mode)(**batch, **told).logits.isfinite().all()
+        increments.close_task(f"task{task}", queries)
+        with torch.no_grad():
+            assert llava(**batch, **told).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,76 @@ def test_a_long_stream_fits_a_narrow_terminal(results: dict) -> None:
     assert printed.count("relaxed accuracy") == 8 and "Continual LLaVA" in printed
 
 
+@pytest.mark.parametrize("tasks", [4, 8])
+@pytest.mark.parametrize("width", [30, 80])
+def test_no_number_and_no_name_is_cut_off(results: dict, tasks: int, width: int) -> None:
+    """Six methods, some with long titles, on a terminal or a log that has no room for them."""
+    names = [f"task number {i}" for i in range(tasks)]
+    matrix: list[list[float | None]] = [[0.511] * tasks for _ in names]
+    methods = ["continual_llava", "sequential_lora", "moe_lora", "per_task_lora", "meteora", "slm"]
+    wide = {**results, "stream": names, "methods": dict.fromkeys(methods, method(matrix))}
+    wide["metrics"] = dict.fromkeys(names, "relaxed_accuracy")
+    console = Console(record=True, width=width, file=open("/dev/null", "w"))
+    report.print_table(wide, console)
+    printed = console.export_text()
+    assert "…" not in printed and len(re.findall(r"\d\d\.\d ± \d\.\d", printed)) == len(methods)
+    assert printed.count("46.1") == len(methods) * (1 + tasks)
+    for word in ("average", "forgetting", "Sequential", "MoELoRA", "SLM", "7"):
+        assert word in printed, word
+
+
+def test_over_several_orders_a_line_shows_what_changed(orders: dict[str, Any]) -> None:
+    """Not who goes so far: a method that forgets nothing has a flat one, though tasks were learned unequally well."""
+    result = {"per_seed": [
+        {"accuracy_matrix": [[0.9, None, None], [0.9, 0.5, None], [0.9, 0.5, 0.2]], "order": 0},  # chart, icon, digit
+        {"accuracy_matrix": [[0.4, None, None], [0.4, 0.7, None], [0.4, 0.7, 0.3]], "order": 1},  # digit, chart, icon
+    ]}  # fmt: skip
+    curve = plots._curve_since(orders, result, "chart")
+    assert {age: round(middle, 6) for age, (middle, _) in curve.items()} == {0: 0.8, 1: 0.8, 2: 0.8}
+    assert sorted(curve[0][1]) == [0.7, 0.9] and curve[2][1] == [0.8]
+    result["per_seed"][0]["accuracy_matrix"][2] = [0.6, 0.5, 0.2]
+    assert round(plots._curve_since(orders, result, "chart")[2][0], 6) == 0.5
+    once = {"per_seed": [{"accuracy_matrix": [[None] * 3, [None] * 3, [0.9, 0.8, 0.7]], "order": i} for i in (0, 1)]}
+    assert {age: round(middle, 6) for age, (middle, _) in plots._curve_since(orders, once, "chart").items()} == {
+        0: 0.85
+    }
+    never = {"per_seed": [{"accuracy_matrix": [[None] * 3] * 3, "order": 0}]}
+    assert plots._curve_since(orders, never, "chart") == {}
+
+
+def test_every_method_has_a_look_of_its_own(results: dict, figures: list, tmp_path: Path) -> None:
+    many = {**results, "methods": {f"run {i}": results["methods"]["continual_llava"] for i in range(MAX_METHODS)}}
+    plots.plot_forgetting(many, tmp_path / "a.png")
+    lines = figures[0].axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == MAX_METHODS
+
+
+def test_a_method_without_a_loss_has_no_panel(results: dict, figures: list, tmp_path: Path) -> None:
+    shown = results["methods"]["continual_llava"]
+    several = {f"run {i}": {**shown, "losses": {"chart": [2.0, 1.0] if i else []}} for i in range(7)}
+    plots.plot_losses({**results, "methods": several}, tmp_path / "a.png")
+    panels = [axes for axes in figures[0].axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == [f"run {i}" for i in range(1, 7)]
+    assert len({round(axes.get_position().y0, 2) for axes in panels}) == 2, "in two rows"
+    report.write_report({**results, "methods": {"run 0": several["run 0"]}}, tmp_path)
+    assert not (tmp_path / "losses.png").exists()
+
+
+def test_a_label_is_shown_as_it_was_given() -> None:
+    named = {"mine": "mine", "rank16 a": "rank16 a", "frozen": "Frozen", "slm": "SLM"}
+    named |= {
+        "continual_llava+rank16": "Continual LLaVA, rank16",
+        "continual_llava+calibrate": "Continual LLaVA, calibrated",
+    }
+    assert {name: wording.title_of(name) for name in named} == named
+
+
+def test_a_run_without_results_is_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="has finished no task yet; cllava-fast train ... --resume goes on"):
+        report.load_results(tmp_path / "results.json")
+
+
 def test_losses_have_a_picture_where_there_are_any(results: dict, strange: dict, tmp_path: Path) -> None:
     report.write_report(strange, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == set(report.REPORT_FILES)

@@ -79,16 +79,26 @@ def found_tasks(data: Path, base: Path) -> str:
     found: dict[str, dict[str, str]] = {}
     for split in SPLITS:
         for file in sorted((*data.glob(f"*_{split}.json"), *data.glob(f"*_{split}.jsonl"))):
-            found.setdefault(file.stem.removesuffix(f"_{split}"), {})[split] = os.path.relpath(file, base)
+            files = found.setdefault(file.stem.removesuffix(f"_{split}"), {})
+            if split in files:
+                raise ValueError(f"{file.with_suffix('.json')} and {file.name} are both there; keep one of them")
+            files[split] = os.path.relpath(file, base)
     tasks = [{"name": name, **files} for name, files in sorted(found.items())]
     if not tasks:
-        raise FileNotFoundError(f"{data} holds no NAME_train.json and NAME_test.json; expected one pair for each task")
+        raise FileNotFoundError(
+            f"{data} holds no NAME_train.json and NAME_test.json (or .jsonl); expected one pair for each task. Other "
+            "files, such as Parquet, are named in the YAML by hand (docs/data.md)"
+        )
     for task in tasks:
         if not {"train", "test"} <= set(task):
             missing = "test" if "train" in task else "train"
-            raise FileNotFoundError(f"{data / task['name']}_{missing}.json does not exist; every task needs one")
+            raise FileNotFoundError(
+                f"{data / task['name']}_{missing}.json (or .jsonl) is missing; every task needs one"
+            )
     images = data / "images" if (data / "images").is_dir() else data
-    return yaml.safe_dump({"images": os.path.relpath(images, base), "tasks": tasks}, sort_keys=False)
+    return yaml.safe_dump(
+        {"images": os.path.relpath(images, base), "tasks": tasks}, sort_keys=False, allow_unicode=True
+    )
 
 
 def settings(name: str) -> str:

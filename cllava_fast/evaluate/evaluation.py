@@ -357,7 +357,7 @@ def evaluate_stream(
         task_names=names,
         accuracy_matrix=matrix,
         selection_accuracy=selection_accuracy(evaluations),
-        trainable_parameters=0,
+        trainable_parameters=None if hasattr(model, "increments") else 0,  # what learned it had some
         seconds=time.perf_counter() - start,
         examples={evaluation.task: evaluation.examples for evaluation in evaluations},
         selection=study_of(evaluations),

@@ -53,7 +53,8 @@ def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
         axes.set_title(_with_average(name, shown), fontsize=11)
     for axes in grid[:, 0]:
         axes.set_ylabel("after learning")
-    figure.supxlabel(f"{quantity(results)} on (%)", fontsize=10)
+    order = ", tasks in the first of several orders" if results.get("orders") else ""
+    figure.supxlabel(f"{quantity(results)} on (%){order}", fontsize=10)
     _save(figure, path)
 
 
@@ -130,7 +131,8 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
         axes.set_visible(False)
     for task, axes in zip(tasks, panels, strict=False):
         for number, (method, result) in enumerate(methods.items()):
-            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+            color = COLORS[number % len(COLORS)]
+            marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]  # another one in each round of colours
             curve = _curve_since(results, result, task) if several else _curve(results, result, task)
             steps = list(curve)
             line = [middle for middle, _ in curve.values()]
@@ -168,15 +170,26 @@ def _curve(results: Mapping[str, Any], result: Mapping[str, Any], task: str) -> 
 
 
 def _curve_since(results: Mapping[str, Any], result: Mapping[str, Any], task: str) -> Curve:
-    """By the number of tasks that were learned after ``task``, over all orders."""
-    since: dict[int, list[float]] = {}
+    """By the number of tasks that were learned after ``task``, over all orders: the mean just after it, and from then
+    on the mean change of the runs that go so far. Others began elsewhere, and would bend the line where they end."""
+    born, since = [], dict[int, list[float]]()
     for order, runs in runs_by_order(results, result):
         place = order.index(task)
         for run in runs:
-            for i, row in enumerate(run["accuracy_matrix"]):
-                if i >= place and row[place] is not None:
-                    since.setdefault(i - place, []).append(row[place])
-    return {age: (sum(values) / len(values), values) for age, values in sorted(since.items())}
+            column = [row[place] for row in run["accuracy_matrix"][place:]]
+            if column[0] is None:  # of a model that learned all tasks at once, or none: measured at the end alone
+                born.append(column[-1])
+                continue
+            born.append(column[0])
+            for age, value in enumerate(column):
+                if value is not None:
+                    since.setdefault(age, []).append(value - column[0])
+    known = [value for value in born if value is not None]
+    if not known:
+        return {}
+    start = sum(known) / len(known)
+    curve = {age: (start + sum(c) / len(c), [start + change for change in c]) for age, c in sorted(since.items())}
+    return {**curve, 0: (start, known)}
 
 
 def plot_losses(results: Mapping[str, Any], path: Path) -> None:
@@ -186,12 +199,17 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
     """
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
-    methods = {name: result["losses"] for name, result in results["methods"].items() if result.get("losses")}
+    logged = {name: result.get("losses") or {} for name, result in results["methods"].items()}
+    methods = {name: losses for name, losses in logged.items() if any(losses.values())}
     few = max(map(len, methods.values())) <= FEW
     inches, width, size = (3.4, 1.4, 6) if few else (6.8, 0.8, 2)  # of a panel, and points of a line and its markers
-    figure = Figure(figsize=(inches * len(methods) + 0.6, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
-    for (method, losses), axes in zip(methods.items(), panels, strict=True):
+    columns = min(4, len(methods))
+    rows = math.ceil(len(methods) / columns)
+    figure = Figure(figsize=(inches * columns + 0.6, 3.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(methods) :]:
+        axes.set_visible(False)
+    for (method, losses), axes in zip(methods.items(), grid.flat, strict=False):
         start, starts = 1, []
         for number, (task, values) in enumerate(losses.items()):
             starts.append(start)
@@ -207,8 +225,9 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
         else:
             axes.set_xticks(*_ticks(starts, [_plain(task) for task in losses], PANEL_TICKS), rotation=30, ha="right")
-    panels[0].set_ylabel("loss")
-    panels[0].set_ylim(bottom=0)  # once all are drawn: the panels share it
+    for axes in grid[:, 0]:
+        axes.set_ylabel("loss")
+    grid.flat[0].set_ylim(bottom=0)  # once all are drawn: the panels share it
     figure.supxlabel("entries of the log, task after task", fontsize=10)
     _save(figure, path)
 

@@ -58,9 +58,11 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
     write_text(folder / "matrix.csv", _csv(results))
     write_file(folder / "accuracy_matrix.png", lambda path: plot_accuracy_matrices(results, path))
     write_file(folder / "forgetting.png", lambda path: plot_forgetting(results, path))
-    optional = (("losses", plot_losses), ("selection", plot_selection))
-    for kind, draw in optional:
-        if any(result.get(kind) for result in results["methods"].values()):
+    methods = results["methods"].values()
+    logged = any(any((result.get("losses") or {}).values()) for result in methods)
+    selected = any(result.get("selection") for result in methods)
+    for kind, draw, wanted in (("losses", plot_losses, logged), ("selection", plot_selection, selected)):
+        if wanted:
             write_file(folder / f"{kind}.png", functools.partial(draw, results))
         else:
             (folder / f"{kind}.png").unlink(missing_ok=True)
@@ -82,6 +84,10 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path)
     if not os.path.exists(file):
+        from cllava_fast.train.runfile import RUN  # not above: runs write reports
+
+        if (file.parent / RUN).is_file():
+            raise FileNotFoundError(f"{file.parent} has finished no task yet; cllava-fast train ... --resume goes on")
         raise FileNotFoundError(f"{file} does not exist; give the folder of a run")
     data = read_file(file, MAX_RESULTS_BYTES)
     try:
@@ -107,9 +113,10 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     header, rows = table(results, brief=True)
     lines = [[name.replace(" ", "\n") for name in header]]
     lines += [row if row[0] != METRIC_ROW else [cell.replace(" ", "\n") for cell in row] for row in rows]
-    widths = [max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
-    if sum(widths) + len(widths) > console.width and len(rows) < len(header):
-        lines = [list(column) for column in zip(header, *rows, strict=True)]
+    if _width(lines) > console.width and len(rows) < len(header):
+        turned = [list(column) for column in zip(header, *rows, strict=True)]
+        narrow = [[name.replace(" ", "\n") for name in turned[0]], *turned[1:]]
+        lines = turned if _width(turned) <= console.width else min(narrow, lines, key=_width)
     count, tasks = learned(results)
     after = "after the last task" if count == tasks else f"after {count} of {tasks} tasks"
     split = results.get("config", {}).get("split", "test")
@@ -117,10 +124,17 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     title = f"{quantity(results)} in %{where} {after}, {over_runs(results)}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for position, name in enumerate(lines[0]):
-        shown.add_column(escape(printable(name)), justify="left" if position == 0 else "right", no_wrap=position > 0)
+        shown.add_column(escape(printable(name)), justify="left" if position == 0 else "right", no_wrap=True)
     for line in lines[1:]:
         shown.add_row(*(escape(printable(cell)) for cell in line))
+    console.width = max(console.width, _width(lines))  # a number that is cut off would be another number
     console.print(shown)
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Characters of a table's longest line; a cell may have several lines."""
+    parts = [max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
+    return sum(parts) + len(parts)
 
 
 METRIC_ROW = "metric"
@@ -147,7 +161,7 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
         *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
         ("right block", True, lambda result: _percent(result["selection_accuracy"])),
         *([("base kept", True, lambda result: _percent(result.get("base_kept")))] if measures_base(results) else []),
-        ("trainable", False, lambda result: f"{result['trainable_parameters']:,.0f}"),
+        ("trainable", False, _trainable),
         ("seconds", True, lambda result: f"{result['seconds']:.0f}"),
     ]
     shown = [(name, value) for name, always, value in columns if always or not brief]
@@ -174,6 +188,10 @@ def selection_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[st
 
 def _summary(name: str, spread: bool) -> Callable[[Mapping[str, Any]], str]:
     return lambda result: _percent(result[name], _spread(result, name) if spread else None)
+
+
+def _trainable(result: Mapping[str, Any]) -> str:
+    return "–" if result["trainable_parameters"] is None else f"{result['trainable_parameters']:,.0f}"
 
 
 def _significance(results: Mapping[str, Any], result: Mapping[str, Any]) -> str:

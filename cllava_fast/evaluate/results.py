@@ -10,8 +10,7 @@ from cllava_fast.evaluate.selection import STUDY
 from cllava_fast.names import brief
 
 OF_THE_MATRIX = ("average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy")
-COUNTS = ("trainable_parameters", "seconds")  # the metrics that are never None
-METRICS = ("accuracy_matrix", *OF_THE_MATRIX, "selection_accuracy", *COUNTS)
+METRICS = ("accuracy_matrix", *OF_THE_MATRIX, "selection_accuracy", "trainable_parameters", "seconds")
 MAX_DEPTH = 30
 MAX_TASKS, MAX_METHODS = 200, 20  # that pictures have room for
 MAX_RESULTS_BYTES = MAX_TASKS * MAX_METHODS * (64 << 10)  # a method's rows of a task over several seeds, and examples
@@ -75,7 +74,7 @@ def _check_method(result: Any, size: int, orders: int, where: str, name: str) ->
             where, f"order of {name}", values.get("order", 0), lambda n: n in range(max(1, orders)), "one of the orders"
         )
     for metric in METRICS[1:]:
-        check = _is_number if metric in COUNTS else _is_score
+        check = _is_number if metric == "seconds" else _is_score
         _check(where, f"{metric} of {name}", result[metric], check, "a number")
     losses, examples = result.get("losses", {}), result.get("examples", {})
     _check(where, f"losses of {name}", losses, _is_mapping, "a mapping")

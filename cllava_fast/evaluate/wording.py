@@ -11,6 +11,7 @@ from cllava_fast.evaluate.selection import USED
 from cllava_fast.methods import METHODS
 
 YARDSTICK = "continual_llava"  # what other methods are compared with
+VARIANTS = {"calibrate": "calibrated"}  # of a method: what its name says behind a +, in words
 P_VALUE = "p"
 TITLE_TASKS = 30  # that a title names
 
@@ -18,9 +19,9 @@ TITLE_TASKS = 30  # that a title names
 def title_of(method: str) -> str:
     name, _, variant = method.partition("+")
     if name not in METHODS:
-        return method[:1].upper() + method[1:]
+        return "Frozen" if method == "frozen" else method  # or what a report was told to call it
     title = METHODS[name][0].title
-    return f"{title}, {variant}d" if variant else title
+    return f"{title}, {VARIANTS.get(variant, variant)}" if variant else title
 
 
 def only_exact(results: Mapping[str, Any]) -> bool:
@@ -89,6 +90,7 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("MAA", "mean over the steps of the average on the tasks seen so far."),
         ("right block", "share of the selection weight that falls into the rows of the question's own task."),
         ("trainable", "parameters of the block that a task learns, keys included."),
+        ("seconds", "of learning and evaluation; of an evaluation in place of a run, its own."),
         ("–", "was not measured, or has no meaning for the method."),
     ]  # fmt: skip
     if measures_base(results):
@@ -103,7 +105,9 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if results.get("orders"):
         texts += [("", f"Order {i}: {' → '.join(order)}.") for i, order in enumerate(results["orders"])]
     if steps < size:
-        texts.insert(1, ("", f"The run has learned {steps} of {size} tasks; all numbers are over these."))
+        measured = min(learned_tasks(result["accuracy_matrix"]) for result in results["methods"].values())
+        over = "these" if measured == steps else f"all {measured} that were measured"
+        texts.insert(1, ("", f"The run has learned {steps} of {size} tasks; all numbers are over {over}."))
     told = [METHODS[name][0].title for name in results["methods"] if name in METHODS and METHODS[name][1].uses_task]
     if told:
         texts.insert(1, ("", f"Except {', '.join(told)}: told each question's task, so an oracle."))

@@ -147,8 +147,8 @@ class InstructionReader:
         turn = self._turn(text)
         if not turn:
             raise ValueError(
-                f"the last user turn of sample {sample} is empty in input_ids; ask in words, or pass instructions=[...] "
-                "with a text for each sample ('describe the image', say)"
+                f"the last user turn of sample {sample} is empty in input_ids; ask in words, or pass "
+                "instructions=[...] with a text for each sample ('describe the image', say)"
             )
         return turn
 

@@ -22,7 +22,7 @@ class ContinualResult:
     task_names: list[str]
     accuracy_matrix: list[list[float | None]]
     selection_accuracy: float | None
-    trainable_parameters: int
+    trainable_parameters: int | None
     seconds: float
     losses: dict[str, list[float]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)  # pictures
