@@ -233,8 +233,8 @@ MUTANTS = [
         'query, pool.keys, top_m, *tasks, groups=groups, check_values=False, reduce="batch"', MODEL,
     ),
     Mutant(
-        "unpatch leaves forward", "cllava_fast/model/patching.py", "module.__dict__.pop(name)._original",
-        "module.__dict__[name]._original", MODEL,
+        "unpatch leaves forward", "cllava_fast/model/patching.py", "        del module.__dict__[name]\n",
+        "        pass\n", MODEL,
     ),
     Mutant(
         "unpatch leaves the freeze", "cllava_fast/model/patching.py",
@@ -281,7 +281,8 @@ MUTANTS = [
         "[a - b for a, b in pairs]", "[a for a, b in pairs]", REPORT,
     ),
     Mutant(
-        "pictures: orders by step", "cllava_fast/evaluate/plots.py", "setdefault(i - place,", "setdefault(i,", REPORT,
+        "pictures: orders by step", "cllava_fast/evaluate/plots.py", 'for row in run["accuracy_matrix"][place:]]',
+        'for row in run["accuracy_matrix"]]', REPORT,
     ),
     Mutant(
         "selection: weight of either task is shared", "cllava_fast/evaluate/selection.py",

@@ -90,11 +90,11 @@ SERVING_MUTANTS = [
     ),
     (
         "unpatching is nothing to tell", "cllava_fast/model/patching.py",
-        "    increments.swaps += 1\n", "", SHARING,
+        "    increments.swaps += 2\n", "", SHARING,
     ),
     (
         "two models are one parameter", "cllava_fast/model/sharing.py",
-        "plain = type(tensor) is nn.Parameter", "plain = False", SHARING,
+        "if isinstance(tensor, nn.Parameter) else tensor", "if False else tensor", SHARING,
     ),
     (
         "two models have one pool", "cllava_fast/model/sharing.py",
@@ -107,6 +107,22 @@ SERVING_MUTANTS = [
     (
         "another library's adapters are saved over", "cllava_fast/model/files.py",
         "    check_nothing_over(model)\n    if increments", "    if increments", SHARING,
+    ),
+    (
+        "a copy asks what lay under the original", "cllava_fast/model/patching.py",
+        'call = self.__dict__["_under"][name] if is_over', 'call = module.__dict__["_under"][name] if is_over', SHARING,
+    ),
+    (
+        "accelerate puts another in the place of ours", "cllava_fast/model/patching.py",
+        'model.__dict__.pop("_original_forward", None)\n    record', 'None\n    record', SHARING,
+    ),
+    (
+        "an answer within a swap counts", "cllava_fast/model/patching.py",
+        "increments.swaps != swaps or swaps % 2", "increments.swaps != swaps", SHARING,
+    ),
+    (
+        "a cache stands for what was replaced", "cllava_fast/model/patching.py",
+        "        if increments.swaps == swaps:\n            remember(output)", "        remember(output)", SHARING,
     ),
     (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",

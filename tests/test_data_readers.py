@@ -195,6 +195,16 @@ def test_images_by_another_name(folder: Path, name: str) -> None:
     assert all(s.image is None for s in read_samples([{**GOOD, name: None}, {**GOOD, name: []}]))
 
 
+@pytest.mark.parametrize("name", ["choices", "options"])
+def test_a_place_among_choices_is_no_answer(name: str) -> None:
+    record = {"question": "which is larger?", name: ["the cat", "the dog"], "answer": 1}
+    with pytest.raises(
+        ValueError, match=r"record 1: answer is 1, a place in \['the cat', 'the dog'\], which no prompt"
+    ):
+        read_samples([GOOD, record])
+    assert [sample.answer for sample in read_samples([{**record, "answer": "B"}, {**GOOD, "answer": 1}])] == ["B", "1"]
+
+
 @pytest.mark.parametrize("name", ["video", "videos"])
 def test_videos_are_not_read_as_text_alone(folder: Path, name: str) -> None:
     for value in ("a.mp4", ["a.mp4"]):

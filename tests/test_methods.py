@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -294,8 +296,21 @@ def test_a_task_that_fails_leaves_what_can_be_saved(name: str, generator: torch.
         assert torch.equal(tensor, pool.state()[key]), key
 
 
+@contextmanager
+def default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # torch's default, as who loads a model may set it
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_selects_what_layers_can_take(name: str, llava: Any, processor: Any, rng: torch.Generator) -> None:
+def test_every_method_selects_what_layers_can_take(
+    name: str, dtype: torch.dtype, llava: Any, processor: Any, rng: torch.Generator
+) -> None:
     """In training and behind it, for one task after another, more of them than any default has rows for."""
     config, policy = METHODS[name]
     increments = get_increments(cf.patch(llava, config(), processor=processor))
@@ -306,7 +321,7 @@ def test_every_method_selects_what_layers_can_take(name: str, llava: Any, proces
         increments.open_task(queries, rng)
         for mode in (True, False):
             if mode or task or not policy.uses_task:
-                with torch.no_grad():
+                with torch.no_grad(), default(dtype):
                     assert llava.train(mode)(**batch, **told).logits.isfinite().all()
         increments.close_task(f"task{task}", queries)
         with torch.no_grad():

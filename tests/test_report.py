@@ -286,6 +286,17 @@ def test_a_label_is_shown_as_it_was_given() -> None:
     assert {name: wording.title_of(name) for name in named} == named
 
 
+def test_an_evaluation_of_half_a_run_says_what_its_numbers_are_over(results: dict) -> None:
+    results["config"] = {"learned": 1, "tasks": 2}
+    results["methods"]["continual_llava"]["trainable_parameters"] = None
+    texts = [text for _, text in wording.explanations(results)]
+    assert "The run has learned 1 of 2 tasks; all numbers are over all 2 that were measured." in texts
+    assert report.table(results)[1][0][-2] == "–"
+    results["methods"] = {"continual_llava": method([[0.5, None], [None, None]])}
+    texts = [text for _, text in wording.explanations({**results, "config": {}})]
+    assert "The run has learned 1 of 2 tasks; all numbers are over these." in texts
+
+
 def test_a_run_without_results_is_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="has finished no task yet; cllava-fast train ... --resume goes on"):

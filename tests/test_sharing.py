@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, dispatch_model
 from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache
 
 import cllava_fast as cf
 from cllava_fast.model import get_increments
-from tests.helpers import QUESTIONS, inputs, learn
+from tests.helpers import QUESTIONS, cached, inputs, learn
 
 CONFIG = cf.IncrementConfig(a_std=0.1, rank=4)
 
@@ -84,11 +88,61 @@ def test_a_plain_model_is_shared_too(llava: Any, processor: Any, generator: torc
     assert not hasattr(llava, "increments")
 
 
+@pytest.mark.parametrize("wrapped", ["dispatched", "prepared"])
+def test_a_copy_asks_its_own_layers(
+    new_llava: Callable[[], Any], processor: Any, generator: torch.Generator, tmp_path: Path, wrapped: str
+) -> None:
+    """What accelerate put on a model before the patch is copied with it."""
+    model, batch = new_llava(), inputs(processor, QUESTIONS[:2], generator)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    if wrapped == "dispatched":
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    else:
+        accelerator.prepare(model)
+    under = dict(model.__dict__)
+    learn(cf.patch(model, CONFIG, processor=processor), 2, generator, b_std=0.1)
+    before, other = logits(model, batch), cf.share(model)
+    if wrapped == "prepared":
+        assert accelerator.unwrap_model(model, keep_fp32_wrapper=False) is model
+        assert torch.equal(logits(model, batch), before)
+    asked: list[str] = []
+    model.model.register_forward_hook(lambda *_: asked.append("the original"))
+    learn(other, 1, generator, b_std=0.1)
+    after = logits(other, batch)
+    assert not torch.allclose(after, before) and not asked
+    alone = cf.load_pretrained(new_llava(), cf.save_pretrained(other, tmp_path / "out"), processor=processor)
+    torch.testing.assert_close(after, logits(alone, batch), atol=1e-5 if wrapped == "dispatched" else 0.1, rtol=0)
+    cf.unpatch(other)
+    logits(other, batch)
+    assert not asked and other.forward != model.forward
+    cf.unpatch(model)
+    assert {name: value for name, value in model.__dict__.items() if "forward" in name or name.startswith("_is")} == {
+        name: value for name, value in under.items() if "forward" in name or name.startswith("_is")
+    }
+
+
+def test_a_method_of_an_instance_may_bear_its_classes_signature(llava: Any, processor: Any) -> None:
+    linear, kind = llava.model.language_model.layers[0].self_attn.o_proj, torch.nn.Linear
+    linear.forward = functools.wraps(kind.forward)(lambda x: kind.forward(linear, x))
+    with torch.no_grad():
+        cf.patch(llava, CONFIG, processor=processor)
+        assert linear(torch.zeros(1, 1, linear.in_features)).shape == (1, 1, linear.out_features)
+        assert list(inspect.signature(linear.forward).parameters) == ["input"]
+
+
 def test_what_cannot_be_shared(llava: Any) -> None:
     with pytest.raises(TypeError, match="expected transformers.LlavaForConditionalGeneration"):
         cf.share(torch.nn.Linear(2, 2))
+    head = llava.lm_head.weight
     llava.lm_head.to("meta")
     with pytest.raises(ValueError, match="lm_head.weight is offloaded"):
+        cf.share(llava)
+
+    class Int8Params(torch.nn.Parameter):
+        pass
+
+    llava.lm_head.weight = Int8Params(head)
+    with pytest.raises(ValueError, match="lm_head.weight is a Int8Params; a quantised model keeps more"):
         cf.share(llava)
 
 
@@ -132,6 +186,24 @@ def test_a_call_under_way_gives_no_answer_of_two_models(
         if how == "merge":
             cf.unmerge(model)
     assert torch.equal(model.generate(**ask), model.generate(**ask, streamer=Swaps(lambda: None)))
+
+
+def test_a_call_within_a_swap_gives_no_answer(
+    learned: Callable[[int], Any], processor: Any, generator: torch.Generator
+) -> None:
+    model, batch = learned(2), inputs(processor, QUESTIONS[:1], generator)
+    increments, cache = get_increments(model), DynamicCache(config=model.config.get_text_config())
+    with increments.swapping():
+        with pytest.raises(RuntimeError, match="was replaced"):
+            model.generate(**batch, max_new_tokens=2, **cached(cache))
+        twin = cf.share(model)
+    assert twin.generate(**batch, max_new_tokens=2).shape == model.generate(**batch, max_new_tokens=2).shape
+    swaps = Swaps(lambda: cf.unmerge(cf.merge(model, task="task0") and model))
+    cache = DynamicCache(config=model.config.get_text_config())
+    with pytest.raises(RuntimeError, match="was replaced"):
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4, streamer=swaps, **cached(cache))
+    with pytest.raises(ValueError, match="the cache was not filled by this patched model"):
+        model(input_ids=batch["input_ids"][:, -1:], **cached(cache))
 
 
 def test_another_failure_keeps_its_name(learned: Callable[[int], Any], processor: Any, rng: torch.Generator) -> None:

@@ -22,6 +22,7 @@ ANSWERS = ("answer", "answers", "references", "answer_bbox")  # the last one in 
 IDS = ("id", "question_id")
 COLUMNS = ("conversations", *QUESTIONS, *ANSWERS, "image", *IDS, "history", "system")
 NOT_IMAGE = ("images", "image_path", "image_paths", "image_file", "img", "img_path")  # others' names of an image
+CHOICES = ("choices", "options")  # of multiple choice
 VIDEOS = ("video", "videos", "video_path", "video_paths")
 
 
@@ -116,6 +117,12 @@ class RecordReader:
             raise ValueError(
                 f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
+            )
+        choices, given = self._first(record, CHOICES), self._get(record, "answer")
+        if isinstance(choices, (list, tuple)) and type(given) is int:
+            raise ValueError(
+                f"{where}: answer is {given}, a place in {brief(choices)}, which no prompt shows; expected the "
+                "choices in the question, and the text or the letter of the right one as answer"
             )
         learned = self._learned(record, where) or answers
         answer = Counter(learned).most_common(1)[0][0]

@@ -184,7 +184,7 @@ class ContinualLlava(Method):
             # z is in the means: tasks take the rows' place, and each acts as strongly as those who look back say
             tasks = pool.num_tasks - (context_rows < pool.num_rows)
             every = torch.arange(pool.num_tasks + bool(block), device=row_task.device)
-            ones = torch.ones(len(every), device=row_task.device)
+            ones = torch.ones(len(every), device=row_task.device, dtype=torch.float32)
             _, by_task = ops.aggregate(row_task[index], weight, every, ones, pool.context_matrix())
             return Pairs(index, weight), by_task[:, top_m : top_m + tasks].contiguous()
         index, coefficient = ops.aggregate(index, weight, row_task, row_mean, pool.context_matrix())

@@ -91,7 +91,7 @@ class Diki(Method):
         assert query is not None
         if training and pool.block_rows:
             index = torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)
-            return Selection(block=Pairs(index, torch.ones(index.shape, device=index.device)))
+            return Selection(block=Pairs(index, torch.ones(index.shape, device=index.device, dtype=torch.float32)))
         if not pool.num_tasks:
             return None
         likelihood, above = calibration.likelihoods(pool, query)

@@ -69,7 +69,7 @@ class SequentialLora(Method):
             return None
         device = pool.row_task.device
         index = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        return Selection(block=Pairs(index, torch.ones(1, 1, device=device)))
+        return Selection(block=Pairs(index, torch.ones(1, 1, device=device, dtype=torch.float32)))
 
 
 @register(JointLoraConfig)

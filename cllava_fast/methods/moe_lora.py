@@ -67,7 +67,7 @@ class MoeLora(SequentialLora):
         if not pool.block_rows:
             return None
         index = torch.arange(pool.block_rows, device=pool.row_task.device)[None]  # [1, E]
-        return Selection(block=Pairs(index, torch.ones(index.shape, device=index.device)))
+        return Selection(block=Pairs(index, torch.ones(index.shape, device=index.device, dtype=torch.float32)))
 
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         assert selection.block is not None

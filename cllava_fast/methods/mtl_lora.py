@@ -79,7 +79,7 @@ class MtlLora(Method):
         if checks.can_read(task, cuda=False) and not ((task >= 0) & (task <= pool.num_tasks)).all():
             raise ValueError(f"query is {task.flatten().tolist()}; expected task numbers from 0 to {pool.num_tasks}")
         task = task.clamp(0, pool.num_tasks)
-        return Selection(block=Pairs(task, torch.ones(task.shape, device=task.device)))
+        return Selection(block=Pairs(task, torch.ones(task.shape, device=task.device, dtype=torch.float32)))
 
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         lambdas = torch.cat([factors.lambdas, factors.block_lambda])  # type: ignore[list-item]  # [T + 1, R, R]

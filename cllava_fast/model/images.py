@@ -18,8 +18,6 @@ def check_images(model: Any, kwargs: dict[str, Any], features: Tensor | None) ->
         given = pixels[0] if pixels else "image_features"
         raise ValueError(f"{given} was given, but a {type(model).__name__} takes no images: it has no vision tower")
     if features is None:
-        if base.takes_features and isinstance(kwargs.get("pixel_values"), Tensor) and kwargs["pixel_values"].dim() == 3:
-            raise ValueError(f"pixel_values is {list(kwargs['pixel_values'].shape)}; expected [images, 3, H, W]")
         return
     if not base.takes_features:
         raise ValueError(f"a {type(model).__name__} takes no image_features; give pixel_values")

@@ -74,7 +74,7 @@ class Increments(nn.Module):
         dropout: share of its input that increments do not see in training, where the config has such a field.
         pool: the rows; the only state.
         call: what acts in the call that is under way.
-        swaps: counts how often what acts was replaced, see ``swapping``.
+        swaps: twice how often what acts was replaced, odd while it is, see ``swapping``.
         pristine: the frozen weight of each linear that ``merge`` replaced, by path; empty while nothing is merged.
         base_fingerprint: of the frozen model, kept where a process may lose parts of it (FSDP); otherwise None.
     """

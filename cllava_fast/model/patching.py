@@ -37,6 +37,7 @@ class _Patch:
     requires_grad: dict[str, bool]
     hooks: list[Any]
     kept_from_repacking: list[Any]
+    unwrapped_forward: Any  # what accelerate, which wrapped the model before, would put in the place of ours
 
 
 @dataclass
@@ -105,7 +106,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     parameters = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
-    record = _Patch(parameters, requires_grad, hooks=[], kept_from_repacking=paths.repacked_on_cpu(model))
+    unwrapped = model.__dict__.pop("_original_forward", None)
+    record = _Patch(parameters, requires_grad, [], paths.repacked_on_cpu(model), unwrapped)
     model.requires_grad_(False)
     for path, linear in linears.items():
         linear.__dict__["_adapter"] = _Adapter(increments, increments.pool.factors(path))
@@ -145,13 +147,13 @@ def unpatch(model: Any) -> Any:
     shadowed += [(linear, "forward") for linear in linears.values()]
     for module, name in shadowed:
         # what is wrapped around a method may carry its attributes
-        if not isinstance(module.__dict__.get(name), MethodType) or not hasattr(module.__dict__[name], "_original"):
+        if not isinstance(module.__dict__.get(name), MethodType) or not hasattr(module.__dict__[name], "_is_over"):
             raise ValueError(f"{name} of {type(module).__name__} was replaced after patch(); undo that first")
-    increments.swaps += 1
+    increments.swaps += 2
     for module, name in shadowed:
-        original = module.__dict__.pop(name)._original
-        if original is not None:
-            module.__dict__[name] = original
+        del module.__dict__[name]
+    for module, _ in shadowed:
+        module.__dict__.update(module.__dict__.pop("_under", {}))
     for linear in linears.values():
         del linear.__dict__["_adapter"]
     record: _Patch = model.__dict__.pop("_patch")
@@ -159,6 +161,8 @@ def unpatch(model: Any) -> Any:
         hook.remove()
     for linear in record.kept_from_repacking:
         linear.support_avx512bf16_for_cpu = True
+    if record.unwrapped_forward is not None:
+        model.__dict__["_original_forward"] = record.unwrapped_forward
     del model.increments
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
@@ -217,23 +221,25 @@ def find_processor(model: Any) -> Any | None:
 
 def _shadow(module: nn.Module, name: str, function: Any) -> None:
     """Puts ``function`` before the method ``name`` of this one instance; ``copy.deepcopy`` keeps working."""
-    present = module.__dict__.get(name)
-    original = getattr(type(module), name) if present is None else present
+    of_class = getattr(type(module), name)
+    is_over = name in module.__dict__  # another library's
+    if is_over:
+        module.__dict__.setdefault("_under", {})[name] = module.__dict__[name]
+    original = module.__dict__.get(name, of_class)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # looked up by class, never held: a copied model must call its own parts
-        call = functools.partial(original, self) if present is None else original
+        # looked up where it is called: a copied model must call its own parts
+        call = self.__dict__["_under"][name] if is_over else functools.partial(of_class, self)
         return function(self, call, *args, **kwargs)
 
     # callers inspect the signature, but who takes wrappers off (accelerate) must not go past this one
     signature = inspect.signature(original)
-    if present is not None:  # bound already
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = signature.replace(parameters=[own, *signature.parameters.values()])
-    method.__signature__ = signature  # type: ignore[attr-defined]
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
+    method.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]
     del method.__wrapped__
-    method._original = present  # type: ignore[attr-defined]
+    method._is_over = is_over  # type: ignore[attr-defined]
     module.__dict__[name] = MethodType(method, module)
 
 
@@ -249,7 +255,7 @@ def _linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
     if increments.method.reads:
         return original(increments.read(x, factors))
     # what other libraries put on this instance (offloading, say) must keep its part
-    if paths.is_plain(linear) and getattr(linear.__dict__["forward"], "_original", 0) is None:
+    if paths.is_plain(linear) and not getattr(linear.__dict__["forward"], "_is_over", True):
         return increments.inject(x, linear, None, factors)
     return increments.inject(x, None, original(x), factors)
 
@@ -273,6 +279,8 @@ def _get_image_features(llava: Any, original: Any, pixel_values: Tensor, *args: 
     """Lets features that were computed before pass in place of pixels, which have one dimension more."""
     if pixel_values.dim() != 3:
         return original(pixel_values, *args, **kwargs)
+    if pixel_values.shape[-1] != llava.config.get_text_config().hidden_size:
+        raise ValueError(f"pixel_values is {list(pixel_values.shape)}; expected [images, 3, H, W]")
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=list(pixel_values))  # type: ignore[arg-type]
@@ -356,14 +364,15 @@ def _generate(
         raise
     finally:
         call.pending, call.custom = outer, custom
-        remember(output)
+        if increments.swaps == swaps:
+            remember(output)
     _check_not_swapped(increments, swaps)
     return output
 
 
 def _check_not_swapped(increments: Increments, swaps: int, error: Exception | None = None) -> None:
     """An answer is of what acted when it began, from its first token to its last, or there is none."""
-    if increments.swaps != swaps:
+    if increments.swaps != swaps or swaps % 2:
         raise RuntimeError(
             "what acts was replaced (load_pretrained, merge, unmerge or unpatch) while generate was under way; ask "
             "again. To replace it without waiting for calls, load into cllava_fast.share(model), and ask that from then"

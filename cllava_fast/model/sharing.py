@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cllava_fast.model import paths
 
@@ -18,7 +18,7 @@ def share(model: Any) -> Any:
 
     Raises:
         TypeError: no model that can be patched.
-        ValueError: weights are offloaded.
+        ValueError: weights are offloaded or quantised.
     """
     paths.check_supported(model)
     shared: dict[int, Any] = {}
@@ -27,11 +27,18 @@ def share(model: Any) -> Any:
             continue
         if tensor.is_meta:
             raise ValueError(f"{name} is offloaded, and what offloads it would be copied; share a model in memory")
-        # an object of its own, which can be merged into, frozen and cast; quantised weights have none of these
-        plain = type(tensor) is nn.Parameter
-        shared[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad) if plain else tensor
+        if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__}; a quantised model keeps more than weights: load it twice"
+            )
+        # an object of its own, which can be merged into, frozen and cast
+        own = nn.Parameter(tensor.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor
+        shared[id(tensor)] = own
     shared.update({id(tensor): tensor.detach() for tensor in _pristine(model)})
-    return copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, shared)
+    if hasattr(twin, "increments"):
+        twin.increments.swaps = 0
+    return twin
 
 
 def _pristine(model: Any) -> list[Any]:
