@@ -281,8 +281,8 @@ MUTANTS = [
         "[a - b for a, b in pairs]", "[a for a, b in pairs]", REPORT,
     ),
     Mutant(
-        "pictures: orders by step", "cllava_fast/evaluate/plots.py", 'for row in run["accuracy_matrix"][place:]]',
-        'for row in run["accuracy_matrix"]]', REPORT,
+        "pictures: orders by step", "cllava_fast/evaluate/plots.py", "for i in range(place, len(order))]",
+        "for i in range(len(order))]", REPORT,
     ),
     Mutant(
         "selection: weight of either task is shared", "cllava_fast/evaluate/selection.py",

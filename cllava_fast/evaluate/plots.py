@@ -112,8 +112,8 @@ def plot_selection(results: Mapping[str, Any], path: Path) -> None:
 def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
     """One panel a task: its accuracy as the stream goes on, one line a method, a band over the runs.
 
-    Along the stream, or, where the tasks came in several orders, along the number of tasks learned since. Of more than
-    ``PANELS`` tasks, evenly spread ones.
+    Along the stream, or, where the tasks came in several orders, a line each along the number of tasks learned since.
+    Of more than ``PANELS`` tasks, evenly spread ones.
     """
     Figure = require("matplotlib.figure", "pictures of a report").Figure
 
@@ -133,14 +133,23 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
         for number, (method, result) in enumerate(methods.items()):
             color = COLORS[number % len(COLORS)]
             marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]  # another one in each round of colours
-            curve = _curve_since(results, result, task) if several else _curve(results, result, task)
-            steps = list(curve)
-            line = [middle for middle, _ in curve.values()]
             dashes, label = DASHES[number // len(COLORS) % len(DASHES)], _plain(title_of(method), METHOD)
-            axes.plot(steps, line, dashes, color=color, marker=marker, markersize=size, label=label, zorder=3)
-            if any(len(spread) > 1 for _, spread in curve.values()):
-                low, high = ([limit(spread) for _, spread in curve.values()] for limit in (min, max))
-                axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            curves = _curves_since(results, result, task) if several else [_curve(results, result, task)]
+            for place, curve in enumerate(curves):
+                steps, line = list(curve), [middle for middle, _ in curve.values()]
+                axes.plot(
+                    steps,
+                    line,
+                    dashes,
+                    color=color,
+                    marker=marker,
+                    markersize=size,
+                    label=None if place else label,
+                    zorder=3,
+                )
+                if any(len(spread) > 1 for _, spread in curve.values()):
+                    low, high = ([limit(spread) for _, spread in curve.values()] for limit in (min, max))
+                    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set_title(_plain(task), fontsize=11)
         axes.set_xticks(places, ticks, rotation=0 if several else 30, ha="center" if several else "right")
         axes.set_xlim(-0.3, len(names) - 0.7)
@@ -169,27 +178,15 @@ def _curve(results: Mapping[str, Any], result: Mapping[str, Any], task: str) -> 
     }
 
 
-def _curve_since(results: Mapping[str, Any], result: Mapping[str, Any], task: str) -> Curve:
-    """By the number of tasks that were learned after ``task``, over all orders: the mean just after it, and from then
-    on the mean change of the runs that go so far. Others began elsewhere, and would bend the line where they end."""
-    born, since = [], dict[int, list[float]]()
+def _curves_since(results: Mapping[str, Any], result: Mapping[str, Any], task: str) -> list[Curve]:
+    """By the number of tasks learned after ``task``, a curve for each order: their mean would bend where one ends."""
+    curves = []
     for order, runs in runs_by_order(results, result):
         place = order.index(task)
-        for run in runs:
-            column = [row[place] for row in run["accuracy_matrix"][place:]]
-            if column[0] is None:  # of a model that learned all tasks at once, or none: measured at the end alone
-                born.append(column[-1])
-                continue
-            born.append(column[0])
-            for age, value in enumerate(column):
-                if value is not None:
-                    since.setdefault(age, []).append(value - column[0])
-    known = [value for value in born if value is not None]
-    if not known:
-        return {}
-    start = sum(known) / len(known)
-    curve = {age: (start + sum(c) / len(c), [start + change for change in c]) for age, c in sorted(since.items())}
-    return {**curve, 0: (start, known)}
+        columns = [[run["accuracy_matrix"][i][place] for run in runs] for i in range(place, len(order))]
+        measured = {age: values for age, values in enumerate(columns) if values and None not in values}
+        curves.append({age: (sum(values) / len(values), values) for age, values in measured.items()})
+    return curves
 
 
 def plot_losses(results: Mapping[str, Any], path: Path) -> None:
