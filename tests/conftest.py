@@ -68,6 +68,17 @@ def llava(new_llava: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture
+def accelerator() -> Iterator[Any]:
+    """accelerate's, for bfloat16 on a CPU; a process has one precision, which other tests have chosen or will."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """Data of its own for each test."""
     return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))

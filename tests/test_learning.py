@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -218,10 +217,11 @@ def test_a_loss_of_earlier_tasks_is_told(llava: Any, processor: Any, recwarn: py
 
 
 @pytest.mark.parametrize("prepared", ["within", "before"])
-def test_what_accelerate_wraps_within_is_taken_off(llava: Any, processor: Any, tmp_path: Path, prepared: str) -> None:
+def test_what_accelerate_wraps_within_is_taken_off(
+    llava: Any, processor: Any, tmp_path: Path, accelerator: Any, prepared: str
+) -> None:
     model, task = cf.patch(llava, CONFIG, processor=processor), stream(1).tasks[0]
     ours, batch = model.forward, cf.DataCollator(processor, training=False)(task.train[:4])
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     if prepared == "before":
         accelerator.prepare(model)
     with cf.learning(model, "a", task.train):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, dispatch_model
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
@@ -90,11 +90,11 @@ def test_a_plain_model_is_shared_too(llava: Any, processor: Any, generator: torc
 
 @pytest.mark.parametrize("wrapped", ["dispatched", "prepared"])
 def test_a_copy_asks_its_own_layers(
-    new_llava: Callable[[], Any], processor: Any, generator: torch.Generator, tmp_path: Path, wrapped: str
-) -> None:
+    new_llava: Callable[[], Any], processor: Any, generator: torch.Generator, tmp_path: Path, accelerator: Any,
+    wrapped: str,
+) -> None:  # fmt: skip
     """What accelerate put on a model before the patch is copied with it."""
     model, batch = new_llava(), inputs(processor, QUESTIONS[:2], generator)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     if wrapped == "dispatched":
         dispatch_model(model, {"": "cpu"}, force_hooks=True)
     else:
