@@ -135,18 +135,10 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
             marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]  # another one in each round of colours
             dashes, label = DASHES[number // len(COLORS) % len(DASHES)], _plain(title_of(method), METHOD)
             curves = _curves_since(results, result, task) if several else [_curve(results, result, task)]
+            style = {"color": color, "marker": marker, "markersize": size, "zorder": 3}
             for place, curve in enumerate(curves):
                 steps, line = list(curve), [middle for middle, _ in curve.values()]
-                axes.plot(
-                    steps,
-                    line,
-                    dashes,
-                    color=color,
-                    marker=marker,
-                    markersize=size,
-                    label=None if place else label,
-                    zorder=3,
-                )
+                axes.plot(steps, line, dashes, label=None if place else label, **style)
                 if any(len(spread) > 1 for _, spread in curve.values()):
                     low, high = ([limit(spread) for _, spread in curve.values()] for limit in (min, max))
                     axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)

@@ -91,7 +91,9 @@ class ContinualTrainer:
             )
         listeners: list[TrainerCallback] = [c() if isinstance(c, type) else c for c in callbacks or ()]
         if any(isinstance(listener, EarlyStoppingCallback) for listener in listeners):
-            raise ValueError("callbacks: early stopping evaluates within a task, and a task is evaluated at its end")
+            raise ValueError(
+                "callbacks: early stopping evaluates within a task, and a task is evaluated at its end; leave it out"
+            )
         distributed.start()
         if not isinstance(stream, PreparedStream):
             stream = PreparedStream(stream, processor, args.image_feature_bytes)
