@@ -79,15 +79,19 @@ def test_how_far_is_far_does_not_depend_on_the_width(width: int, rng: torch.Gene
     def directions(count: int) -> Tensor:
         return torch.nn.functional.normalize(torch.randn(count, width, generator=rng), dim=1)
 
-    def around(center: Tensor, spread: Tensor, aside: float) -> Tensor:
-        off = 0.2 * torch.randn(50, len(spread), generator=rng) @ spread
-        return torch.nn.functional.normalize(center + off + aside * directions(50), dim=1)
+    def moved(aside: float) -> Tensor:
+        """The task's own queries, moved to where none of them lies."""
+        away = directions(50)
+        away = torch.nn.functional.normalize(away - away @ within @ within.T, dim=1)
+        return torch.nn.functional.normalize(queries + aside * away, dim=1)
 
     (center,), spread = directions(1), directions(6)
+    queries = center + 0.2 * torch.randn(50, len(spread), generator=rng) @ spread
+    within = torch.linalg.qr(torch.cat([center[None], spread]).T).Q
     pool = Pool(rank=2, key_dim=width, shapes={"o": LinearShape(6, 5)})
-    calibration.keep(pool, calibration.gaussian(around(center, spread, aside=0.0)))
-    assert calibration.familiarity(pool, around(center, spread, aside=0.25)).min() > 0.9
-    assert calibration.familiarity(pool, around(center, spread, aside=1.2)).max() < 0.1
+    calibration.keep(pool, calibration.gaussian(moved(aside=0.0)))
+    assert calibration.familiarity(pool, moved(aside=0.25)).min() > 0.9
+    assert calibration.familiarity(pool, moved(aside=1.2)).max() < 0.1
 
 
 @pytest.mark.parametrize("mix", [False, True])
