@@ -1,5 +1,6 @@
-// One line of schema for each native op. Outputs are written in place, so these ops are for this library's own use:
-// autograd and compilers see the functional ops that cllava_fast.ops defines on top of them.
+// One line of schema for each native op. Most write their outputs in place, so these ops are for this library's own use:
+// autograd and compilers see the functional ops that cllava_fast.ops defines on top of them. inject and inject_backward
+// are the CPU's alone.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -31,6 +32,15 @@ inline void define(torch::stable::detail::StableLibrary& library) {
   library.def(
       "inject_add(Tensor x, Tensor A, Tensor B, Tensor index, Tensor coefficient, float scale, Tensor(a!) y, "
       "Tensor(b!)? arrived=None) -> ()");
+  library.def(
+      "inject(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor B, Tensor index, Tensor "
+      "coefficient, Tensor? past_A, Tensor? past_B, Tensor? past_coefficient, float scale, bool whole, int "
+      "gathered, bool save) -> (Tensor y, Tensor low, Tensor past_low)");
+  library.def(
+      "inject_backward(Tensor grad, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor index, Tensor "
+      "coefficient, Tensor? past_A, Tensor? past_B, Tensor? past_coefficient, float scale, bool whole, int gathered, "
+      "Tensor low, Tensor past_low, bool need_x, bool need_A, bool need_B, bool need_coefficient, bool need_past) -> "
+      "(Tensor x, Tensor A, Tensor B, Tensor coefficient, Tensor past_coefficient)");
 }
 
 }  // namespace cllava

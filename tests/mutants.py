@@ -55,6 +55,10 @@ MUTANTS = [
         INJECT_TESTS,
     ),
     Mutant(
+        "inject: Triton reads factors of any dtype", f"{INJECT}/triton.py",
+        "f if f.dtype in (dtype, torch.float32) else f.float() for f", "f for f", ("tests/test_op_inject.py",),
+    ),
+    Mutant(
         "inject: all samples gather at once", f"{INJECT}/reference.py", "GATHERED = 2**21", "GATHERED = 2**40", MEMORY
     ),
     Mutant(
@@ -330,7 +334,7 @@ MUTANTS = [
     ),
     Mutant(
         "decoding: in spite of a backend asked for", "cllava_fast/ops/dispatch.py",
-        "return _asked[-1] if _asked else None", "return None", ("tests/test_decoding.py",),
+        "return _asked[-1]\n", "return AUTO\n", ("tests/test_decoding.py",),
     ),
     Mutant(
         "evaluation: batches that are selected for mix tasks", "cllava_fast/evaluate/evaluation.py",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 SELECT, AGGREGATE, INJECT = "tests/test_op_select.py", "tests/test_op_aggregate.py", "tests/test_op_inject.py"
+MEMORY = "tests/test_memory.py"
 SELECT_AGGREGATE, EMULATED = "tests/test_op_select_aggregate.py", "tests/test_cuda_emulated.py"
 
 NATIVE_MUTANTS = [
@@ -33,6 +34,21 @@ NATIVE_MUTANTS = [
     ("inject: rank is not read", "cpu/inject.cpp", "B + r * call.B_stride_r", "B", INJECT),
     ("inject: columns beyond the groups of four are lost", "cpu/inject.cpp", "j < here; ++j) add<V, 1>", "j < 0; ++j) add<V, 1>", INJECT),
     ("inject: tokens of the first sample", "cpu/inject.cpp", "if (converted != b)", "if (converted < 0)", INJECT),
+    ("inject: scale of the past lost", "cpu/inject_many.cpp", "return c * given.scale;", "return c;", INJECT),
+    ("inject: rows that appear twice count once", "cpu/inject_many.cpp", "to[index[p]] += strength;", "to[index[p]] = strength;", INJECT),
+    ("inject: strengths of the first token", "cpu/inject_many.cpp", " || token % together == 0", "", INJECT),
+    ("inject: an overflow spreads", "cpu/inject_many.cpp", "if (half) value = factor == 0", "if (false) value = factor == 0", INJECT),
+    ("inject: a folded overflow spreads", "cpu/inject_many.cpp", "strength_of_row == 0) continue;", "strength_of_row == 2) continue;", INJECT),
+    ("inject: the strengths' last columns are lost", "cpu/inject_many.cpp", "static_cast<T>(static_cast<float>(from[k]) * strength[k]);", "from[k];", INJECT),
+    ("inject: tokens behind the first block are lost", "cpu/inject_many.cpp", "first < (i + 1) * together; first", "first < i * together + block; first", INJECT),
+    ("inject: gradients of a row's last pair alone", "cpu/inject_many.cpp", "[pair]].push_back(pairs + pair * size);", "[pair]].assign(1, pairs + pair * size);", INJECT),
+    ("inject: samples behind the first turn are lost", "cpu/inject_many.cpp", "first < given.samples; first +=", "first < together; first +=", MEMORY),
+    ("inject: what is saved is not asked for", "cpu/inject_many.cpp", "if (save) return", "if (true) return", INJECT),
+    ("inject: nothing is saved", "cpu/inject_many.cpp", "if (save) return", "if (false) return", INJECT),
+    ("inject: x's gradient begins with what lay there", "cpu/inject_many.cpp", "std::memset(to_x.data_ptr(), 0, to_x.numel() * sizeof(T));", ";", INJECT),
+    ("inject: gradients come back in float32", "cpu/inject_many.cpp", "in_dtype(std::get<1>(found), A.scalar_type());", "std::get<1>(found);", INJECT),
+    ("inject: coefficients' gradients without scale", "cpu/inject_many.cpp", "static_cast<float>(sum * scale);", "static_cast<float>(sum);", INJECT),
+    ("inject: pairs' gradients are those of the first rows", "cpu/inject_many.cpp", "given.whole ? in<int64_t>(given.index)[i / tokens * P + p] : p", "p", INJECT),
     ("rows: the tail of a dot is dropped", "cpu/rows.h", "if (d < width) add_at", "if (false) add_at", SELECT),
     ("rows: the tail is dropped", "cpu/rows.h", "total[i] += strength[j] * static_cast<float>(row[j][i]);", ";", INJECT),
     ("select: ties go to the highest row", "cuda/select.cu", "(0xffffffffu - unsigned(row));", "unsigned(row);", SELECT),

@@ -51,8 +51,15 @@ class Backend(NamedTuple):
         """Why it cannot run the op in this dtype and these sizes, or None."""
         whole = {name: size for name, size in sizes.items() if isinstance(size, int)}
         site = dispatch.Site(torch.device(self.device), dtype, tuple(whole.items()))
-        refusals = [dispatch._refusal(each, self.name, site, asked=True) for each in CHAIN.get(op, [op])]
+        with pytest.MonkeyPatch.context() as patch:
+            self.take_way(op, patch)
+            refusals = [dispatch._refusal(each, self.name, site, asked=True) for each in CHAIN.get(op, [op])]
         return next((refusal for refusal in refusals if refusal is not None), None)
+
+    def take_way(self, op: str, patch: pytest.MonkeyPatch) -> None:
+        if self.way:
+            module, name, value = WAYS[self.name, op, self.way]
+            patch.setattr(importlib.import_module(module), name, value)
 
 
 # A new backend is one line here: the conformance test and every other test of the ops then run on it.
@@ -65,14 +72,14 @@ BACKENDS = (
 # Ways between which the size of a call chooses, each tested at every size: name in a module, and what it then is.
 WAYS = {
     (name, op, way): (INJECT, "plan", functools.partial(lambda way, *sizes: way, way))
-    for name in ("reference", "triton")
+    for name in ("reference", "triton", "cpu")
     for op in ("inject", "inject_add")
     for way in ("gather", "whole")
 } | {
     ("triton", "select", "one"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 2**31),
     ("triton", "select", "split"): (SELECT_TRITON, "ONE_LAUNCH_ROWS", 16),
-    ("cpu", "inject", "native"): (INJECT_NATIVE, "few", lambda *sizes: True),
-    ("cpu", "inject_add", "native"): (INJECT_NATIVE, "few", lambda *sizes: True),
+    ("cpu", "inject", "few"): (INJECT_NATIVE, "CPU_TOKENS", 2**31),
+    ("cpu", "inject_add", "few"): (INJECT_NATIVE, "CPU_TOKENS", 2**31),
 }
 
 
@@ -98,9 +105,7 @@ def on_every_backend(op: str, only: str = "") -> Any:
 @contextmanager
 def running_on(backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch):
     """Ops run on `backend`, and empty memory holds NaN."""
-    if backend.way:
-        module, name, value = WAYS[backend.name, op, backend.way]
-        monkeypatch.setattr(importlib.import_module(module), name, value)
+    backend.take_way(op, monkeypatch)
     if backend.name == "triton" and triton_backend.INTERPRETED:
         _round_bfloat16_like_hardware(monkeypatch)
     with nan_in_empty_memory(), ops.backend(backend.asked):

@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
 def test_an_unknown_backend_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CLLAVA_BACKEND", "magic")
+    monkeypatch.setattr("cllava_fast.ops.dispatch._asked", ["magic"])
     command = ["demo", "--output", str(tmp_path / "demo"), "--methods", "continual_llava", "--train", "32"]
     assert cli.main([*command, "--test", "4", "--steps", "1"]) == 1
     assert "unknown backend 'magic'" in capsys.readouterr().err

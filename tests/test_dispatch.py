@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,7 +16,7 @@ from cllava_fast.ops import dispatch
 @pytest.fixture
 def registry(monkeypatch):
     """A registry that a test may add to; the real one is back afterwards."""
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_asked", [dispatch.AUTO])
     plain = {op: {"reference": kernels["reference"]} for op, kernels in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", plain)
     dispatch._choose.cache_clear()
@@ -68,22 +72,28 @@ def test_a_refused_shape_falls_to_the_next_and_is_an_error_when_asked_for(regist
 def test_an_unusable_backend_is_skipped_and_is_an_error_when_asked_for(registry, monkeypatch):
     dispatch.register("cuda", {"inject_add": marked}, usable=lambda: "no GPU in this machine")
     assert torch.equal(call(), torch.full((2, 3, 4), 4.0))
-    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
-    with pytest.raises(ops.BackendError, match="no GPU in this machine"):
+    with ops.backend("cuda"), pytest.raises(ops.BackendError, match="no GPU in this machine"):
         call()
 
 
 def test_environment_variable(registry, monkeypatch):
     dispatch.register("triton", {"inject_add": marked})
-    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    monkeypatch.setattr(dispatch, "_asked", ["reference"])  # as it is after an import under CLLAVA_BACKEND=reference
     assert torch.equal(call(), torch.full((2, 3, 4), 4.0))
     with ops.backend("triton"):  # the block wins
         assert torch.equal(call(), torch.full((2, 3, 4), 7.0))
-    monkeypatch.setenv(dispatch.VARIABLE, "fastest")
+    monkeypatch.setattr(dispatch, "_asked", ["fastest"])
     with pytest.raises(ops.BackendError, match="unknown backend 'fastest'"):
         call()
-    monkeypatch.setenv(dispatch.VARIABLE, "")
-    assert torch.equal(call(), torch.full((2, 3, 4), 7.0))
+
+
+@pytest.mark.parametrize(("said", "wanted"), [("reference", "reference"), ("", "auto"), (None, "auto")])
+def test_the_environment_is_read_at_import(said, wanted):
+    variables = {name: value for name, value in os.environ.items() if name != "CLLAVA_BACKEND"}
+    variables |= {} if said is None else {"CLLAVA_BACKEND": said}
+    code = "from cllava_fast.ops import dispatch; print(dispatch.wanted())"
+    found = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert found.stdout.strip() == wanted, found.stderr
 
 
 def test_asking_for_what_is_not_there_is_an_error(registry, monkeypatch):
@@ -91,7 +101,7 @@ def test_asking_for_what_is_not_there_is_an_error(registry, monkeypatch):
         pass
     with pytest.raises(ops.BackendError, match="'cpu' is not registered"), ops.backend("cpu"):
         pass
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setattr(dispatch, "_asked", ["triton"])
     with pytest.raises(ops.BackendError, match="cannot run: not registered for inject_add"):
         call()
     dispatch.register("triton", {"select": marked})
@@ -102,7 +112,7 @@ def test_asking_for_what_is_not_there_is_an_error(registry, monkeypatch):
 def test_the_block_is_left_on_an_error(registry):
     with pytest.raises(KeyError), ops.backend("reference"):
         raise KeyError
-    assert dispatch._asked == []
+    assert dispatch.wanted() == dispatch.AUTO
 
 
 def test_backward_ops_are_dispatched_too(registry):

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from benchmarks.measure import peak_memory
 from cllava_fast import ops
-from cllava_fast.ops import triton_backend
+from cllava_fast.ops import native, triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject.reference import Acting
-from tests.ops_helpers import close, flat_acting, inject_backward, leaf
+from tests.ops_helpers import LIBRARY, close, flat_acting, inject_backward, leaf
 
 ON_GPU = torch.cuda.is_available() and not triton_backend.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -185,18 +185,21 @@ def test_results_are_no_views(layer, dtype, rng):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_samples_that_take_turns_change_nothing(together, rng, monkeypatch):
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_inject_is_the_same_where_samples_take_turns(name, together, rng, monkeypatch):
+    if name == "cpu" and (refusal := native.cpu_usable()) is not None:
+        pytest.skip(refusal)
     case = inject_cases.Case(B=3, S=5, d_in=24, d_out=16, N=6, R=2, P=4)
-    tensors = [t.to(DEVICE) for t in inject_cases.make(case, torch.float64, rng)]
-
-    given = Acting(*flat_acting(*tensors[2:6], scale=0.5))
+    x, weight, A, B, index, coefficient, bias = inject_cases.make(case, torch.float32, rng)
+    increments = flat_acting(*(t.detach() for t in (A, B, index, coefficient)), scale=0.5)
 
     def results():
-        y, *lows = reference.inject(*tensors[:2], tensors[6], given, True)
-        return y, *reference.inject_backward(y, *tensors[:2], given, *lows, [True] * 5)
+        with ops.backend(name):
+            y, *lows = LIBRARY.inject(x.detach(), weight, bias, *increments, True)
+            return y, *inject_backward(y, x.detach(), weight, increments, [True] * 5)
 
     wanted = results()
     monkeypatch.setattr(reference, "GATHERED", together * case.P * case.R * case.d_in)
-    assert len(list(reference._turns(tensors[2], given, tensors[0]))) == -(-case.B // together)
+    assert len(list(reference._turns(A, Acting(*increments), x))) == -(-case.B // together)
     for found, exact in zip(results(), wanted, strict=True):
-        close(found, exact)
+        close(found, exact.double(), 1e-6)

@@ -172,7 +172,7 @@ def _decode(
 
 
 def _like(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.dtype, x.device, dispatch.innermost()
+    return x.shape, x.dtype, x.device, dispatch.wanted()
 
 
 def _takes_gradients_or_casts() -> bool:

@@ -27,7 +27,7 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(check)
     def run(*arguments: Any) -> None:
-        like = None if torch.compiler.is_compiling() else _like(arguments)
+        like = None if torch.compiler.is_dynamo_compiling() else _like(arguments)
         if like is None or like not in passed:
             check(*arguments)
             if like is not None:
@@ -38,6 +38,7 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+_any_autocast = torch._C._is_any_autocast_enabled
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _BY_VALUE = frozenset((type(None), bool, int, str))
 
@@ -51,7 +52,7 @@ def _like(arguments: tuple[Any, ...]) -> Hashable:
         if kind in _PLAIN:
             seen += (argument.shape, argument.dtype, argument.device, argument.requires_grad)
             if autocast is None:
-                autocast = under_autocast(argument)
+                autocast = _any_autocast() and under_autocast(argument)
         elif kind in _BY_VALUE:
             seen.append(argument)
         elif kind is float:

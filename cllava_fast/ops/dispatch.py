@@ -5,9 +5,9 @@ A backend is a name and one function per op that it implements; an op's folder r
     dispatch.register("reference", {"inject": reference.inject, "inject_add": reference.inject_add})
 
 For each call the first registered backend of `ORDER` that is usable on this machine and accepts the call's device,
-dtype and sizes is taken. `CLLAVA_BACKEND=name` or `with backend("name"):` asks for one by name; if that one cannot run,
-the call fails with the reason: there is no silent fall-back. Several names, "cuda,triton", ask for the first of them
-that can run.
+dtype and sizes is taken. `CLLAVA_BACKEND=name`, read at import, or `with backend("name"):` asks for one by name; if
+that one cannot run, the call fails with the reason: there is no silent fall-back. Several names, "cuda,triton", ask for
+the first of them that can run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _kernels: dict[str, dict[str, _Kernel]] = {}  # op -> backend -> kernel
 # Each says why a backend that would volunteer for a call leaves it to another one, or None: see `tuned.py`.
 _advice: list[Callable[[str, str, Site], str | None]] = []
 # Process-wide rather than per thread or context: autograd runs backward ops on threads of its own.
-_asked: list[str] = []
+_asked: list[str] = [os.environ.get(VARIABLE) or AUTO]
 
 
 def _always_usable() -> None:
@@ -127,19 +127,14 @@ def forget() -> None:
     _choose.cache_clear()
 
 
-def innermost() -> str | None:
-    """What the innermost `backend` block asks for; None outside of all."""
-    return _asked[-1] if _asked else None
-
-
 def choose(op: str, site: Site) -> Choice:
     """The backend that runs `op` at `site`. Cached: a repeated site costs a dictionary look-up."""
-    return _choose(op, site, wanted())
+    return _choose(op, site, _asked[-1])
 
 
 def wanted() -> str:
     """The backend asked for, by the innermost block or else the environment; `AUTO` if by none."""
-    return _asked[-1] if _asked else os.environ.get(VARIABLE) or AUTO
+    return _asked[-1]
 
 
 @lru_cache(maxsize=8192)

@@ -26,7 +26,8 @@ _BELOW_AUTOGRAD = (*_PLAIN, _C.DispatchKey.ADInplaceOrView)
 _profiler_enabled, _has_torch_function = torch.autograd._profiler_enabled, torch.overrides.has_torch_function
 _included, _excluded = _C._dispatch_tls_local_include_set, _C._dispatch_tls_local_exclude_set
 _keys_of, _is_wrapped = _C._dispatch_keys, _C._functorch.is_functorch_wrapped_tensor
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list))
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = frozenset((type(None), bool, int, float, list))
 
 
 def define(
@@ -102,11 +103,15 @@ def differentiable(
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
-            return (straight if keys is None else Differentiable.apply)(*args, keys)
-        return kernel(*args) if keys is None else below_autograd(keys, args)
+            return Differentiable.apply(*args, keys)
+        return below_autograd(keys, args)
 
     def call(*args: Any) -> Any:
-        return autograd(None, *args) if _nothing_between(args) else op(*args)
+        if not _nothing_between(args):
+            return op(*args)
+        if torch.is_grad_enabled() and _C._any_requires_grad(*args):
+            return straight(*args, None)
+        return kernel(*args)
 
     Differentiable.__name__ = f"{op._opname}_backward"
     _library.impl(op._opname, autograd, "Autograd", with_keyset=True)
@@ -123,13 +128,21 @@ def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
 
 
 def _nothing_between(args: tuple[Any, ...]) -> bool:
-    """Whether nobody but autograd has a part in a call: no compiler, mode, transform, autocast, profiler, subclass."""
-    if torch.compiler.is_compiling() or _profiler_enabled():
+    """Whether nobody but autograd has a part in a call: no compiler, mode, transform, autocast, profiler, subclass.
+
+    In few calls, for the reason that `checks.once` has.
+    """
+    if torch.compiler.is_dynamo_compiling() or _profiler_enabled() or forward_ad._current_level >= 0:
         return False
-    if _has_torch_function(args) or not _PLAIN_TYPES.issuperset(map(type, args)):
+    if _has_torch_function(args):
         return False
-    if any(map(_is_wrapped, [argument for argument in args if isinstance(argument, torch.Tensor)])):
-        return False  # by a transform that is over
+    for argument in args:
+        kind = type(argument)
+        if kind in _TENSORS:
+            if _is_wrapped(argument):
+                return False  # by a transform that is over
+        elif kind not in _PLAIN_TYPES:
+            return False
     keys = (_included() | _keys_of(args[0])) - _excluded()
     situation = keys.raw_repr(), torch.is_grad_enabled()
     known = _nothing_between_in.get(situation)

@@ -66,9 +66,10 @@ def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: A
     """
     emulated = backend == "cuda" and EMULATED
     library = torch.ops.cllava_fast_emulated if emulated else torch.ops.cllava_fast_native
+    bound = functools.partial if backend == "cpu" else functools.partial(functools.partial, call)
     dispatch.register(
         backend,
-        {op: functools.partial(call, run, library) for op, run in kernels.items()},
+        {op: bound(run, library) for op, run in kernels.items()},
         usable=cpu_usable if backend == "cpu" else cuda_usable,
         accepts=functools.partial(accepts_on, backend, accepts),
     )

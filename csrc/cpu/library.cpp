@@ -1,6 +1,7 @@
 // The one file of the CPU library that knows torch: it defines all native ops, and implements them for the CPU.
 #include "../bind.h"
 #include "../schemas.h"
+#include "inject_many.h"
 #include "kernels.h"
 
 namespace {
@@ -21,4 +22,8 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY(cllava_fast_native, library) { cllava::define(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(cllava_fast_native, CPU, library) { cllava::Bound<Cpu>::implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(cllava_fast_native, CPU, library) {
+  cllava::Bound<Cpu>::implement(library);
+  library.impl("inject", TORCH_BOX(&cllava::cpu::inject));
+  library.impl("inject_backward", TORCH_BOX(&cllava::cpu::inject_backward));
+}

@@ -25,7 +25,7 @@ using BFloat16 = torch::headeronly::BFloat16;
 
 // Calls body with a null pointer of the C++ type.
 template <typename Body>
-void with_type(Type type, const Body& body) {
+auto with_type(Type type, const Body& body) {
   if (type == Type::float32) return body(static_cast<float*>(nullptr));
   if (type == Type::float16) return body(static_cast<Half*>(nullptr));
   return body(static_cast<BFloat16*>(nullptr));

@@ -1,7 +1,7 @@
-"""inject in csrc, for few tokens a sample (one, on a CPU): the library's product, and the increments added in place.
+"""inject in csrc: for few tokens a sample (one, on a CPU) the library's product, and the increments added in place.
 
-The kernels add what pairs select; the past, in which all rows act on all samples, is two matrix products. Gradients
-have no kernel: training has many tokens.
+The kernels add what pairs select; the past, in which all rows act on all samples, is two matrix products. For more
+tokens, and for gradients, a CPU does what `reference` does, in one call (csrc/cpu/inject_many.cpp).
 """
 
 from __future__ import annotations
@@ -30,20 +30,17 @@ def cuda_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
 
 def cpu_accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     sizes = dict(site.sizes)
-    refusal = _beyond_pairs(sizes)
-    if refusal is not None or asked or (op != "inject_backward" and few(sizes["S"])):
-        return refusal
-    return "chosen for single tokens alone: beyond, PyTorch's matrix products are as fast on some CPUs"
+    if op != "inject_backward" and sizes.get("S", CPU_TOKENS) <= CPU_TOKENS:
+        return _beyond_pairs(sizes)
+    if sizes.get("shared") and not sizes.get("per_token"):
+        return "has no kernel for rows that share one A and are added up for each sample"
+    return None
 
 
 def _beyond_pairs(sizes: dict[str, int]) -> str | None:
     if sizes.get("per_token"):
         return "has no kernel for coefficients of each token"
     return "has no kernel for rows that share one A" if sizes.get("shared") else None
-
-
-def few(tokens: int) -> bool:
-    return tokens <= CPU_TOKENS
 
 
 def inject(
@@ -101,16 +98,42 @@ def decode(
 
 
 def cpu_inject(library: Any, x: Tensor, weight: Tensor, bias: Tensor | None, given: Acting, save: bool) -> Result:
-    if few(x.shape[1]):
+    if x.shape[1] <= CPU_TOKENS:
         return inject(library, x, weight, bias, given, save)
-    return reference.inject(x, weight, bias, given, save)
+    return many(library, x, weight, bias, None, given, save)
 
 
 def cpu_inject_add(library: Any, y: Tensor, x: Tensor, given: Acting, save: bool) -> Result:
-    if few(x.shape[1]):
+    if x.shape[1] <= CPU_TOKENS:
         return inject_add(library, y, x, given, save)
-    return reference.inject_add(y, x, given, save)
+    return many(library, x, None, None, y, given, save)
 
 
-def cpu_inject_backward(library: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    return reference.inject_backward(*arguments)
+def many(
+    library: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, given: Acting, save: bool
+) -> Result:
+    """`reference.inject`, or `inject_add` to a base, in one call."""
+    y, low, past_low = library.inject(
+        x, weight, bias, base, given.A, given.B, given.index, given.coefficient, given.past_A, given.past_B,
+        given.past_coefficient, given.scale, given.whole, reference.GATHERED, save,
+    )  # fmt: skip
+    return (y, *reference.lows(low, past_low, given, save)) if given.whole else (y, low, past_low)
+
+
+def cpu_inject_backward(
+    library: Any,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    given: Acting,
+    low: Tensor,
+    past_low: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    if given.whole:
+        low, past_low = reference.split_lows(low, past_low, given)
+    found: tuple[Tensor, ...] = library.inject_backward(
+        grad, x, weight, given.A, given.B, given.index, given.coefficient, given.past_A, given.past_B,
+        given.past_coefficient, given.scale, given.whole, reference.GATHERED, low, past_low, *needed,
+    )  # fmt: skip
+    return found

@@ -142,6 +142,14 @@ def lows(low: Tensor, past_low: Tensor, given: Acting, save: bool) -> Lows:
     return low, past_low
 
 
+def split_lows(low: Tensor, past_low: Tensor, given: Acting) -> Lows:
+    """Before `lows` joined them."""
+    if not given.joined or low.dim() != 3:
+        return low, past_low
+    of_pairs, of_past = low.split([given.columns, given.past_columns], 2)
+    return of_pairs, of_past
+
+
 def inject_backward(
     grad: Tensor,  # [B, S, d_out]
     x: Tensor | None,  # [B, S, d_in]; None if A has no gradient
@@ -155,8 +163,7 @@ def inject_backward(
     need_x, need_A, need_B, need_coefficient, need_past = needed
     to_x = to_A = to_B = to_coefficient = to_past = None
     grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
-    if given.joined and low.dim() == 3:
-        low, past_low = low.split([given.columns, given.past_columns], 2)
+    low, past_low = split_lows(low, past_low, given)
     if any(needed[:4]):
         of_pairs = _backward_of_sums if given.by_sum else _backward_of_pairs
         low_grad, to_B, to_coefficient = of_pairs(grad, given, low, needed)

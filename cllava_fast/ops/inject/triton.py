@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject import triton_launch as launch
-from cllava_fast.ops.inject.reference import Acting, columns, project, sum_over_all_tokens
+from cllava_fast.ops.inject.reference import Acting, as_dtype, columns, project, sum_over_all_tokens
 from cllava_fast.ops.inject.tiling import choose, one_pass, one_pass_tiles
 
 Result = tuple[Tensor, Tensor, Tensor]
@@ -32,7 +32,7 @@ def inject(
 ) -> Result:
     if _nothing(x, given):
         return reference.inject(x, weight, bias, given, save)
-    y, low, past_low = _increments(x, _dense(given), save, bias=bias)
+    y, low, past_low = _increments(x, _readable(given, x.dtype), save, bias=bias)
     y.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t())  # the product reads y in its epilogue
     return y, low, past_low
 
@@ -45,7 +45,7 @@ def inject_add(
 ) -> Result:
     if _nothing(x, given):
         return reference.inject_add(y, x, given, save)
-    return _increments(x, _dense(given), save, base=y)
+    return _increments(x, _readable(given, x.dtype), save, base=y)
 
 
 def _increments(
@@ -94,11 +94,14 @@ def inject_backward(
         return reference.inject_backward(grad, x, weight, given, low, past_low, needed)
     grad = grad.contiguous()  # a reduction's gradient is expanded, and is read several times here
     run = _backward_shared if given.shared else _backward_whole if given.whole else _backward_gather
-    to_x, *others = run(grad, x, _dense(given), low, past_low, needed)
+    to_x, to_A, to_B, *others = run(grad, x, _readable(given, grad.dtype), low, past_low, needed)
     if to_x is not None and weight is not None:
         to_x.flatten(0, 1).addmm_(grad.flatten(0, 1), weight)
+    to_A = None if to_A is None else as_dtype(to_A, given.A.dtype)
+    to_B = None if to_B is None else as_dtype(to_B, given.B.dtype)
+    found = to_x, to_A, to_B, *others
     empty = (grad, given.A, given.B, given.coefficient, grad)
-    return tuple(t.new_empty(0) if found is None else found for t, found in zip(empty, (to_x, *others), strict=True))
+    return tuple(like.new_empty(0) if one is None else one for like, one in zip(empty, found, strict=True))
 
 
 Grads = list[Tensor | None]
@@ -233,11 +236,14 @@ def _backward_whole(
     return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
 
 
-def _dense(given: Acting) -> Acting:
-    """Kernels read these without strides."""
+def _readable(given: Acting, dtype: torch.dtype) -> Acting:
+    """Kernels read these without strides, and factors in the activations' dtype or in float32."""
     past = given.past_coefficient
+    A, B = (f if f.dtype in (dtype, torch.float32) else f.float() for f in (given.A, given.B))
     return replace(
         given,
+        A=A,
+        B=B,
         index=given.index.contiguous(),
         coefficient=given.coefficient.contiguous(),
         past_coefficient=None if past is None else past.contiguous(),
