@@ -102,7 +102,8 @@ SERVING_MUTANTS = [
     ),
     (
         "weights under a merge are copied", "cllava_fast/model/sharing.py",
-        "    shared.update({id(tensor): tensor.detach() for tensor in _pristine(model)})\n", "", SHARING,
+        "        shared.update({id(weight): weight.detach() for weight in model.increments.pristine.values()})\n",
+        "        pass\n", SHARING,
     ),
     (
         "another library's adapters are saved over", "cllava_fast/model/files.py",

@@ -154,6 +154,13 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "does not load" in str(native.cpu_usable.__wrapped__())
 
 
+@on_cpu
+def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.cpu_usable.__wrapped__() is None
+    monkeypatch.setattr(native, "OPS", (*native.OPS, "inject_tomorrow"))
+    assert "is of older sources, without inject_tomorrow: build it" in str(native.cpu_usable.__wrapped__())
+
+
 def test_it_runs_without_native_code(tmp_path: Path) -> None:
     """A pure Python installation: the same package without its libraries."""
     package = shutil.copytree(ROOT / "cllava_fast", tmp_path / "cllava_fast", ignore=shutil.ignore_patterns("*.so"))

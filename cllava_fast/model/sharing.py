@@ -34,13 +34,9 @@ def share(model: Any) -> Any:
         # an object of its own, which can be merged into, frozen and cast
         own = nn.Parameter(tensor.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor
         shared[id(tensor)] = own
-    shared.update({id(tensor): tensor.detach() for tensor in _pristine(model)})
+    if hasattr(model, "increments"):
+        shared.update({id(weight): weight.detach() for weight in model.increments.pristine.values()})
     twin = copy.deepcopy(model, shared)
     if hasattr(twin, "increments"):
         twin.increments.swaps = 0
     return twin
-
-
-def _pristine(model: Any) -> list[Any]:
-    increments = getattr(model, "increments", None)
-    return [] if increments is None else list(increments.pristine.values())

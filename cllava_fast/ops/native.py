@@ -24,9 +24,18 @@ HOW_CUDA = "build it with the CUDA toolkit: CLLAVA_BUILD_CUDA=1 pip install --no
 EMULATED = os.environ.get("CLLAVA_EMULATE_CUDA", "0") == "1"
 
 
+# What this library calls; one that was built from older sources may lack some.
+OPS = (
+    "select", "select_backward", "aggregate", "aggregate_backward", "select_aggregate", "mix_factors",
+    "mix_factors_backward", "inject", "inject_add", "inject_backward",
+)  # fmt: skip
+
+
 @functools.cache
 def cpu_usable() -> str | None:
-    return _load("_native_cpu.so", HOW)
+    refusal = _load("_native_cpu.so", HOW)
+    missing = [op for op in OPS if refusal is None and not hasattr(torch.ops.cllava_fast_native, op)]
+    return f"_native_cpu.so is of older sources, without {', '.join(missing)}: {HOW}" if missing else refusal
 
 
 @functools.cache
