@@ -237,6 +237,15 @@ def work(model: Any, batch: dict[str, Tensor], columns: int = 2 * (4 + 4)) -> in
     return batch["input_ids"].numel() * (d_in * d_out + columns * (d_in + d_out))
 
 
+def test_not_within_a_transform(monkeypatch):
+    """Which knows the op, and would go past a function of autograd's."""
+    monkeypatch.setattr(few_calls, "DEVICES", ("cpu",))
+    x = torch.ones(3, 1, 2, 8)
+    wins = [few_calls.wins(x[0], 8, 4)]
+    torch.vmap(lambda one: wins.append(few_calls.wins(one, 8, 4)) or one)(x)
+    assert wins == [True, False]
+
+
 WHYS = ["evaluates", "much work", "many columns", "without gradients", "autocast", "float16", "factors are summed"]
 
 

@@ -204,6 +204,7 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ),
     ("few calls: scale lost", FEW, "reference.by_scale(found, scale)", "found", FEW_TESTS),
     ("few calls: any size", FEW, "<= WORK", "<= 99 * WORK", FEW_TESTS),
+    ("few calls: within transforms", FEW, "if torch._C._are_functorch_transforms_active():", "if False:", FEW_TESTS),
     ("few calls: float16", FEW, "x.dtype == torch.float16", "False", FEW_TESTS),
     ("few calls: a backend asked for by name", ACTING, " or dispatch.wanted() != dispatch.AUTO", "", FEW_TESTS),
     ("few calls: base lost", FEW, "y = base.clone(", "y = (0 * base).clone(", FEW_TESTS),

@@ -96,8 +96,7 @@ def differentiable(
             found = backward(ctx, *grads)
             return (*found, None) if isinstance(found, tuple) else (found, None)
 
-    # Function.apply without its care for functorch, for which it goes through all arguments in Python
-    straight = super(torch.autograd.Function, Differentiable).apply
+    straight = apply_of(Differentiable)
 
     def autograd(keys: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -116,6 +115,13 @@ def differentiable(
     Differentiable.__name__ = f"{op._opname}_backward"
     _library.impl(op._opname, autograd, "Autograd", with_keyset=True)
     return call
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` without the care for functorch, for which that goes through all arguments in Python: for callers who
+    have made sure that no transform has a part in the call."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:

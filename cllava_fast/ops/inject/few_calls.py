@@ -30,6 +30,8 @@ def wins(x: Tensor, d_out: int, total_rank: int) -> bool:
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or checks.under_autocast(x):
         return False
+    if torch._C._are_functorch_transforms_active():
+        return False
     samples, tokens, d_in = x.shape
     return samples * tokens * (d_in * d_out + total_rank * (d_in + d_out)) <= WORK
 
@@ -62,7 +64,7 @@ def inject(
     strength: Tensor,  # [B, 1, K]
 ) -> Tensor:  # [B, S, d_out]
     """`ops.inject` or `ops.inject_add`, whose `index` and coefficients are in `strength`; gradients as there."""
-    y: Tensor = _Inject.apply(x, weight, bias, base, A, B, past_A, past_B, strength)
+    y: Tensor = _apply(x, weight, bias, base, A, B, past_A, past_B, strength)
     return y
 
 
@@ -102,6 +104,9 @@ class _Inject(torch.autograd.Function):
             found = tuple(None if gradient is None else _Once.apply(gradient, *of) for gradient in found)
         to_x, to_A, to_B, to_strength = found
         return to_x, None, None, grad if ctx.needs_input_grad[3] else None, to_A, to_B, None, None, to_strength
+
+
+_apply = library.apply_of(_Inject)
 
 
 def _gradients(grad: Tensor, saved: Any, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
