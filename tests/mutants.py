@@ -55,6 +55,16 @@ MUTANTS = [
         INJECT_TESTS,
     ),
     Mutant(
+        "inject: what torch refused inside is lost", f"{INJECT}/native.py",
+        'not isinstance(error, NotImplementedError) and "API call failed" not in str(error)', "True",
+        ("tests/test_native.py",),
+    ),
+    Mutant(
+        "inject: what was refused is tried again", f"{INJECT}/native.py",
+        'not isinstance(error, NotImplementedError) and "API call failed" not in str(error)', "False",
+        ("tests/test_native.py",),
+    ),
+    Mutant(
         "inject: Triton reads factors of any dtype", f"{INJECT}/triton.py",
         "f if f.dtype in (dtype, torch.float32) else f.float() for f", "f for f", ("tests/test_op_inject.py",),
     ),

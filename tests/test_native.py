@@ -161,6 +161,23 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert "is of older sources, without inject_tomorrow: build it" in str(native.cpu_usable.__wrapped__())
 
 
+@on_cpu
+def test_what_torch_refuses_inside_is_said_by_torch() -> None:
+    """By the reference, which may also be able to do it: the stable ABI keeps no text."""
+    x, A, index, coefficient = torch.ones(1, 2, 3), torch.ones(1, 1, 3), torch.zeros(1, 1).long(), torch.ones(1, 1)
+    weight = torch.eye(3).to_sparse_csr()
+    A.requires_grad_()
+    with ops.backend("cpu"):
+        y = ops.inject(x.requires_grad_(), weight, A, A, index, coefficient)
+        assert torch.equal(y, torch.full_like(y, 4.0))
+        zeros = torch.zeros(2000, 1)
+        tokens, wide = torch.ones(1, 1, 3).expand(2000, 2000, 3), torch.ones(1, 3).expand(3_000_000, 3)  # 48 TB of y
+        with pytest.raises(RuntimeError, match="allocate"):
+            ops.inject(tokens, wide, A, torch.ones(1, 1, 3_000_000), zeros.long(), zeros)
+        with pytest.raises(RuntimeError, match="expected entries in"):
+            ops.inject(x, torch.eye(3), A, A, index + 5, coefficient, check_values=False)
+
+
 def test_it_runs_without_native_code(tmp_path: Path) -> None:
     """A pure Python installation: the same package without its libraries."""
     package = shutil.copytree(ROOT / "cllava_fast", tmp_path / "cllava_fast", ignore=shutil.ignore_patterns("*.so"))

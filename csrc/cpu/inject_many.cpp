@@ -12,7 +12,7 @@
 namespace cllava::cpu {
 namespace {
 
-constexpr int64_t block = 64;  // tokens that are added up in float32, before they meet the others in float64
+constexpr int64_t block = 16;  // tokens that are added up in float32, before they meet the others in float64
 
 Tensor in_dtype(const Tensor& tensor, Dtype dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);

@@ -113,10 +113,17 @@ def many(
     library: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, given: Acting, save: bool
 ) -> Result:
     """`reference.inject`, or `inject_add` to a base, in one call."""
-    y, low, past_low = library.inject(
-        x, weight, bias, base, given.A, given.B, given.index, given.coefficient, given.past_A, given.past_B,
-        given.past_coefficient, given.scale, given.whole, reference.GATHERED, save,
-    )  # fmt: skip
+    try:
+        y, low, past_low = library.inject(
+            x, weight, bias, base, given.A, given.B, given.index, given.coefficient, given.past_A, given.past_B,
+            given.past_coefficient, given.scale, given.whole, reference.GATHERED, save,
+        )  # fmt: skip
+    except RuntimeError as error:
+        _raise_unless_torch(error)
+        if weight is None:
+            assert base is not None
+            return reference.inject_add(base, x, given, save)
+        return reference.inject(x, weight, bias, given, save)
     return (y, *reference.lows(low, past_low, given, save)) if given.whole else (y, low, past_low)
 
 
@@ -130,10 +137,20 @@ def cpu_inject_backward(
     past_low: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
-    if given.whole:
-        low, past_low = reference.split_lows(low, past_low, given)
-    found: tuple[Tensor, ...] = library.inject_backward(
-        grad, x, weight, given.A, given.B, given.index, given.coefficient, given.past_A, given.past_B,
-        given.past_coefficient, given.scale, given.whole, reference.GATHERED, low, past_low, *needed,
-    )  # fmt: skip
+    of_pairs, of_past = reference.split_lows(low, past_low, given) if given.whole else (low, past_low)
+    try:
+        found: tuple[Tensor, ...] = library.inject_backward(
+            grad, x, weight, given.A, given.B, given.index, given.coefficient, given.past_A, given.past_B,
+            given.past_coefficient, given.scale, given.whole, reference.GATHERED, of_pairs, of_past, *needed,
+        )  # fmt: skip
+    except RuntimeError as error:
+        _raise_unless_torch(error)
+        return reference.inject_backward(grad, x, weight, given, low, past_low, needed)
     return found
+
+
+def _raise_unless_torch(error: RuntimeError) -> None:
+    """Where torch itself failed, of which the stable ABI keeps no text, `reference` says why (no memory), or does it (a
+    sparse weight)."""
+    if not isinstance(error, NotImplementedError) and "API call failed" not in str(error):
+        raise error
