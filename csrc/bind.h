@@ -1,7 +1,7 @@
-// Between torch and the kernels: checks tensors and fills the structs of ops.h. Included by the one thin file of each
-// device, which gives its kernels as a class (see cpu/library.cpp).
+// Between torch and the kernels: checks tensors and fills the structs of ops.h. The one thin file of each device gives
+// its kernels as a class (see cpu/library.cpp).
 //
-// Outputs are allocated by the caller. Shapes and dtypes are checked here once more, because a wrong pointer is not an
+// Outputs of kernels are allocated by the caller. Shapes and dtypes are checked here once more, because a wrong pointer is not an
 // exception: it is somebody else's memory.
 #pragma once
 

@@ -56,12 +56,12 @@ MUTANTS = [
     ),
     Mutant(
         "inject: what torch refused inside is lost", f"{INJECT}/native.py",
-        'not isinstance(error, NotImplementedError) and "API call failed" not in str(error)', "True",
+        "    if not left:", "    if True:",
         ("tests/test_native.py",),
     ),
     Mutant(
         "inject: what was refused is tried again", f"{INJECT}/native.py",
-        'not isinstance(error, NotImplementedError) and "API call failed" not in str(error)', "False",
+        "    if not left:", "    if False:",
         ("tests/test_native.py",),
     ),
     Mutant(

@@ -46,7 +46,7 @@ NATIVE_MUTANTS = [
     ("inject: what is saved is not asked for", "cpu/inject_many.cpp", "if (save) return", "if (true) return", INJECT),
     ("inject: nothing is saved", "cpu/inject_many.cpp", "if (save) return", "if (false) return", INJECT),
     ("inject: x's gradient begins with what lay there", "cpu/inject_many.cpp", "std::memset(to_x.data_ptr(), 0, to_x.numel() * sizeof(T));", ";", INJECT),
-    ("inject: gradients come back in float32", "cpu/inject_many.cpp", "in_dtype(std::get<1>(found), A.scalar_type());", "std::get<1>(found);", INJECT),
+    ("inject: the frozen product of a copy", "cpu/inject_many.cpp", ": linear(x, *weight, bias);", ": linear(dense(x), *weight, bias);", "tests/test_native.py"),
     ("inject: coefficients' gradients without scale", "cpu/inject_many.cpp", "static_cast<float>(sum * scale);", "static_cast<float>(sum);", INJECT),
     ("inject: pairs' gradients are those of the first rows", "cpu/inject_many.cpp", "given.whole ? in<int64_t>(given.index)[i / tokens * P + p] : p", "p", INJECT),
     ("rows: the tail of a dot is dropped", "cpu/rows.h", "if (d < width) add_at", "if (false) add_at", SELECT),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cllava_fast import ops
 from cllava_fast.ops import native, native_table
@@ -159,6 +160,20 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert native.cpu_usable.__wrapped__() is None
     monkeypatch.setattr(native, "OPS", (*native.OPS, "inject_tomorrow"))
     assert "is of older sources, without inject_tomorrow: build it" in str(native.cpu_usable.__wrapped__())
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strides", ["slice", "permuted", "step"])
+def test_cpu_inject_of_nothing_is_the_frozen_product_of_torch(strides: str, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, 10, 128, generator=rng).to(dtype)
+    x = {"slice": wide[:, 1:, :64], "permuted": wide[..., :64].transpose(0, 1), "step": wide[..., ::2]}[strides]
+    weight, bias = (torch.randn(size, generator=rng).to(dtype) for size in ((48, 64), (48,)))
+    A, B = torch.ones(4, 2, 64, dtype=dtype), torch.ones(4, 2, 48, dtype=dtype)
+    index, coefficient = torch.zeros(len(x), 3).long(), torch.zeros(len(x), 3)
+    with ops.backend("cpu"):
+        assert torch.equal(ops.inject(x, weight, A, B, index, coefficient, bias), F.linear(x, weight, bias))
 
 
 @on_cpu

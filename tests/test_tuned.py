@@ -213,7 +213,7 @@ def site(device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int) 
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> Any:
     """inject on three backends; Triton's takes up to 64 tokens."""
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_asked", [dispatch.AUTO])
     monkeypatch.setattr(dispatch, "_kernels", {"inject": {"reference": dispatch._kernels["inject"]["reference"]}})
     dispatch.register("cuda", {"inject": lambda *arguments: None})
     few = lambda op, where, asked: dispatch.above(where, {"S": 64})  # noqa: E731

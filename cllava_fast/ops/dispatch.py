@@ -160,7 +160,7 @@ def _asked_for(op: str, site: Site, asked: str) -> Choice:
         refusals.append(f"backend {name!r} was asked for but cannot run: {refusal}")
     raise BackendError(
         f"{op}: {'; '.join(refusals)}. "
-        f"Ask for another one, or unset {VARIABLE} / leave ops.backend(...) to choose automatically."
+        f"Ask for another one, or start without {VARIABLE} / leave ops.backend(...) to choose automatically."
     )
 
 

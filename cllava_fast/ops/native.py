@@ -75,20 +75,22 @@ def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: A
     """
     emulated = backend == "cuda" and EMULATED
     library = torch.ops.cllava_fast_emulated if emulated else torch.ops.cllava_fast_native
-    bound = functools.partial if backend == "cpu" else functools.partial(functools.partial, call)
+    bound = {op: functools.partial(run, library) for op, run in kernels.items()}
+    if backend == "cuda":  # whose kernels have workspaces
+        bound = {op: functools.partial(call, op, run) for op, run in bound.items()}
     dispatch.register(
         backend,
-        {op: bound(run, library) for op, run in kernels.items()},
+        bound,
         usable=cpu_usable if backend == "cpu" else cuda_usable,
         accepts=functools.partial(accepts_on, backend, accepts),
     )
 
 
-def call(run: Callable[..., Any], library: Any, *arguments: Any) -> Any:
+def call(op: str, run: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return run(library, *arguments)
+        return run(*arguments)
     except RuntimeError as error:
-        refuse_without_memory(run.__name__, error)
+        refuse_without_memory(op, error)
         raise
 
 

@@ -14,15 +14,12 @@ namespace {
 
 constexpr int64_t block = 16;  // tokens that are added up in float32, before they meet the others in float64
 
-Tensor in_dtype(const Tensor& tensor, Dtype dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+// Of other factors all rows would have to be copied, where the reference copies those that act.
+void expect_readable(const char* name, const Tensor& factor, const Tensor& x) {
+  const Dtype dtype = factor.scalar_type();
+  if (!factor.is_contiguous() || (dtype != Dtype::Float && dtype != x.scalar_type()))
+    refuse(name, ": left to the reference: ", show(factor));
 }
-
-// Without gaps, in x's dtype or float32.
-Tensor usable(const Tensor& factor, const Tensor& x) {
-  return dense(factor.scalar_type() == x.scalar_type() ? factor : in_dtype(factor, Dtype::Float));
-}
-Maybe usable(const Maybe& factor, const Tensor& x) { return factor ? Maybe(usable(*factor, x)) : factor; }
 
 struct Given {
   Tensor A, B, index, coefficient;
@@ -32,14 +29,16 @@ struct Given {
   int64_t gathered, samples, S, N, R, P;
   bool shared, per_token;
 
-  Given(const Tensor& x, const Tensor& A_, const Tensor& B_, const Tensor& index_, const Tensor& coefficient_,
-        const Maybe& past_A_, const Maybe& past_B_, const Maybe& past_coefficient_, double scale, bool whole,
+  Given(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& index_, const Tensor& coefficient_,
+        const Maybe& past_A, const Maybe& past_B, const Maybe& past_coefficient_, double scale, bool whole,
         int64_t gathered)
-      : A(usable(A_, x)), B(usable(B_, x)), index(dense(index_)), coefficient(dense(coefficient_)),
-        past_A(usable(past_A_, x)), past_B(usable(past_B_, x)), past_coefficient(dense(past_coefficient_)),
+      : A(A), B(B), index(dense(index_)), coefficient(dense(coefficient_)), past_A(past_A), past_B(past_B),
+        past_coefficient(dense(past_coefficient_)),
         scale(static_cast<float>(scale)), whole(whole), gathered(gathered), samples(x.size(0)), S(x.size(1)),
         N(B.size(0)), R(B.size(1)), P(index.size(1)), shared(A.size(0) != N), per_token(coefficient.dim() == 3) {
     const int64_t d_in = A.size(2), d_out = B.size(2);
+    expect_readable("A", A, x);
+    expect_readable("B", B, x);
     expect("A", A, A.scalar_type(), {shared ? 1 : N, R, d_in}, x);
     expect("B", B, B.scalar_type(), {N, R, d_out}, x);
     expect("index", index, Dtype::Long, {samples, P}, x);
@@ -52,6 +51,8 @@ struct Given {
     if (!past_A) return;
     if (!past_B || !past_coefficient) refuse("inject: past.A without past.B and past.coefficient");
     const int64_t C = past_A->size(0), Q = past_A->size(1);
+    expect_readable("past.A", *past_A, x);
+    expect_readable("past.B", *past_B, x);
     expect("past.A", *past_A, past_A->scalar_type(), {C, Q, d_in}, x);
     expect("past.B", *past_B, past_B->scalar_type(), {C, Q, d_out}, x);
     expect("past.coefficient", *past_coefficient, Dtype::Float, {samples, C}, x);
@@ -84,6 +85,7 @@ CLLAVA_INLINE void copy(const From* from, To* to, int64_t size) {
 // out[i] = in[row(i)], rows of `size` adjacent numbers.
 template <typename From, typename To, typename Row>
 void copy_rows(const From* from, To* to, int64_t count, int64_t size, const Row& row) {
+  if (size == 0) return;
   parallel_vectors(count, size, [&](auto vectors, int64_t begin, int64_t end) CLLAVA_INLINED {
     for (int64_t i = begin; i < end; ++i) copy<decltype(vectors)>(from + row(i) * size, to + i * size, size);
   });
@@ -124,7 +126,7 @@ void in_turns(const Tensor& factor, const Given& given, const Body& body) {
 template <typename T>
 Tensor project(const Tensor& x, const Tensor& factor) {  // [B, S, d], [N, R, d] -> [B, S, N * R]
   const Tensor low = empty({x.size(0), x.size(1), factor.size(0) * factor.size(1)}, dtype_of<T>);
-  mm(flat(low), flat(x), transposed(columns<T>(factor)));
+  mm(flat(low), flat(dense(x)), transposed(columns<T>(factor)));
   return low;
 }
 
@@ -334,7 +336,7 @@ Tensor factor_grad(const Tensor& low, const Tensor& x, const Tensor& factor, con
   const bool all = given.all(factor);
   const Tensor by_column = all ? empty({K, d}, dtype_of<T>) : empty({given.samples, K, d}, dtype_of<T>);
   if (all)
-    mm(by_column, transposed(flat(low)), flat(x));
+    mm(by_column, transposed(flat(low)), flat(dense(x)));
   else
     bmm(by_column, transposed(low), x);
   if (all && factor.scalar_type() == dtype_of<T>) return seen(by_column, {N, R, d}, {R * d, d, 1});
@@ -355,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor> inject_as(
   const Tensor low = shrink<T>(x, given.A, given);
   const Tensor past_low = given.past_A ? project<T>(x, *given.past_A) : empty({0}, dtype_of<T>);
   // late, so that what is added next finds it in the cache
-  const Tensor y = base ? torch::stable::clone(dense(*base)) : linear(x, *weight, bias);
+  const Tensor y = base ? copied(*base) : linear(x, *weight, bias);
   if (given.past_A)
     add_mm(flat(y), flat(weighed<T>(past_low, past_strengths(given), given.past_B->size(1))), columns<T>(*given.past_B));
   expand<T>(y, weighed<T>(low, strengths(given), given.R), given.B, given);
@@ -371,8 +373,8 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(
     const Tensor& grad, const Maybe& x, const Maybe& weight, const Given& given, const Tensor& low,
     const Tensor& past_low, const Needed& need) {
-  const auto nothing = [] { return empty({0}, dtype_of<T>); };  // results of an op must not be one tensor
-  Tensor to_x = nothing(), to_A = nothing(), to_B = nothing(), to_coefficient = nothing(), to_past = nothing();
+  Tensor to_x = empty({0}, dtype_of<T>), to_past = empty({0}, dtype_of<T>), to_coefficient = empty({0}, Dtype::Float);
+  Tensor to_A = empty({0}, given.A.scalar_type()), to_B = empty({0}, given.B.scalar_type());
   const Tensor strength = strengths(given);
   if (need.B) to_B = factor_grad<T>(weighed<T>(low, strength, given.R), grad, given.B, given);
   if (need.x || need.A || need.coefficient) {
@@ -385,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(
       to_x = empty({given.samples, given.S, given.A.size(2)}, dtype_of<T>);
       if (weight)
         mm(flat(to_x), flat(grad), *weight);
-      else
+      else if (to_x.numel())
         std::memset(to_x.data_ptr(), 0, to_x.numel() * sizeof(T));
       expand<T>(to_x, of_x, given.A, given);
     }
@@ -405,13 +407,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> inject(
-    const Tensor& x_, const Maybe& weight, const Maybe& bias, const Maybe& base, const Tensor& A, const Tensor& B,
+    const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& base, const Tensor& A, const Tensor& B,
     const Tensor& index, const Tensor& coefficient, const Maybe& past_A, const Maybe& past_B,
     const Maybe& past_coefficient, double scale, bool whole, int64_t gathered, bool save) {
-  const Tensor x = dense(x_);
   const Given given(x, A, B, index, coefficient, past_A, past_B, past_coefficient, scale, whole, gathered);
   const Dtype dtype = x.scalar_type();
-  expect("x", x, dtype, {given.samples, given.S, A.size(2)}, x);
+  expect("x", x, dtype, {given.samples, given.S, A.size(2)}, x, 0);
   if (!weight && !base) refuse("inject: neither weight nor y");
   if (weight) expect("weight", *weight, dtype, {B.size(2), A.size(2)}, x, 0);
   if (base) expect("y", *base, dtype, {given.samples, given.S, B.size(2)}, x, 0);
@@ -421,30 +422,26 @@ std::tuple<Tensor, Tensor, Tensor> inject(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(
-    const Tensor& grad_, const Maybe& x_, const Maybe& weight, const Tensor& A, const Tensor& B, const Tensor& index,
+    const Tensor& grad_, const Maybe& x, const Maybe& weight, const Tensor& A, const Tensor& B, const Tensor& index,
     const Tensor& coefficient, const Maybe& past_A, const Maybe& past_B, const Maybe& past_coefficient, double scale,
     bool whole, int64_t gathered, const Tensor& low_, const Tensor& past_low_, bool need_x, bool need_A, bool need_B,
     bool need_coefficient, bool need_past) {
   const Tensor grad = dense(grad_), low = dense(low_), past_low = dense(past_low_);
-  const Maybe x = dense(x_);
   const Given given(grad, A, B, index, coefficient, past_A, past_B, past_coefficient, scale, whole, gathered);
   const Dtype dtype = grad.scalar_type();
   const int64_t samples = given.samples, S = given.S;
   expect("grad", grad, dtype, {samples, S, B.size(2)}, grad);
   if (need_A && !x) refuse("inject_backward: the gradient of A asks for x");
-  if (need_A) expect("x", *x, dtype, {samples, S, A.size(2)}, grad);
+  if (need_A) expect("x", *x, dtype, {samples, S, A.size(2)}, grad, 0);
   if (weight) expect("weight", *weight, dtype, {B.size(2), A.size(2)}, grad, 0);
   if (need_B || need_coefficient)
     expect("low", low, dtype, {samples, S, (given.shared ? 1 : given.rows()) * given.R}, grad);
   need_past &= past_A.has_value();
   if (need_past) expect("past_low", past_low, dtype, {samples, S, past_A->size(0) * past_A->size(1)}, grad);
   const Needed need{need_x, need_A, need_B, need_coefficient, need_past};
-  auto found = with_type(type_of("grad", grad), [&](auto* tag) {
+  return with_type(type_of("grad", grad), [&](auto* tag) {
     return backward_as<std::remove_pointer_t<decltype(tag)>>(grad, x, weight, given, low, past_low, need);
   });
-  std::get<1>(found) = in_dtype(std::get<1>(found), A.scalar_type());
-  std::get<2>(found) = in_dtype(std::get<2>(found), B.scalar_type());
-  return found;
 }
 
 }  // namespace cllava::cpu

@@ -8,7 +8,7 @@
 namespace cllava::cpu {
 
 // y, on top of `weight` and `bias` or of `base`, and where `save` asks for it what x is projected to, on the pairs and on
-// the past. Tensors may have gaps, factors any floating dtype; so many entries of one may be `gathered` at once.
+// the past. Tensors may have gaps, but for factors, of which so many entries may be `gathered` at once.
 std::tuple<Tensor, Tensor, Tensor> inject(
     const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& base, const Tensor& A, const Tensor& B,
     const Tensor& index, const Tensor& coefficient, const Maybe& past_A, const Maybe& past_B,

@@ -1,4 +1,5 @@
-// The one file of the CPU library that knows torch: it defines all native ops, and implements them for the CPU.
+// Defines all native ops, and implements them for the CPU. Beside it inject_many.cpp alone knows torch, whose products it
+// calls.
 #include "../bind.h"
 #include "../schemas.h"
 #include "inject_many.h"

@@ -23,6 +23,7 @@ inline Tensor empty(Sizes sizes, Dtype dtype) {
 
 inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 inline Maybe dense(const Maybe& tensor) { return tensor ? Maybe(dense(*tensor)) : tensor; }
+inline Tensor copied(const Tensor& tensor) { return tensor.is_contiguous() ? torch::stable::clone(tensor) : dense(tensor); }
 
 // The same numbers, `offset` of them behind where `of` begins.
 inline Tensor seen(const Tensor& of, Sizes sizes, Sizes strides, int64_t offset = 0) {
@@ -39,8 +40,7 @@ inline Tensor flat(const Tensor& x) {  // [a, b, d] -> [a * b, d]
 
 inline Tensor part(const Tensor& x, int64_t first, int64_t count) {  // [B, S, d] -> [count, S, d]
   if (count == x.size(0)) return x;
-  const int64_t S = x.size(1), d = x.size(2);
-  return seen(x, {count, S, d}, {S * d, d, 1}, first * S * d);
+  return seen(x, {count, x.size(1), x.size(2)}, {x.stride(0), x.stride(1), x.stride(2)}, first * x.stride(0));
 }
 
 inline Tensor transposed(const Tensor& x) {  // the last two dimensions

@@ -119,7 +119,7 @@ def many(
             given.past_coefficient, given.scale, given.whole, reference.GATHERED, save,
         )  # fmt: skip
     except RuntimeError as error:
-        _raise_unless_torch(error)
+        _raise_unless_left(error)
         if weight is None:
             assert base is not None
             return reference.inject_add(base, x, given, save)
@@ -144,13 +144,14 @@ def cpu_inject_backward(
             given.past_coefficient, given.scale, given.whole, reference.GATHERED, of_pairs, of_past, *needed,
         )  # fmt: skip
     except RuntimeError as error:
-        _raise_unless_torch(error)
+        _raise_unless_left(error)
         return reference.inject_backward(grad, x, weight, given, low, past_low, needed)
     return found
 
 
-def _raise_unless_torch(error: RuntimeError) -> None:
-    """Where torch itself failed, of which the stable ABI keeps no text, `reference` says why (no memory), or does it (a
-    sparse weight)."""
-    if not isinstance(error, NotImplementedError) and "API call failed" not in str(error):
+def _raise_unless_left(error: RuntimeError) -> None:
+    """What a call leaves to `reference`: factors with gaps or of a third dtype, a sparse weight, and to say why torch
+    refused (no memory), of which the stable ABI keeps no text."""
+    left = isinstance(error, NotImplementedError) or any(said in str(error) for said in ("left to", "API call failed"))
+    if not left:
         raise error
