@@ -16,7 +16,7 @@ inline Tensor empty(Sizes sizes, Dtype dtype) {
   int64_t strides[4] = {}, stride = 1;
   for (int64_t i = sizes.size() - 1; i >= 0; --i) strides[i] = stride, stride *= sizes.begin()[i];
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.begin(), strides, static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
@@ -28,7 +28,7 @@ inline Tensor copied(const Tensor& tensor) { return tensor.is_contiguous() ? tor
 // The same numbers, `offset` of them behind where `of` begins.
 inline Tensor seen(const Tensor& of, Sizes sizes, Sizes strides, int64_t offset = 0) {
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(of.get(), sizes.size(), sizes.begin(), strides.begin(), offset, &made));
   return Tensor(made);
 }
@@ -51,24 +51,24 @@ inline Tensor transposed(const Tensor& x) {  // the last two dimensions
 inline Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {  // as F.linear, to the last bit
   using torch::stable::detail::from;
   StableIValue stack[] = {from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
   return dense(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
 inline void mm(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 inline void bmm(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
 }
 
 inline void add_mm(const Tensor& total, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(total.get(), total.get(), a.get(), b.get(), 1, 1));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(total.get(), total.get(), a.get(), b.get(), 1, 1));
 }
 
 inline void add_bmm(const Tensor& total, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(total.get(), total.get(), a.get(), b.get(), 1, 1));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(total.get(), total.get(), a.get(), b.get(), 1, 1));
 }
 
 }  // namespace cllava::cpu
