@@ -47,23 +47,15 @@ MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", *
 SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
 CLIP, CHECKS = ("tests/test_clip.py",), ("tests/test_checks.py",)
-RESUME, ATOMIC = ("tests/test_checkpoint.py",), ("tests/test_atomic.py",)
+RESUME, ATOMIC, NATIVE = ("tests/test_checkpoint.py",), ("tests/test_atomic.py",), ("tests/test_native.py",)
 
 MUTANTS = [
     Mutant(
         "inject: sign of dx", f"{INJECT}/reference.py", "expand_(to_x, low_grad,", "expand_(to_x, -low_grad,",
         INJECT_TESTS,
     ),
-    Mutant(
-        "inject: what torch refused inside is lost", f"{INJECT}/native.py",
-        "    if not left:", "    if True:",
-        ("tests/test_native.py",),
-    ),
-    Mutant(
-        "inject: what was refused is tried again", f"{INJECT}/native.py",
-        "    if not left:", "    if False:",
-        ("tests/test_native.py",),
-    ),
+    Mutant("inject: what torch refused is lost", f"{INJECT}/native.py", "    if not left:", "    if True:", NATIVE),
+    Mutant("inject: a refusal is tried again", f"{INJECT}/native.py", "    if not left:", "    if False:", NATIVE),
     Mutant(
         "inject: Triton reads factors of any dtype", f"{INJECT}/triton.py",
         "f if f.dtype in (dtype, torch.float32) else f.float() for f", "f for f", ("tests/test_op_inject.py",),
