@@ -3,7 +3,7 @@
 First the tiles of the inject kernels, against those of arithmetic; then, with the tiles that won, the backends of each
 op against each other. What gives another result than the default, or the reference, is out. What is not at least 3 %
 ahead changes nothing. Beyond --minutes nothing new is begun, and the table says that it is not complete. It is written
-after each comparison, so that what is cut off leaves what it found.
+after each comparison, so that what is cut off leaves what it found; a complete one is replaced at the end alone.
 
 Exits with 1 if something was wrong or failed (the table is written without it), with 2 if there is no GPU to tune for.
 """
@@ -83,6 +83,14 @@ def write(content: dict[str, Any], path: Path) -> None:
     atomic.write_text(path, render(content))
 
 
+def is_complete(path: Path | None) -> bool:
+    """Whether a table lies there that says so of itself."""
+    try:
+        return path is not None and json.loads(path.read_text())["complete"] is True
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def render(content: dict[str, Any]) -> str:
     """One row a line, so that a change of one is a change of a line."""
     lines = []
@@ -128,14 +136,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     path = given.out or (None if given.quick else tuned.FOLDER / f"{tuned.architecture(torch.device(DEVICE))}.json")
 
-    def keep(tiles: Found, backends: Found) -> dict[str, Any]:
-        content = table(tiles, backends)
-        if path is not None:
-            write(content, path)
-        return content
+    stays = is_complete(path)
+
+    def keep(tiles: Found, backends: Found) -> None:
+        if path is not None and not stays:
+            write(table(tiles, backends), path)
 
     tiles, backends = measured(given.quick, given.minutes, timer, lambda text: print(text, flush=True), keep)
-    content = keep(tiles, backends)
+    content = table(tiles, backends)
+    if path is not None:
+        write(content, path)
     show(content, tiles, backends)
     print(f"written to {path}" if path else "nothing written: give --out FILE")
     return 1 if tiles.out or backends.out else 0

@@ -364,6 +364,27 @@ def test_what_is_cut_off_leaves_what_it_found(
 
 
 @interpreted
+def test_what_is_cut_off_leaves_a_complete_table_alone(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tune.main([]) == 0
+    (path,) = pretended.iterdir()
+    before, done = path.read_text(), []
+
+    def turns(runs: Any, launch: str, budget: float) -> dict[Any, float]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(launch)
+        return fastest_last(runs, launch)
+
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(measure, "turns", turns)
+        with pytest.raises(KeyboardInterrupt):
+            tune.main([])
+    assert done and list(pretended.iterdir()) == [path] and path.read_text() == before
+    assert tune.main(["--minutes", "0"]) == 0  # one that came to its end is another matter
+    assert not json.loads(path.read_text())["complete"]
+
+
+@interpreted
 def test_what_is_wrong_ends_with_1_and_is_named(
     pretended: Path, backends: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

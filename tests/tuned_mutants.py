@@ -39,5 +39,6 @@ TUNED_MUTANTS = [
     ("the dispatch goes on recording", BACKENDS, "        dispatch.choose = choose\n", "        pass\n"),
     ("a quick run replaces the table", TUNE, "(None if given.quick else tuned.FOLDER", "(None if not given else tuned.FOLDER"),
     ("what would be refused is written", TUNE, "    tuned.parse(content, path.name)\n    path", "    path"),
+    ("what is cut off replaces a complete table", TUNE, "    stays = is_complete(path)", "    stays = False"),
     ("an incomplete table says that it is complete", TUNE, "tiles.complete and backends.complete", "True"),
 ]  # fmt: skip
