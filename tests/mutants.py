@@ -44,7 +44,7 @@ INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMA
 TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
 MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", *TRAIN)
-SCORES, REPORT = ("tests/test_scores.py",), ("tests/test_report.py",)
+SCORES, REPORT, PLOTS = ("tests/test_scores.py",), ("tests/test_report.py",), ("tests/test_plots.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
 CLIP, CHECKS = ("tests/test_clip.py",), ("tests/test_checks.py",)
 RESUME, ATOMIC, NATIVE = ("tests/test_checkpoint.py",), ("tests/test_atomic.py",), ("tests/test_native.py",)
@@ -288,7 +288,7 @@ MUTANTS = [
     ),
     Mutant(
         "pictures: orders by step", "cllava_fast/evaluate/plots.py", "for i in range(place, len(order))]",
-        "for i in range(len(order))]", REPORT,
+        "for i in range(len(order))]", PLOTS,
     ),
     Mutant(
         "selection: weight of either task is shared", "cllava_fast/evaluate/selection.py",

@@ -6,80 +6,35 @@ import base64
 import csv
 import io
 import json
-import math
 import random
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from cllava_fast.evaluate import metrics, plots, report, wording
+from cllava_fast.evaluate import report, wording
 from cllava_fast.evaluate.results import MAX_METHODS, MAX_RESULTS_BYTES, MAX_TASKS, results_json
 from cllava_fast.evaluate.selection import selection_study
-
-
-def method(matrix: list[list[float | None]]) -> dict[str, Any]:
-    one = {
-        "accuracy_matrix": matrix, **metrics.summarize(matrix), "selection_accuracy": None,
-        "trainable_parameters": 24576, "seconds": 12.3,
-    }  # fmt: skip
-    lower = [[None if v is None else v - 0.1 for v in row] for row in matrix]
-    two = {**one, "accuracy_matrix": lower, **metrics.summarize(lower)}
-    return {**metrics.mean_over_seeds([one, two]), "per_seed": [one, two]}
+from tests.report_helpers import EVIL, LAST, method, strange_tasks, two_orders, two_tasks
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    return {
-        "stream": ["chart", "icon"],
-        "seeds": [0, 1],
-        "methods": {
-            "sequential_lora": method([[0.9, None], [0.2, 0.8]]),
-            "joint_lora": method([[None, None], [0.85, 0.75]]),
-            "continual_llava": method([[0.9, None], [0.9, 0.8]]),
-        },
-        "environment": {"torch": "2.13.0", "gpu": None},
-        "config": {"split": "test"},
-    }
-
-
-EVIL = '<script>alert("x")</script> [/red] $a$ | `b` *c*'
-LAST = r"$\nothing$"  # which mathtext cannot read
-STUDY = selection_study({EVIL: [0.5, 0.3, 0.0, 0.2], "icon": [0.25, 0.0, 0.0, 0.75]}, [EVIL, EVIL, "icon", "icon"])
+    return two_tasks()
 
 
 @pytest.fixture
-def strange(results: dict[str, Any]) -> dict[str, Any]:
-    """The same with what strangers may write, other metrics, losses, examples, and a task that is not learned yet."""
-    picture = io.BytesIO()
-    Image.new("RGB", (30, 20), (200, 0, 0)).save(picture, "JPEG")
-    examples = [
-        {"question": EVIL, "answers": ["yes", EVIL], "prediction": "", "score": 0.0, "image": None},
-        {"question": "who?", "answers": ["me"], "prediction": "mee", "score": 0.75,
-         "image": base64.b64encode(picture.getvalue()).decode()},
-        {"question": "what?", "answers": ["it"], "prediction": "it", "score": 1.0, "image": '"><img src=x>'},
-    ]  # fmt: skip
-    matrix = [[0.9, None, None], [0.5, 0.8, None], [None, None, None]]
-    return {
-        **results,
-        "stream": [EVIL, "icon", LAST],
-        "metrics": {EVIL: "anls", "icon": "vqa_accuracy", LAST: "exact_match"},
-        "seeds": [0],
-        "methods": {
-            "continual_llava": {
-                **method(matrix)["per_seed"][0], "per_seed": [], "losses": {EVIL: [2.0, 1.0], "icon": [1.5]},
-                "examples": {EVIL: examples}, "selection": STUDY,
-            },
-            "lora": {**method(matrix)["per_seed"][0], "per_seed": []},
-        },
-        "config": {"split": "validation", "note": "</pre>```"},
-    }  # fmt: skip
+def strange() -> dict[str, Any]:
+    return strange_tasks()
+
+
+@pytest.fixture
+def orders() -> dict[str, Any]:
+    return two_orders()
 
 
 class Page(HTMLParser):
@@ -240,45 +195,6 @@ def test_no_number_and_no_name_is_cut_off(results: dict, tasks: int, width: int)
         assert word in printed, word
 
 
-def test_every_order_has_a_line_of_what_was_measured(orders: dict[str, Any], figures: list, tmp_path: Path) -> None:
-    """A mean over orders would bend where one of them ends, though nothing was forgotten."""
-    result = {"per_seed": [
-        {"accuracy_matrix": [[0.9, None, None], [0.9, 0.5, None], [0.9, 0.5, 0.2]], "order": 0},  # chart, icon, digit
-        {"accuracy_matrix": [[0.7, None, None], [0.7, 0.5, None], [0.5, 0.5, 0.2]], "order": 0},
-        {"accuracy_matrix": [[0.4, None, None], [0.4, 0.7, None], [0.4, 0.6, 0.3]], "order": 1},  # digit, chart, icon
-    ]}  # fmt: skip
-    first, second = plots._curves_since(orders, result, "chart")
-    assert {age: (round(middle, 6), values) for age, (middle, values) in first.items()} == {
-        0: (0.8, [0.9, 0.7]), 1: (0.8, [0.9, 0.7]), 2: (0.7, [0.9, 0.5])
-    }  # fmt: skip
-    assert {age: middle for age, (middle, _) in second.items()} == {0: 0.7, 1: 0.6}
-    once = {"per_seed": [{"accuracy_matrix": [[None] * 3, [None] * 3, [0.9, 0.8, 0.7]], "order": i} for i in (0, 1)]}
-    assert [list(curve) for curve in plots._curves_since(orders, once, "chart")] == [[2], [1]]
-    plots.plot_forgetting(orders, tmp_path / "a.png")
-    lines = figures[0].axes[0].get_lines()
-    assert len(lines) == len(orders["methods"]) * len(orders["orders"])
-    labels = figures[0].legends[0].get_texts()
-    assert len(labels) == len(orders["methods"]), "each method once"
-
-
-def test_every_method_has_a_look_of_its_own(results: dict, figures: list, tmp_path: Path) -> None:
-    many = {**results, "methods": {f"run {i}": results["methods"]["continual_llava"] for i in range(MAX_METHODS)}}
-    plots.plot_forgetting(many, tmp_path / "a.png")
-    lines = figures[0].axes[0].get_lines()
-    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == MAX_METHODS
-
-
-def test_a_method_without_a_loss_has_no_panel(results: dict, figures: list, tmp_path: Path) -> None:
-    shown = results["methods"]["continual_llava"]
-    several = {f"run {i}": {**shown, "losses": {"chart": [2.0, 1.0] if i else []}} for i in range(7)}
-    plots.plot_losses({**results, "methods": several}, tmp_path / "a.png")
-    panels = [axes for axes in figures[0].axes if axes.get_visible()]
-    assert [axes.get_title() for axes in panels] == [f"run {i}" for i in range(1, 7)]
-    assert len({round(axes.get_position().y0, 2) for axes in panels}) == 2, "in two rows"
-    report.write_report({**results, "methods": {"run 0": several["run 0"]}}, tmp_path)
-    assert not (tmp_path / "losses.png").exists()
-
-
 def test_a_label_is_shown_as_it_was_given() -> None:
     named = {"mine": "mine", "rank16 a": "rank16 a", "frozen": "Frozen", "slm": "SLM"}
     named |= {
@@ -305,102 +221,6 @@ def test_a_run_without_results_is_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="has finished no task yet; cllava-fast train ... --resume goes on"):
         report.load_results(tmp_path / "results.json")
-
-
-def test_losses_have_a_picture_where_there_are_any(results: dict, strange: dict, tmp_path: Path) -> None:
-    report.write_report(strange, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == set(report.REPORT_FILES)
-    report.write_report(results, tmp_path)
-    for name in ("losses.png", "selection.png"):
-        assert not (tmp_path / name).exists()
-        assert name not in (tmp_path / "report.md").read_text()
-    assert "What is selected" not in (tmp_path / "report.html").read_text()
-
-
-def long_stream(size: int, methods: int) -> dict[str, Any]:
-    names = [f"a long name of task {i}" for i in range(size)]
-    matrix: list[list[float | None]] = [[i / size if j <= i else None for j in range(size)] for i in range(size)]
-    study = {name: [1.0] * size for name in ("block_rows", "rows_used", "effective_rows")}
-    study |= {name: [[0.5] * size for _ in names] for name in ("block_weight", "overlap")}
-    result = {**method(matrix), "losses": {name: [2.0, 1.0] for name in names}, "selection": {"tasks": names, **study}}
-    chosen = ["continual_llava", "slm", "diki"][:methods]
-    return {
-        "stream": names, "seeds": [0, 1], "methods": dict.fromkeys(chosen, result),
-        "environment": {"torch": "2.13.0"}, "config": {},
-    }  # fmt: skip
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Receives the figures as they are drawn; refuses a large one before it takes minutes to save."""
-    drawn = []
-    save = plots._save
-
-    def keep(figure: Any, path: Path) -> None:
-        assert math.prod(140 * figure.get_size_inches()) < 12e6  # pixels
-        drawn.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(plots, "_save", keep)
-    return drawn
-
-
-@pytest.mark.parametrize("methods", [1, 3])
-@pytest.mark.filterwarnings("error")
-def test_a_report_of_many_tasks_is_small_and_quick(methods: int, figures: list, tmp_path: Path) -> None:
-    results = long_stream(MAX_TASKS, methods)
-    start = time.process_time()
-    report.write_report(results, tmp_path)
-    assert time.process_time() - start < 30
-    assert len(figures) == len(report.PICTURES)
-    for figure in figures:
-        panels = [axes for axes in figure.axes if axes.get_visible()]
-        assert len(panels) <= 24 and not any(axes.texts or axes.get_legend() for axes in panels)
-        assert all(len(axes.get_xticks()) <= 20 and len(axes.get_yticks()) <= 20 for axes in panels)
-    matrices, _, losses, selection = figures
-    bars = [sum(axes.get_label() == "<colorbar>" for axes in figure.axes) for figure in (matrices, selection)]
-    assert bars == [methods, 2 * methods]
-    named = [label.get_text() for label in losses.axes[0].get_xticklabels()]
-    assert named[:2] == ["a long name of task…"] * 2 and 2 <= len(named) <= 6
-    for name in report.PICTURES:
-        with Image.open(tmp_path / name) as picture:
-            assert math.prod(picture.size) < 12e6, (name, picture.size)
-    assert (tmp_path / "report.html").stat().st_size < 8 << 20 > (tmp_path / "report.md").stat().st_size
-    title = (tmp_path / "report.md").read_text().splitlines()[0]
-    assert len(title) < 200 and title.endswith("… → a long name of task 199 (200 tasks)")
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_report_of_few_tasks_leaves_nothing_out(figures: list, tmp_path: Path) -> None:
-    size, methods = plots.FEW, 3
-    results = long_stream(size, methods)
-    report.write_report(results, tmp_path)
-    matrices, forgetting, losses, selection = ([a for a in figure.axes if a.get_visible()] for figure in figures)
-    for panels, count in ((matrices, methods), (forgetting, size), (selection, 2 * methods)):
-        assert [len(axes.get_xticks()) for axes in panels] == [size] * count
-    assert [len(axes.texts) for axes in matrices] == [size * (size + 1) // 2] * methods
-    assert [len(axes.texts) for axes in selection] == [size**2] * 2 * methods
-    assert [len(axes.get_legend().get_texts()) for axes in losses] == [size] * methods
-    assert "…" not in wording.headline(results)
-
-
-@pytest.mark.parametrize(("size", "maps", "full"), [(12, 40, True), (13, 40, False), (30, 1, True), (32, 1, False)])
-def test_cells_have_texts_where_there_is_room(size: int, maps: int, full: bool) -> None:
-    assert plots._is_full(size, maps) == full
-
-
-def test_a_cell_of_nearly_nothing_has_no_sign() -> None:
-    axes = matplotlib.figure.Figure().subplots()
-    plots._heat_map(axes, [[1.0, -1e-9], [0.004, 0.996]], ["a", "b"], full=True)
-    assert [text.get_text() for text in axes.texts] == ["100", "0", "0", "100"]
-
-
-def test_forgetting_tells_that_it_leaves_tasks_out(figures: list, tmp_path: Path) -> None:
-    for size, panels, told in ((24, 24, False), (25, 13, True)):
-        plots.plot_forgetting(long_stream(size, 1), tmp_path / "forgetting.png")
-        figure = figures[-1]
-        assert sum(axes.get_visible() for axes in figure.axes) == panels
-        assert ("(one task in 2 is shown)" in figure.get_supxlabel()) == told
 
 
 def test_a_failing_write_leaves_the_old_file(results: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,35 +273,6 @@ def test_the_selection_has_a_table(strange: dict, tmp_path: Path) -> None:
     assert "2.0 of 2" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
     with Image.open(tmp_path / "selection.png") as picture:
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
-
-
-@pytest.fixture
-def orders() -> dict[str, Any]:
-    """Two orders and three seeds; the second method is 10 points worse in all but one run."""
-    chosen = [["chart", "icon", "digit"], ["digit", "chart", "icon"]]
-
-    def runs(loss: list[float]) -> list[dict[str, Any]]:
-        matrices = [
-            [[0.9, None, None], [0.8, 0.7, None], [0.6, 0.5, 0.4]],
-            [[0.4, None, None], [0.4, 0.9, None], [0.3, 0.8, 0.7]],
-        ]
-        found = []
-        for place, drop in enumerate(loss):
-            matrix = [[None if v is None else v - drop for v in row] for row in matrices[place % 2]]
-            found.append(
-                {"accuracy_matrix": matrix, **metrics.summarize(matrix), "selection_accuracy": None,
-                 "trainable_parameters": 1, "seconds": 1.0, "seed": place // 2, "order": place % 2}
-            )  # fmt: skip
-        return found
-
-    methods = {"continual_llava": runs([0.0] * 6), "lora": runs([0.1, 0.1, 0.1, 0.1, 0.1, 0.0])}
-    return {
-        "stream": chosen[0], "orders": chosen, "seeds": [0, 1, 2], "environment": {"torch": "2.13.0"},
-        "methods": {
-            name: {**metrics.mean_over_orders(values, chosen, chosen[0]), "per_seed": values}
-            for name, values in methods.items()
-        },
-    }  # fmt: skip
 
 
 def test_orders_are_averaged_by_task(orders: dict, tmp_path: Path) -> None:
