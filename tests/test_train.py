@@ -19,6 +19,7 @@ import cllava_fast as cf
 from cllava_fast import distributed, ops
 from cllava_fast.methods.base import layers_of
 from cllava_fast.model import get_increments
+from cllava_fast.model.caches import returned
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.garbage import nothing_old_collected
 from cllava_fast.train.tune import check_engine, training_options
@@ -254,7 +255,13 @@ def test_joint_and_sequential_lora(new_llava: Callable, processor: Any, tmp_path
 def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Path) -> None:
     run = trainer(llava, processor, tmp_path / "run", **option)
     known, embedding = [set(vars(module)) for module in llava.modules()], llava.get_input_embeddings()
+    filled: list[bool] = []
+    hook = llava.model.language_model.register_forward_hook(
+        lambda language, x, output: filled.append(returned(output) is not None) if language.training else None
+    )
     run.train()
+    hook.remove()
+    assert filled and not any(filled), "no step fills a cache"
     # nothing of the engine stays on the model
     assert not hasattr(llava.config, "use_cache") and llava.config.text_config.use_cache
     added = set().union(*(set(vars(m)) - before for m, before in zip(llava.modules(), known, strict=True)))

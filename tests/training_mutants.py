@@ -93,8 +93,8 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "what was wrapped before a task loses its mark",
         "cllava_fast/train/as_it_was.py",
-        "        model.__dict__.update(before)\n\n\n@contextmanager\ndef _keeps_cache",
-        "        model.__dict__.update({n: before[n] for n in names[:2]})\n\n\n@contextmanager\ndef _keeps_cache",
+        "        model.__dict__.update(before)\n\n\n@contextmanager\ndef _without_cache",
+        "        model.__dict__.update({n: before[n] for n in names[:2]})\n\n\n@contextmanager\ndef _without_cache",
         ("tests/test_learning.py",),
     ),
     (
@@ -159,6 +159,13 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "if self._dtype != self._embedding.weight.dtype:",
         "if False:",
         ("tests/test_files.py",),
+    ),
+    (
+        "a step fills a cache",
+        "cllava_fast/train/as_it_was.py",
+        '    language["use_cache"] = False\n',
+        "",
+        TRAIN,
     ),
     (
         "activation checkpointing stays",

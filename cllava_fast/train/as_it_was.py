@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cllava_fast.model import paths
+
 
 @contextmanager
 def same_mode(model: Any) -> Iterator[None]:
@@ -27,7 +29,7 @@ def as_it_was(model: Any) -> Iterator[None]:
         _quiet("transformers.trainer"),
         keeps_forward(model),
         _counts_as_adapted(model),
-        _keeps_cache(model),
+        _without_cache(model),
         _keeps_activations(model),
     ):
         yield
@@ -48,15 +50,21 @@ def keeps_forward(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _keeps_cache(model: Any) -> Iterator[None]:
-    """The Trainer turns the cache off in the model's config, for good."""
-    values = vars(model.config)
-    before = {name: values[name] for name in ("use_cache",) if name in values}  # a LLaVA's own config has none
+def _without_cache(model: Any) -> Iterator[None]:
+    """No step fills a cache that nobody reads. The Trainer turns it off, for good, in the model's config alone, which a
+    LLaVA's language layers do not look into."""
+    configs = [vars(model.config)]
+    language = vars(paths.language_model(model).config)
+    if language is not configs[0]:
+        configs.append(language)
+    before = [{"use_cache": values["use_cache"]} if "use_cache" in values else {} for values in configs]
+    language["use_cache"] = False
     try:
         yield
     finally:
-        values.pop("use_cache", None)
-        values.update(before)
+        for values, known in zip(configs, before, strict=True):
+            values.pop("use_cache", None)
+            values.update(known)
 
 
 @contextmanager
