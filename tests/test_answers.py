@@ -132,6 +132,12 @@ def test_compiles(training, batch):
     compiled = torch.compile(training, backend="aot_eager")
     assert torch.allclose(compiled(**batch).loss, wanted, atol=1e-5)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    wanted, language = step(training, batch), training.model.language_model
+    language.compile(backend="aot_eager", fullgraph=True)  # increments break no graph
+    same(step(training, batch), wanted, 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 def test_a_step_takes_less_memory(training, processor, rng):

@@ -272,6 +272,18 @@ class TestDivergence:
         feed(NumberWatch("a", "stop", 4), [*[0.01] * START_STEPS, *[2.9] * 60])
 
 
+def test_a_loss_may_be_written_over_by_the_next() -> None:
+    """As that of a compiled model is, which a CUDA graph puts where the last one lay."""
+    parameter, loss = torch.nn.Parameter(torch.zeros(1)), torch.zeros(())
+    optimizer, watch = torch.optim.SGD([parameter], lr=0.0), NumberWatch("a", "stop", 2)
+    parameter.grad = torch.ones(1)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1, samples s10;"):
+        for step in (1, 2):
+            for batch, value in enumerate((NAN, 1.0)):
+                watch.after_batch(step, Samples([f"s{step}{batch}"], []), loss.fill_(value))
+            watch.end_step(step, optimizer, None)
+
+
 def test_a_bad_sample_on_one_process_is_skipped_by_both(tmp_path: Path) -> None:
     shared = environment(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     command = [sys.executable, "-m", "tests.numbers_worker", str(tmp_path)]

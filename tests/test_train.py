@@ -9,10 +9,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 import cllava_fast as cf
@@ -270,6 +272,21 @@ def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Pat
     )
     assert not any(getattr(module, "gradient_checkpointing", False) for module in llava.modules())
     cf.unpatch(llava)
+
+
+def test_a_compiled_run_learns_the_same(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    """And however many tasks there are: without a reset, torch would compile no more after the eighth."""
+    plain, compiled = new_llava(), new_llava()
+    trainer(plain, processor, tmp_path / "plain", max_steps=2).train()
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    run = trainer(compiled, processor, tmp_path / "compiled", max_steps=2, trainer_options=options)
+    counters.clear()
+    with patch.object(torch.compiler, "reset", wraps=torch.compiler.reset) as reset:
+        run.train()
+    assert reset.call_count == 2
+    assert counters["stats"]["unique_graphs"] >= 2
+    found, wanted = (get_increments(model).pool.state() for model in (compiled, plain))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -161,6 +161,20 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         ("tests/test_files.py",),
     ),
     (
+        "after eight tasks nothing is compiled",
+        "cllava_fast/train/tune.py",
+        "            torch.compiler.reset()\n",
+        "            pass\n",
+        TRAIN,
+    ),
+    (
+        "a compiled model's loss is not kept",
+        "cllava_fast/train/bad_numbers.py",
+        "loss.clone()",
+        "loss",
+        ("tests/test_bad_numbers.py",),
+    ),
+    (
         "a step fills a cache",
         "cllava_fast/train/as_it_was.py",
         '    language["use_cache"] = False\n',

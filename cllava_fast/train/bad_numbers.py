@@ -95,7 +95,8 @@ class NumberWatch:
         """
         if samples.unlabelled:
             self._without_label(step, samples.unlabelled)
-        self._batches.append(_Batch(samples.ids, loss))
+        # a compiled model's may lie where a CUDA graph writes the next one
+        self._batches.append(_Batch(samples.ids, loss.clone()))
         if self.policy == "stop":
             return loss
         # one NaN would hide all losses of its logging interval

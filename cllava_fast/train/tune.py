@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -309,6 +310,9 @@ class TaskTrainer(Trainer):
     def release(self) -> None:
         """Lets go of what tuning needed; ``log`` still works."""
         self.accelerator.free_memory()
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            # each task's rows have another shape, and torch compiles a function for eight of them at most
+            torch.compiler.reset()
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model  # type: ignore[assignment]
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
