@@ -42,10 +42,14 @@ SERVING_MUTANTS = [
         "", LATER,
     ),
     ("tasks are counted from the run's first", LOOP, "[[]] * first + ", "", LATER),
-    ("a run goes on with other tasks", RUNFILE, "entries[0] == entries[1][: len(entries[0])]", "True", LATER),
+    ("a run goes on with other tasks", RUNFILE, "if before != now:", "if False:", LATER),
+    ("other samples of what was learned", RUNFILE, "for i, (train, other)", "for i, (_, other)", LATER),
+    ("other samples of what was measured", RUNFILE, "other if i < measured", "None if i < measured", LATER),
+    ("what is half learned may change", RUNFILE, ' + half', "", LATER),
+    ("what is still to come may not change", RUNFILE, "enumerate(of_tasks)][:learned]", "enumerate(of_tasks)]", LATER),
     (
-        "joint training goes on with more tasks", RUNFILE, ' or METHODS[identity["method"]["method"]][1].joint', "",
-        LATER,
+        "joint training goes on with more tasks", RUNFILE,
+        'if not METHODS[identity["method"]["method"]][1].joint:', "if True:", LATER,
     ),
     (
         "evaluation samples as the base would", "cllava_fast/evaluate/predict.py",

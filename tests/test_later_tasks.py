@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,70 @@ def test_new_tasks_come_after_those_that_were_learned(
     assert again.accuracy_matrix == alone.accuracy_matrix and same(found)
     with pytest.raises(FileExistsError, match="another learned_before"):
         run("alone", of(every, 2, 3), tmp_path / "whole" / "increments" / "01-task0", resume=True)
+
+
+class Fails(cf.ContinualCallback):
+    """In a stage of the second task."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_stage_begin(self, number: int, stage: str, **kwargs: Any) -> None:
+        if number == 1 and stage == self.stage:
+            raise OSError("an image cannot be decoded")
+
+
+def test_what_is_still_to_come_may_be_mended(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    """A sample that cannot be read once other tasks are learned does not cost what they have learned."""
+
+    def run(stream: cf.Stream, stage: str = "", **values: Any) -> Any:
+        model, folder = cf.patch(new_llava(), CONFIG, processor=processor), tmp_path / "run"
+        args = arguments(folder, max_steps=2, align_steps=2, save_minutes=0, **values)
+        cf.ContinualTrainer(model, processor, stream, args, callbacks=[Fails(stage)]).train()
+        return get_increments(model).pool.state()
+
+    def mended(number: int, split: str, stream: cf.Stream) -> cf.Stream:
+        tasks = list(stream)
+        samples = getattr(tasks[number], split)
+        tasks[number] = dataclasses.replace(tasks[number], **{split: samples[1:]})
+        return cf.Stream(tasks)
+
+    broken = stream(3)
+    with pytest.raises(OSError, match="decoded"):
+        run(broken, "tune", save_steps=2)  # a checkpoint of alignment lies there
+    another = mended(1, "train", broken)
+    with pytest.raises(FileExistsError, match=r"of task \['task1'\]; .* without the folder .*/checkpoints, what"):
+        run(another, resume=True)
+    with pytest.raises(FileExistsError, match=r"of task \['task0', 'task1'\]; give .*\(--output\)$"):
+        run(mended(0, "train", another), resume=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(OSError, match="decoded"):
+        run(another, "evaluate", resume=True)
+    for wrong, names in ((mended(1, "train", another), "task1"), (mended(0, "test", another), "task0")):
+        with pytest.raises(FileExistsError, match=rf"with other samples of task \['{names}'\]; give"):
+            run(wrong, resume=True)
+    last = mended(2, "train", mended(2, "test", mended(1, "test", another)))
+    state = run(last, resume=True)
+    shutil.rmtree(tmp_path / "run")
+    whole = run(last)
+    assert state.keys() == whole.keys() and all(torch.equal(state[name], whole[name]) for name in whole)
+
+
+def test_a_task_that_has_not_begun_may_be_left_out(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    every = stream(3)
+
+    def run(tasks: list[cf.Task], stage: str = "", **values: Any) -> list[list[float | None]]:
+        model = cf.patch(new_llava(), CONFIG, processor=processor)
+        args = arguments(tmp_path / "run", max_steps=2, align_steps=2, save_minutes=0, **values)
+        trainer = cf.ContinualTrainer(model, processor, cf.Stream(tasks), args, callbacks=[Fails(stage)])
+        return trainer.train().accuracy_matrix
+
+    with pytest.raises(OSError, match="decoded"):
+        run(every.tasks, "tune")
+    assert len(run([every.tasks[0], every.tasks[2]], resume=True)) == 2
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["stream"] == ["task0", "task2"]
+    with pytest.raises(FileExistsError, match=r"with tasks \['task0', 'task2'\], not \['task0', 'task1'\]; give"):
+        run(every.tasks, resume=True)
 
 
 def test_a_joint_method_does_not_go_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:

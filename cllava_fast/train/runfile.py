@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder,
 from cllava_fast.config import CONFIG
 from cllava_fast.methods import METHODS
 from cllava_fast.names import brief
+from cllava_fast.train.checkpoint import FOLDER, Checkpoints
 from cllava_fast.train.lock import LOCK, check_free
 
 RUN, PREVIOUS = "run.json", "run.previous.json"
@@ -59,42 +60,51 @@ class RunFile:
         self.last = json.dumps(values)
 
 
-BY_TASK = ("stream", "metrics", "stream_sha256")  # of a run's identity: where new tasks may come at the end
+def _of_done(values: dict[str, Any], learned: int, measured: int) -> dict[str, Any]:
+    """``values``, with what they say of the first ``learned`` tasks, and of ``measured`` tasks' splits, alone."""
+
+    def done(of_tasks: Iterable[list[Any]]) -> list[list[Any]]:
+        return [[train, other if i < measured else None] for i, (train, other) in enumerate(of_tasks)][:learned]
+
+    return {
+        **values,
+        "stream": dict(zip(values["stream"], done(values["stream"].values()), strict=False)),
+        "metrics": dict([*values["metrics"].items()][:measured]),
+        "stream_sha256": done(values["stream_sha256"]),
+    }
 
 
-def _is_same(name: str, found: dict[str, Any], identity: dict[str, Any]) -> bool:
-    before, now = found.get(name), identity[name]
-    if name not in BY_TASK or before is None or METHODS[identity["method"]["method"]][1].joint:
-        return bool(before == now)
-    entries = [list(each.items()) if isinstance(each, dict) else each for each in (before, now)]
-    return bool(entries[0] == entries[1][: len(entries[0])])
+def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) -> list[str]:
+    """What the run in the folder has in place of what is asked for, in words.
 
-
-def _differences(found: dict[str, Any], identity: dict[str, Any], other: list[str]) -> Iterator[str]:
-    """What the run in the folder has in place of what is asked for, in words."""
-    before, now = list(found.get("stream") or ()), list(identity["stream"])
-    joint = METHODS[identity["method"]["method"]][1].joint
-    if before != (now if joint else now[: len(before)]):
-        yield f"tasks {brief(before)}, not {brief(now)}"
-        other = [name for name in other if name not in BY_TASK]
+    ``half``: a part of a task is learned, too. Tasks that are still to come may be others, unless all are learned at once.
+    """
+    if not METHODS[identity["method"]["method"]][1].joint:
+        learned = len(found["losses"]) + half
+        found, identity = (_of_done(values, learned, len(found["matrix"])) for values in (found, identity))
+    before, now, words = list(found["stream"]), list(identity["stream"]), []
+    other = [name for name in identity if found.get(name) != identity[name]]
+    if before != now:
+        words.append(f"tasks {brief(before)}, not {brief(now)}")
+        other = [name for name in other if name not in ("metrics", "stream_sha256")]
     for name in other:
         theirs, ours = found.get(name), identity[name]
-        if name == "stream_sha256" and any(isinstance(digest, str) for digest in theirs or ()):
-            yield "files of an earlier version of cllava_fast"
-        elif name == "stream_sha256" and isinstance(theirs, list):
-            changed = [task for task, *each in zip(before, theirs, ours, strict=False) if each[0] != each[1]]
-            yield f"other samples of task {brief(changed)}"
+        if name == "stream_sha256":
+            changed = [task for task, *each in zip(before, theirs, ours, strict=True) if each[0] != each[1]]
+            words.append(f"other samples of task {brief(changed)}")
         elif name == "stream":
             continue  # numbers of samples: those tasks' samples are others, too
         elif name in ("method", "arguments", "metrics") and isinstance(theirs, dict):
             key = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
-            yield f"{name}: {key} {brief(theirs.get(key))}, not {brief(ours.get(key))}"
+            words.append(f"{name}: {key} {brief(theirs.get(key))}, not {brief(ours.get(key))}")
         else:
-            yield f"another {name}"
+            words.append(f"another {name}")
+    return words
 
 
 def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """What ``run.json`` says of the run; None where it has not begun yet. Its stream may have had fewer tasks.
+    """What ``run.json`` says of the run; None where it has not begun yet. Of its stream, what has been learned and
+    measured is the same.
 
     Raises:
         FileExistsError: ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
@@ -108,15 +118,16 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
     if output_dir.is_dir() and all(file.name in ours or PARTIAL in file.name for file in output_dir.iterdir()):
         return None
     found = RunFile(output_dir).read() if output_dir.is_dir() else None
-    identity = json.loads(json.dumps(identity))
-    other = [] if found is None else [name for name in identity if not _is_same(name, found, identity)]
     if found is None:
         raise FileExistsError(f"{output_dir} holds other files than a run's; give a new output_dir")
+    identity, half, do = json.loads(json.dumps(identity)), bool(Checkpoints(output_dir).names()), ""
+    other = _differences(found, identity, half)
+    if other and half and not _differences(found, identity, False):
+        do = f"; without the folder {output_dir / FOLDER}, what is half learned begins anew"
     if other:
-        which = ", ".join(_differences(found, identity, other))
         raise FileExistsError(
-            f"{output_dir} holds another run, with {which}; give what it was started with, or a new output_dir "
-            "(--output)"
+            f"{output_dir} holds another run, with {', '.join(other)}; give what it was started with, or a new "
+            f"output_dir (--output){do}"
         )
     if not resume:
         raise FileExistsError(
