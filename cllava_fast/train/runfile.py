@@ -77,7 +77,7 @@ def _of_done(values: dict[str, Any], learned: int, measured: int) -> dict[str, A
 def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) -> list[str]:
     """What the run in the folder has in place of what is asked for, in words.
 
-    ``half``: a part of a task is learned, too. Tasks that are still to come may be others, unless all are learned at once.
+    ``half``: a part of a task is learned, too. Tasks still to come may be others, unless all are learned at once.
     """
     if not METHODS[identity["method"]["method"]][1].joint:
         learned = len(found["losses"]) + half
