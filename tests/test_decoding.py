@@ -240,7 +240,9 @@ def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.Monk
         with cf.ops.backend("cuda"):
             joined = found()
             assert joined is selection.joined and joined is not None and joined.index.shape == (samples, 6)
-            assert found(Selection(past=pairs)) is pairs
+            assert found(Selection(past=pairs)) == pairs
+            seen = found(Selection(past=pairs.map(lambda tensor: tensor[:1].expand(samples, -1))))
+            assert seen is not None and seen.index.is_contiguous() and seen.coefficient.is_contiguous()
             assert found(is_cuda=False) is None and found(shape=(samples, 17, 8)) is None
             assert found(device=torch.device("meta")) is None
             assert found(factors=SimpleNamespace(A=rows, B=rows, shares_A=True)) is None

@@ -230,8 +230,8 @@ def test_every_method_learns_the_same(method, llava, processor, generator, taken
         same(found, loss_and_gradients(llava, batch))
 
 
-def work(model: Any, batch: dict[str, Tensor], columns: int = 2 * (4 + 4)) -> int:
-    """Multiplications of an adapted linear, which are all of one size; beside two tasks of four rows of rank 2."""
+def work(model: Any, batch: dict[str, Tensor], columns: int = 2 * 4) -> int:
+    """Multiplications of an adapted linear, which are all of one size; beside a task of four rows of rank 2."""
     linear = next(iter(get_increments(model).linears(model).values()))
     d_in, d_out = linear.in_features, linear.out_features
     return batch["input_ids"].numel() * (d_in * d_out + columns * (d_in + d_out))
@@ -244,6 +244,27 @@ def test_not_within_a_transform(monkeypatch):
     wins = [few_calls.wins(x[0], 8, 4)]
     torch.vmap(lambda one: wins.append(few_calls.wins(one, 8, 4)) or one)(x)
     assert wins == [True, False]
+
+
+def test_in_an_autocast_region_that_casts_nothing(llava, processor, generator, taken):
+    """As where a bfloat16 base is tuned with --bf16."""
+    cf.patch(llava.bfloat16(), config(), processor=processor)
+    learn(llava, 2, generator, commit_last=False)
+    linear = next(iter(get_increments(llava).linears(llava).values()))
+    x = torch.randn(2, 5, linear.in_features, generator=generator).bfloat16().requires_grad_()
+    factors = linear._adapter.factors
+    pairs = Pairs(torch.tensor([[0, 3], [1, 1]]), torch.rand(2, 2, generator=generator).requires_grad_())
+    selection = Selection(block=pairs, context=torch.rand(2, 4, generator=generator))
+    found = []
+    for dtype in (None, torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            strength = acting.column_strength(selection, get_increments(llava).pool, 8.0)
+            y = acting.train_in_few_calls(x, linear, None, replace(selection, column_strength=strength), factors)
+            if y is not None:
+                wanted = x, factors.block_A, factors.block_B, pairs.coefficient
+                found.append([y, *torch.autograd.grad(y.float().square().sum(), wanted)])
+    assert taken["layers"] == len(found) == 2
+    assert all(map(torch.equal, *found))
 
 
 WHYS = ["evaluates", "much work", "many columns", "without gradients", "autocast", "float16", "factors are summed"]

@@ -120,7 +120,7 @@ class Selection:
         if self.past is None or self.past.coefficient.dim() != 2 or self.block is not None or self.mix or self.means:
             return None
         if self.context is None:
-            return self.past
+            return self.past.map(Tensor.contiguous)
         context = self.context_pairs()
         index = torch.cat([self.past.index, context.index], 1)
         return Pairs(index, torch.cat([self.past.coefficient, context.coefficient], 1))

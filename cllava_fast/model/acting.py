@@ -91,7 +91,10 @@ def train_in_few_calls(
         return None
     A, B = factors.block_A, factors.block_B
     assert A is not None and B is not None
-    if not few_calls.wins(x, B.shape[2], strength.shape[2]):
+    weight = bias = None
+    if linear is not None and base is None:
+        weight, bias = linear.weight, linear.bias
+    if not few_calls.wins(x, B.shape[2], A.shape[0] * A.shape[1], weight, bias, base):
         return None
     past_A = past_B = None
     if selection.context is not None:
@@ -99,9 +102,7 @@ def train_in_few_calls(
         past_A, past_B = (factor[:rows] for factor in context_rows(selection, factors))
         if adds_up(x, ops.Past(past_A, past_B, selection.context), products=3):
             return None
-    weight = bias = None
-    if linear is not None and base is None:
-        weight, bias = linear.weight, linear.bias
+    if weight is not None:
         check_frozen(weight, bias)
     return few_calls.inject(x, weight, bias, base, A, B, past_A, past_B, strength.to(x.device))
 

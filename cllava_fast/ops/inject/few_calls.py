@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cllava_fast.ops import checks, library
@@ -18,22 +19,31 @@ from cllava_fast.ops.inject import reference
 from cllava_fast.ops.inject.reference import as_dtype, columns, sum_over_all_tokens
 
 DEVICES = ("cuda",)  # with a CPU nobody waits, and projecting on rows that do not act is work
-# Multiplications in a layer: as many as the frozen product of 1,024 tokens has in a 7B model, some 50 us of an H100.
-# With more, the device has enough to do meanwhile, and fewer passes over the activations count for more.
-WORK = 2**34
+# Multiplications in a layer: as many as three samples of 656 tokens have in a 7B model. A step of one took an H200 44
+# ms, and Python 171 by way of the op. With more, the device has enough to do meanwhile, and fewer passes over the
+# activations count for more.
+WORK = 2**35
 
 
-def wins(x: Tensor, d_out: int, total_rank: int) -> bool:
-    """Whether `inject` is the way for a layer's x, in training."""
+def wins(x: Tensor, d_out: int, columns: int, *frozen: Tensor | None) -> bool:
+    """Whether `inject` is the way for a layer's x, in training, beside so many columns of the open pool.
+
+    The past's count on neither side: the op projects on them by library products as well.
+    """
     # in float16 a row that does not act may overflow, which `reference` looks after
     if x.device.type not in DEVICES or x.dtype == torch.float16:
         return False
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or checks.under_autocast(x):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if any(tensor is not None and tensor.dtype != x.dtype for tensor in frozen):
+        return False
+    # a region of another dtype would cast what is multiplied here; one of this dtype casts nothing
+    if checks.under_autocast(x) and torch.get_autocast_dtype(x.device.type) != x.dtype:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
     samples, tokens, d_in = x.shape
-    return samples * tokens * (d_in * d_out + total_rank * (d_in + d_out)) <= WORK
+    return samples * tokens * (d_in * d_out + columns * (d_in + d_out)) <= WORK
 
 
 def column_strength(
@@ -74,16 +84,15 @@ class _Inject(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
         past_A: Tensor | None, past_B: Tensor | None, strength: Tensor,
     ) -> Tensor:  # fmt: skip
-        tokens, rows = x.flatten(0, 1), columns(A, x.dtype, past_A)  # [T, d_in], [K, d_in]
-        low = (tokens @ rows.t()).view(*x.shape[:2], len(rows))
-        weighed = reference.times(low, strength, x.dtype)  # [B, S, K]
+        low = F.linear(x, columns(A, x.dtype, past_A))  # [B, S, K]
+        weighed = _times(low, strength)
         if base is None:
             assert weight is not None
-            y = x.new_empty(*x.shape[:2], len(weight))
             if bias is None:
-                torch.mm(tokens, weight.t(), out=y.flatten(0, 1))
-            else:
-                torch.addmm(bias, tokens, weight.t(), out=y.flatten(0, 1))
+                y = F.linear(x, weight)
+            else:  # of which torch would return a view, and what comes next is written into it
+                y = x.new_empty(*x.shape[:2], len(weight))
+                torch.addmm(bias, x.flatten(0, 1), weight.t(), out=y.flatten(0, 1))
         else:
             y = base.clone(memory_format=torch.contiguous_format)
         y.flatten(0, 1).addmm_(weighed.flatten(0, 1), columns(B, x.dtype, past_B))
@@ -109,6 +118,11 @@ class _Inject(torch.autograd.Function):
 _apply = library.apply_of(_Inject)
 
 
+def _times(low: Tensor, strength: Tensor) -> Tensor:
+    """`reference.times` to the bit, with the rounding in the same launch."""
+    return torch.mul(low, strength, out=torch.empty_like(low))
+
+
 def _gradients(grad: Tensor, saved: Any, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Of x, A, B and strength."""
     x, weight, A, B, past_A, past_B, strength, low, weighed = saved
@@ -119,11 +133,11 @@ def _gradients(grad: Tensor, saved: Any, needed: tuple[bool, ...]) -> tuple[Tens
     if need_B:
         to_B = sum_over_all_tokens(weighed[..., :own], grad, B)
     if need_x or need_A or need_strength:
-        low_grad = (grads @ columns(B, grad.dtype, past_B).t()).view(low.shape)  # [B, S, K]
+        low_grad = F.linear(grad, columns(B, grad.dtype, past_B))  # [B, S, K]
         if need_strength:
             products = as_dtype(low_grad, exact_dtype(low)) * low
             to_strength = as_dtype(products.sum(1, keepdim=True), strength.dtype)
-        weighed_grad = reference.times(low_grad, strength, grad.dtype)  # [B, S, K]
+        weighed_grad = _times(low_grad, strength)
         if need_A:
             to_A = sum_over_all_tokens(weighed_grad[..., :own], x, A)
         if need_x:
