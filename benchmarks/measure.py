@@ -213,9 +213,11 @@ def _take_turns(
     gc.freeze()  # what is there by now need not be looked at again
     gc.disable()
     try:
-        if not whole:
-            turn(list(runs))
-        take(list(runs), 3 if whole else 4)
+        least = 3 if whole else 4
+        if not whole or launch != HOST:  # of a whole step, the first one asks the GPU for its memory
+            first = turn(list(runs))
+            least = 9 if whole and sum(first.values()) < 1.0 else least
+        take(list(runs), least)
         take(undecided(found, own, [name for name in rivals if name in runs]) if own in runs else [], 0)
     finally:
         gc.enable()

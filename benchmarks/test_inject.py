@@ -66,7 +66,7 @@ def way(name, point, tensors):
     if name == FEW_CALLS:
         if case != cases.ONE_SAMPLE:
             raise Unavailable("for training steps that wait for Python")
-        return Way(in_few_calls, exact_by_sample, tensors, "what layers of a patched model take here", rival=False)
+        return few_calls_way(x, weight, A, B, index, coefficient, *past)
     if point.case.per_token or point.case.shared:
         return of_router(name, point, tensors)
     if name in OF_ROUTERS:
@@ -128,10 +128,20 @@ def inject(x, weight, A, B, index, coefficient, *past):
     return ops.inject(x, weight, A, B, index, coefficient, past=past or None, check_values=False)
 
 
-def in_few_calls(x, weight, A, B, index, coefficient, past_A, past_B, past_coefficient):
-    """With the strengths that layers have in common."""
+def few_calls_way(x, weight, A, B, index, coefficient, past_A, past_B, past_coefficient):
+    """With the strengths that all layers have in common."""
     strength = few_calls.column_strength(index, coefficient, *B.shape[:2], past_coefficient, past_B.shape[1], 1.0)
+    inputs = x, weight, A, B, past_A, past_B, strength.detach().requires_grad_()
+    return Way(in_few_calls, exact_by_column, inputs, "what layers of a patched model take here", rival=False)
+
+
+def in_few_calls(x, weight, A, B, past_A, past_B, strength):
     return few_calls.inject(x, weight, None, None, A, B, past_A, past_B, strength)
+
+
+def exact_by_column(x, weight, A, B, past_A, past_B, strength):
+    down, up = (torch.cat([own.flatten(0, 1), past.flatten(0, 1)]) for own, past in ((A, past_A), (B, past_B)))
+    return torch.stack([x[b] @ (weight + (up.t() * strength[b]) @ down).t() for b in range(len(x))])
 
 
 def low_rank(sample, A, B, index, coefficient, *past):

@@ -40,6 +40,8 @@ def test_few_calls_stand_beside_one_sample_alone(monkeypatch):
         ways = {name: test_inject.way(name, at, tensors) for name in (test_inject.FEW_CALLS, "smart eager")}
         found = [way.function(*way.inputs) for way in ways.values()]
         torch.testing.assert_close(*found)
+        measured = measure.compare(ways, at, 0.0)
+        assert all(isinstance(each, measure.Measured) for each in measured.values()), measured
 
 
 def test_what_few_rounds_leave_undecided_goes_on():

@@ -136,18 +136,24 @@ def test_autocast_and_layers_computed_again(pair: Any) -> None:
         assert (half[name].float() - tensor).norm() < 0.15 * tensor.norm(), name
 
 
-def test_one_layer_is_captured_in_a_graph_forward_and_backward(pair: Any) -> None:
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_layer_is_captured_in_a_graph_forward_and_backward(dtype: torch.dtype, few: bool, pair: Any) -> None:
     """What a CUDA graph of training needs of a patched linear: nothing waits, no size depends on data."""
     _, model, _ = pair
-    model.train()
+    model.train().to(dtype)
     increments = get_increments(model)
+    pool, scale = increments.pool, increments.config.scale
     layer = model.model.language_model.layers[0].self_attn.o_proj
-    x = torch.randn(len(QUESTIONS), 33, layer.in_features, device="cuda", requires_grad=True)
+    x = torch.randn(len(QUESTIONS), 33, layer.in_features, device="cuda", dtype=dtype, requires_grad=True)
     query = torch.randn(len(QUESTIONS), increments.pool.key_dim, device="cuda")
     factors = [p for p in increments.pool.parameters() if p.requires_grad and p.dim() == 3][:2]
 
     def step() -> tuple[Tensor, ...]:
-        increments.call.active = increments.method.select(increments.pool, query, increments.groups, True)
+        selection = increments.method.select(pool, query, increments.groups, True)
+        strength = acting.column_strength(selection, pool, scale) if few else None
+        assert few == (strength is not None)
+        increments.call.active = dataclasses.replace(selection, column_strength=strength)
         return torch.autograd.grad(layer(x).square().sum(), [x, *factors])
 
     replay = measure.captured(step)
