@@ -274,6 +274,15 @@ def test_trainer_options(option: dict, llava: Any, processor: Any, tmp_path: Pat
     cf.unpatch(llava)
 
 
+def test_what_the_last_steps_came_to_is_logged_and_shown(
+    llava: Any, processor: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = trainer(llava, processor, tmp_path / "run", max_steps=3, logging_steps=2, progress=True).train()
+    lines = [line.split() for line in capsys.readouterr().err.splitlines() if ": tune" in line]
+    for (task, losses), line in zip(result.losses.items(), lines, strict=True):
+        assert len(losses) == 2 and line == [f"{task}:", "tune", "3", "steps", "loss", f"{losses[-1]:.4f}"]
+
+
 def test_a_compiled_run_learns_the_same(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     """And however many tasks there are: without a reset, torch would compile no more after the eighth."""
     plain, compiled = new_llava(), new_llava()

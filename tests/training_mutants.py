@@ -174,6 +174,8 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "loss",
         ("tests/test_bad_numbers.py",),
     ),
+    ("the last steps' loss is not logged", "cllava_fast/train/tune.py", "control.should_log = True", "pass", TRAIN),
+    ("an older loss is shown", "cllava_fast/train/tune.py", "        self.advance(self.note, steps=0)\n", "", TRAIN),
     (
         "a step fills a cache",
         "cllava_fast/train/as_it_was.py",

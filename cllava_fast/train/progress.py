@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,19 +12,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cllava_fast import distributed
 from cllava_fast.untrusted import printable
 
-Advance = Callable[[str], None]
+
+class Advance(Protocol):
+    """Moves a bar on by ``steps``, with a word such as the loss beside it."""
+
+    def __call__(self, note: str, steps: int = 1) -> None: ...
 
 
 @contextmanager
 def stage(title: str, total: int, show: bool = True, console: Console | None = None) -> Iterator[Advance]:
-    """Shows one stage, on the main process; the yielded function advances it by one step and takes a word such as the
-    loss.
+    """Shows one stage, on the main process; the yielded function moves it on.
 
     Without a terminal a stage prints a single line when it ends.
     """
     console = console or Console(stderr=True)
     if not (show and distributed.is_main()):
-        yield lambda note: None
+        yield lambda note, steps=1: None
         return
     last, title = "", printable(title)
     columns = (
@@ -36,10 +40,10 @@ def stage(title: str, total: int, show: bool = True, console: Console | None = N
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, note="")
 
-        def advance(note: str) -> None:
+        def advance(note: str, steps: int = 1) -> None:
             nonlocal last
             last = note
-            progress.update(task, advance=1, note=note)
+            progress.update(task, advance=steps, note=note)
 
         yield advance
     console.print(f"{title:<34} {total:>5} steps  {last}", highlight=False, markup=False)

@@ -327,6 +327,8 @@ class _Losses(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(self.note)
+        if state.global_step >= state.max_steps and args.logging_strategy == "steps":
+            control.should_log = True  # what the last steps have come to, too
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get(f"{self.task}/loss")
@@ -334,6 +336,7 @@ class _Losses(TrainerCallback):
             return
         self.losses.append(loss)
         self.note = f"loss {loss:.4f}"
+        self.advance(self.note, steps=0)
 
 
 class _Saving(TrainerCallback):
