@@ -125,7 +125,9 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
-    """Raises FileExistsError if ``path`` is a file, or a folder that holds anything else than ``names``."""
+    """Raises FileExistsError if ``path`` is a file, or a folder that holds anything else than ``names``, and SaveError
+    where it cannot be made."""
+    _check_writable(path)
     if not path.exists():
         return
     strangers = [path.name] if not path.is_dir() else sorted(p.name for p in path.iterdir() if p.name not in names)
@@ -135,13 +137,22 @@ def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
         )
 
 
+def _check_writable(path: Path) -> None:
+    if path.exists():
+        return
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise SaveError(f"{path} cannot be written: {above} is no folder that can be written to; give another")
+
+
 def is_empty(path: Path) -> bool:
     """Whether nothing is there, or a folder without anything in it."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def check_empty(path: Path) -> None:
-    """Raises FileExistsError where ``is_empty`` does not hold."""
+    """Raises FileExistsError where ``is_empty`` does not hold, and SaveError where it cannot be made."""
+    _check_writable(path)
     if not is_empty(path):
         raise FileExistsError(f"{path} holds something already; give an empty or a new folder")
 

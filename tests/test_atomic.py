@@ -149,6 +149,15 @@ def test_no_space_and_no_permission_are_a_sentence(
     assert contents(tmp_path) == {"a.txt": "old"} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    for check in (atomic.check_empty, lambda path: atomic.check_replaceable(path, (), "nothing")):
+        check(tmp_path / "new" / "folder")
+        with pytest.raises(SaveError, match="file is no folder that can be written to"):
+            check(tmp_path / "file" / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_file_that_is_read_meanwhile_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="secret.png"), new_folder(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/secret.png")

@@ -11,12 +11,13 @@ import os
 import random
 import shlex
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -454,11 +455,8 @@ class TestSignals:
         (SaveError("the disk is full"), 3, "cllava-fast: the disk is full"),
         (DamagedError("it is cut off"), 4, "cllava-fast: it is cut off"),
         (InUseError("it is in use"), 5, "cllava-fast: it is in use"),
-        (
-            KeyboardInterrupt(),
-            130,
-            "interrupted; what was saved is whole, go on with:\n  python -m cllava_fast.cli train 'a b",
-        ),
+        (OSError(errno.ENOSPC, "no space"), 3, "no space"),  # behind a redirected output
+        (KeyboardInterrupt(), 130, "interrupted; what was saved is whole, go on with"),
         (RunStopped(signal.SIGTERM), 143, "stopped by SIGTERM; what was saved"),
     ],
 )
@@ -476,6 +474,23 @@ def test_exit_codes(
     assert words in said and said.rstrip().endswith("--resume") == (code > 100)
 
 
+@pytest.mark.parametrize(
+    ("started", "printed"),
+    [
+        ("/usr/bin/cllava-fast", "go on with:\n  cllava-fast train 'a b.yaml' --resume\n"),
+        ("lib/cllava_fast/cli/__main__.py", "go on with:\n  python -m cllava_fast.cli train 'a b.yaml' --resume\n"),
+        ("mine.py", "go on with the same command and --resume\n"),  # which may have registered a method
+    ],
+)
+def test_a_run_goes_on_as_it_was_started(
+    started: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cllava_fast.cli.train.run", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(sys, "argv", [started, "train", "a b.yaml"])
+    assert cli.main() == 130
+    assert capsys.readouterr().err.endswith(printed)
+
+
 def test_the_command_that_goes_on_is_understood(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -487,6 +502,7 @@ def test_the_command_that_goes_on_is_understood(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(sys, "argv", ["cllava-fast"])
     assert cli.main(["train", "--output", "x", "--", "a b.yaml"]) == 130
-    _, _, printed = capsys.readouterr().err.partition("cllava_fast.cli ")
+    _, _, printed = capsys.readouterr().err.partition("\n  cllava-fast ")
     assert cli.main(shlex.split(printed)) == 0

@@ -27,6 +27,7 @@ from cllava_fast.data import chat_template
 from cllava_fast.demo.base import FOLDER
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.report import write_report
+from cllava_fast.methods import METHODS, Method, MethodConfig
 from tests.helpers import QUESTIONS, inputs, learn
 
 
@@ -219,6 +220,23 @@ def test_a_misspelt_command_line_is_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+def test_help_of_a_method_with_any_defaults(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine(MethodConfig):
+        method = "mine"
+        sizes: tuple[int, ...] = dataclasses.field(default=(1, 2), metadata={"help": "Some sizes."})
+        least: int | None = dataclasses.field(default=None, metadata={"help": "Or none."})
+
+    monkeypatch.setitem(METHODS, "mine", (Mine, Method))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Some sizes. (default: 1, 2 in mine)" in said
+    assert "Or none." in said and "Or none. (default" not in said
+
+
 def stream_file(folder: Path, **values: Any) -> Path:
     """A stream of two tasks of two samples, and its YAML."""
     for name in ("a_train", "a_test", "b_train", "b_test"):
@@ -362,6 +380,14 @@ def test_an_error_says_which_process_it_is_from(
 def test_a_module_runs_as_the_command_does() -> None:
     run = subprocess.run([sys.executable, "-m", "cllava_fast.cli", "--version"], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, f"cllava_fast {cllava_fast.__version__}\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cllava_fast.cli", "init", str(tmp_path / "a.yaml")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.close()
+    assert (run.wait(), run.stderr.read()) == (141, b"")
 
 
 def documented_commands() -> list[str]:

@@ -179,6 +179,16 @@ class TestLengths:
         assert said.startswith("task 'a', test: 1 of 3 answers hold what the base's tokenizer does not know, such as")
         assert "'a xylophone'" in said
 
+    def test_answers_that_cannot_be_learned(
+        self, llava: Any, processor: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        train = [Sample("is it?", "a xylophone of many words")]
+        cf.patch(llava, cf.IncrementConfig(surrogate="backbone"), processor=processor)
+        config = arguments(tmp_path / "run", max_new_tokens=2, max_steps=1, align_steps=1)
+        cf.ContinualTrainer(llava, processor, Stream([Task("a", train, [Sample("is it?", "no")])]), config).train()
+        (said,) = [text for warning in recwarn if "task 'a', " in (text := str(warning.message))]
+        assert said.startswith("task 'a', train: 1 of 1 answers hold what the base's tokenizer does not know")
+
     def test_the_model_says_and_else_the_tokenizer(
         self, llava: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -7,6 +7,7 @@ A command's module has ``EXAMPLE`` (the end of its help), ``add_arguments(parser
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import shlex
@@ -30,7 +31,7 @@ COMMANDS = {
     "demo": "a tiny LLaVA learns four tasks one after another; writes a report",
     "env": "versions, device, and which backend runs each op and why",
 }
-REFUSED, INTERRUPTED = 1, 130
+REFUSED, FULL, INTERRUPTED, CLOSED = 1, 3, 130, 141
 EXAMPLE = """the usual way:
   cllava-fast init stream.yaml
   cllava-fast train stream.yaml --model path/of/llava --output runs/mine
@@ -56,16 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert command is not None
     as_usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        return command.run(arguments)
+        code: int = command.run(arguments)
+        print(end="", flush=True)  # what cannot be written is noticed here
+        return code
     except KeyboardInterrupt as stop:
         # a run that was stopped says by what; whatever else was going on was just interrupted
         print(f"cllava-fast: {getattr(stop, 'reason', 'interrupted')}{_go_on(command, argv)}", file=sys.stderr)
         return getattr(stop, "exit_code", INTERRUPTED)
+    except BrokenPipeError:  # who reads has seen enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     except Exception as error:
         if arguments.traceback or os.environ.get("CLLAVA_TRACEBACK") == "1":
             raise
         print(_sentence(error), file=sys.stderr)
-        return getattr(error, "exit_code", REFUSED)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return getattr(error, "exit_code", FULL if full else REFUSED)
     finally:
         warnings.formatwarning = as_usual
 
@@ -124,8 +131,13 @@ def _sentence(error: Exception) -> str:
 def _go_on(command: ModuleType, argv: list[str]) -> str:
     if not getattr(command, "RESUMES", False):
         return ""
-    started = Path(sys.argv[0]).name
-    program = ["cllava-fast"] if started.startswith("cllava-fast") else ["python", "-m", "cllava_fast.cli"]
+    started = Path(sys.argv[0])
+    if started.name.startswith("cllava-fast"):
+        program = ["cllava-fast"]
+    elif started.parts[-3:] == ("cllava_fast", "cli", "__main__.py"):
+        program = ["python", "-m", "cllava_fast.cli"]
+    else:  # a script of the user's, which may register a method first
+        return "; what was saved is whole, go on with the same command and --resume"
     end = argv.index("--") if "--" in argv else len(argv)  # behind it all are positional
     resume = [] if "--resume" in argv[:end] else ["--resume"]
     launched = ", by the same launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

@@ -83,7 +83,7 @@ def _defaults_of_methods(name: str) -> str:
             methods.setdefault(default, []).append(method)
     own = config.IncrementConfig.method
     usual = next((default for default, names in methods.items() if own in names), "")
-    others = [f"{default} in {', '.join(names)}" for default, names in methods.items() if own not in names]
+    others = [f"{value} in {', '.join(names)}" for value, names in methods.items() if value and own not in names]
     return "; ".join(filter(None, [usual, *others]))
 
 
@@ -93,7 +93,7 @@ def _shown(default: Any) -> str:
         return ""
     if isinstance(default, float):
         return f"{default:.4g}"
-    text = ", ".join(default) if isinstance(default, tuple) else str(default)
+    text = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
     return text.lower() if isinstance(default, bool) else text
 
 

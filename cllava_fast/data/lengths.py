@@ -28,8 +28,9 @@ def token_limit(tokenizer: Any, model: Any) -> Limit | None:
     return next((limit for limit in limits if limit.tokens < UNKNOWN), None)
 
 
-def warn_of_answers(examples: Iterable[Example], most: int, tokenizer: Any, what: str) -> None:
-    """Of answers that no evaluation meets: it generates ``most`` tokens, and none that the tokenizer does not know."""
+def warn_of_answers(examples: Iterable[Example], most: int | None, tokenizer: Any, what: str) -> None:
+    """Of answers that no evaluation meets: it generates ``most`` tokens, and none that the tokenizer does not know.
+    None: these are learned."""
     lengths, unknown, unknown_id = [], [], getattr(tokenizer, "unk_token_id", None)
     for example in examples:
         ids = example.answer_ids[:-1]  # without the end
@@ -37,7 +38,7 @@ def warn_of_answers(examples: Iterable[Example], most: int, tokenizer: Any, what
         if unknown_id in ids:
             unknown.append(example.sample.answer)
     said = []
-    if long := sum(length > most for length in lengths):
+    if long := sum(most is not None and length > most for length in lengths):
         said.append(
             f"{what}: {long} of {len(lengths)} answers have more than max_new_tokens={most} tokens, the longest "
             f"{max(lengths)}; what a model answers is cut off there, and cannot equal them"

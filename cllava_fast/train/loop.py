@@ -331,9 +331,8 @@ class ContinualTrainer:
         for name, split in wanted:
             self._watch.check()
             examples = self.data.examples(name, split, self.model)
-            if split == self.args.eval_split:
-                tokenizer = self.data.encoder.tokenizer
-                warn_of_answers(examples, self.args.max_new_tokens, tokenizer, f"task {name!r}, {split}")
+            most = None if split == "train" else self.args.max_new_tokens
+            warn_of_answers(examples, most, self.data.encoder.tokenizer, f"task {name!r}, {split}")
             queries_of(self.model, samples_of(examples), self.data.features, [name] * len(examples))
 
     def _place(self) -> None:

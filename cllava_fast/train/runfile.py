@@ -90,7 +90,7 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
     for name in other:
         theirs, ours = found.get(name), identity[name]
         if name == "stream_sha256":
-            changed = [task for task, *each in zip(before, theirs, ours, strict=True) if each[0] != each[1]]
+            changed = [task for task, *each in zip(before, found[name], ours, strict=True) if each[0] != each[1]]
             words.append(f"other samples of task {brief(changed)}")
         elif name == "stream":
             continue  # numbers of samples: those tasks' samples are others, too
