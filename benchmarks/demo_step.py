@@ -52,7 +52,7 @@ def tune_step(method: str, earlier: int, data: cf.PreparedStream) -> Callable[[]
     model.train()
 
     def step() -> None:
-        model(**batch).loss.backward()
+        model(**batch, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
