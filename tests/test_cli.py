@@ -258,7 +258,7 @@ def stream_file(folder: Path, **values: Any) -> Path:
         ({"training": {"max_step": 3}}, [], "did you mean max_steps?"),
         ({"training": {"eval_split": "validation"}}, [], "task 'a' has no validation sample"),
         ({"training": {"trainer_options": {"optimm": "sgd"}}}, [], "training.trainer_options.optimm is unknown"),
-        ({"training": {"lr_scheduler_type": "cosin"}}, [], "cosin"),
+        ({"training": {"lr_scheduler_type": "cosin"}}, [], "lr_scheduler_type is 'cosin'; did you mean cosine?"),
         ({"training": {"trainer_options": {"optim": "lomo"}}}, [], "install `lomo_optim`"),
         ({}, ["--training.report_to", "wandbb"], "report_to: wandbb is not supported, only azure_ml"),
         ({"method": {"surrogate": "magic"}}, [], "surrogate 'magic' was not found"),

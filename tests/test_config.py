@@ -103,6 +103,8 @@ def test_a_ready_stream_is_named_in_place_of_a_file(tmp_path: Path) -> None:
         (cf.IncrementConfig, {"rank": 2.5}, "rank is 2.5; expected a whole number"),
         (cf.IncrementConfig, {"targets": [1]}, "targets is .1.; expected a list, each a text"),
         (cf.ContinualArguments, {"max_steps": 2.5}, "max_steps is 2.5; expected a whole number"),
+        (cf.ContinualArguments, {"max_steps": 0}, r"max_steps is 0; expected -1 .* or at least 1"),
+        (cf.ContinualArguments, {"lr_scheduler_type": "cosin"}, "type is 'cosin'; did you mean cosine?"),
         (cf.ContinualArguments, {"bf16": "no"}, "bf16 is 'no'; expected true or false"),
         (cf.ContinualArguments, {"trainer_options": 1}, "trainer_options is 1; expected a mapping"),
     ],

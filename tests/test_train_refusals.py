@@ -176,6 +176,7 @@ def test_logs_that_go_nowhere(llava: Any, processor: Any, tmp_path: Path, monkey
         ("trainer_options", {"accelerator_config": {"split_batches": True}}),
         ("trainer_options", {"accelerator_config": "config.json"}),
         ("num_train_epochs", -1.0),
+        ("max_steps", -5),
         ("align_max_grad_norm", -1.0),
         ("max_grad_norm", float("inf")),
         ("weight_decay", float("nan")),

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cllava_fast.names import check_types
+from cllava_fast.names import brief, check_types, nearest
 
 
 def _option(default: Any, text: str) -> Any:
@@ -70,7 +70,7 @@ class ContinualArguments:
     align_batch_size: int = _option(32, "Instructions in a batch of alignment, on any number of processes.")
 
     num_train_epochs: float = _option(1.0, "Epochs of tuning for each task.")
-    max_steps: int = _option(-1, "Steps of tuning for each task; wins over num_train_epochs if positive.")
+    max_steps: int = _option(-1, "Steps of tuning for each task; wins over num_train_epochs unless it is -1.")
     learning_rate: float = _option(2e-5, "Highest learning rate of tuning.")
     lr_scheduler_type: str = _option("cosine", "Schedule of tuning's learning rate, by transformers' name.")
     warmup_steps: float = _option(0.03, "Steps of warm-up; below 1, a share of all steps.")
@@ -125,6 +125,8 @@ class ContinualArguments:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps is {self.max_steps}; expected -1 (num_train_epochs decides) or at least 1")
         if self.eval_budget is not None and self.eval_budget < 1:
             raise ValueError(f"eval_budget is {self.eval_budget}; expected at least 1, or null for no limit")
         for name in ("learning_rate", "align_learning_rate"):
@@ -152,6 +154,8 @@ class ContinualArguments:
 
     def _check_trainer_options(self) -> None:
         """Refuses what transformers would take and no task could be tuned with as it should be."""
+        from transformers import SchedulerType  # half a second, for who only writes a configuration
+
         options = self.trainer_options
         for name in options:
             if name in self.__dataclass_fields__:
@@ -169,6 +173,11 @@ class ContinualArguments:
             raise ValueError(
                 f"lr_scheduler_type is {self.lr_scheduler_type!r}, which {_EVALUATES}; expected a schedule by steps, "
                 "such as cosine"
+            )
+        schedules = [schedule.value for schedule in SchedulerType]
+        if self.lr_scheduler_type not in schedules:
+            raise ValueError(
+                f"lr_scheduler_type is {brief(self.lr_scheduler_type)}; {nearest(self.lr_scheduler_type, schedules)}"
             )
         sampling = options.get("train_sampling_strategy", "random")
         if sampling not in ("random", "sequential"):
