@@ -480,9 +480,9 @@ def test_an_interrupted_run_goes_on_to_the_same_end(new_llava: Callable, process
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"branches": 0}, "branches is 0; expected at least 1"),
         ({"top_k": 0}, "top_k is 0; expected 1 to 8"),
         ({"top_k": 9}, "top_k is 9; expected 1 to 8"),
-        ({"branches": 0}, "expected 1 to 0"),
         ({"rank": 0}, "rank is 0"),
         ({"targets": ()}, "targets is empty"),
     ],

@@ -227,6 +227,7 @@ def test_a_task_merges_as_its_mean(reduce: Any, llava: Any, processor: Any, rng:
     ("fields", "message"),
     [
         ({"top_m": 5}, r"top_m is 5; expected 1 to 4 \(rows_per_task\)"),
+        ({"rows_per_task": 0}, "rows_per_task is 0; expected at least 1"),
         ({"groups": 0}, "groups is 0"),
         ({"reduce": "task"}, "reduce is 'task'; expected one of"),
         ({"key_init": "zeros"}, "key_init is 'zeros'"),

@@ -208,6 +208,7 @@ def test_expand_repeats_each_sample_for_its_beams(generator: torch.Generator) ->
     [
         ({"top_m": 9}, "top_m is 9; expected 1 to 8"),
         ({"top_m": 0}, "top_m is 0"),
+        ({"rows_per_task": 0}, "rows_per_task is 0; expected at least 1"),
         ({"context": "sum"}, "context is 'sum'; expected one of"),
         ({"key_init": "zeros"}, "key_init"),
         ({"rank": 0}, "rank is 0"),

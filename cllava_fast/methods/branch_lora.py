@@ -59,6 +59,8 @@ class BranchLoraConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.branches < 1:
+            raise ValueError(f"branches is {self.branches}; expected at least 1")
         if not 1 <= self.top_k <= self.branches:
             raise ValueError(
                 f"top_k is {self.top_k}; expected 1 to {self.branches}, since each linear has {self.branches} branches"

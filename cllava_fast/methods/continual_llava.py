@@ -72,6 +72,8 @@ class IncrementConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rows_per_task < 1:
+            raise ValueError(f"rows_per_task is {self.rows_per_task}; expected at least 1")
         if not 1 <= self.top_m <= self.rows_per_task:
             raise ValueError(
                 f"top_m is {self.top_m}; expected 1 to {self.rows_per_task}, since a task's block has "
