@@ -371,6 +371,12 @@ class TestImagePaths:
         with pytest.raises(ValueError, match=r"line 1 \(id 'k'\): image is .*expected a path inside the image folder"):
             read_samples(path, folder / "images")
 
+    @pytest.mark.parametrize("name", [".", "./", "{folder}/"])
+    def test_the_folder_itself(self, folder: Path, name: str) -> None:
+        images = folder / "images"
+        with pytest.raises(ValueError, match=f"the image folder itself; expected a file in {images}"):
+            read_samples([{**GOOD, "image": name.format(folder=images)}], images)
+
     def test_symbolic_links(self, folder: Path) -> None:
         images = folder / "images"
         (folder / "outside").mkdir()

@@ -43,6 +43,8 @@ class ImageFolder:
                 "where records name several folders, give the folder above them all as images"
             )
         path = self.root / name
+        if path == self.root:
+            raise ValueError(f"{where}: image is {brief(given)}, the image folder itself; expected a file in {path}")
         if not self._is_inside(path.parent) or (path.is_symlink() and not self._reaches_inside(path)):
             raise ValueError(
                 f"{where}: image {brief(given)} is a symbolic link out of the image folder {self.root}; "
