@@ -341,6 +341,8 @@ def test_every_method_selects_what_layers_can_take(
          "an index of torch.int32"),
         (lambda found: replace(found, past=Pairs(found.past.index, found.past.coefficient.double())), TypeError,
          "a coefficient of torch.float64; expected torch.int64 and torch.float32"),
+        (lambda found: replace(found, past=Pairs(found.past.index[:, :1], found.past.coefficient[:, :2])), ValueError,
+         r"past has an index \[2, 1\] and a coefficient \[2, 2\]; expected one shape for both, \[2, P\]"),
         (lambda found: replace(found, past=Pairs(found.past.index + 8, found.past.coefficient)), ValueError,
          r"past.index: expected entries in \[0, rows\) = \[0, 16\)"),
         (lambda found: replace(found, past=None, block=found.past), ValueError, r"block.index: .* = \[0, 0\)"),
@@ -357,3 +359,22 @@ def test_a_selection_that_cannot_be_meant_is_refused_at_once(
     increments.method.select = lambda *_: broken(found)
     with pytest.raises(error, match=f"ContinualLlava.select.*{message}"):
         increments.select_by_query(query)
+
+
+def test_a_selection_for_all_samples_is_checked_too(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    increments = learn(cf.patch(llava, LoraConfig(), processor=processor), 1, generator)
+    increments.method.select = lambda *_: Selection(block=Pairs(torch.tensor([[0]]), torch.ones(1, 2)))
+    with pytest.raises(ValueError, match=r"SequentialLora.select: block has an index \[1, 1\] .* both, \[1, P\]"):
+        llava(**inputs(processor, QUESTIONS[:2], generator))
+
+
+@pytest.mark.parametrize("config", [IncrementConfig(), LoraConfig()])
+def test_a_task_is_not_trained_by_nothing(config: Any, llava: Any, processor: Any, generator: torch.Generator) -> None:
+    increments = get_increments(cf.patch(llava, config, processor=processor))
+    batch, surrogate = inputs(processor, QUESTIONS[:2], generator), increments.surrogate
+    increments.open_task(None if surrogate is None else surrogate.query(QUESTIONS), generator)
+    increments.method.select = lambda *_: None
+    with torch.no_grad():
+        llava.eval()(**batch)
+        with pytest.raises(ValueError, match=r"\.select returned None in training, and nothing of the task"):
+            llava.train()(**batch)

@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 import cllava_fast as cf
 from cllava_fast.data import chat_template
 from cllava_fast.methods import SequentialLora
+from cllava_fast.methods.o_lora import OLora, OLoraConfig
 from cllava_fast.model import get_increments
 from tests.helpers import learn
 from tests.test_train import CONFIG, arguments, stream, trainer
@@ -202,6 +203,15 @@ def test_a_method_that_leaves_its_block_open(
     monkeypatch.setattr(SequentialLora, "keeps_block", False)
     with pytest.raises(RuntimeError, match="sequential_lora left task 'task0' open: close_task has to commit"):
         trainer(llava, processor, tmp_path / "run", config=cf.LoraConfig()).train()
+
+
+def test_a_method_that_commits_under_another_name(
+    llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OLora, "close_task", lambda self, pool, *_: pool.commit("x", torch.ones(1)))
+    with pytest.raises(RuntimeError, match=r"o_lora closed task 'task0', and the pool has \['x'\]; close_task has to"):
+        trainer(llava, processor, tmp_path / "run", config=OLoraConfig()).train()
+    assert not list((tmp_path / "run").glob("increments/*"))
 
 
 def test_a_method_that_opens_no_block(

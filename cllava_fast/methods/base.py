@@ -299,7 +299,8 @@ class Method(ABC):
 
     @abstractmethod
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
-        """What acts on the samples of ``query [B, D]``; None where nothing does (the frozen model answers alone)."""
+        """What acts on the samples of ``query [B, D]``, or on all alike (one sample's) where query is None; None where
+        nothing does (the frozen model answers alone), which is not while a task is trained."""
 
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         """What acts in one linear, on activations ``x [B, S, d_in]``; by default the same in every one."""
@@ -362,7 +363,7 @@ def check_selection(method: Method, pool: Pool, selection: Any, samples: int) ->
         if len(index) != samples or len(coefficient) != samples:
             raise ValueError(
                 f"{what}: {name} has an index {list(index.shape)} and a coefficient {list(coefficient.shape)}; "
-                f"expected {samples} samples, as there are queries"
+                f"expected {samples} samples, as many as queries, or 1 without"
             )
         if index.dtype != torch.int64 or coefficient.dtype != torch.float32:
             raise TypeError(
@@ -370,6 +371,11 @@ def check_selection(method: Method, pool: Pool, selection: Any, samples: int) ->
                 "torch.int64 and torch.float32"
             )
         if not method.routes:  # which may make other rows than the pool's
+            if index.dim() != 2 or index.shape != coefficient.shape:
+                raise ValueError(
+                    f"{what}: {name} has an index {list(index.shape)} and a coefficient {list(coefficient.shape)}; "
+                    f"expected one shape for both, [{samples}, P]"
+                )
             checks.within(f"{what}: {name}.index", index, rows, "rows")
 
 

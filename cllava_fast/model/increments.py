@@ -162,6 +162,11 @@ class Increments(nn.Module):
                 f"{self.config.method} left task {name!r} open: close_task has to commit the block or to count the "
                 "task (Pool.count_task), unless the method says that it counts none (keeps_block)"
             )
+        if self.pool.task_names[-1:] != [name] and not self.method.keeps_block:
+            raise RuntimeError(
+                f"{self.config.method} closed task {name!r}, and the pool has {self.pool.task_names}; close_task has "
+                "to commit or count it under the name that it is handed"
+            )
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
         name = getattr(self.config, "surrogate", None)
@@ -227,7 +232,9 @@ class Increments(nn.Module):
             # a step of an answer has its prompt's; a caller's own loop asks whatever it likes
             if pending is not None and not self.method.routes and not self.call.custom:
                 return pending.expand(request.batch)
-            return self._on_batch(self.method.select(self.pool, None, 1, learning), request)
+            selection = self.method.select(self.pool, None, 1, learning)
+            check_selection(self.method, self.pool, selection, 1)
+            return self._on_batch(selection, request)
         if request.query is None and request.instructions is None:
             if pending is not None:
                 return pending.expand(request.batch)
@@ -259,6 +266,11 @@ class Increments(nn.Module):
 
     def _on_batch(self, selection: Selection | None, request: Request) -> Selection | None:
         if selection is None:
+            if self.training and self.is_within_a_task:
+                raise ValueError(
+                    f"{type(self.method).__name__}.select returned None in training, and nothing of the task that is "
+                    "being learned would act; expected a Selection with its rows"
+                )
             return None
         selection = selection.expand(request.batch)
         if not self.method.routes:
