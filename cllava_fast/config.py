@@ -53,6 +53,10 @@ class ModelConfig:
                   "method"},
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ValueError("path is empty; expected the folder or the hub name of the base model")
+
 
 @dataclass(frozen=True)
 class RunConfig:

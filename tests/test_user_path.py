@@ -304,6 +304,7 @@ def _batch(processor: Any, image: Path) -> dict[str, Any]:
         (["ask", "{run}", "--max-new-tokens", "0", "what?"], "--max-new-tokens is 0; expected at least 1"),
         (["ask", "{run}", " "], "the question is blank"),
         (["export", "{run}", "--task", "color", "--output", "{run}"], "holds something already"),
+        (["export", "{run}", "--output", "{run}/new"], "nothing says what; expected --task or --instruction"),
         (["export", "{run}", "--task", "digits", "--output", "{run}/new"], "digits"),
         (["eval", "{run}/increments"], "config.yaml does not exist"),
         (["eval", "{run}", "--frozen", "--after", "color"], "--frozen measures the base"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
 
     Raises:
         FileNotFoundError: neither a folder nor a model of the hub.
-        ValueError: no model that transformers knows, or the method's targets are no linears of it.
+        ValueError: no model that transformers knows, the method's targets are no linears of it, or it is to be loaded
+            on a GPU that is not here.
         TypeError: a model that ``cllava_fast.patch`` does not take.
         ModuleNotFoundError: the quantisation needs a package that is not installed.
     """
@@ -34,6 +36,12 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
     if cls is None or cls.__name__ not in BASES:
         name = base.model_type if cls is None else cls.__name__
         raise TypeError(f"model.path is {config.path!r}, a {name}; expected one of {', '.join(BASES)}")
+    gpu = re.fullmatch(r"cuda(?::(\d+))?", config.device_map or "")
+    if gpu and int(gpu[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"model.device_map is {config.device_map!r}, and torch finds {torch.cuda.device_count()} CUDA devices here; "
+            "leave it out for the first of them, or the CPU without any"
+        )
     if config.quantization is not None:
         require("bitsandbytes", f"model.quantization={config.quantization}")
     with torch.device("meta"):

@@ -35,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_positive(arguments, "rank")
     check_empty(Path(arguments.output))  # before the model is loaded
     model, _ = open_run(arguments.run_dir, arguments.after, arguments.model)
+    method = model.increments.method
+    if method.uses_query and not method.routes and arguments.task is None and arguments.instruction is None:
+        raise ValueError(f"{method.config.method} selects, and nothing says what; expected --task or --instruction")
     report = cf.export_peft(
         model, arguments.output, task=arguments.task, instruction=arguments.instruction, rank=arguments.rank
     )
