@@ -168,7 +168,10 @@ def test_refusals_write_nothing(llava: Any, processor: Any, tmp_path: Path, gene
         ({}, "expected one of instruction=, task= and query=, got none"),
         ({"task": "task7"}, "'task7' was not learned"),
         ({"task": "task0"}, "keeps no mean of a task; name an instruction instead"),
-        ({"instruction": "x", "rank": 0}, "rank is 0; expected at least 1"),
+        *(
+            ({"instruction": "x", "rank": rank}, f"rank is {rank!r}; expected a whole number of at least 1")
+            for rank in (0, 2.5, "x")
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             cf.export_peft(llava, folder, **options)

@@ -142,8 +142,11 @@ def test_merge_refuses(llava: Any, processor: Any, generator: torch.Generator) -
         ({"instruction": "x", "task": "task0"}, "expected one of"),
         ({"task": "task7"}, r"'task7' was not learned; expected one of \['task0'\]"),
         ({"query": torch.zeros(1, 3)}, "query is"),
+        ({"query": torch.tensor(1.0)}, r"query is \[1\]; expected \[1, 384\]"),
+        ({"query": "x"}, r"query is 'x'; expected a tensor \[D\]"),
+        ({"instruction": 5}, "instruction is 5; expected a text"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             cf.merge(llava, **arguments)
     linear = llava.get_submodule(next(iter(weights(llava))))
     linear.__class__ = type("Quantised", (nn.Linear,), {})

@@ -140,6 +140,8 @@ def test_what_is_of_another_kind(llava: Any, processor: Any, tmp_path: Path) -> 
     ):
         with pytest.raises(TypeError, match=message):
             cf.ContinualTrainer(llava, *given)
+    with pytest.raises(TypeError, match=r"callbacks is \[5\]; expected a list of transformers.TrainerCallback objects"):
+        cf.ContinualTrainer(llava, processor, stream(), args, callbacks=[5])  # type: ignore[list-item]
     assert not hasattr(llava, "increments") and not (tmp_path / "run").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cllava_fast.model.files import CARD, CONFIG, WEIGHTS, base_name
 from cllava_fast.model.merging import acting_rows, choose_one
 from cllava_fast.model.patching import get_increments
 from cllava_fast.model.paths import vision_tower
+from cllava_fast.names import brief
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ def export_peft(
         rank: at most this rank, by a truncated singular value decomposition; the report says what it costs.
 
     Raises:
-        ValueError: as ``merge``, or ``rank`` below 1.
+        ValueError: as ``merge``, or ``rank`` is no whole number of at least 1.
+        TypeError: as ``merge`` for an instruction and a query.
         FileExistsError: ``path`` holds something.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is {rank}; expected at least 1, or None for all rows that act")
+    if rank is not None and (not isinstance(rank, Integral) or rank < 1):
+        raise ValueError(f"rank is {brief(rank)}; expected a whole number of at least 1, or None for all rows that act")
     increments = get_increments(model)
     target = Path(path)
     check_empty(target)

@@ -15,6 +15,7 @@ from cllava_fast.model.acting import terms
 from cllava_fast.model.images import pooled_image
 from cllava_fast.model.increments import Increments, Request
 from cllava_fast.model.patching import get_increments
+from cllava_fast.names import brief
 from cllava_fast.pool import Factors
 
 
@@ -56,7 +57,8 @@ def merge(
     Raises:
         ValueError: the model is not patched or has nothing learned, a task is being learned, the task is unknown, or
             the arguments do not say one selection.
-        TypeError: an adapted linear is not a plain ``nn.Linear`` (quantised or wrapped weights cannot take a sum).
+        TypeError: an adapted linear is not a plain ``nn.Linear`` (quantised or wrapped weights cannot take a sum), or
+            an instruction is no text or a query no tensor.
     """
     increments = get_increments(model)
     linears = _plain_linears(model, increments)
@@ -151,6 +153,10 @@ def _select(
         if task not in pool.task_names:
             raise ValueError(f"task {task!r} was not learned; expected one of {pool.task_names}")
         return method.task_mean(pool, pool.task_names.index(task))
+    if instruction is not None and not isinstance(instruction, str):
+        raise TypeError(f"instruction is {brief(instruction)}; expected a text")
+    if query is not None and not isinstance(query, Tensor):
+        raise TypeError(f"query is {brief(query)}; expected a tensor [D] or [1, D], an embedding of the surrogate")
     surrogate = increments.surrogate
     if instruction is not None and surrogate is not None and surrogate.uses_image:
         raise ValueError(
@@ -159,7 +165,7 @@ def _select(
     request = Request(
         batch=1,
         instructions=None if instruction is None else [instruction],
-        query=None if query is None else query.reshape(-1, query.shape[-1]),
+        query=None if query is None else query.reshape(-1, *query.shape[-1:]),
     )
     with torch.no_grad():
         return increments.select_by_instruction(request, lambda pixels: pooled_image(model, pixels))

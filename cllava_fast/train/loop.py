@@ -39,6 +39,7 @@ from cllava_fast.model import get_increments, load_pretrained, patch, save_pretr
 from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
 from cllava_fast.model.liger import kernels_for
 from cllava_fast.model.patching import check_not_merged
+from cllava_fast.names import brief
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.arguments import ContinualArguments
 from cllava_fast.train.bad_numbers import check_queries
@@ -72,7 +73,7 @@ class ContinualTrainer:
         DamagedError: nothing of the run in ``args.output_dir`` can be read.
         ValueError: a split that the run needs is empty, or a task's metric is unknown or cannot read its references,
             or the processes were given different things.
-        TypeError: a model that ``patch`` refuses, or another library's arguments or stream.
+        TypeError: a model that ``patch`` refuses, another library's arguments or stream, or callbacks that are none.
     """
 
     def __init__(
@@ -90,6 +91,10 @@ class ContinualTrainer:
                 "further fields of transformers.TrainingArguments"
             )
         listeners: list[TrainerCallback] = [c() if isinstance(c, type) else c for c in callbacks or ()]
+        if not all(isinstance(listener, TrainerCallback) for listener in listeners):
+            raise TypeError(
+                f"callbacks is {brief(callbacks)}; expected a list of transformers.TrainerCallback objects or classes"
+            )
         if any(isinstance(listener, EarlyStoppingCallback) for listener in listeners):
             raise ValueError(
                 "callbacks: early stopping evaluates within a task, and a task is evaluated at its end; leave it out"
