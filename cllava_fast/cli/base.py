@@ -37,10 +37,11 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
         name = base.model_type if cls is None else cls.__name__
         raise TypeError(f"model.path is {config.path!r}, a {name}; expected one of {', '.join(BASES)}")
     gpu = re.fullmatch(r"cuda(?::(\d+))?", config.device_map or "")
-    if gpu and int(gpu[1] or 0) >= torch.cuda.device_count():
+    present = torch.cuda.device_count()
+    if gpu and int(gpu[1] or 0) >= present:
         raise ValueError(
-            f"model.device_map is {config.device_map!r}, and torch finds {torch.cuda.device_count()} CUDA devices here; "
-            "leave it out for the first of them, or the CPU without any"
+            f"model.device_map is {config.device_map!r}, and torch finds {present} CUDA devices here; leave it out for "
+            "the first of them, or the CPU without any"
         )
     if config.quantization is not None:
         require("bitsandbytes", f"model.quantization={config.quantization}")
