@@ -45,6 +45,16 @@ def task(name: str = "a", **splits: Any) -> Task:
         ([task(test=[Sample("what?", "x", torch.zeros(3, 4, 4))])], TypeError, r"a/test\[0\]: image is a Tensor"),
         ([task(test=[Sample("what?", "x", history="a")])], TypeError, r"a/test\[0\]: history is 'a'; expected pairs"),
         ([task(test=[Sample("what?", "x", references="x")])], TypeError, r"a/test\[0\]: references is 'x'"),
+        ([task(test=[Sample("what?", "x", history=None)])], TypeError, r"a/test\[0\]: history is None; expected pairs"),
+        (
+            [task(test=[Sample("what?", "x", references=5)])],
+            TypeError,
+            r"a/test\[0\]: references is 5; expected a tuple",
+        ),
+        ([task(test=[Sample("what?", "x", system=5)])], ValueError, r"a/test\[0\]: system is 5; expected a text"),
+        ([task(5)], ValueError, r"'stream': tasks\[0\].name is 5; expected a text"),
+        ([task("a"), task(" ")], ValueError, r"tasks\[1\].name is ' '; expected a text in UTF-8 that is not blank"),
+        ([task("\ud800")], ValueError, r"tasks\[0\].name is '\\ud800'; expected a text in UTF-8"),
         (
             [task(validation=[Sample("what?", "x", "no/such.png")])],
             FileNotFoundError,

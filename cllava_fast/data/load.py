@@ -10,7 +10,7 @@ from typing import Any
 
 from cllava_fast.data.readers import is_image_folder, read_samples
 from cllava_fast.data.records import COLUMNS
-from cllava_fast.data.stream import Sample, Stream, Task
+from cllava_fast.data.stream import Sample, Stream, Task, check_name
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.names import brief, check_names, nearest
 from cllava_fast.untrusted import read_yaml
@@ -124,7 +124,8 @@ def _tasks(spec: Any, title: str) -> list[_TaskSpec]:
         for key in ("name", "train", "test"):
             if entry.get(key) is None:
                 raise ValueError(f"{where} has no {key}; every task needs name, train and test")
-        for key in ("name", "images", "metric", "prompt"):
+        check_name(entry["name"], f"{where}: name")
+        for key in ("images", "metric", "prompt"):
             _text(entry, key, where)
         if entry["name"] in (task.name for task in tasks):
             raise ValueError(f"{where}: the name {brief(entry['name'])} is taken; give every task its own")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ class Stream:
 
     Raises:
         TypeError: what is no ``Task``, no ``Sample`` or no image stands in place of one.
-        ValueError: no task, two tasks of one name, a task without training or test samples, a sample without an
-            instruction or an answer.
+        ValueError: no task, a name that is no text, two tasks of one name, a task without training or test samples, a
+            sample without an instruction or an answer.
         FileNotFoundError: a sample names an image that does not exist.
     """
 
@@ -111,6 +111,7 @@ class Stream:
                     f"stream {self.name!r}: tasks[{number}] is a {type(task).__name__}; expected a cllava_fast.Task "
                     "(cllava_fast.load_stream reads mappings)"
                 )
+            check_name(task.name, f"stream {self.name!r}: tasks[{number}].name")
             if task.name in seen:
                 raise ValueError(f"stream {self.name!r} names task {task.name!r} twice; give every task its own name")
             seen.add(task.name)
@@ -152,9 +153,15 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def check_sample(sample: Sample, where: str) -> None:
+def check_name(name: Any, what: str) -> None:
+    """Raises ValueError for a task's name that no file could hold. ``what`` is what errors call it."""
+    if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
+        raise ValueError(f"{what} is {brief(name)}; expected a text in UTF-8 that is not blank")
+
+
+def check_sample(sample: Sample, where: str, needs_answer: bool = True) -> None:
     """Raises ValueError for texts that are blank or none, FileNotFoundError for a path without an image, TypeError for
-    what is no sample or no image."""
+    what is no sample or no image. What is only asked needs no answer."""
     if not isinstance(sample, Sample):
         raise TypeError(
             f"{where} is a {type(sample).__name__}; expected a cllava_fast.Sample (cllava_fast.read_samples makes them "
@@ -162,7 +169,7 @@ def check_sample(sample: Sample, where: str) -> None:
         )
     if not isinstance(sample.image, ImageSource | None):
         raise TypeError(f"{where}: image is a {type(sample.image).__name__}; expected one path, one PIL image, or None")
-    check_texts(sample, where)
+    check_texts(sample if needs_answer or sample.answer != "" else replace(sample, answer="-"), where)
     if isinstance(sample.image, (str, Path)) and not os.path.isfile(sample.image):
         raise FileNotFoundError(
             f"{where}: image {str(sample.image)!r} does not exist or is no file; check the path or the image folder"
@@ -171,14 +178,17 @@ def check_sample(sample: Sample, where: str) -> None:
 
 def check_texts(sample: Sample, where: str) -> None:
     """Raises ValueError for a text that is blank or none, that UTF-8 or a C string cannot hold, or for too many, and
-    TypeError for one text where several belong."""
-    if len(sample.history) >= MAX_TURNS:
-        raise ValueError(f"{where}: the conversation has {len(sample.history) + 1} turns; expected {MAX_TURNS} at most")
-    if not all(isinstance(turn, (tuple, list)) and len(turn) == 2 for turn in sample.history):
-        raise TypeError(f"{where}: history is {brief(sample.history)}; expected pairs of texts, (user, assistant)")
-    if isinstance(sample.references, str):
+    TypeError where no tuple stands in place of one."""
+    history = sample.history
+    if not isinstance(history, (tuple, list)) or not all(_is_pair(turn) for turn in history):
+        raise TypeError(f"{where}: history is {brief(history)}; expected pairs of texts, (user, assistant)")
+    if len(history) >= MAX_TURNS:
+        raise ValueError(f"{where}: the conversation has {len(history) + 1} turns; expected {MAX_TURNS} at most")
+    if not isinstance(sample.references, (tuple, list)):
         raise TypeError(f"{where}: references is {brief(sample.references)}; expected a tuple of texts")
-    turns = [text for turn in sample.history for text in turn]
+    if not isinstance(sample.system, str):
+        raise ValueError(f"{where}: system is {brief(sample.system)}; expected a text")
+    turns = [text for turn in history for text in turn]
     named = [("instruction", sample.instruction), ("answer", sample.answer), *(("history", text) for text in turns)]
     for field, value in [*named, *(("references", text) for text in sample.references)]:
         if not isinstance(value, str) or not value.strip():
@@ -190,6 +200,10 @@ def check_texts(sample: Sample, where: str) -> None:
     size = sum(map(len, texts))
     if size > MAX_CHARACTERS:
         raise ValueError(f"{where}: its texts have {size} characters; expected {MAX_CHARACTERS} at most")
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, (tuple, list)) and len(turn) == 2
 
 
 def _is_unicode(text: str) -> bool:
