@@ -139,9 +139,18 @@ def test_what_is_refused_or_warned_of(llava: Any, processor: Any) -> None:
         ("what?", "questions is 'what\\?'"),
         ([], r"questions is \[\]"),
         ([1, 2], r"questions is \[1, 2\]; continual_llava selects by them: give the training samples"),
+        ([cf.Sample("q", "a"), cf.Sample("q", 5)], r"questions\[1\]: answer is 5; expected a text"),
         (torch.zeros(2, 3), rf"questions is \[2, 3\]; expected queries \[n, {width}\]"),
     ):
         with pytest.raises(ValueError, match=message), cf.learning(model, "a", given):
+            pass
+    for task, seed, message in (
+        (5, 0, "task is 5; expected a text in UTF-8 that is not blank"),
+        ("\ud800", 0, r"task is '\\ud800'; expected a text in UTF-8"),
+        ("a", 1.5, "seed is 1.5; expected a whole number"),
+        ("a", -1, "seed is -1; expected 0 to"),
+    ):
+        with pytest.raises(ValueError, match=message), cf.learning(model, task, ["what?"], seed=seed):
             pass
     with pytest.warns(UserWarning, match="'a' has learned nothing: every B is 0") as caught:
         with cf.learning(model, "a", ["what?"]):
@@ -186,6 +195,33 @@ def test_a_collator_makes_what_the_trainer_makes(llava: Any, processor: Any) -> 
     assert "labels" not in prompts and torch.equal(prompts.attention_mask[:, -1], torch.ones(2, dtype=torch.int64))
     with torch.no_grad():
         assert model.generate(**prompts, max_new_tokens=2).shape[1] == prompts.input_ids.shape[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ([], ValueError, r"the batch is \[\]; expected a list of at least one cllava_fast.Sample"),
+        (cf.Sample("q", "a"), ValueError, r"the batch is Sample\(.*; expected a list"),
+        (["q"], TypeError, r"batch\[0\] is a str; expected a cllava_fast.Sample"),
+        ([cf.Sample("q", "a"), {"question": "q"}], TypeError, r"batch\[1\] is a dict; expected a cllava_fast.Sample"),
+        ([cf.Sample("", "a")], ValueError, r"batch\[0\]: instruction is ''"),
+        ([cf.Sample("q", 5)], ValueError, r"batch\[0\]: answer is 5"),
+        ([cf.Sample("q", "a", history=["ab"])], TypeError, r"batch\[0\]: history is \['ab'\]; expected pairs"),
+        ([cf.Sample("q", "a", np.zeros((4, 4, 3)))], TypeError, r"batch\[0\]: image is a ndarray; expected one path"),
+    ],
+)  # fmt: skip
+def test_a_collator_takes_samples_as_a_stream_does(
+    batch: Any, error: type[Exception], message: str, processor: Any
+) -> None:
+    with pytest.raises(error, match=message):
+        cf.DataCollator(processor)(batch)
+
+
+def test_a_prompt_needs_no_answer(processor: Any) -> None:
+    asked, known = (cf.DataCollator(processor, training=False)([cf.Sample("what?", text)]) for text in ("", "red"))
+    assert torch.equal(asked.input_ids, known.input_ids)
+    with pytest.raises(ValueError, match=r"batch\[0\]: answer is ''; expected a text that is not blank"):
+        cf.DataCollator(processor)([cf.Sample("what?", "")])
 
 
 def test_a_loss_of_earlier_tasks_is_told(llava: Any, processor: Any, recwarn: pytest.WarningsRecorder) -> None:

@@ -13,7 +13,7 @@ from transformers import BatchFeature
 
 from cllava_fast.data.conversation import SET_TEMPLATE, Conversation, Turns
 from cllava_fast.data.lazy import LazySequence
-from cllava_fast.data.stream import Sample
+from cllava_fast.data.stream import Sample, check_sample
 from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.images import pooled_image, to_vision_tower
@@ -249,7 +249,8 @@ class DataCollator:
     """The ``collate_fn`` of a ``DataLoader`` over samples, for a training loop of one's own: batches as the trainer's.
 
     A prompt is the processor's chat template; the answer and the end-of-sequence token stand behind it, padding on the
-    right, labels on answers alone. With ``training=False``, prompts alone, padding on the left, for ``model.generate``.
+    right, labels on answers alone. With ``training=False``, prompts alone, padding on the left, for ``model.generate``;
+    their samples' answers may be empty.
 
     Args:
         processor: the model's; a tokenizer, where the model takes no images.
@@ -259,12 +260,18 @@ class DataCollator:
         Of a list of samples, what the model takes: ``model(**batch.to(model.device))``.
 
     Raises:
-        ValueError: a chat template that does not write a sample's turns, or a tokenizer without an eos_token.
+        ValueError: a chat template that does not write a sample's turns, a tokenizer without an eos_token, or an empty
+            batch.
+        ValueError, TypeError, FileNotFoundError: a sample that a ``Stream`` would refuse.
     """
 
     def __init__(self, processor: Any, training: bool = True) -> None:
-        self._encoder = Encoder(processor)
+        self._encoder, self._training = Encoder(processor), training
         self._collate = Collator(self._encoder, None, training)
 
     def __call__(self, samples: Sequence[Sample]) -> BatchFeature:
+        if not hasattr(samples, "__len__") or len(samples) == 0:
+            raise ValueError(f"the batch is {brief(samples)}; expected a list of at least one cllava_fast.Sample")
+        for position, sample in enumerate(samples):
+            check_sample(sample, f"batch[{position}]", needs_answer=self._training)
         return BatchFeature(self._collate(self._encoder.encode(samples)))

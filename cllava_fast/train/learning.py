@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cllava_fast.data.encode import Encoder, ImageFeatures
-from cllava_fast.data.stream import Sample
+from cllava_fast.data.stream import Sample, check_name, check_sample
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.model import get_increments
 from cllava_fast.model.patching import check_not_merged
@@ -44,8 +44,10 @@ def learning(
         The parameters: each task needs an optimizer of its own.
 
     Raises:
+        ValueError, TypeError, FileNotFoundError: a sample that a ``Stream`` would refuse.
         ValueError: questions are missing, not what the method takes, or of a method that is told the task; the name
-            is taken, where the method keeps names; a selection is merged; a joint method has learned already.
+            is no text, or taken, where the method keeps names; a seed that no run takes; a selection is merged; a joint
+            method has learned already.
         RuntimeError: a task is being learned already, or rows of an earlier task were changed.
     """
     increments = get_increments(model)
@@ -53,12 +55,14 @@ def learning(
     check_not_merged(increments)
     if increments.is_within_a_task:
         raise RuntimeError("a task is being learned already; learn one after another")
+    check_name(task, "task")
+    args = ContinualArguments(output_dir="nothing is written", seed=seed, progress=False)
     if task in pool.task_names:
         raise ValueError(f"task {task!r} is learned already; the model has learned {pool.task_names}")
     if method.joint and pool.block_rows:
         raise ValueError(f"{increments.config.method} learns all tasks at once, and has learned already")
     queries = _queries(model, questions)
-    seed = seed * 10_000 + len(pool.task_names)  # a task's rows are not those that another was born with
+    seed = args.seed * 10_000 + len(pool.task_names)  # a task's rows are not those that another was born with
     committed = CommittedRows(pool)
     names, before = list(pool.task_names), None
     if pool.block_rows or pool.shared_rows:  # what earlier tasks learned changes, too
@@ -67,7 +71,6 @@ def learning(
         with same_mode(model), keeps_forward(model):
             increments.open_task(queries, torch.Generator().manual_seed(seed))
             if method.aligns_keys and queries is not None:
-                args = ContinualArguments(output_dir="nothing is written", progress=False)
                 align_keys(pool, queries, increments.groups, args, seed, f"{task}: align", method.alignment_loss)
             pool.train_keys(False)
             model.train()
@@ -100,6 +103,8 @@ def _queries(model: Any, questions: Sequence[str] | Sequence[Sample] | Tensor | 
         return questions.float().cpu()
     given: list[Any] = [] if questions is None or isinstance(questions, str) else list(questions)
     if given and all(isinstance(question, Sample) for question in given):
+        for position, sample in enumerate(given):
+            check_sample(sample, f"questions[{position}]")
         features = ImageFeatures()
         if surrogate.uses_image:
             features.add(given, Encoder(increments.processor), model)
