@@ -104,6 +104,21 @@ def test_no_task_is_born_as_another(llava: Any, processor: Any, name: str) -> No
         assert torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0).abs() < 0.1
 
 
+@pytest.mark.parametrize("config", [CONFIG, cf.LoraConfig()])
+def test_what_is_being_learned_is_not_taken_away(llava: Any, processor: Any, tmp_path: Path, config: Any) -> None:
+    model = cf.patch(llava, config, processor=processor)
+    saved = cf.save_pretrained(model, tmp_path / "out")
+    for what, call in (("unpatch", cf.unpatch), ("load", lambda model: cf.load_pretrained(model, saved))):
+        with pytest.raises(ValueError, match=f"a task is being learned; {what} before it begins, or once it is comm"):
+            with cf.learning(model, "a", ["what?"]):
+                before = state_of(model)
+                try:
+                    call(model)
+                finally:
+                    assert same(before, state_of(model))
+    cf.unpatch(cf.load_pretrained(model, saved))
+
+
 def test_a_task_of_shared_rows_is_a_task_too(llava: Any, processor: Any, tmp_path: Path) -> None:
     model = cf.patch(llava, cf.LoraConfig(), processor=processor)
     with pytest.raises(ValueError, match="a task is being learned; save before"), cf.learning(model, "a"):

@@ -151,8 +151,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another base model or surrogate, one of a newer format, missing or unexpected tensors, or a model
-            patched with another config. Nothing is changed then.
+        ValueError: another base model or surrogate, one of a newer format, missing or unexpected tensors, a model
+            patched with another config, or a task that is being learned. Nothing is changed then.
         DamagedError: a file was cut off, or the tensors were changed, which is a ValueError, too.
     """
     folder = Path(path)
@@ -160,6 +160,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     was_patched = hasattr(model, "increments")
     if was_patched:
         check_not_merged(get_increments(model))
+        get_increments(model).check_not_learning("load")
         check_nothing_over(model)
     saved, state = read_increments(model, folder)
     if processor is None and not was_patched:

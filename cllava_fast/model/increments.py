@@ -150,6 +150,12 @@ class Increments(nn.Module):
         self._is_open = False
         self.pool.drop_block()
 
+    def check_not_learning(self, what: str) -> None:
+        """Raises ValueError between ``open_task`` and the task's end: whoever opened it goes on with its rows. Half a
+        task that nobody goes on with may be taken off."""
+        if self._is_open:
+            raise ValueError(f"a task is being learned; {what} before it begins, or once it is committed")
+
     def close_task(self, name: str, queries: Tensor | None) -> None:
         """Freezes what the open block learned as task ``name``; ``queries [n, D]`` are its training instructions."""
         remembered = None if queries is None or not self.remembers_queries else calibration.gaussian(queries)

@@ -137,11 +137,13 @@ def unpatch(model: Any) -> Any:
     """Restores exactly the model that came in; what was learned is dropped (``save_pretrained`` first).
 
     Raises:
-        ValueError: the model is not patched, something else was patched over it since, or a selection is merged.
+        ValueError: the model is not patched, something else was patched over it since, a selection is merged, or a task
+            is being learned.
     """
     increments = get_increments(model)
     linears = increments.linears(model)
     check_not_merged(increments)
+    increments.check_not_learning("unpatch")
     shadowed = [(model, name) for name in SHADOWED]
     shadowed += [(model.model, "get_image_features")] if paths.base_of(model).takes_features else []
     shadowed += [(linear, "forward") for linear in linears.values()]
