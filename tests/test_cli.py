@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -500,6 +501,15 @@ def test_a_folder_with_nothing_but_the_configuration_is_a_new_run(tmp_path: Path
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError):
         find_run(tmp_path, {"method": 1}, resume=True)
+
+
+def test_nothing_to_go_on_with_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded: the folder's name may be misspelt."""
+    monkeypatch.setattr("cllava_fast.cli.running.open_base", Mock(side_effect=KeyboardInterrupt))
+    command = ["train", str(stream_file(tmp_path)), "--output", str(tmp_path / "rnu")]
+    assert cli.main(command) == 130
+    with pytest.warns(UserWarning, match="rnu holds nothing to go on with; the run begins anew"):
+        assert cli.main([*command, "--resume"]) == 130
 
 
 def test_a_named_conversation_becomes_the_processors_template() -> None:

@@ -42,5 +42,5 @@ def run(arguments: argparse.Namespace) -> int:
         model, arguments.output, task=arguments.task, instruction=arguments.instruction, rank=arguments.rank
     )
     print(printable(str(report)))
-    print(f'Load it: peft.PeftModel.from_pretrained(base, "{arguments.output}")')
+    print(f"Load it: peft.PeftModel.from_pretrained(base, {arguments.output!r})")
     return 0

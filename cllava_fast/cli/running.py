@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def _check_output(config: RunConfig, stream: Stream) -> None:
     output = Path(config.training.output_dir)
     if not is_empty(output):
         find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
+    elif config.training.resume:
+        warnings.warn(f"{output} holds nothing to go on with; the run begins anew", stacklevel=2)
 
 
 def _check_trainer_options(config: RunConfig) -> None:
