@@ -202,7 +202,7 @@ class Pool(_Keeper):
         self.register_parameter("block_keys", None)
         self.register_parameter("block_context", None)
         self._block_rows = 0
-        self.loads = 0  # a row's number means another row behind each `load_state`; a commit leaves it its own
+        self.loads = 0  # how often numbers came to mean other rows, as by `load_state`; a commit leaves them theirs
         self.last_block_start = 0  # rows from here on belong to the newest committed task and are nobody's context
 
     def factors(self, path: str) -> Factors:

@@ -93,6 +93,14 @@ SERVING_MUTANTS = [
         "    if True:\n        for path in increments.pristine:", SHARING,
     ),
     (
+        "scaling is nothing to tell", "cllava_fast/model/layer_scaling.py",
+        "with increments.swapping():", "if True:", SHARING,
+    ),
+    (
+        "a cache outlives the rows before a scaling", "cllava_fast/model/layer_scaling.py",
+        "        increments.pool.loads += 1\n", "", "tests/test_caches.py",
+    ),
+    (
         "unpatching is nothing to tell", "cllava_fast/model/patching.py",
         "    increments.swaps += 2\n", "", SHARING,
     ),

@@ -172,7 +172,7 @@ def test_a_foreign_cache_needs_instructions(llava: Any, processor: Any, generato
     llava(input_ids=token, **cached(cache), instructions=list(QUESTIONS[:2]))
 
 
-def test_a_cache_outlives_a_commit_and_no_load(llava: Any, processor: Any, generator: torch.Generator) -> None:
+def test_a_cache_outlives_a_commit_and_no_other_rows(llava: Any, processor: Any, generator: torch.Generator) -> None:
     """Rows are counted from the first task on: one more leaves their numbers, other increments do not."""
     cf.patch(llava, CONFIG, processor=processor)
     increments = learn(llava, 2, generator, b_std=0.1)
@@ -183,13 +183,18 @@ def test_a_cache_outlives_a_commit_and_no_load(llava: Any, processor: Any, gener
         with torch.no_grad():
             return returned(llava(**batch, use_cache=True))
 
-    filled = [cache() for _ in range(3)]
+    filled = [cache() for _ in range(4)]
     wanted = last_logits(llava, {"input_ids": token}, **cached(filled[0]))
     learn(llava, 2, generator, b_std=0.1)
     assert torch.equal(last_logits(llava, {"input_ids": token}, **cached(filled[1])), wanted)
     increments.pool.load_state(state, names)
     with pytest.raises(ValueError, match="its instruction is unknown"):
         llava(input_ids=token, **cached(filled[2]))
+    with cf.scale_layers(llava, alpha=0.5, beta=0.5):
+        filled.append(cache())
+    for scaled_since in filled[3:]:
+        with pytest.raises(ValueError, match="its instruction is unknown"):
+            llava(input_ids=token, **cached(scaled_since))
     assert torch.equal(last_logits(llava, {"input_ids": token}, **cached(cache())), wanted)
 
 

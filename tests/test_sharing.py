@@ -161,7 +161,10 @@ class Swaps:
         pass
 
 
-@pytest.mark.parametrize("how", ["load newer", "load older", "merge", "unmerge", "merge and unmerge", "unpatch"])
+@pytest.mark.parametrize(
+    "how",
+    ["load newer", "load older", "merge", "unmerge", "merge and unmerge", "scale", "scale and undo", "undo", "unpatch"],
+)
 def test_a_call_under_way_gives_no_answer_of_two_models(
     how: str, learned: Callable[[int], Any], processor: Any, generator: torch.Generator, tmp_path: Path
 ) -> None:
@@ -170,12 +173,16 @@ def test_a_call_under_way_gives_no_answer_of_two_models(
     older = cf.save_pretrained(learned(1), tmp_path / "older")
     if how == "unmerge":
         cf.merge(model, task="task0")
+    scaled = cf.scale_layers(model, alpha=0.5, beta=0.5) if how == "undo" else None
     swap = {
         "load newer": lambda: cf.load_pretrained(model, newer),
         "load older": lambda: cf.load_pretrained(model, older),
         "merge": lambda: cf.merge(model, task="task1"),
         "unmerge": lambda: cf.unmerge(model),
         "merge and unmerge": lambda: cf.unmerge(cf.merge(model, task="task1") and model),
+        "scale": lambda: cf.scale_layers(model, alpha=0.5, beta=0.5),
+        "scale and undo": lambda: cf.scale_layers(model, alpha=0.5, beta=0.5).undo(),
+        "undo": lambda: scaled and scaled.undo(),
         "unpatch": lambda: cf.unpatch(model),
     }[how]
     ask = {**batch, "max_new_tokens": 4, "min_new_tokens": 4}

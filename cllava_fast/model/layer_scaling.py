@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cllava_fast.model import paths
+from cllava_fast.model.increments import Increments
 from cllava_fast.model.patching import check_not_merged, get_increments
 from cllava_fast.pool import Factors
 
@@ -24,7 +27,7 @@ class LayerScaling:
         self.scales = scales
         self._model = model
         self._before: dict[str, dict[str, Tensor]] = {}
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _replacing(get_increments(model)):
             for path, scale in scales.items():
                 factors = self._factors(path)
                 self._before[path] = _outputs(factors)
@@ -32,14 +35,18 @@ class LayerScaling:
 
     def undo(self) -> None:
         """Puts the rows back, bit for bit. Raises ValueError if they were changed since, or a selection is merged."""
-        check_not_merged(get_increments(self._model))
+        increments = get_increments(self._model)
+        check_not_merged(increments)
+        if not self.scales:
+            return
         for path, scale in self.scales.items():
             present, before = _outputs(self._factors(path)), self._before[path]
             if present.keys() != before.keys() or not all(_is_equal(present[n], before[n] * scale) for n in before):
                 raise ValueError(f"rows of {path} were learned, loaded or cast since; load what was saved before")
-        for path in self.scales:
-            factors = self._factors(path)
-            _put(factors, {name: B.to(factors.B.device) for name, B in self._before[path].items()})
+        with _replacing(increments):
+            for path in self.scales:
+                factors = self._factors(path)
+                _put(factors, {name: B.to(factors.B.device) for name, B in self._before[path].items()})
         self.scales = {}
 
     def _factors(self, path: str) -> Factors:
@@ -86,6 +93,14 @@ def scale_layers(model: Any, *, alpha: float, beta: float) -> LayerScaling:
     last = max(len(list(model.get_submodule(layers).children())) - 1, 1)
     numbers = {path: int(path.removeprefix(f"{layers}.").partition(".")[0]) for path in increments.linears(model)}
     return LayerScaling(model, {path: alpha + beta * number / last for path, number in numbers.items()})
+
+
+@contextmanager
+def _replacing(increments: Increments) -> Iterator[None]:
+    """Around what changes rows: calls under way give no answer, and caches that were filled before are not known."""
+    with increments.swapping():
+        increments.pool.loads += 1
+        yield
 
 
 def _outputs(factors: Factors) -> dict[str, Tensor]:

@@ -376,9 +376,9 @@ def _check_not_swapped(increments: Increments, swaps: int, error: Exception | No
     """An answer is of what acted when it began, from its first token to its last, or there is none."""
     if increments.swaps != swaps or swaps % 2:
         raise RuntimeError(
-            "what acts was replaced (load_pretrained, merge, unmerge or unpatch) while generate was under way; ask "
-            "again. To replace it without waiting for calls, load into cllava_fast.share(model), and ask that from then"
-            " on"
+            "what acts was replaced (load_pretrained, merge, unmerge, scale_layers or unpatch) while generate was "
+            "under way; ask again. To replace it without waiting for calls, load into cllava_fast.share(model), and "
+            "ask that from then on"
         ) from error
 
 
