@@ -274,6 +274,10 @@ SERVING_MUTANTS = [
         "processor.chat_template = saved.chat_template", "pass", "tests/test_hub.py",
     ),
     (
+        "a stranger's template is rendered", "cllava_fast/model/files.py",
+        "if saved.chat_template not in map(chat_template, conversations()):", "if False:", "tests/test_hub.py",
+    ),
+    (
         "biases that a forward casts count", "cllava_fast/surrogate.py",
         'own.pop(f"{prefix}bias", None)', "pass", "tests/test_files.py",
     ),

@@ -123,10 +123,15 @@ def test_prompts_are_served_as_they_were_learned(
 
     file = saved / files.CONFIG
     values = json.loads(file.read_text())
-    for template in ("{{ ''.__class__.__mro__ }}", "{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"):
+    loops = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
+    for template in ("", loops, "{{ 'a' * 10**9 }}", silent.chat_template + " "):
         file.write_text(json.dumps({**values, "chat_template": template}))
-        with pytest.raises(ValueError, match="chat_template in .*adapter_config.json cannot be rendered"):
-            cf.from_pretrained(saved)
+        for load in (lambda: cf.from_pretrained(saved), lambda: cf.load_pretrained(new_base()[0], saved)):
+            with pytest.raises(ValueError, match="adapter_config.json is neither the base's own nor one of this libr"):
+                load()
+    trusted = new_base()[1]
+    trusted.chat_template = template
+    assert cf.from_pretrained(saved, processor=trusted).increments.processor is trusted
     del values["chat_template"]  # as files were before
     file.write_text(json.dumps(values))
     assert cf.from_pretrained(saved).increments.processor.chat_template == silent.chat_template

@@ -22,7 +22,6 @@ from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, ne
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import EXACT, increments_card, is_repo_id
-from cllava_fast.model.instructions import template_markers
 from cllava_fast.model.patching import (
     check_not_merged,
     check_nothing_over,
@@ -147,7 +146,7 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
         model: the base that the increments were learned on, in the same dtype.
         path: the folder.
         processor: as in ``patch``, which then speaks its own chat template. One that is found beside the base speaks
-            the template that the increments were learned with.
+            the template that the increments were learned with, if that is its own or one of this library's.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -184,16 +183,22 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
 
 
 def speak_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | None:
-    """Sets the chat template that the increments were learned with; transformers renders it in its sandbox."""
-    if processor is not None and saved.chat_template is not None:
-        processor.chat_template = saved.chat_template
-        try:
-            template_markers(processor)
-        except Exception as error:  # a template may raise whatever it likes
-            raise ValueError(
-                f"chat_template in {folder / CONFIG} cannot be rendered: {error}; expected a file written by "
-                "save_pretrained()"
-            ) from error
+    """Sets the chat template that the increments were learned with: the base's own, or one of this library's.
+
+    Any other is a program of strangers. The sandbox that transformers renders it in bounds neither time nor memory, and
+    what it does may depend on the question. Raises ValueError for it.
+    """
+    if processor is None or saved.chat_template in (None, _text_template(processor)):
+        return processor
+    from cllava_fast.data.conversation import chat_template, conversations  # which needs the model's reading of turns
+
+    if saved.chat_template not in map(chat_template, conversations()):
+        raise ValueError(
+            f"chat_template in {folder / CONFIG} is neither the base's own nor one of this library's, and others are "
+            "programs that may take any time and memory; if you trust it, set it on the base's processor "
+            "(processor.chat_template = ...) and pass that as processor="
+        )
+    processor.chat_template = saved.chat_template
     return processor
 
 
@@ -201,8 +206,7 @@ def _warn_of_another_template(processor: Any | None, saved: Saved, folder: Path)
     if processor is not None and saved.chat_template not in (None, _text_template(processor)):
         warnings.warn(
             f"the processor's chat template is not the one that {folder} was learned with, so prompts read otherwise "
-            f"than in training; set processor.chat_template to chat_template in {folder / CONFIG}, or leave out "
-            "processor=, which sets it",
+            f"than in training; set processor.chat_template to chat_template in {folder / CONFIG}, if you trust it",
             stacklevel=3,
         )
 

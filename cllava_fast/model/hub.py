@@ -40,7 +40,7 @@ def from_pretrained(
         path_or_repo: a folder that ``save_pretrained`` wrote, or a hub's repository that ``push_to_hub`` did.
         model: the base; by default the one that the folder names, from its folder or by its name on the hub.
         processor: as in ``patch``; by default the one saved beside the base, with the chat template that the
-            increments were learned with.
+            increments were learned with, if that is the base's own or one of this library's. Needed for any other.
         base_model: folder or hub name of the base, in place of what the folder names.
         revision: branch, tag or commit of the repository.
         token, cache_dir, force_download: as everywhere in huggingface_hub, for the repository and for the base.
