@@ -66,6 +66,10 @@ SERVING_MUTANTS = [
         "tuple((path, 0, 0) for path in files)", "tests/test_instructions.py",
     ),
     (
+        "a typed mark of the image is read back", "cllava_fast/model/instructions.py",
+        "self._image, self._image_read)", "self._image)", "tests/test_hostile_data.py",
+    ),
+    (
         "a task is named as its folder", "cllava_fast/cli/running.py", "for names in (tasks, folders):",
         "for names in (folders, tasks):", CHECKPOINT,
     ),

@@ -308,6 +308,7 @@ def test_train_refuses_before_it_loads_or_writes(
     ("arguments", "message"),
     [
         (["  "], "the question is blank"),
+        (["<image>\n"], "the question is blank; expected a text, and a picture as --image FILE"),
         (["what?", "--image", "no.png"], "--image is 'no.png', which is no file"),
         (["what?", "--image", "."], "--image is '.', which is no file"),
         (["what?", "--image", "words.png"], "words.png"),
@@ -427,12 +428,12 @@ def test_the_rows_of_an_answer_are_those_that_act(
     from cllava_fast.cli.ask import explain
 
     cllava_fast.patch(llava, cllava_fast.IncrementConfig(context=context, rank=2, top_m=3), processor=processor)
-    assert explain(llava, inputs(processor, QUESTIONS[:1], rng), QUESTIONS[0]) == []  # nothing is learned yet
+    assert explain(llava, inputs(processor, QUESTIONS[:1], rng)) == []  # nothing is learned yet
     increments = learn(llava, 3, rng)
     pool = increments.pool
     w = pool.context_matrix() if context == "product" else torch.zeros(3, 3)
     for question in QUESTIONS:
-        rows = explain(llava, inputs(processor, (question,), rng), question)
+        rows = explain(llava, inputs(processor, (question,), rng))
         query = increments.surrogate.query([increments.reader.canonical(question)])
         cosines = torch.nn.functional.cosine_similarity(query, pool.keys)
         best = cosines.topk(3)
@@ -468,7 +469,7 @@ def test_every_method_shows_the_rows_that_act(
     strengths = []
     for question in (QUESTIONS[0], "transcribe the sign"):
         batch = inputs(processor, (question,), rng)
-        rows = explain(llava, batch, question)
+        rows = explain(llava, batch)
         if not rows:
             assert name in ("smora", "o_lora") and increments.call.active is None
             continue

@@ -199,6 +199,12 @@ def test_canonical_folds_case_space_and_marks_of_the_image(reader: InstructionRe
         reader.canonical("  \n ")
 
 
+def test_unknown_words_are_no_mark_of_the_image(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "image_token", "<xyzzy>")
+    reader = InstructionReader(processor)
+    assert reader.canonical("<xyzzy> what xyzzy frotz plugh") == "what <unk> <unk> <unk>"
+
+
 def test_no_user_turn_is_an_error(reader: InstructionReader, processor: Any) -> None:
     batch = encode(processor, prompt(processor, QUESTIONS[0]), "which bar is it?")
     with pytest.raises(ValueError, match="sample 1: there is no user turn"):

@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_positive(arguments, "max_new_tokens")
     tokens = arguments.max_new_tokens or answer_tokens(arguments.run_dir)
-    if not arguments.question.strip():
-        raise ValueError("the question is blank; expected a text")
+    if not arguments.question.replace("<image>", "").strip():
+        raise ValueError("the question is blank; expected a text, and a picture as --image FILE")
     if arguments.image is not None and not os.path.isfile(arguments.image):
         raise FileNotFoundError(f"--image is {arguments.image!r}, which is no file; expected a picture")
     sample = Sample(arguments.question, "", arguments.image, id="the question")
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)
     print(printable(answer))
     if not arguments.quiet:
-        rows = explain(model, collate(examples), arguments.question)
+        rows = explain(model, collate(examples))
         _print(rows, f"({model.increments.config.method} {_why_no_rows(model.increments.method)})")
     return 0
 
@@ -85,8 +85,8 @@ def _told(model: Any, task: str | None) -> Any:
     return increments.task_query([task])
 
 
-def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
-    """The rows that a patched model selects for the one sample of ``batch``, the strongest first.
+def explain(model: Any, batch: dict[str, Any]) -> list[Row]:
+    """The rows that a patched model selects for the one sample of ``batch``, the strongest first, by the same reading.
 
     Empty for a method that does not select by the question, or before anything is learned.
     """
@@ -106,7 +106,6 @@ def explain(model: Any, batch: dict[str, Any], question: str) -> list[Row]:
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         pixel_values=batch.get("pixel_values"),
-        instructions=[question],
     )
     with torch.no_grad():
         images = increments.images(request, partial(pooled_image, model))

@@ -46,6 +46,10 @@ class InstructionReader:
         self._image = getattr(processor, "image_token", None) or "<image>"
         self._plain = PlainText(self._tokenizer, self._image)
         self._marks = set(self._plain.control) - {getattr(self._tokenizer, "unk_token_id", None)}
+        spelled = self.tokenize(self._image)
+        # as it is read back where a user wrote it; unknown words alone might be any word
+        can_spell = set(spelled) != {getattr(self._tokenizer, "unk_token_id", None)}
+        self._image_read = self._decode(spelled).replace(MARK, "") if can_spell else self._image
         markers = template_markers(processor) or DEFAULT_MARKERS
         self.user, self.end = (self._decode(self._written(marker)) for marker in markers)
         behind = behind_system(processor, markers[0])
@@ -93,7 +97,7 @@ class InstructionReader:
             return known
 
     def _read_text(self, text: str) -> str:
-        words = self._decode(self.tokenize(self._without_image(text)))
+        words = self._decode(self.tokenize(_without(text, self._image)))
         turn = self._turn(f"{self.user} {words} {self.end}")
         if not turn:
             raise ValueError(
@@ -101,12 +105,6 @@ class InstructionReader:
                 "expected a text, 'describe the image', say"
             )
         return turn
-
-    def _without_image(self, text: str) -> str:
-        text, before = text.strip(), ""
-        while text != before:
-            before, text = text, text.removeprefix(self._image).removesuffix(self._image).strip()
-        return text
 
     def _turn(self, text: str) -> str:
         """The last user turn of a decoded conversation; empty without one."""
@@ -116,7 +114,7 @@ class InstructionReader:
         turn = turn.partition(self.end)[0]
         if self._behind_system:
             turn = turn.rpartition(self._behind_system)[2]
-        return self._without_image(turn.replace(MARK, ""))
+        return _without(turn.replace(MARK, ""), self._image, self._image_read)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Instructions of ``input_ids [B, S]``; padding is where ``attention_mask [B, S]`` is 0.
@@ -151,6 +149,16 @@ class InstructionReader:
                 "instructions=[...] with a text for each sample ('describe the image', say)"
             )
         return turn
+
+
+def _without(text: str, *marks: str) -> str:
+    """``text`` without marks at its beginning and end."""
+    text, before = text.strip(), ""
+    while text != before:
+        before = text
+        for mark in marks:
+            text = text.removeprefix(mark).removesuffix(mark).strip()
+    return text
 
 
 def _shown(text: str) -> str:
