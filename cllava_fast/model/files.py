@@ -30,7 +30,7 @@ from cllava_fast.model.patching import (
     patch,
     unpatch,
 )
-from cllava_fast.names import brief
+from cllava_fast.names import brief, check_names
 from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
 from cllava_fast.untrusted import parse_json, read_file
@@ -38,6 +38,10 @@ from cllava_fast.untrusted import parse_json, read_file
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = (CONFIG, WEIGHTS, CARD)
 FORMAT = 1
+FIELDS = (
+    "format", "config", "tasks", "base_model_name_or_path", "base_dtype", "base_quantization", "base_fingerprint",
+    "surrogate_fingerprint", "chat_template", "weights_sha256",
+)  # fmt: skip
 INCREMENTS_FOLDER = "increments"  # of a run's folder: one subfolder for the state after each task
 # far above what any pool needs, far below what would hurt
 MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_RANK = 1 << 20, 1 << 22, 1 << 16
@@ -246,8 +250,9 @@ def read_config(folder: Path) -> Saved:
         number = values.get("format")
         if isinstance(number, int) and number > FORMAT:
             raise ValueError(f"format is {number}, newer than {FORMAT}; upgrade cllava_fast")
-        if number != FORMAT:
+        if type(number) is not int or number != FORMAT:
             raise ValueError(f"format is {brief(number)}, not {FORMAT}")
+        check_names(values, FIELDS, "")
         saved = Saved(
             config=_method_config(values["config"]),
             tasks=values["tasks"],
@@ -262,6 +267,8 @@ def read_config(folder: Path) -> Saved:
         names = saved.tasks
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"tasks is {brief(names)}; expected a list of names")
+        if not all(name.strip() and "\0" not in name for name in names):
+            raise ValueError(f"tasks is {brief(names)}; expected names that are not blank and hold no NUL")
         if len(set(names)) != len(names):
             raise ValueError(f"tasks is {brief(names)}; expected each name once")
         for field in ("base_fingerprint", "weights_sha256"):
@@ -283,6 +290,9 @@ def _method_config(values: Any) -> MethodConfig:
     if not isinstance(values, dict) or not isinstance(values.get("method"), str):
         raise ValueError(f"config is {brief(values)}; expected a mapping with a method and its fields")
     config = config_from_dict(values)
+    for name, read in json.loads(json.dumps(config.to_dict())).items():
+        if values.get(name, read) != read:  # a text that is a number, say, as YAML may have
+            raise ValueError(f"{name} is {brief(values[name])}; expected {brief(read)}, if that is meant")
     if config.rank > MAX_RANK:
         raise ValueError(f"rank is {config.rank}; expected {MAX_RANK} at most")
     return config
@@ -295,6 +305,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = parse_json(read_file(path, MAX_CONFIG_BYTES), "it")
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
+        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair could not be saved again
     except ValueError as error:
         raise DamagedError(f"{path} cannot be read: {error}; expected a file written by save_pretrained()") from error
     return values
