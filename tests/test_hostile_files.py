@@ -116,6 +116,9 @@ def test_code_beside_a_base_is_not_run(new_llava: Any, processor: Any, tmp_path:
             json.dumps({**known, "auto_map": {"AutoProcessor": "evil.Evil", "AutoTokenizer": ["evil.Evil"] * 2}})
         )
     assert cf.from_pretrained(saved).increments.pool.num_tasks == 0
+    (base / "config.json").write_text(json.dumps({**values, "model_type": "evil", "auto_map": auto}))
+    with pytest.raises(ValueError, match="base model .* brings code of its own, and code of others is never run"):
+        cf.from_pretrained(saved)
     assert not (tmp_path / "hacked").exists()
 
 

@@ -303,6 +303,10 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
         with pytest.raises(FileNotFoundError, match="model=base, or let it be downloaded by local_files_only=False"):
             cf.from_pretrained(source, **options)
     assert [call["local_files_only"] for call in loads] == [True, True, False, False, False, False]
+    with pytest.raises(
+        FileNotFoundError, match="was given as 'lab/other', and cannot be loaded; expected its folder, or"
+    ):
+        cf.from_pretrained(saved, base_model="lab/other")
     assert all(call["trust_remote_code"] is False and call["use_safetensors"] for call in loads)
 
 
@@ -319,6 +323,8 @@ def test_refusals(
     for load in (cf.from_pretrained, lambda folder: cf.load_pretrained(new_llava(), folder)):
         with pytest.raises(FileNotFoundError, match="folder of a run, and what it has learned is in .*02-shape$"):
             load(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="expected a folder written by .*a repository of a hub is loaded by cl"):
+        cf.load_pretrained(new_llava(), "you/increments")
     with pytest.raises(ValueError, match="trust_remote_code=True was given"):
         cf.from_pretrained(base, trust_remote_code=True)
     with pytest.raises(ValueError, match="not patched"):

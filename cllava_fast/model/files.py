@@ -339,6 +339,9 @@ def _check_is_there(path: Path, error: type[FileNotFoundError]) -> None:
         return
     newest = saved_increments(path.parent)[-1:]
     hint = f"; {path.parent} is the folder of a run, and what it has learned is in {newest[0]}" if newest else ""
+    name = str(path.parent)
+    if "/" in name and is_repo_id(name) and not path.parent.parent.exists():
+        hint = "; a repository of a hub is loaded by cllava_fast.from_pretrained alone"
     raise error(f"{path} does not exist; expected a folder written by save_pretrained(){hint}")
 
 

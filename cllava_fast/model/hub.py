@@ -71,7 +71,7 @@ def from_pretrained(
     if base_model is not None:
         saved = replace(saved, base_model=base_model)
     if model is None:
-        model = _load_base(saved, folder, options, base_options)
+        model = _load_base(saved, folder, options, base_options, was_given=base_model is not None)
         if processor is None:
             processor = speak_as_learned(_find_processor(saved, options), saved, folder)
     return load_pretrained(model, folder, processor=processor).eval()
@@ -110,7 +110,9 @@ def auto_class(base: Any) -> Any:
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-def _load_base(saved: Saved, folder: Path, options: dict[str, Any], base_options: dict[str, Any]) -> Any:
+def _load_base(
+    saved: Saved, folder: Path, options: dict[str, Any], base_options: dict[str, Any], was_given: bool
+) -> Any:
     give = "give its folder as from_pretrained(..., base_model=PATH) or --model PATH, or itself as model=base"
     if saved.base_model is None:
         raise ValueError(f"{folder} does not say where its base model is; {give}")
@@ -124,7 +126,19 @@ def _load_base(saved: Saved, folder: Path, options: dict[str, Any], base_options
         base = AutoConfig.from_pretrained(saved.base_model, **safe)
         _check_quantization(saved, folder, base, base_options)
         return auto_class(base).from_pretrained(saved.base_model, **base_options, **safe)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the base model {brief(saved.base_model)} of {folder} brings code of its own, and code of others is never "
+            "run here; expected one of transformers' own classes: load the base yourself, and give it as model=base"
+        ) from None
     except OSError as error:
+        if was_given:
+            raise FileNotFoundError(
+                f"the base model was given as {brief(saved.base_model)}, and cannot be loaded; expected its folder, or "
+                f"its name on a hub: {error}"
+            ) from error
         fetch = ", or let it be downloaded by local_files_only=False" if is_repo_id(saved.base_model) else ""
         raise FileNotFoundError(
             f"the base model {saved.base_model!r} of {folder} cannot be loaded; {give}{fetch}: {error}"

@@ -23,8 +23,9 @@ def check_images(model: Any, kwargs: dict[str, Any], features: Tensor | None) ->
         raise ValueError(f"a {type(model).__name__} takes no image_features; give pixel_values")
     if "pixel_values" in pixels:
         raise ValueError("pixel_values and image_features were both given; give one of them")
-    if features.dim() != 3:
-        raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, d]")
+    width = model.config.get_text_config().hidden_size
+    if features.dim() != 3 or features.shape[2] != width:
+        raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, {width}]")
 
 
 def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:

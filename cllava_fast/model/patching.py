@@ -443,6 +443,8 @@ def _select(
     tokens, mask = ids if ids is not None else embeds, kwargs.get("attention_mask")
     if tokens is None:
         return None  # the model says what it misses
+    if query is not None and instructions is not None:
+        raise ValueError("query and instructions were both given; give one of them")
     request = Request(
         batch=len(tokens),
         input_ids=ids,
