@@ -152,7 +152,8 @@ def test_half_precision(dtype: torch.dtype, rng: torch.Generator, tmp_path: Path
     exact = prompted(mixed, texts(2, 3, 4))
     prompted.clip.to(dtype)
     found = prompted(mixed, texts(2, 3, 4))
-    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.1 * exact.abs().max()
+    # what is wrong is off by 1; of 150 seeds one was off by 0.13
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.3 * exact.abs().max()
     saved = prompted.save(tmp_path / "prompts")
     assert torch.equal(PromptedClip.load(new_clip(dtype), saved)(mixed, texts(2, 3, 4)), found)
 
