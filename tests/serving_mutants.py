@@ -46,6 +46,15 @@ SERVING_MUTANTS = [
     ("other samples of what was learned", RUNFILE, "for i, (train, other)", "for i, (_, other)", LATER),
     ("other samples of what was measured", RUNFILE, "other if i < measured", "None if i < measured", LATER),
     ("what is half learned may change", RUNFILE, ' + half', "", LATER),
+    ("run.json stays of the old tasks", LOOP, "        for _ in range(2):  #", "        for _ in range(0):  #", LATER),
+    ("the one before run.json stays of the old tasks", LOOP, "for _ in range(2):  #", "for _ in range(1):  #", LATER),
+    ("increments of a task that was replaced stay", LOOP, "if other.name not in names:", "if False:", LATER),
+    ("what is the end now was measured in part", LOOP, "if self._ends_within_budget():", "if False:", LATER),
+    ("any checkpoint is of half a task", RUNFILE, 'int(name.partition("-")[0]) > done', "True", LATER),
+    (
+        "any broken pipe is the reader's", "cllava_fast/cli/__init__.py", " and _reader_is_gone()", "",
+        "tests/test_cli.py",
+    ),
     ("what is still to come may not change", RUNFILE, "enumerate(of_tasks)][:learned]", "enumerate(of_tasks)]", LATER),
     (
         "joint training goes on with more tasks", RUNFILE,

@@ -387,12 +387,23 @@ def test_a_module_runs_as_the_command_does() -> None:
     assert (run.returncode, run.stdout) == (0, f"cllava_fast {cllava_fast.__version__}\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cllava_fast.cli", "init", str(tmp_path / "a.yaml")]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("arguments", [["init", "a.yaml"], ["env"]], ids=["plain text", "a table"])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cllava_fast.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cllava_fast.__file__).parents[1])}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=environment)
     assert run.stdout is not None and run.stderr is not None
     run.stdout.close()
     assert (run.wait(), run.stderr.read()) == (141, b"")
+
+
+def test_another_pipe_that_broke_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = BrokenPipeError(errno.EPIPE, "a worker is gone")
+    monkeypatch.setattr("cllava_fast.cli.train.run", Mock(side_effect=broken))
+    assert cli.main(["train", "a.yaml"]) == 1
+    assert "a worker is gone" in capsys.readouterr().err
 
 
 def documented_commands() -> list[str]:

@@ -138,6 +138,70 @@ def test_a_task_that_has_not_begun_may_be_left_out(new_llava: Callable, processo
         run(every.tasks, resume=True)
 
 
+def test_a_task_that_was_mended_goes_on_within_it(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    """A checkpoint is of the samples that it was learned from, and of no others; nothing of the old task stays."""
+    old, first = stream(2).tasks, stream(2).tasks[0]
+    new = [first, dataclasses.replace(old[1], name="mended", train=old[1].train[1:])]
+
+    def run(folder: str, tasks: list[cf.Task], stage: str = "", **values: Any) -> Any:
+        model = cf.patch(new_llava(), CONFIG, processor=processor)
+        args = arguments(tmp_path / folder, max_steps=2, align_steps=2, save_minutes=0, save_steps=2, **values)
+        result = cf.ContinualTrainer(model, processor, cf.Stream(tasks), args, callbacks=[Fails(stage)]).train()
+        return result.losses, get_increments(model).pool.state()
+
+    with pytest.raises(OSError, match="decoded"):
+        run("run", old, "align")
+    (tmp_path / "run" / "increments" / "02-task1").mkdir()  # saved, but not counted: the process died in between
+    with pytest.raises(OSError, match="decoded"):
+        run("run", new, "tune", resume=True)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["0002-align-000002"]
+    assert [folder.name for folder in (tmp_path / "run" / "increments").iterdir()] == ["01-task0"]
+    with pytest.raises(FileExistsError, match=r"tasks \['task0', 'mended'\], not \['task0', 'task1'\]"):
+        run("run", old, resume=True)
+    (tmp_path / "run" / "run.json").write_text("{")  # the one before it is of the same tasks
+    with pytest.warns(UserWarning, match=r"going on from run.previous.json"):
+        losses, state = run("run", new, resume=True)
+    wanted, whole = run("whole", new)
+    assert losses == wanted and all(torch.equal(state[name], whole[name]) for name in whole)
+
+
+def test_a_checkpoint_of_a_task_that_is_learned_is_no_half_task(
+    new_llava: Callable, processor: Any, tmp_path: Path
+) -> None:
+    every = stream(2)
+    with pytest.raises(OSError, match="decoded"):
+        trainer_failing(new_llava(), processor, tmp_path, every.tasks, "align").train()
+    (tmp_path / "run" / "checkpoints" / "0001-tune-000002").mkdir(parents=True)  # a process died before it was removed
+    mended = dataclasses.replace(every.tasks[1], train=every.tasks[1].train[1:])
+    assert trainer_failing(new_llava(), processor, tmp_path, [every.tasks[0], mended], resume=True).train()
+
+
+def test_what_is_the_end_now_is_measured_on_everything(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    every, budget = stream(3).tasks, {"eval_budget": 4}
+    model = cf.patch(new_llava(), CONFIG, processor=processor)
+    args = arguments(tmp_path / "run", max_steps=2, align_steps=2, **budget)
+
+    class Late(cf.ContinualCallback):
+        def on_task_begin(self, number: int, **kwargs: Any) -> None:
+            if number == 2:
+                raise OSError("an image cannot be decoded")
+
+    with pytest.raises(OSError, match="decoded"):
+        cf.ContinualTrainer(model, processor, cf.Stream(every), args, callbacks=[Late]).train()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["evaluated"][-1] == {"task0": 1, "task1": 6}
+    trainer_failing(new_llava(), processor, tmp_path, every[:2], resume=True, **budget).train()
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert saved["evaluated"] == [{"task0": 6}, {"task0": 6, "task1": 6}] and len(saved["matrix"]) == 2
+
+
+def trainer_failing(
+    model: Any, processor: Any, folder: Path, tasks: list[cf.Task], stage: str = "", **values: Any
+) -> cf.ContinualTrainer:
+    cf.patch(model, CONFIG, processor=processor)
+    args = arguments(folder / "run", max_steps=2, align_steps=2, **values)
+    return cf.ContinualTrainer(model, processor, cf.Stream(tasks), args, callbacks=[Fails(stage)])
+
+
 def test_a_joint_method_does_not_go_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     def run(tasks: int, **values: Any) -> cf.ContinualTrainer:
         return trainer(new_llava(), processor, tmp_path / "run", tasks, cf.JointLoraConfig(rank=2), **values)

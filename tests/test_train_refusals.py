@@ -13,6 +13,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 import cllava_fast as cf
+from cllava_fast.atomic import read_json, write_json
 from cllava_fast.data import chat_template
 from cllava_fast.methods import SequentialLora
 from cllava_fast.methods.o_lora import OLora, OLoraConfig
@@ -50,6 +51,15 @@ def test_a_stream_of_the_same_names_and_sizes(new_llava: Callable, processor: An
     turned = cf.Stream(stream().tasks[::-1])
     with pytest.raises(FileExistsError, match=r"with tasks \['task0', 'task1'\], not \['task1', 'task0'\]; give"):
         cf.ContinualTrainer(model, processor, turned, arguments(tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize("change", [{"stream_sha256": ["a", "b"]}, {"metrics": None}, {"stream": []}], ids=str)
+def test_a_run_of_another_version(change: dict, new_llava: Callable, processor: Any, tmp_path: Path) -> None:
+    trainer(new_llava(), processor, tmp_path / "run", max_steps=1, align_steps=1).train()
+    old = read_json(tmp_path / "run" / "run.json")
+    write_json(tmp_path / "run" / "run.json", {**old, **change})
+    with pytest.raises(FileExistsError, match="holds a run of another version of cllava_fast; give a new output_dir"):
+        trainer(new_llava(), processor, tmp_path / "run", resume=True)
 
 
 def test_a_refused_run_leaves_the_model_alone(llava: Any, processor: Any, tmp_path: Path) -> None:

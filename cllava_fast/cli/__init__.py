@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib
 import os
+import select
 import shlex
 import sys
 import warnings
@@ -64,10 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # a run that was stopped says by what; whatever else was going on was just interrupted
         print(f"cllava-fast: {getattr(stop, 'reason', 'interrupted')}{_go_on(command, argv)}", file=sys.stderr)
         return getattr(stop, "exit_code", INTERRUPTED)
-    except BrokenPipeError:  # who reads has seen enough, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED
+    except SystemExit as end:  # rich's
+        if isinstance(end.__context__, BrokenPipeError):
+            return CLOSED
+        raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return CLOSED
         if arguments.traceback or os.environ.get("CLLAVA_TRACEBACK") == "1":
             raise
         print(_sentence(error), file=sys.stderr)
@@ -126,6 +130,20 @@ def _sentence(error: Exception) -> str:
     if ours or isinstance(error, (ValueError, TypeError, OSError, ImportError, ArithmeticError)):
         return f"{who}: {text}"
     return f"{who}: {type(error).__name__}: {text} (--traceback shows where)"
+
+
+def _reader_is_gone() -> bool:
+    """Whether who reads our output has seen enough, as with `| head`; another pipe may have broken."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError):  # there is none, or none of the system's
+        return False
+    watch = select.poll()
+    watch.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in watch.poll(0))
+    if gone:  # what is left in the buffer has to go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _go_on(command: ModuleType, argv: list[str]) -> str:

@@ -155,8 +155,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 def check_name(name: Any, what: str) -> None:
     """Raises ValueError for a task's name that no file could hold. ``what`` is what errors call it."""
-    if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
-        raise ValueError(f"{what} is {brief(name)}; expected a text in UTF-8 that is not blank")
+    if not isinstance(name, str) or not name.strip() or "\0" in name or not _is_unicode(name):
+        raise ValueError(f"{what} is {brief(name)}; expected a text in UTF-8 that is not blank and holds no NUL")
 
 
 def check_sample(sample: Sample, where: str, needs_answer: bool = True) -> None:

@@ -244,6 +244,10 @@ class ContinualTrainer:
         # of an earlier call that failed, what was not saved does not count
         self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh) | self._identity)
         learned = self._load(phases)
+        distributed.on_main(functools.partial(self._take_over, phases))
+        if self._ends_within_budget():
+            for name in ("matrix", "evaluated"):
+                self._progress[name] = self._progress[name][:-1]
         self._committed = CommittedRows(self.increments.pool)
         self._read_ahead(tasks)
         if self.callbacks or self.args.report_to:
@@ -307,6 +311,26 @@ class ContinualTrainer:
         if progress["matrix"]:
             distributed.on_main(self._write_results)
         return good
+
+    def _take_over(self, phases: list[list[str]]) -> None:
+        """Nothing stays of tasks that were to come and are others now; checkpoints are of what ``run.json`` says."""
+        before = json.loads(self._run_file.last or self._fresh)
+        if all(before.get(name) == value for name, value in json.loads(json.dumps(self._identity)).items()):
+            return
+        names = {self._saved(number, phases).name for number in range(len(self._before), len(phases))}
+        for folder in (self.output_dir / INCREMENTS_FOLDER, self.output_dir / evaluation.PREDICTIONS):
+            for other in folder.glob("[0-9]*-*"):
+                if other.name not in names:
+                    remove_folder(other)
+        for _ in range(2):  # in the one before it, too
+            self._run_file.write(self._progress)
+
+    def _ends_within_budget(self) -> bool:
+        """Whether what is the end now, since tasks behind it were left out, was measured on a part of its samples."""
+        if self.args.eval_budget is None or len(self._progress["matrix"]) < len(self.stream):
+            return False
+        whole = {task.name: len(getattr(task, self.args.eval_split)) for task in self.stream}
+        return bool(self._progress["evaluated"][-1] != whole)
 
     def _go_back(self, progress: dict[str, Any], damaged: list[Path]) -> None:
         for folder in damaged:

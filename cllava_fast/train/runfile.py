@@ -120,10 +120,17 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
     found = RunFile(output_dir).read() if output_dir.is_dir() else None
     if found is None:
         raise FileExistsError(f"{output_dir} holds other files than a run's; give a new output_dir")
-    identity, half, do = json.loads(json.dumps(identity)), bool(Checkpoints(output_dir).names()), ""
-    other = _differences(found, identity, half)
-    if other and half and not _differences(found, identity, False):
-        do = f"; without the folder {output_dir / FOLDER}, what is half learned begins anew"
+    identity, do = json.loads(json.dumps(identity)), ""
+    try:
+        done = len((found.get("learned_before") or {"tasks": ()})["tasks"]) + len(found["losses"])
+        half = any(int(name.partition("-")[0]) > done for name in Checkpoints(output_dir).names())
+        other = _differences(found, identity, half)
+        if other and half and not _differences(found, identity, False):
+            do = f"; without the folder {output_dir / FOLDER}, what is half learned begins anew"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileExistsError(
+            f"{output_dir} holds a run of another version of cllava_fast; give a new output_dir (--output)"
+        ) from error
     if other:
         raise FileExistsError(
             f"{output_dir} holds another run, with {', '.join(other)}; give what it was started with, or a new "
