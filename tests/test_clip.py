@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,14 +147,17 @@ def test_until_a_task_is_learned_nothing_changes(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, rng: torch.Generator, tmp_path: Path) -> None:
     """The pool goes with the CLIP; features are compared in float32."""
-    prompted = PromptedClip(new_clip(), DikiConfig(rank=3))
-    images = random_tasks(prompted, 2, rng)
-    mixed = torch.stack([images[0][0], images[1][0]])
-    exact = prompted(mixed, texts(2, 3, 4))
-    prompted.clip.to(dtype)
-    found = prompted(mixed, texts(2, 3, 4))
-    # what is wrong is off by 1; of 150 seeds one was off by 0.13
-    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.3 * exact.abs().max()
+    errors = []
+    for _ in range(3):  # one draw in a hundred is so loud that rounding alone is beyond the bound
+        prompted = PromptedClip(new_clip(), DikiConfig(rank=3))
+        images = random_tasks(prompted, 2, rng)
+        mixed = torch.stack([images[0][0], images[1][0]])
+        exact = prompted(mixed, texts(2, 3, 4))
+        prompted.clip.to(dtype)
+        found = prompted(mixed, texts(2, 3, 4))
+        assert found.dtype == torch.float32
+        errors.append(float((found - exact).abs().max() / exact.abs().max()))
+    assert statistics.median(errors) < 0.1 and all(error < 1 for error in errors)
     saved = prompted.save(tmp_path / "prompts")
     assert torch.equal(PromptedClip.load(new_clip(dtype), saved)(mixed, texts(2, 3, 4)), found)
 

@@ -135,10 +135,9 @@ def _sentence(error: Exception) -> str:
 def _reader_is_gone() -> bool:
     """Whether who reads our output has seen enough, as with `| head`; another pipe may have broken."""
     try:
-        output = sys.stdout.fileno()
+        output, watch = sys.stdout.fileno(), select.poll()
     except (AttributeError, OSError):  # there is none, or none of the system's
         return False
-    watch = select.poll()
     watch.register(output, 0)
     gone = any(event & select.POLLERR for _, event in watch.poll(0))
     if gone:  # what is left in the buffer has to go somewhere
