@@ -184,7 +184,7 @@ def test_columns_that_no_record_has(folder: Path, suffix: str) -> None:
     assert list(read_samples(write(folder / f"none{suffix}", []), columns={"id": "who"})) == []
 
 
-@pytest.mark.parametrize("name", ["images", "image_path", "img"])
+@pytest.mark.parametrize("name", ["images", "image_path", "img", "Image", "imgae", "imge"])
 def test_images_by_another_name(folder: Path, name: str) -> None:
     for value in ("a.png", ["a.png"]):
         record = {**GOOD, name: value}
@@ -193,6 +193,7 @@ def test_images_by_another_name(folder: Path, name: str) -> None:
         assert read_samples([record], folder / "images", columns={"image": name})[0].image is not None
         assert read_samples([{**record, "image": "a.png"}], folder / "images")[0].image is not None
     assert all(s.image is None for s in read_samples([{**GOOD, name: None}, {**GOOD, name: []}]))
+    assert read_samples([{**GOOD, "image_id": 7, "imageid": 7, "page": "a.png"}])[0].image is None
 
 
 @pytest.mark.parametrize("name", ["choices", "options"])

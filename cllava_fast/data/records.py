@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -185,9 +187,7 @@ class RecordReader:
                 raise ValueError(f"{where} names {len(image)} images; expected at most one for each sample")
             image = image[0] if image else None
         if image is None or image == "":
-            other = next(
-                (name for name in NOT_IMAGE if name in record and not _is_empty(_given(record.get(name)))), None
-            )
+            other = next((name for name in record if _means_image(name) and not _is_empty(_given(record[name]))), None)
             video = next((name for name in VIDEOS if not _is_empty(_given(record.get(name)))), None)
             if video is not None:
                 raise ValueError(f"{where} has {video!r} and no image; streams hold images, not videos")
@@ -263,6 +263,16 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
     if marks > first:
         raise ValueError(f"{where}: {marks} {IMAGE} marks in one turn; expected one at most, in the first user turn")
     return text
+
+
+@functools.lru_cache(maxsize=1024)
+def _means_image(name: object) -> bool:
+    """Whether a record without ``image`` has its image under this name: another's, or ``image`` misspelt."""
+    if not isinstance(name, str) or name == "image":
+        return False
+    name = name.lower()
+    is_turned = sorted(name) == sorted("image")  # imgae
+    return name in NOT_IMAGE or is_turned or difflib.SequenceMatcher(None, name, "image").ratio() > 0.85
 
 
 def _given(value: Any) -> Any:
