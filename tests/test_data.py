@@ -205,12 +205,12 @@ class TestLengths:
     ) -> None:
         tokenizer, config = processor.tokenizer, llava.config.get_text_config()
         monkeypatch.setattr(tokenizer, "model_max_length", 100)
-        assert token_limit(tokenizer, llava) == (256, "the model's max_position_embeddings")
+        assert token_limit(tokenizer, llava.config) == (256, "the model's max_position_embeddings")
         with monkeypatch.context() as changed:
             changed.setattr(config, "max_position_embeddings", 10**20)
-            assert token_limit(tokenizer, llava) == (100, "the tokenizer's model_max_length")
+            assert token_limit(tokenizer, llava.config) == (100, "the tokenizer's model_max_length")
             changed.setattr(tokenizer, "model_max_length", 10**30)
-            assert token_limit(tokenizer, llava) is None
+            assert token_limit(tokenizer, llava.config) is None
         for rope, positions in (
             ({"rope_type": "default"}, 256), ({"rope_type": "linear", "factor": 4.0}, 1024),
             ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
@@ -218,7 +218,7 @@ class TestLengths:
             ({"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}}, 512),
         ):  # fmt: skip
             monkeypatch.setattr(config, "rope_parameters", rope)
-            assert token_limit(tokenizer, llava).tokens == positions
+            assert token_limit(tokenizer, llava.config).tokens == positions
 
     def test_many_are_counted(self, processor: Any) -> None:
         examples = Encoder(processor).encode([Sample("is it?", "no") for _ in range(8)])

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, processor = open_run(arguments.run_dir, arguments.after, arguments.model)
     encoder = Encoder(processor)
     examples = encoder.encode([sample])
-    check_lengths(examples, token_limit(encoder.tokenizer, model), "ask", answers=False)
+    check_lengths(examples, token_limit(encoder.tokenizer, model.config), "ask", answers=False)
     collate = Collator(encoder, None, training=False)
     query = _told(model, arguments.task)
     (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)

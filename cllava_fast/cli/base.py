@@ -31,7 +31,7 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
         TypeError: a model that ``cllava_fast.patch`` does not take.
         ModuleNotFoundError: the quantisation needs a package that is not installed.
     """
-    base = _model_config(config)
+    base = model_config(config)
     cls = auto_class(base)._model_mapping.get(type(base), None)
     if cls is None or cls.__name__ not in BASES:
         name = base.model_type if cls is None else cls.__name__
@@ -57,11 +57,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
     Raises:
         ValueError: a processor that cannot encode, such as one without a chat template; before weights are loaded.
     """
-    path = _path(config)
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    if config.conversation != "template":
-        # set here, training, the reading of instructions and serving all speak it
-        processor.chat_template = chat_template(config.conversation)
+    processor = load_processor(config)
     Encoder(processor)
     options: dict[str, Any] = {
         "dtype": config.dtype,
@@ -78,8 +74,16 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
-    model = auto_class(_model_config(config)).from_pretrained(path, **options)
+    model = auto_class(model_config(config)).from_pretrained(_path(config), **options)
     return model.eval(), processor
+
+
+def load_processor(config: ModelConfig) -> Any:
+    processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False)
+    if config.conversation != "template":
+        # set here, training, the reading of instructions and serving all speak it
+        processor.chat_template = chat_template(config.conversation)
+    return processor
 
 
 def default_device() -> torch.device:
@@ -93,7 +97,7 @@ def _path(config: ModelConfig) -> str:
     return config.path if is_repo_id(config.path) and not path.is_dir() else str(path.resolve())
 
 
-def _model_config(config: ModelConfig) -> Any:
+def model_config(config: ModelConfig) -> Any:
     path = _path(config)
     if Path(path).is_absolute() and not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(

@@ -31,6 +31,20 @@ from cllava_fast.train.tune import check_engine
 
 def train(config: RunConfig) -> cf.ContinualResult:
     """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
+    stream, before = open_new(config), config.model.increments
+    model, processor = open_base(config)  # which checks what it loads first
+    if before is None:
+        model = cf.patch(model, config.method, processor=processor)
+    else:
+        model = cf.load_pretrained(model, before, processor=processor)
+    trainer = cf.ContinualTrainer(model, processor, stream, config.training)
+    with trainer.locked():
+        distributed.on_main(lambda: config.save(trainer.output_dir))
+        return trainer.train()
+
+
+def open_new(config: RunConfig) -> Stream:
+    """The stream of a run that is to begin or to go on. Raises for what of its configuration stands against it."""
     distributed.start()
     _check_trainer_options(config)
     before = config.model.increments
@@ -42,15 +56,7 @@ def train(config: RunConfig) -> cf.ContinualResult:
     stream = open_stream(config)
     check_tasks(stream, config.training.eval_split)
     distributed.on_main(lambda: _check_output(config, stream))
-    model, processor = open_base(config)  # which checks what it loads first
-    if before is None:
-        model = cf.patch(model, config.method, processor=processor)
-    else:
-        model = cf.load_pretrained(model, before, processor=processor)
-    trainer = cf.ContinualTrainer(model, processor, stream, config.training)
-    with trainer.locked():
-        distributed.on_main(lambda: config.save(trainer.output_dir))
-        return trainer.train()
+    return stream
 
 
 def _check_method(config: RunConfig, increments: Path) -> None:

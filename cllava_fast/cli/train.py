@@ -15,6 +15,7 @@ EXAMPLE = """examples:
   cllava-fast train stream.yaml --model path/of/llava --method.rank 16 --training.bf16
   cllava-fast train stream.yaml --output runs/mine --resume      # goes on where it was stopped or killed; with the
                                                                  # flags of its first start, if it had more
+  cllava-fast train stream.yaml --model path/of/llava --dry-run  # decodes every image first, and loads no weights
   accelerate launch -m cllava_fast.cli train stream.yaml --model path/of/llava
 
 Every flag with a point is a field of the YAML's section of that name (--training.seed 1 is training: {seed: 1});
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "the YAML's own, or this one for a ready stream)")  # fmt: skip
     parser.add_argument("--resume", dest="training.resume", action="store_const", const="true",
                         help="go on where the run was stopped or killed")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="only check: decode every image, encode every sample, "
+                        "and tell all that would stop the run; loads no weights and writes nothing")  # fmt: skip
     sections = {
         "model": config.typed_fields(config.ModelConfig),
         "method": config.typed_fields(config.IncrementConfig, *(method for method, _ in config.METHODS.values())),
@@ -57,9 +60,18 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.stream, flags, arguments.base)
 
     from cllava_fast import distributed
-    from cllava_fast.cli.running import train
+    from cllava_fast.cli.running import open_new, train
     from cllava_fast.evaluate.report import load_results, print_table, write_report
 
+    if arguments.dry_run:
+        from cllava_fast.cli.dry_run import look_through
+
+        stream = open_new(config)
+        distributed.on_main(lambda: look_through(config, stream))
+        if distributed.is_main():
+            print("\nNothing stands against this run; the same command without --dry-run begins it.")
+        distributed.finish()
+        return 0
     train(config)
     output = config.training.output_dir
     if distributed.is_main():

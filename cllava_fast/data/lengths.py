@@ -19,10 +19,10 @@ class Limit(NamedTuple):
     name: str
 
 
-def token_limit(tokenizer: Any, model: Any) -> Limit | None:
-    """What the model says, and only where it does not, the tokenizer; None where neither does."""
+def token_limit(tokenizer: Any, config: Any) -> Limit | None:
+    """What the model's configuration says, and only where it does not, the tokenizer; None where neither does."""
     limits = (
-        Limit(_positions(model.config.get_text_config()), "the model's max_position_embeddings"),
+        Limit(_positions(config.get_text_config()), "the model's max_position_embeddings"),
         Limit(tokenizer.model_max_length, "the tokenizer's model_max_length"),
     )
     return next((limit for limit in limits if limit.tokens < UNKNOWN), None)

@@ -42,7 +42,7 @@ class PreparedStream:
         where = f"task {task!r}, {split}"
         if key not in self._examples:
             self._examples[key] = self.encoder.encode(samples, f"{where}: ")
-        limit = token_limit(self.encoder.tokenizer, model)
+        limit = token_limit(self.encoder.tokenizer, model.config)
         if (*key, limit) not in self._fitting:
             check_lengths(self._examples[key], limit, where, answers=split == "train")
             self._fitting.add((*key, limit))

@@ -1,0 +1,120 @@
+"""``cllava-fast train ... --dry-run``: what would stop a run hours from now, told before weights are loaded.
+
+A run itself decodes an image when it is first needed, and stops at the first one that is damaged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cllava_fast.cli.base import check_base, load_processor, model_config
+from cllava_fast.config import RunConfig
+from cllava_fast.data import Sample, Stream
+from cllava_fast.data.encode import Encoder, Example, ImageFeatures
+from cllava_fast.data.lengths import check_lengths, token_limit, warn_of_answers
+from cllava_fast.train.progress import stage
+from cllava_fast.untrusted import printable
+
+SPLITS = ("train", "test", "validation")
+SHOWN = 20  # faults
+AT_ONCE = 1024  # images that wait for a thread
+
+
+def look_through(config: RunConfig, stream: Stream) -> None:
+    """Decodes every image and encodes every sample of a stream, and prints a table of them.
+
+    Raises:
+        ValueError: what would stop the run: all images that cannot be decoded, and of each split the samples longer
+            than the model allows, or the first whose turns the chat template does not write.
+        FileNotFoundError, TypeError: as ``check_base``.
+    """
+    check_base(config.model, config.method)
+    processor = load_processor(config.model)
+    encoder = Encoder(processor)
+    limit = token_limit(encoder.tokenizer, model_config(config.model))
+    splits = [
+        (task.name, split, samples) for task in stream for split in SPLITS if len(samples := getattr(task, split))
+    ]
+    damaged = _damaged_images(splits, config.training.progress)
+    faults, rows = list(damaged.values()), []
+    with stage("samples", sum(len(samples) for *_, samples in splits), config.training.progress) as advance:
+        for task, split, samples in splits:
+            where = f"task {task!r}, {split}"
+            most = None if split == "train" else config.training.max_new_tokens
+            lengths: list[tuple[int, int]] = []
+            sound = samples
+            if damaged:
+                sound = [sample for sample in samples if ImageFeatures.key(sample.image) not in damaged]
+            try:
+                examples = encoder.encode(sound, f"{where}: ")
+                warn_of_answers(_noting(examples, lengths), most, encoder.tokenizer, where)
+                check_lengths(examples, limit, where, answers=split == "train")
+            except ValueError as error:
+                faults.append(str(error))
+            rows.append(_row(task, split, samples, lengths))
+            advance("", len(samples))
+    _print(rows, None if limit is None else f"at most {limit.tokens} tokens, {limit.name}")
+    if faults:
+        more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise ValueError("this run would stop:\n  " + "\n  ".join(faults[:SHOWN]) + more)
+
+
+def _damaged_images(splits: Iterable[tuple[str, str, Sequence[Sample]]], progress: bool) -> dict[Any, str]:
+    """By the key of each image that cannot be decoded, what is wrong with it and where it is first named."""
+    first: dict[Any, tuple[Sample, str]] = {}
+    for task, split, samples in splits:
+        for sample in samples:
+            if sample.image is not None:
+                first.setdefault(ImageFeatures.key(sample.image), (sample, f"task {task!r}, {split}"))
+    damaged, keys = {}, list(first)
+    with stage("images", len(keys), progress) as advance, ThreadPoolExecutor(os.cpu_count()) as threads:
+        for start in range(0, len(keys), AT_ONCE):
+            some = keys[start : start + AT_ONCE]
+            for key, fault in zip(some, threads.map(_fault_of, (first[key][0] for key in some)), strict=True):
+                if fault is not None:
+                    damaged[key] = f"{first[key][1]}: {fault}"
+                advance(f"{len(damaged)} damaged")
+    return damaged
+
+
+def _fault_of(sample: Sample) -> str | None:
+    try:
+        sample.open_image()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _noting(examples: Iterable[Example], lengths: list[tuple[int, int]]) -> Iterator[Example]:
+    for example in examples:
+        lengths.append((len(example.prompt_ids), len(example.answer_ids)))
+        yield example
+
+
+def _row(task: str, split: str, samples: Sequence[Sample], lengths: Sequence[tuple[int, int]]) -> list[str]:
+    images = {ImageFeatures.key(sample.image) for sample in samples if sample.image is not None}
+    row = [task, split, f"{len(samples)}", f"{len(images)}"]
+    if not lengths:
+        return [*row, "", "", ""]
+    tokens = [prompt + answer for prompt, answer in lengths]
+    return [*row, f"{median(tokens):.0f}", f"{max(tokens)}", f"{max(answer for _, answer in lengths)}"]
+
+
+def _print(rows: Sequence[Sequence[str]], limit: str | None) -> None:
+    shown = Table(title=limit, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for position, name in enumerate(
+        ("task", "split", "samples", "images", "median\ntokens", "most\ntokens", "longest\nanswer")
+    ):
+        shown.add_column(name, justify="left" if position < 2 else "right")
+    for row in rows:
+        shown.add_row(*(escape(printable(cell)) for cell in row))
+    Console().print(shown)

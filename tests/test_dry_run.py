@@ -1,0 +1,96 @@
+"""``cllava-fast train --dry-run``: what would stop a run, told before weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from cllava_fast import cli
+from cllava_fast.demo.base import FOLDER
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """For a stream of two tasks, on a base without weights."""
+    (tmp_path / "images").mkdir()
+    tasks = []
+    for task in ("color", "shape"):
+        records = []
+        for number in range(30):
+            name = f"{task}-{number}.png"
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "images" / name)
+            records.append({"id": name, "image": name, "question": "what is it?", "answer": "red"})
+        records.append({"question": "is it text alone?", "answer": "yes"})
+        (tmp_path / f"{task}.json").write_text(json.dumps(records))
+        (tmp_path / f"{task}-test.json").write_text(json.dumps(records[:2]))
+        tasks.append({"name": task, "train": f"{task}.json", "test": f"{task}-test.json"})
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump({"images": "images", "tasks": tasks}))
+    shutil.copytree(FOLDER, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    output = ["--output", str(tmp_path / "run")]
+    return ["train", str(tmp_path / "stream.yaml"), "--model", str(tmp_path / "base"), *output, "--dry-run"]
+
+
+def damage(image: Path) -> None:
+    image.write_bytes(image.read_bytes()[:60])
+
+
+def test_a_sound_stream_is_counted_and_nothing_is_written(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.startswith(("color", "shape"))]
+    counts = [["color", "train", "31", "30"], ["color", "test", "2", "2"]]
+    assert [row[:4] for row in rows[:2]] == counts and len(rows) == 4
+    assert all(0 < int(median) <= int(most) < 256 and longest == "2" for *_, median, most, longest in rows)
+    assert "256 tokens" in said and said.splitlines()[-1].startswith("Nothing stands against this run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_damaged_image_is_named(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(tmp_path / "images" / "color-0.png")  # which the test split names, too
+    (tmp_path / "images" / "color-7.png").write_bytes(b"no image")
+    damage(tmp_path / "images" / "shape-29.png")
+    assert cli.main(command) == 1
+    said = capsys.readouterr()
+    faults = said.err.partition("this run would stop:")[2].strip().splitlines()
+    assert [fault.split(":")[0].strip() for fault in faults] == ["task 'color', train"] * 2 + ["task 'shape', train"]
+    for fault, name in zip(faults, ("color-0.png", "color-7.png", "shape-29.png"), strict=True):
+        assert name in fault
+    assert "Nothing stands" not in said.out and "color" in said.out, "the table is of what can be read"
+
+
+def test_many_faults_are_counted(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(25):
+        damage(tmp_path / "images" / f"shape-{number}.png")
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert said.count("cannot be decoded") == 20 and said.rstrip().endswith("and 5 more")
+
+
+def test_samples_that_are_too_long_and_answers_that_no_evaluation_meets(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(tmp_path / "images" / "shape-3.png")
+    for task, split in (("color", "color"), ("shape", "shape-test")):
+        records = json.loads((tmp_path / f"{split}.json").read_text())
+        long = {"id": f"{task}-long", "question": "what is it? " * 80, "answer": "red " * 20}
+        (tmp_path / f"{split}.json").write_text(json.dumps([*records, long]))
+    with pytest.warns(UserWarning, match="task 'shape', test: 1 of 3 answers have more than max_new_tokens=4"):
+        assert cli.main([*command, "--training.max_new_tokens", "4"]) == 1
+    said = capsys.readouterr().err
+    assert "task 'color', train: 'color-long' has" in said and "task 'shape', test: 'shape-long' has" in said
+    assert "shape-3.png" in said
+
+
+def test_what_train_refuses_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "--method.targets", "[nothing.here]"]) == 1
+    assert "nothing.here" in capsys.readouterr().err
+    assert cli.main([*command, "--training.trainer_options", "{no_such_option: 1}"]) == 1
+    assert "no_such_option" in capsys.readouterr().err
