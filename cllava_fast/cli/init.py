@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import textwrap
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ tasks:  # in the order in which they are learned
     test: forms_test.json
 """
 SPLITS = ("train", "test", "validation")
+SHOWN = 5  # of files that are left out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +79,14 @@ def found_tasks(data: Path, base: Path) -> str:
     import yaml
 
     found: dict[str, dict[str, str]] = {}
+    taken = set[Path]()
     for split in SPLITS:
         for file in sorted((*data.glob(f"*_{split}.json"), *data.glob(f"*_{split}.jsonl"))):
             files = found.setdefault(file.stem.removesuffix(f"_{split}"), {})
             if split in files:
                 raise ValueError(f"{file.with_suffix('.json')} and {file.name} are both there; keep one of them")
             files[split] = os.path.relpath(file, base)
+            taken.add(file)
     tasks = [{"name": name, **files} for name, files in sorted(found.items())]
     if not tasks:
         raise FileNotFoundError(
@@ -95,6 +99,14 @@ def found_tasks(data: Path, base: Path) -> str:
             raise FileNotFoundError(
                 f"{data / task['name']}_{missing}.json (or .jsonl) is missing; every task needs one"
             )
+    others = {file for file in data.iterdir() if file.suffix in (".json", ".jsonl", ".parquet")} - taken
+    if others:
+        names = [file.name for file in sorted(others)]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        warnings.warn(
+            f"{data}: {', '.join(names[:SHOWN])}{more} left out; the names do not end in _train, _test or _validation",
+            stacklevel=2,
+        )
     images = data / "images" if (data / "images").is_dir() else data
     return yaml.safe_dump(
         {"images": os.path.relpath(images, base), "tasks": tasks}, sort_keys=False, allow_unicode=True
