@@ -419,6 +419,10 @@ MUTANTS = [
         ("tests/test_method_smora.py",),
     ),
     Mutant(
+        "smora: a bias picks, and does not weigh", "cllava_fast/methods/smora.py", "weight = scores.gather(",
+        "weight = logits.sigmoid().gather(", ("tests/test_method_smora.py",),
+    ),
+    Mutant(
         "smora: a layer that is recomputed counts again", "cllava_fast/methods/smora.py",
         " and factors not in selection.seen", "", ("tests/test_method_smora.py",),
     ),

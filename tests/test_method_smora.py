@@ -22,14 +22,14 @@ CONFIG = SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, targets=TARGETS, 
 
 
 def gates_of(factors: Factors, x: Tensor) -> Tensor:
-    """Zero but for the top-k of W_g x + u, and there the softmax of W_g x."""
+    """Zero but for the top-k of sigmoid(W_g x) + u, and there each one's share of their sum."""
     router, bias = factors.block_router.to(x.dtype), factors.balance.double()
     gates = []
     for token in x.flatten(0, 1):
-        logits = [(row * token).sum() for row in router]
-        picked = sorted(range(len(router)), key=lambda i: -(logits[i] + bias[i]).item())[:2]
-        total = sum(logits[i].exp() for i in picked)
-        gates.append(torch.stack([logits[i].exp() / total if i in picked else 0 * logits[i] for i in range(6)]))
+        scores = [1 / (1 + (-(row * token).sum()).exp()) + u for row, u in zip(router, bias, strict=True)]
+        picked = sorted(range(len(router)), key=lambda i: -scores[i].item())[:2]
+        total = sum(scores[i] for i in picked)
+        gates.append(torch.stack([scores[i] / total if i in picked else 0 * scores[i] for i in range(6)]))
     return torch.stack(gates).view(*x.shape[:2], 6)
 
 
@@ -141,6 +141,28 @@ def test_training_alone_counts_and_a_step_balances(llava: Any, processor: Any, r
     after = [factors.balance.clone() for factors in layers]
     llava(**batch)
     assert all(torch.equal(factors.balance, bias) for factors, bias in zip(layers, after, strict=True))
+
+
+def test_the_defaults_are_those_of_the_authors_code() -> None:
+    """Rank 64, 8 of them active, all linears; alpha 16, of which each active rank gets a kth when gates are even."""
+    config = SmoraConfig()
+    assert (config.experts, config.rank, config.top_k, config.dropout) == (64, 1, 8, 0.0)
+    assert config.scale / config.top_k == 16 / 8 and config.balance_rate == 1e-5
+    assert config.targets == ("self_attn.*_proj", "mlp.*_proj")
+
+
+def test_weights_stay_a_share_whatever_the_bias(generator: torch.Generator) -> None:
+    """An expert that its bias pushed below zero weighs nothing, and where all scores round to zero all weigh alike."""
+    method = Smora(SmoraConfig(experts=3, top_k=2))
+    pool = Pool(rank=1, key_dim=0, shapes={"o": LinearShape(4, 5)})
+    method.open_task(pool, None, generator)
+    factors, selection = pool.factors("o"), method.select(pool, None, 1, training=False)
+    cases = [([0.0, -0.6, -2.0], 0.0, [1.0, 0.0, 0.0]), ([0.0, 0.0, 0.0], -200.0, [0.5, 0.5])]
+    for bias, logit, expected in cases:
+        factors.balance = torch.tensor(bias)
+        gates = method.gates(factors, torch.full((1, 1, 3), logit), selection)[0, 0]
+        found = gates if len(expected) == 3 else gates[gates > 0]
+        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
 def test_balance_makes_an_idle_expert_work(generator: torch.Generator) -> None:

@@ -1,9 +1,11 @@
 """SMoRA (arXiv 2501.15103): every rank of a LoRA is an expert, and a router picks a few of them for every token.
 
-    y = W0 x + scale * sum_{i in top-k(W_g x + u)} g_i * B_i A_i x,   g = softmax of the picked (W_g x)_i
+    y = W0 x + scale * sum_{i in top-k(s)} g_i * B_i A_i x,   s = sigmoid(W_g x) + u,   g_i = s_i / sum_{j in top-k} s_j
 
 ``u`` keeps the experts busy without a loss of its own: once a training step, ``u_i`` of an expert that was picked less
 often than the mean over the step's tokens rises by ``balance_rate``, and that of the others falls.
+
+This is the authors' code (StyxXuan/smora), which multiplies g by k and divides LoRA's alpha by k: ``scale`` is alpha.
 """
 
 from __future__ import annotations
@@ -19,24 +21,27 @@ from cllava_fast.methods.base import Selection, layers_of, pool_version, registe
 from cllava_fast.methods.moe_lora import MoeLora, MoeLoraConfig
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 
+LEAST = 1e-12  # of what weighs a picked expert: a bias may push it below zero, and all may round to zero
+
 
 @dataclass(frozen=True)
 class SmoraConfig(MoeLoraConfig):
-    """SMoRA; each field's help says what it is."""
+    """SMoRA with the defaults of its code; each field's help says what it is."""
 
     method: ClassVar[str] = "smora"
     title: ClassVar[str] = "SMoRA"
-    # the linears and all experts' rank as sequential LoRA's there
-    demo = {"targets": ("self_attn.o_proj",), "experts": 32, "top_k": 16}
+    # the linears and all experts' rank as sequential LoRA's there; a few hundred steps balance nothing at the default
+    demo = {"targets": ("self_attn.o_proj",), "experts": 32, "top_k": 16, "balance_rate": 0.001}
 
     experts: int = field(default=64, metadata={"help": "experts of each linear: the rank of the LoRA that they are"})
     rank: int = field(default=1, metadata={"help": "rank of one expert"})
+    scale: float = field(default=16.0, metadata={"help": "factor on the increment, whose gates add up to 1 (alpha)"})
     dropout: float = field(
         default=0.0, metadata={"help": "share of an adapted linear's input that experts do not see in training"}
     )
     top_k: int = field(default=8, metadata={"help": "experts that act on one token"})
     balance_rate: float = field(
-        default=0.001, metadata={"help": "step by which the bias of idle experts rises; 0 for no balance of load"}
+        default=1e-5, metadata={"help": "step by which the bias of idle experts rises; 0 for no balance of load"}
     )
 
     def __post_init__(self) -> None:
@@ -84,14 +89,16 @@ class Smora(MoeLora):
 
     def gates(self, factors: Factors, logits: Tensor, selection: Selection) -> Tensor:
         bias: Tensor = factors.balance  # type: ignore[assignment]
-        picked = (logits.detach() + bias).topk(self.config.top_k, sorted=False).indices  # [B, S, k]
+        scores = logits.sigmoid() + bias  # [B, S, E]
+        picked = scores.detach().topk(self.config.top_k, sorted=False).indices  # [B, S, k]
         if selection.seen is not None and factors not in selection.seen:
             selection.seen.add(factors)
             taken = torch.zeros_like(logits, dtype=torch.float32).scatter_(2, picked, 1.0)
             if selection.mask is not None:  # padding is no work
                 taken *= (selection.mask != 0).to(taken.device).unsqueeze(2)
             factors.load += taken.sum((0, 1))  # type: ignore[operator]
-        return torch.zeros_like(logits).scatter(2, picked, logits.gather(2, picked).softmax(-1))
+        weight = scores.gather(2, picked).clamp(min=LEAST)
+        return torch.zeros_like(scores).scatter(2, picked, weight / weight.sum(-1, keepdim=True))
 
     def own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
         own = super().own_tensors(shape, tasks, rows, block_rows)
