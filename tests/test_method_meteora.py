@@ -108,6 +108,7 @@ def test_earlier_loras_and_gates_stay_to_the_bit(llava: Any, processor: Any, tmp
             assert [len(tensor) for tensor in tensors] == [1, 2, 3]
             assert torch.equal(tensors[1][:1], tensors[0]) and torch.equal(tensors[2][:2], tensors[1])
         assert tensors[2][1].abs().max() > 0, "the gate must learn"
+        assert not tensors[0].any(), "alone, it has no choice to learn from"
 
 
 @pytest.mark.parametrize("generation", [{}, {"num_beams": 3}])

@@ -5,7 +5,8 @@
 The paper has all LoRAs from elsewhere and then trains the gates of every linear on a mix of all tasks' data. A stream
 keeps no old data: here a task trains its LoRA together with its own row of W, on its own samples, earlier LoRAs and
 rows of W frozen. Its LoRA is then always among the k, or its row could not learn. Nothing tells a row which tokens of
-earlier tasks are not its own.
+earlier tasks are not its own. The loss that the authors' code (NJUDeepEngine/meteora) adds, the cross entropy of each
+gate's logits with the number of the token's task, could not either, and is left out: the number is always the newest.
 """
 
 from __future__ import annotations
