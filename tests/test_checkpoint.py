@@ -171,7 +171,7 @@ def test_a_signal_ends_the_step_and_saves(
     [
         cf.LoraConfig(rank=4, a_std=0.1), cf.JointLoraConfig(rank=4, a_std=0.1),
         # with what no gradient trains
-        SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, balance_rate=0.1),
+        SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, bias_update_rate=0.1),
         BranchLoraConfig(rank=4, a_std=0.1, surrogate="sentence"),
     ],
     ids=lambda config: config.method,

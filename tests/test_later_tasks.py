@@ -22,7 +22,7 @@ LEARNED_TASK_BY_TASK = [
     CONFIG,
     dataclasses.replace(CONFIG, context_rank=2),
     cf.LoraConfig(rank=4, a_std=0.1),
-    SmoraConfig(experts=4, top_k=2, a_std=0.1, balance_rate=0.1),
+    SmoraConfig(experts=4, top_k=2, a_std=0.1, bias_update_rate=0.1),
     BranchLoraConfig(rank=4, a_std=0.1, surrogate="sentence"),
 ]
 

@@ -18,7 +18,7 @@ from tests.helpers import QUESTIONS, inputs
 from tests.test_train import trainer
 
 TARGETS = ("self_attn.v_proj", "mlp.*_proj")
-CONFIG = SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, targets=TARGETS, balance_rate=0.01)
+CONFIG = SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, targets=TARGETS, bias_update_rate=0.01)
 
 
 def gates_of(factors: Factors, x: Tensor) -> Tensor:
@@ -147,8 +147,16 @@ def test_the_defaults_are_those_of_the_authors_code() -> None:
     """Rank 64, 8 of them active, all linears; alpha 16, of which each active rank gets a kth when gates are even."""
     config = SmoraConfig()
     assert (config.experts, config.rank, config.top_k, config.dropout) == (64, 1, 8, 0.0)
-    assert config.scale / config.top_k == 16 / 8 and config.balance_rate == 1e-5
+    assert config.scale / config.top_k == 16 / 8 and config.bias_update_rate == 1e-5
     assert config.targets == ("self_attn.*_proj", "mlp.*_proj")
+
+
+def test_what_was_learned_with_a_gate_of_softmax_is_refused() -> None:
+    """It would load, and answer by another gate."""
+    values = SmoraConfig().to_dict()
+    values["balance_rate"] = values.pop("bias_update_rate")
+    with pytest.raises(ValueError, match=r"unknown fields \['balance_rate'\] for method 'smora'"):
+        config_from_dict(values)
 
 
 def test_weights_stay_a_share_whatever_the_bias(generator: torch.Generator) -> None:
@@ -166,7 +174,7 @@ def test_weights_stay_a_share_whatever_the_bias(generator: torch.Generator) -> N
 
 
 def test_balance_makes_an_idle_expert_work(generator: torch.Generator) -> None:
-    method = Smora(SmoraConfig(experts=6, top_k=1, balance_rate=0.05))
+    method = Smora(SmoraConfig(experts=6, top_k=1, bias_update_rate=0.05))
     pool = Pool(rank=1, key_dim=0, shapes={"o": LinearShape(8, 5)})
     method.open_task(pool, None, generator)
     factors = pool.factors("o")
@@ -192,8 +200,8 @@ def test_balance_makes_an_idle_expert_work(generator: torch.Generator) -> None:
         ({"top_k": 0}, "top_k is 0; expected 1 to 64"),
         ({"top_k": 65}, "top_k is 65; expected 1 to 64"),
         ({"experts": 0}, "experts is 0"),
-        ({"balance_rate": -0.1}, "balance_rate is -0.1"),
-        ({"balance_rate": float("nan")}, "balance_rate is nan"),
+        ({"bias_update_rate": -0.1}, "bias_update_rate is -0.1"),
+        ({"bias_update_rate": float("nan")}, "bias_update_rate is nan"),
     ],
 )
 def test_a_config_refuses_what_it_cannot_do(fields: dict, message: str) -> None:

@@ -3,7 +3,7 @@
     y = W0 x + scale * sum_{i in top-k(s)} g_i * B_i A_i x,   s = sigmoid(W_g x) + u,   g_i = s_i / sum_{j in top-k} s_j
 
 ``u`` keeps the experts busy without a loss of its own: once a training step, ``u_i`` of an expert that was picked less
-often than the mean over the step's tokens rises by ``balance_rate``, and that of the others falls.
+often than the mean over the step's tokens rises by ``bias_update_rate``, and that of the others falls.
 
 This is the authors' code (StyxXuan/smora), which multiplies g by k and divides LoRA's alpha by k: ``scale`` is alpha.
 """
@@ -31,7 +31,7 @@ class SmoraConfig(MoeLoraConfig):
     method: ClassVar[str] = "smora"
     title: ClassVar[str] = "SMoRA"
     # the linears and all experts' rank as sequential LoRA's there; a few hundred steps balance nothing at the default
-    demo = {"targets": ("self_attn.o_proj",), "experts": 32, "top_k": 16, "balance_rate": 0.001}
+    demo = {"targets": ("self_attn.o_proj",), "experts": 32, "top_k": 16, "bias_update_rate": 0.001}
 
     experts: int = field(default=64, metadata={"help": "experts of each linear: the rank of the LoRA that they are"})
     rank: int = field(default=1, metadata={"help": "rank of one expert"})
@@ -40,7 +40,8 @@ class SmoraConfig(MoeLoraConfig):
         default=0.0, metadata={"help": "share of an adapted linear's input that experts do not see in training"}
     )
     top_k: int = field(default=8, metadata={"help": "experts that act on one token"})
-    balance_rate: float = field(
+    # not the name of when the gate was a softmax: what was learned with that is refused
+    bias_update_rate: float = field(
         default=1e-5, metadata={"help": "step by which the bias of idle experts rises; 0 for no balance of load"}
     )
 
@@ -48,8 +49,8 @@ class SmoraConfig(MoeLoraConfig):
         super().__post_init__()
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k is {self.top_k}; expected 1 to {self.experts} (experts)")
-        if not 0.0 <= self.balance_rate < float("inf"):
-            raise ValueError(f"balance_rate is {self.balance_rate}; expected a number of at least 0")
+        if not 0.0 <= self.bias_update_rate < float("inf"):
+            raise ValueError(f"bias_update_rate is {self.bias_update_rate}; expected a number of at least 0")
 
 
 @register(SmoraConfig)
@@ -74,7 +75,7 @@ class Smora(MoeLora):
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         selection = super().select(pool, query, groups, training)
-        if selection is None or not training or not self.config.balance_rate:
+        if selection is None or not training or not self.config.bias_update_rate:
             return selection
         version = pool_version(pool)
         if self.counted_at not in (None, version):
@@ -84,7 +85,7 @@ class Smora(MoeLora):
 
     def end_step(self, pool: Pool) -> None:
         if self.counted_at is not None:
-            balance(pool, self.config.balance_rate)
+            balance(pool, self.config.bias_update_rate)
             self.counted_at = None
 
     def gates(self, factors: Factors, logits: Tensor, selection: Selection) -> Tensor:
