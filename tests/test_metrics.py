@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import product
+from operator import mul
 
 import pytest
 
@@ -79,6 +81,15 @@ def test_paired_p_values_by_hand() -> None:
     assert metrics.paired_p_value([0.1, 0.1, 0.1, 0.1, 0.1, -0.1]) == 2 * (1 + 6) / 64
     assert metrics.paired_p_value([0.0] * 6) == 1.0
     assert metrics.paired_p_value([0.1, 0.2, -0.3] * 2) == 1.0, "their sum is 0, though not in floating point"
+
+
+@pytest.mark.parametrize("right", [[-3, 4, -1, 4, 3, 13, 14, 9], [2, -1, 12, -6, 2, -1, 8]])
+def test_paired_p_values_count_every_tie(right: list[int]) -> None:
+    """Differences of so many right answers out of 1200: in whole numbers, ways to sign them tie exactly."""
+    signed = [sum(map(mul, signs, right)) for signs in product((1, -1), repeat=len(right))]
+    assert signed.count(sum(right)) > 1
+    as_far = sum(abs(total) >= abs(sum(right)) for total in signed)
+    assert metrics.paired_p_value([n / 1200 for n in right]) == pytest.approx(as_far / len(signed), abs=1e-12)
 
 
 def test_paired_p_values_of_many_runs_are_drawn() -> None:

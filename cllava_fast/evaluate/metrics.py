@@ -110,12 +110,16 @@ def paired_p_value(differences: Sequence[float]) -> float | None:
         return None
     from scipy.stats import permutation_test  # not above: it takes a second to import
 
-    # sums that are equal but for rounding count as equal: whole numbers have no rounding
     largest = max(map(abs, differences)) or 1.0
-    whole = np.round(np.asarray(differences) / largest * 1e9)
+
+    def total(signed: np.ndarray, axis: int) -> np.ndarray:
+        # rounded after the sum: sums that are equal but for floating point are ties
+        return np.round(np.sum(signed, axis=axis) / largest * 1e9)
+
     test = permutation_test(
-        (whole,), np.sum, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, batch=4096, rng=0
-    )
+        (np.asarray(differences),), total, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES,
+        batch=4096, rng=0,
+    )  # fmt: skip
     return float(test.pvalue)
 
 
