@@ -168,6 +168,15 @@ class TestReady:
         expected = ["ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCR-VQA"]
         assert [task["name"] for task in tasks] == expected
 
+    @pytest.mark.parametrize(
+        ("name", "task"), [("coin", "TextVQA"), ("coast-dataset", "vqav2"), ("coast-dataset", "textvqa")]
+    )
+    def test_ten_human_answers_are_judged_as_they_agree(self, name: str, task: str) -> None:
+        tasks = yaml.safe_load((READY / f"{name}.yaml").read_text())["tasks"]
+        (spec,) = (spec for spec in tasks if spec["name"] == task)
+        answers = ["red", *(f"other {i}" for i in range(9))]
+        assert SCORES[spec.get("metric", "exact_match")](["red"], [answers]) == pytest.approx(0.3), "one of ten"
+
     def test_they_are_in_the_package(self) -> None:
         import tomllib
 
