@@ -54,6 +54,10 @@ def test_vqa_accuracy_of_ten_answers(equal: int, score: float) -> None:
     assert scores.vqa_accuracy("red", references) == pytest.approx(score)
 
 
+def test_vqa_accuracy_normalises_references_as_answers() -> None:
+    assert scores.vqa_accuracy("None.", ["none"] * 10) == scores.vqa_accuracy("two", ["the two"] * 10) == 1.0
+
+
 def test_vqa_accuracy_of_few_answers() -> None:
     assert scores.vqa_accuracy("red", ["red"]) == 1.0 and scores.vqa_accuracy("red", ["blue"]) == 0.0
     assert scores.vqa_accuracy("red", ["red", "blue"]) == 0.5  # met by one that is left of two, and not by the other

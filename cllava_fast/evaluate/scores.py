@@ -39,8 +39,8 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
 
     The accuracy of VQA, TextVQA and VizWiz (Antol et al. 2015, arXiv:1505.00468; https://visualqa.org/evaluation.html),
     which come with ten answers a question. Below four answers fewer than three can be left: all that are left must be
-    equal, and a single answer has to be met. Both sides are normalised by ``normalize_vqa``; the official script takes
-    references as normalised already, which those of the published files are.
+    equal, and a single answer has to be met. Both sides are normalised by ``normalize_vqa``; of references the official
+    script takes off the punctuation alone, and only where they differ.
     """
     answer = normalize_vqa(prediction)
     equal = sum(answer == normalize_vqa(reference) for reference in references)
@@ -194,8 +194,9 @@ def _known_option(reference: str) -> str:
 def grounding_accuracy(prediction: str, references: Sequence[str]) -> float:
     """1 if the predicted box ``[x1, y1, x2, y2]`` overlaps a reference by an IoU of at least 0.5, else 0.
 
-    The accuracy of RefCOCO (Kazemzadeh et al. 2014; Yu et al. 2016, arXiv:1608.00272), and of CoIN's Grounding task.
-    Both boxes are in one unit, relative or pixels. The first four numbers in brackets count, or four numbers alone.
+    The accuracy of RefCOCO (Kazemzadeh et al. 2014; Yu et al. 2016, arXiv:1608.00272), and of CoIN's Grounding task,
+    whose script wants more than 0.5. Both boxes are in one unit, relative or pixels. The first four numbers in brackets
+    count, or four numbers alone.
     """
     boxes = [_known_box(reference) for reference in references]
     box = _box(prediction)
