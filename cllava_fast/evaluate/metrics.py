@@ -23,9 +23,9 @@ def average_accuracy(matrix: Matrix) -> float | None:
 
 
 def average_forgetting(matrix: Matrix) -> float | None:
-    """Mean over earlier tasks of the best accuracy ever had minus the last (Chaudhry et al. 2018).
+    """Mean over earlier tasks of the best accuracy before the last task minus the last one (Chaudhry et al. 2018).
 
-    0 for a stream of one task; None where earlier rows were not measured.
+    Negative where the last task helped. 0 for a stream of one task; None where earlier rows were not measured.
     """
     last = len(matrix) - 1
     drops: list[float | None] = []

@@ -85,7 +85,8 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("", f"{plural} in %, measured on the {split} split over {over_runs(results)}, by greedy generation "
              f"and {judged}, without telling the model which task a question belongs to."),
         ("average", "over all tasks after the last one, ± standard deviation over the runs where there are several."),
-        ("forgetting", f"best {what} ever had on a task minus the last, mean over the earlier tasks."),
+        ("forgetting", f"best {what} on a task before the last one was learned, minus that at the end; mean over the "
+                       "earlier tasks, negative where they gained."),
         ("BWT", f"last {what} minus the one just after learning."),
         ("MAA", "mean over the steps of the average on the tasks seen so far."),
         ("right block", "share of the selection weight that falls into the rows of the question's own task."),
