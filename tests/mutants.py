@@ -283,6 +283,11 @@ MUTANTS = [
         'batch=4096, rng=0, alternative="less"', ("tests/test_metrics.py",),
     ),
     Mutant(
+        "report: p of differences that are rounded one by one", "cllava_fast/evaluate/metrics.py",
+        "np.round(np.sum(signed, axis=axis) / largest * 1e9)", "np.sum(np.round(signed / largest * 1e9), axis=axis)",
+        ("tests/test_metrics.py",),
+    ),
+    Mutant(
         "report: p of the scores, not of their differences", "cllava_fast/evaluate/report.py",
         "[a - b for a, b in pairs]", "[a for a, b in pairs]", REPORT,
     ),
