@@ -47,6 +47,11 @@ class ModelConfig:
     conversation: Literal["template", "vicuna_v1"] = field(
         default="template", metadata={"help": "the processor's own chat template, or what LLaVA-1.5 was trained on"}
     )
+    image_aspect_ratio: Literal["processor", "pad"] = field(
+        default="processor",
+        metadata={"help": "the image processor's own way, or pad: whole images, padded to squares, as LLaVA-1.5 was "
+                  "trained on"},
+    )  # fmt: skip
     increments: str | None = field(
         default=None,
         metadata={"help": "folder of saved increments: the stream's tasks come after those learned there, by the same "

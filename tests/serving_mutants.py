@@ -287,6 +287,23 @@ SERVING_MUTANTS = [
         "processor.chat_template = saved.chat_template", "pass", "tests/test_hub.py",
     ),
     (
+        "images are served as the base's processor has them", "cllava_fast/model/files.py",
+        'pad_to_square(processor, saved.image_settings["do_pad"])', "pass", "tests/test_hub.py",
+    ),
+    (
+        "another preparation of images is not told", "cllava_fast/model/files.py",
+        "for name in differing(saved.image_settings, here):", "for name in []:", "tests/test_hub.py",
+    ),
+    (
+        "a run goes on with other images", "cllava_fast/train/identity.py",
+        '"image_settings": image_settings(processor),', "", "tests/test_checkpoint.py",
+    ),
+    (
+        "a run learns images that the model was not patched with", "cllava_fast/train/loop.py",
+        "for name in differing(image_settings(mine), image_settings(patched)):", "for name in []:",
+        "tests/test_train_refusals.py",
+    ),
+    (
         "a stranger's template is rendered", "cllava_fast/model/files.py",
         "if saved.chat_template not in map(chat_template, conversations()):", "if False:", "tests/test_hub.py",
     ),

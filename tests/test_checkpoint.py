@@ -27,7 +27,7 @@ import cllava_fast as cf
 from cllava_fast import atomic, cli
 from cllava_fast.atomic import DamagedError, SaveError
 from cllava_fast.cli.running import increments_of
-from cllava_fast.data import chat_template
+from cllava_fast.data import chat_template, pad_to_square
 from cllava_fast.demo.base import new_base
 from cllava_fast.methods import LoraConfig
 from cllava_fast.methods.branch_lora import BranchLoraConfig
@@ -291,7 +291,9 @@ def test_a_first_task_that_could_not_be_saved_is_learned_anew(
     same((cut.train(), cut.increments.pool.state()), expected)
 
 
-@pytest.mark.parametrize("other", ["base_fingerprint", "surrogate_fingerprint", "chat_template_sha256"])
+@pytest.mark.parametrize(
+    "other", ["base_fingerprint", "surrogate_fingerprint", "chat_template_sha256", "image_settings"]
+)
 def test_another_base_or_template_does_not_go_on(
     other: str, new_llava: Callable[..., Any], processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,14 +308,19 @@ def test_another_base_or_template_does_not_go_on(
         model.model.language_model.norm.weight.data += 1
     elif other == "chat_template_sha256":
         its_processor.chat_template = chat_template("vicuna_v1")
+    elif other == "image_settings":
+        pad_to_square(its_processor)
     cf.patch(model, CONFIG, processor=its_processor)
+    told = "image_settings: do_pad False, not True" if other == "image_settings" else f"another {other}"
     with monkeypatch.context() as changed:
         if other == "surrogate_fingerprint":
             changed.setattr(get_increments(model).surrogate, "_fingerprint", "another one")
-        with pytest.raises(
-            FileExistsError, match=f"with another {other}; give what it was started with, or a new output_dir"
-        ):
+        with pytest.raises(FileExistsError, match=f"with {told}; give what it was started with, or a new output_dir"):
             run(model, its_processor, resume=True)
+    file = tmp_path / "run" / "run.json"
+    values = atomic.read_json(file)
+    del values["image_settings"]  # as runs of earlier versions
+    atomic.write_json(file, values)
     run(new_llava(), processor, resume=True).train()
 
 

@@ -529,3 +529,11 @@ def test_a_named_conversation_becomes_the_processors_template() -> None:
     _, processor = load_base(ModelConfig(path=str(base), conversation="vicuna_v1"))
     assert processor.chat_template == chat_template("vicuna_v1")
     assert load_base(ModelConfig(path=str(base)))[1].chat_template != processor.chat_template
+
+
+def test_a_base_is_loaded_with_images_that_are_padded() -> None:
+    pads = [
+        load_base(ModelConfig(path=str(FOLDER), image_aspect_ratio=how))[1].image_processor.do_pad or False
+        for how in ("processor", "pad")
+    ]
+    assert pads == [False, True]

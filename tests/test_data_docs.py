@@ -51,8 +51,7 @@ def test_the_code_runs(folder: Path, llava: Any, processor: Any, monkeypatch: py
     (folder / "vqa" / "data").mkdir(parents=True)
     data = datasets.Dataset.from_dict({"query": ["Which?"], "label": ["this"]})
     data.to_parquet(folder / "vqa" / "data" / "train-00000-of-00001.parquet")
-    names: dict[str, Any] = {"model": llava, "processor": processor, "base": folder / "base"}
-    processor.save_pretrained(folder / "base")
+    names: dict[str, Any] = {"model": llava, "processor": processor}
     for name in ("chat_template", "image_processor"):
         monkeypatch.setattr(processor, name, getattr(processor, name))  # comes back after the page sets it
     for code in blocks("python"):
@@ -67,16 +66,17 @@ def test_the_code_runs(folder: Path, llava: Any, processor: Any, monkeypatch: py
 @pytest.mark.parametrize("size", [(96, 40), (41, 96)])
 def test_images_are_padded_as_llava_pads_them(folder: Path, processor: Any, monkeypatch: Any, size: Any) -> None:
     """To a square with the mean color, the image in the middle, as ``expand2square`` of LLaVA's ``mm_utils.py``."""
-    (code,) = (code for code in blocks("python") if "do_pad" in code)
+    (code,) = (code for code in blocks("python") if "pad_to_square" in code)
     image = Image.effect_noise(size, 64).convert("RGB")
     monkeypatch.setattr(processor, "image_processor", processor.image_processor)  # comes back
     processor.save_pretrained(folder / "base")
-    exec(code, {"processor": processor, "base": folder / "base"})
-    plain = type(processor.image_processor).from_pretrained(folder / "base", do_pad=False)
+    exec(code, {"processor": processor})
+    plain = AutoProcessor.from_pretrained(folder / "base").image_processor
     square = Image.new("RGB", (96, 96), tuple(int(255 * mean) for mean in plain.image_mean))
     square.paste(image, ((96 - size[0]) // 2, (96 - size[1]) // 2))
     expected = plain([square], return_tensors="pt")["pixel_values"]
-    for padding in (processor.image_processor, AutoProcessor.from_pretrained(folder / "base").image_processor):
+    processor.save_pretrained(folder / "padding")
+    for padding in (processor.image_processor, AutoProcessor.from_pretrained(folder / "padding").image_processor):
         torch.testing.assert_close(padding([image], return_tensors="pt")["pixel_values"], expected)
     assert not torch.allclose(plain([image], return_tensors="pt")["pixel_values"], expected)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -16,9 +17,10 @@ import torch
 import transformers
 from huggingface_hub import CommitInfo, ModelCard, RepoUrl
 from huggingface_hub.errors import HFValidationError
+from PIL import Image
 
 import cllava_fast as cf
-from cllava_fast.data import chat_template
+from cllava_fast.data import chat_template, pad_to_square
 from cllava_fast.demo import load_base
 from cllava_fast.model import files, hub
 from tests.base_models import new_model, new_processor
@@ -135,6 +137,59 @@ def test_prompts_are_served_as_they_were_learned(
     del values["chat_template"]  # as files were before
     file.write_text(json.dumps(values))
     assert cf.from_pretrained(saved).increments.processor.chat_template == silent.chat_template
+
+
+def test_images_are_served_as_they_were_learned(base: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    def new_base() -> tuple[Any, Any]:
+        return LlavaForConditionalGeneration.from_pretrained(base), AutoProcessor.from_pretrained(base)
+
+    image = Image.effect_noise((96, 40), 64).convert("RGB")
+
+    def pixels(processor: Any) -> torch.Tensor:
+        return processor.image_processor([image], return_tensors="pt")["pixel_values"]
+
+    (model, padding), (other, plain) = new_base(), new_base()
+    pad_to_square(padding)
+    padded = cf.save_pretrained(cf.patch(model, cf.IncrementConfig(), processor=padding), tmp_path / "padded")
+    whole = cf.save_pretrained(cf.patch(other, cf.IncrementConfig(), processor=plain), tmp_path / "whole")
+    assert not torch.equal(pixels(padding), pixels(plain))
+    recwarn.clear()
+    loaded = [cf.from_pretrained(padded), cf.load_pretrained(new_base()[0], padded)]
+    cf.load_pretrained(new_base()[0], padded, processor=padding)
+    for model in loaded:
+        assert torch.equal(pixels(model.increments.processor), pixels(padding))
+    assert torch.equal(pixels(cf.from_pretrained(whole).increments.processor), pixels(plain))
+    assert not [warning for warning in recwarn if "images" in str(warning.message)]
+    with pytest.warns(UserWarning, match="images have do_pad False, and .*padded was learned with True.*pad_to_square"):
+        cf.load_pretrained(new_base()[0], padded, processor=plain)
+    smaller = copy.deepcopy(padding)
+    smaller.image_processor.image_mean = [0.4, 0.5, 0.5]
+    with pytest.warns(UserWarning, match=r"images have image_mean \[0.4, 0.5, 0.5\], and .*set processor.image_p"):
+        cf.load_pretrained(new_base()[0], padded, processor=smaller)
+
+    # a base that was itself saved with padding, for increments learned without
+    padding.save_pretrained(base)
+    try:
+        assert torch.equal(pixels(cf.from_pretrained(whole).increments.processor), pixels(plain))
+    finally:
+        plain.save_pretrained(base)
+    file = padded / files.CONFIG
+    values = json.loads(file.read_text())
+    for settings in ("pad", [], {}, {"do_pad": 1}):
+        file.write_text(json.dumps({**values, "image_settings": settings}))
+        with pytest.raises(ValueError, match="image_settings is .*; expected a mapping with do_pad, true or false"):
+            cf.from_pretrained(padded)
+    del values["image_settings"]  # as files were before
+    file.write_text(json.dumps(values))
+    assert torch.equal(pixels(cf.from_pretrained(padded).increments.processor), pixels(plain))
+
+
+def test_padding_is_refused_where_there_is_none() -> None:
+    for name, given in (("LlavaNextForConditionalGeneration", "a LlavaNextImage"), ("LlamaForCausalLM", "none")):
+        with pytest.raises(ValueError, match=f"image_processor is {given}.*expected one of CLIPImageProcessor"):
+            pad_to_square(new_processor(name))
 
 
 @pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "LlamaForCausalLM"])

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast.atomic import read_json, write_json
-from cllava_fast.data import chat_template
+from cllava_fast.data import chat_template, pad_to_square
 from cllava_fast.methods import SequentialLora
 from cllava_fast.methods.o_lora import OLora, OLoraConfig
 from cllava_fast.model import get_increments
@@ -94,6 +94,10 @@ def test_another_chat_template_than_the_models(llava: Any, processor: Any, tmp_p
     other.chat_template = chat_template("vicuna_v1")
     with pytest.raises(ValueError, match="another chat template than the one that the model was patched with"):
         cf.ContinualTrainer(llava, other, stream(), arguments(tmp_path / "run"))
+    padding = copy.deepcopy(processor)
+    pad_to_square(padding)
+    with pytest.raises(ValueError, match="another do_pad of images than the one that the model was patched with"):
+        cf.ContinualTrainer(llava, padding, stream(), arguments(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("ends", [None, 5, [5, 6]])

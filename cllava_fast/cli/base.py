@@ -18,6 +18,7 @@ from cllava_fast.environment import require
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model.card import is_repo_id
 from cllava_fast.model.hub import auto_class
+from cllava_fast.model.image_settings import pad_to_square
 from cllava_fast.model.paths import BASES, adapted_linears, check_supported
 
 
@@ -79,10 +80,13 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def load_processor(config: ModelConfig) -> Any:
+    """Raises ValueError where it cannot pad images, and is to."""
     processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False)
     if config.conversation != "template":
         # set here, training, the reading of instructions and serving all speak it
         processor.chat_template = chat_template(config.conversation)
+    if config.image_aspect_ratio == "pad":
+        pad_to_square(processor)
     return processor
 
 

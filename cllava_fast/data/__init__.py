@@ -5,5 +5,16 @@ from cllava_fast.data.encode import DataCollator
 from cllava_fast.data.load import load_stream, ready_streams
 from cllava_fast.data.readers import read_samples
 from cllava_fast.data.stream import Sample, Stream, Task
+from cllava_fast.model.image_settings import pad_to_square
 
-__all__ = ["DataCollator", "Sample", "Stream", "Task", "chat_template", "load_stream", "read_samples", "ready_streams"]
+__all__ = [
+    "DataCollator",
+    "Sample",
+    "Stream",
+    "Task",
+    "chat_template",
+    "load_stream",
+    "pad_to_square",
+    "read_samples",
+    "ready_streams",
+]

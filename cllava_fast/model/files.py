@@ -22,6 +22,7 @@ from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, ne
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import EXACT, increments_card, is_repo_id
+from cllava_fast.model.image_settings import differing, image_settings, pad_to_square
 from cllava_fast.model.patching import (
     check_not_merged,
     check_nothing_over,
@@ -40,7 +41,7 @@ FILES = (CONFIG, WEIGHTS, CARD)
 FORMAT = 1
 FIELDS = (
     "format", "config", "tasks", "base_model_name_or_path", "base_dtype", "base_quantization", "base_fingerprint",
-    "surrogate_fingerprint", "chat_template", "weights_sha256",
+    "surrogate_fingerprint", "chat_template", "image_settings", "weights_sha256",
 )  # fmt: skip
 INCREMENTS_FOLDER = "increments"  # of a run's folder: one subfolder for the state after each task
 # far above what any pool needs, far below what would hurt
@@ -60,6 +61,7 @@ class Saved:
     surrogate_fingerprint: str | None
     weights_sha256: str
     chat_template: str | None
+    image_settings: dict[str, Any] | None
     base_quantization: str | None  # EXACT, or how its weights were quantised
 
 
@@ -122,6 +124,7 @@ def write_increments(
         raise ValueError(
             f"what {config.method} has learned could not be read again: {error} (own_tensors names what it keeps)"
         ) from error
+    processor = getattr(getattr(model, "increments", None), "processor", None)
     weights = save({f"pool.{name}": tensor for name, tensor in state.items()}, metadata={"format": "pt"})
     values = {
         "format": FORMAT,
@@ -132,7 +135,8 @@ def write_increments(
         "base_quantization": base_quantization(model),
         "base_fingerprint": base_fingerprint(model),
         "surrogate_fingerprint": surrogate,
-        "chat_template": _text_template(getattr(getattr(model, "increments", None), "processor", None)),
+        "chat_template": _text_template(processor),
+        "image_settings": image_settings(processor),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     with new_folder(target) as folder:
@@ -149,8 +153,9 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     Args:
         model: the base that the increments were learned on, in the same dtype.
         path: the folder.
-        processor: as in ``patch``, which then speaks its own chat template. One that is found beside the base speaks
-            the template that the increments were learned with, if that is its own or one of this library's.
+        processor: as in ``patch``, which then speaks its own chat template and prepares images in its own way. One
+            that is found beside the base speaks the template that the increments were learned with, if that is its own
+            or one of this library's, and pads images where they were padded then.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -167,9 +172,9 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
         check_nothing_over(model)
     saved, state = read_increments(model, folder)
     if processor is None and not was_patched:
-        processor = speak_as_learned(find_processor(model), saved, folder)
+        processor = set_as_learned(find_processor(model), saved, folder)
     patch(model, saved.config, processor=processor)
-    _warn_of_another_template(get_increments(model).processor if processor is None else processor, saved, folder)
+    _warn_of_other_settings(get_increments(model).processor if processor is None else processor, saved, folder)
     increments = get_increments(model)
     try:
         present = increments.surrogate.fingerprint if increments.surrogate else None
@@ -186,13 +191,19 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     return model
 
 
-def speak_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | None:
-    """Sets the chat template that the increments were learned with: the base's own, or one of this library's.
+def set_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | None:
+    """Sets the chat template that the increments were learned with, the base's own or one of this library's, and
+    whether images are padded.
 
-    Any other is a program of strangers. The sandbox that transformers renders it in bounds neither time nor memory, and
-    what it does may depend on the question. Raises ValueError for it.
+    Any other template is a program of strangers. The sandbox that transformers renders it in bounds neither time nor
+    memory, and what it does may depend on the question. Raises ValueError for it.
     """
-    if processor is None or saved.chat_template in (None, _text_template(processor)):
+    if processor is None:
+        return processor
+    if "do_pad" in differing(saved.image_settings, image_settings(processor)):
+        assert saved.image_settings is not None
+        pad_to_square(processor, saved.image_settings["do_pad"])
+    if saved.chat_template in (None, _text_template(processor)):
         return processor
     from cllava_fast.data.conversation import chat_template, conversations  # which needs the model's reading of turns
 
@@ -206,7 +217,16 @@ def speak_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any |
     return processor
 
 
-def _warn_of_another_template(processor: Any | None, saved: Saved, folder: Path) -> None:
+def _warn_of_other_settings(processor: Any | None, saved: Saved, folder: Path) -> None:
+    here = image_settings(processor)
+    for name in differing(saved.image_settings, here):
+        assert saved.image_settings is not None and here is not None
+        warnings.warn(
+            f"the processor's images have {name} {brief(here[name])}, and {folder} was learned with "
+            f"{brief(saved.image_settings[name])}, so the model sees otherwise than in training; "
+            + ("cllava_fast.data.pad_to_square" if name == "do_pad" else "set processor.image_processor so"),
+            stacklevel=3,
+        )
     if processor is not None and saved.chat_template not in (None, _text_template(processor)):
         warnings.warn(
             f"the processor's chat template is not the one that {folder} was learned with, so prompts read otherwise "
@@ -262,6 +282,7 @@ def read_config(folder: Path) -> Saved:
             surrogate_fingerprint=values["surrogate_fingerprint"],
             weights_sha256=values["weights_sha256"],
             chat_template=values.get("chat_template"),
+            image_settings=values.get("image_settings"),
             base_quantization=values.get("base_quantization"),
         )
         names = saved.tasks
@@ -277,6 +298,9 @@ def read_config(folder: Path) -> Saved:
         for field in ("base_model", "base_dtype", "surrogate_fingerprint", "chat_template", "base_quantization"):
             if not isinstance(getattr(saved, field), str | None):
                 raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
+        settings = saved.image_settings
+        if settings is not None and not (isinstance(settings, dict) and type(settings.get("do_pad")) is bool):
+            raise ValueError(f"image_settings is {brief(settings)}; expected a mapping with do_pad, true or false")
         if saved.base_dtype not in (None, *DTYPES):
             raise ValueError(f"base_dtype is {brief(saved.base_dtype)}; expected one of {', '.join(DTYPES)}")
     except KeyError as error:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from cllava_fast.model.card import EXACT, is_repo_id
-from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained, speak_as_learned
+from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained, set_as_learned
 from cllava_fast.names import brief, nearest
 
 SHOWN = 20  # names of a folder in an error
@@ -73,7 +73,7 @@ def from_pretrained(
     if model is None:
         model = _load_base(saved, folder, options, base_options, was_given=base_model is not None)
         if processor is None:
-            processor = speak_as_learned(_find_processor(saved, options), saved, folder)
+            processor = set_as_learned(_find_processor(saved, options), saved, folder)
     return load_pretrained(model, folder, processor=processor).eval()
 
 

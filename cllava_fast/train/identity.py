@@ -13,6 +13,7 @@ from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments
 from cllava_fast.model.files import base_fingerprint
+from cllava_fast.model.image_settings import image_settings
 from cllava_fast.pool import Pool
 from cllava_fast.train.arguments import ContinualArguments
 
@@ -42,6 +43,7 @@ def base_identity(model: Any, processor: Any) -> dict[str, Any]:
         "base_fingerprint": base_fingerprint(model),
         "surrogate_fingerprint": None if surrogate is None else surrogate.fingerprint,
         "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest(),
+        "image_settings": image_settings(processor),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, read_json, save_errors, write_json
 from cllava_fast.config import CONFIG
 from cllava_fast.methods import METHODS
+from cllava_fast.model.image_settings import differing
 from cllava_fast.names import brief
 from cllava_fast.train.checkpoint import FOLDER, Checkpoints
 from cllava_fast.train.lock import LOCK, check_free
@@ -84,6 +85,8 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
         found, identity = (_of_done(values, learned, len(found["matrix"])) for values in (found, identity))
     before, now, words = list(found["stream"]), list(identity["stream"]), []
     other = [name for name in identity if found.get(name) != identity[name]]
+    if not differing(found.get("image_settings"), identity.get("image_settings")):
+        other = [name for name in other if name != "image_settings"]  # runs of earlier versions have none
     if before != now:
         words.append(f"tasks {brief(before)}, not {brief(now)}")
         other = [name for name in other if name not in ("metrics", "stream_sha256")]
@@ -94,7 +97,7 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
             words.append(f"other samples of task {brief(changed)}")
         elif name == "stream":
             continue  # numbers of samples: those tasks' samples are others, too
-        elif name in ("method", "arguments", "metrics") and isinstance(theirs, dict):
+        elif name in ("method", "arguments", "metrics", "image_settings") and isinstance(theirs, dict):
             key = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
             words.append(f"{name}: {key} {brief(theirs.get(key))}, not {brief(ours.get(key))}")
         else:

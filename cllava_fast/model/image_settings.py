@@ -1,0 +1,59 @@
+"""How a processor prepares images. LLaVA-1.5 was trained on whole images, padded to squares; the processor of its
+checkpoints for transformers shows the middle of an image alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+SETTINGS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std", "do_pad",
+)  # fmt: skip
+KINDS = ("CLIPImageProcessor", "LlavaImageProcessor")  # the second is the first, and pads where it is told to
+
+
+def image_settings(processor: Any) -> dict[str, Any] | None:
+    """What decides the pixels that a vision tower sees, as JSON holds it; None where no images are prepared."""
+    prepares = getattr(processor, "image_processor", None)
+    if prepares is None:
+        return None
+    values = json.loads(prepares.to_json_string())
+    return {"do_pad": False} | {name: values[name] for name in SETTINGS if values.get(name) is not None}
+
+
+def differing(settings: Mapping[str, Any] | None, others: Mapping[str, Any] | None) -> list[str]:
+    """Names of what both say, and say differently."""
+    if settings is None or others is None:
+        return []
+    return [name for name in SETTINGS if name in settings and name in others and settings[name] != others[name]]
+
+
+def pad_to_square(processor: Any, pads: bool = True) -> None:
+    """Lets a processor show whole images, padded to squares with the mean color, in place of their middle.
+
+    LLaVA-1.5 was trained and evaluated so (``image_aspect_ratio: pad`` in its code). Call it before ``patch``.
+
+    Args:
+        processor: of a LLaVA with a CLIP tower; its ``image_processor`` is replaced by transformers'
+            ``LlavaImageProcessor`` with the same settings.
+        pads: False takes it back.
+
+    Raises:
+        ValueError: it prepares no images, or in a way that takes no padding, such as cutting them into views.
+    """
+    prepares: Any = getattr(processor, "image_processor", None)
+    kind = type(prepares).__name__
+    if not kind.startswith(KINDS):
+        given = "none" if prepares is None else f"a {kind}"
+        raise ValueError(
+            f"the processor's image_processor is {given}; to pad images expected one of {', '.join(KINDS)}"
+        )
+    cls: Any
+    if kind.endswith("Pil"):  # without torchvision
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as cls
+    else:
+        from transformers import LlavaImageProcessor as cls
+    values = {name: value for name, value in prepares.to_dict().items() if name != "image_processor_type"}
+    processor.image_processor = cls(**{**values, "do_pad": pads})
