@@ -93,8 +93,8 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "what was wrapped before a task loses its mark",
         "cllava_fast/train/as_it_was.py",
-        "        model.__dict__.update(before)\n\n\n@contextmanager\ndef _without_cache",
-        "        model.__dict__.update({n: before[n] for n in names[:2]})\n\n\n@contextmanager\ndef _without_cache",
+        "values.update(known)",
+        "values.update({name: known[name] for name in names[:2] if name in known})",
         ("tests/test_learning.py",),
     ),
     (
@@ -208,7 +208,7 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "a step fills a cache",
         "cllava_fast/train/as_it_was.py",
-        '    language["use_cache"] = False\n',
+        '        language["use_cache"] = False\n',
         "",
         TRAIN,
     ),

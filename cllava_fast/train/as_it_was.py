@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,64 +39,54 @@ def as_it_was(model: Any) -> Iterator[None]:
 def keeps_forward(model: Any) -> Iterator[None]:
     """Takes off what mixed precision and FSDP wrap around our methods within the block, and accelerate's marks, with
     which the next task would get none."""
-    names = ("forward", "generate", "_original_forward", "_is_accelerate_prepared")
-    before = {name: model.__dict__[name] for name in names if name in model.__dict__}
-    try:
+    with _kept([vars(model)], "forward", "generate", "_original_forward", "_is_accelerate_prepared"):
         yield
-    finally:
-        for name in names:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(before)
 
 
 @contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
     """No step fills a cache that nobody reads. The Trainer turns it off, for good, in the model's config alone, which a
     LLaVA's language layers do not look into."""
-    configs = [vars(model.config)]
-    language = vars(paths.language_model(model).config)
-    if language is not configs[0]:
-        configs.append(language)
-    before = [{"use_cache": values["use_cache"]} if "use_cache" in values else {} for values in configs]
-    language["use_cache"] = False
-    try:
+    whole, language = vars(model.config), vars(paths.language_model(model).config)
+    with _kept([whole, language], "use_cache"):
+        language["use_cache"] = False
         yield
-    finally:
-        for values, known in zip(configs, before, strict=True):
-            values.pop("use_cache", None)
-            values.update(known)
 
 
 @contextmanager
 def _keeps_activations(model: Any) -> Iterator[None]:
     """The Trainer turns activation checkpointing on for good, with another hook on each embedding in every task."""
     names = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
-    before = [(vars(module), {name: vars(module)[name] for name in names if name in vars(module)})
-              for module in model.modules()]  # fmt: skip
     hooks = vars(model).get("_require_grads_hooks")
-    try:
-        yield
-    finally:
-        present = vars(model).get("_require_grads_hooks")
-        for hook in present if present is not None and present is not hooks else []:
-            hook.remove()
-        for values, known in before:
-            for name in names:
-                values.pop(name, None)
-            values.update(known)
+    with _kept([vars(module) for module in model.modules()], *names):
+        try:
+            yield
+        finally:
+            present = vars(model).get("_require_grads_hooks")
+            for hook in present if present is not None and present is not hooks else []:
+                hook.remove()
 
 
 @contextmanager
 def _counts_as_adapted(model: Any) -> Iterator[None]:
     """The Trainer refuses a quantised base without adapters, and would know PEFT's alone."""
-    if not getattr(model, "is_quantized", False):
+    with _kept([vars(model)], "_hf_peft_config_loaded"):
+        if getattr(model, "is_quantized", False):
+            model._hf_peft_config_loaded = True
         yield
-        return
-    model._hf_peft_config_loaded = True
+
+
+@contextmanager
+def _kept(attributes: Sequence[dict[str, Any]], *names: str) -> Iterator[None]:
+    """Behind the block, the attributes of these names are what they were, or not there if they were not."""
+    before = [{name: values[name] for name in names if name in values} for values in attributes]
     try:
         yield
     finally:
-        del model._hf_peft_config_loaded
+        for values, known in zip(attributes, before, strict=True):
+            for name in names:
+                values.pop(name, None)
+            values.update(known)
 
 
 @contextmanager
