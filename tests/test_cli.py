@@ -312,7 +312,7 @@ def test_train_refuses_before_it_loads_or_writes(
         (["what?", "--image", "no.png"], "--image is 'no.png', which is no file"),
         (["what?", "--image", "."], "--image is '.', which is no file"),
         (["what?", "--image", "words.png"], "words.png"),
-        (["what?", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["what?", "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
     ],
 )
 def test_ask_refuses_before_it_loads(
