@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from cllava_fast.data.conversation import SET_TEMPLATE, Conversation, Turns
@@ -216,22 +218,19 @@ class Collator:
         self.training = training
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        rows = [e.prompt_ids + e.answer_ids if self.training else e.prompt_ids for e in examples]
-        pad = self.encoder.tokenizer.pad_token_id
-        width = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), width), 0 if pad is None else pad)  # [B, S]
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORE)
-        for i, (row, example) in enumerate(zip(rows, examples, strict=True)):
-            # generation continues at the right edge
-            where = slice(0, len(row)) if self.training else slice(width - len(row), width)
-            input_ids[i, where] = torch.tensor(row)
-            attention_mask[i, where] = 1
-            for start, end in (*example.earlier_answers, (len(example.prompt_ids), len(row))):
-                labels[i, start:end] = input_ids[i, start:end]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        rows = [torch.tensor(e.prompt_ids + e.answer_ids if self.training else e.prompt_ids) for e in examples]
+        # generation continues at the right edge
+        padded = partial(pad_sequence, batch_first=True, padding_side="right" if self.training else "left")
+        batch = {
+            "input_ids": padded(rows, padding_value=self.encoder.tokenizer.pad_token_id or 0),  # [B, S]
+            "attention_mask": padded([torch.ones_like(row) for row in rows]),
+        }
         if self.training:
-            batch["labels"] = labels
+            labels = [torch.full_like(row, IGNORE) for row in rows]
+            for label, row, example in zip(labels, rows, examples, strict=True):
+                for start, end in (*example.earlier_answers, (len(example.prompt_ids), len(row))):
+                    label[start:end] = row[start:end]
+            batch["labels"] = padded(labels, padding_value=IGNORE)
         return {**batch, **self._images([e.sample for e in examples])}
 
     def _images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
