@@ -41,7 +41,7 @@ SERVING_MUTANTS = [
         "a run goes on whatever the model had learned", LOOP, '"learned_before": learned_before(self.increments.pool),',
         "", LATER,
     ),
-    ("tasks are counted from the run's first", LOOP, "[[]] * first + ", "", LATER),
+    ("tasks are counted from the run's first", LOOP, "[[]] * len(self._before) + ", "", LATER),
     ("a run goes on with other tasks", RUNFILE, "if before != now:", "if False:", LATER),
     ("other samples of what was learned", RUNFILE, "for i, (train, other)", "for i, (_, other)", LATER),
     ("other samples of what was measured", RUNFILE, "other if i < measured", "None if i < measured", LATER),

@@ -193,6 +193,9 @@ class ContinualTrainer:
                 f"the model has learned {again} already; "
                 + (advice if self.args.resume else f"leave them out of the stream, or set resume and {advice}")
             )
+        # what is learned together; numbers count from the first task that the model ever learned
+        names = self.stream.task_names
+        self._phases = [names] if method.joint else [[]] * len(self._before) + [[name] for name in names]
         self._state_before = pool.state()  # never learned in place: each ``train`` begins with a copy
 
     @contextmanager
@@ -244,13 +247,12 @@ class ContinualTrainer:
 
     def _train(self) -> ContinualResult:
         tasks = self.stream.task_names
-        first = len(self._before)  # tasks are counted from the first one that the model ever learned
-        phases = [tasks] if self.increments.method.joint else [[]] * first + [[name] for name in tasks]
+        first = len(self._before)
         self._place()
         # of an earlier call that failed, what was not saved does not count
         self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh) | self._identity)
-        learned = self._load(phases)
-        distributed.on_main(functools.partial(self._take_over, phases))
+        learned = self._load()
+        distributed.on_main(self._take_over)
         if self._ends_within_budget():
             for name in ("matrix", "evaluated"):
                 self._progress[name] = self._progress[name][:-1]
@@ -258,12 +260,11 @@ class ContinualTrainer:
         self._read_ahead(tasks)
         if self.callbacks or self.args.report_to:
             distributed.on_main(self._begin_files)  # they may write beside it from the first step on
-        for number in range(first + len(self._progress["matrix"]), len(phases)):
+        for number in range(first + len(self._progress["matrix"]), len(self._phases)):
             self._watch.check()
-            names = phases[number]
-            events = TaskEvents(self.callbacks, "+".join(names), number)
+            events = TaskEvents(self.callbacks, "+".join(self._phases[number]), number)
             events.begin()
-            tuned = self._learn(number, phases, events) if number >= learned else None
+            tuned = self._learn(number, events) if number >= learned else None
             start = time.perf_counter()
             with events.stage("evaluate") as measured:
                 evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1 - first])
@@ -278,20 +279,18 @@ class ContinualTrainer:
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
             progress["seconds"] += time.perf_counter() - start
-            self._progress = distributed.on_main(
-                functools.partial(self._write, self._saved(number, phases), evaluations)
-            )
+            self._progress = distributed.on_main(functools.partial(self._write, self._saved(number), evaluations))
             events.end()
         return self._result()
 
-    def _load(self, phases: list[list[str]]) -> int:
+    def _load(self) -> int:
         """Brings back the newest saved increments that are whole, and returns how many tasks they have learned."""
         progress, first = self._progress, len(self._before)
         seen = [folder.name for folder in saved_increments(self.output_dir)], self._checkpoints.names()
         distributed.check_equal(seen, f"the content of {self.output_dir}, which belongs on a disk that all share,")
         good, learned = first, first + len(progress["losses"])
         for number in reversed(range(first, learned)):
-            folder = self._saved(number, phases)
+            folder = self._saved(number)
             try:
                 distributed.on_main(functools.partial(check_sums, folder, progress["files"][folder.name]))
             except (DamagedError, MissingError) as error:
@@ -310,20 +309,18 @@ class ContinualTrainer:
                 progress[name] = {task: found for task, found in progress.get(name, {}).items() if task not in lost}
             for name in ("matrix", "evaluated"):
                 progress[name] = progress.get(name, [])[: good - first]
-            distributed.on_main(
-                lambda: self._go_back(progress, [self._saved(i, phases) for i in range(good, len(phases))])
-            )
+            distributed.on_main(lambda: self._go_back(good))
         distributed.on_main(lambda: self._tidy(good))  # a process may have died before it did so
         if progress["matrix"]:
             distributed.on_main(self._write_results)
         return good
 
-    def _take_over(self, phases: list[list[str]]) -> None:
+    def _take_over(self) -> None:
         """Nothing stays of tasks that were to come and are others now; checkpoints are of what ``run.json`` says."""
         before = json.loads(self._run_file.last or self._fresh)
         if all(before.get(name) == value for name, value in json.loads(json.dumps(self._identity)).items()):
             return
-        names = {self._saved(number, phases).name for number in range(len(self._before), len(phases))}
+        names = {self._saved(number).name for number in range(len(self._before), len(self._phases))}
         for folder in (self.output_dir / INCREMENTS_FOLDER, self.output_dir / evaluation.PREDICTIONS):
             for other in folder.glob("[0-9]*-*"):
                 if other.name not in names:
@@ -338,10 +335,10 @@ class ContinualTrainer:
         whole = {task.name: len(getattr(task, self.args.eval_split)) for task in self.stream}
         return bool(self._progress["evaluated"][-1] != whole)
 
-    def _go_back(self, progress: dict[str, Any], damaged: list[Path]) -> None:
-        for folder in damaged:
-            remove_folder(folder)
-        self._run_file.write(progress, keep=False)
+    def _go_back(self, good: int) -> None:
+        for number in range(good, len(self._phases)):
+            remove_folder(self._saved(number))
+        self._run_file.write(self._progress, keep=False)
 
     def _result(self) -> ContinualResult:
         progress = self._progress
@@ -421,15 +418,15 @@ class ContinualTrainer:
         results = evaluation.results_of_run(self.stream, method["method"], self.args.seed, result, config)
         write_text(self.output_dir / RESULTS, results_json(results))
 
-    def _saved(self, number: int, phases: list[list[str]]) -> Path:
-        name = "all" if self.increments.method.joint else phases[number][0]
+    def _saved(self, number: int) -> Path:
+        name = "all" if self.increments.method.joint else self._phases[number][0]
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
         whole = f"{number + 1:02d}-{safe}"
         return self.output_dir / INCREMENTS_FOLDER / whole.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
-    def _learn(self, number: int, phases: list[list[str]], events: TaskEvents) -> Tuned:
+    def _learn(self, number: int, events: TaskEvents) -> Tuned:
         """Stages and commit of one task (of all tasks, for a joint method), saved at the end."""
-        increments, args, names = self.increments, self.args, phases[number]
+        increments, args, names = self.increments, self.args, self._phases[number]
         pool, method, title = increments.pool, increments.method, "+".join(names)
         seed = args.seed * 10_000 + number
         set_seed(seed)
@@ -473,7 +470,7 @@ class ContinualTrainer:
             progress.setdefault("bad_numbers", {})[", ".join(names)] = tuned.bad_numbers.to_dict()
         progress["seconds"] += saver.seconds
         progress["parameters"] = max(progress["parameters"], parameters)
-        self._progress = distributed.on_main(lambda: self._write_learned(self._saved(number, phases)))
+        self._progress = distributed.on_main(lambda: self._write_learned(self._saved(number)))
         self._watch.check()
         return tuned
 
