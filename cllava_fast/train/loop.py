@@ -145,8 +145,8 @@ class ContinualTrainer:
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
         self._run_file.last = None if found is None else json.dumps(found)
         fresh = {
-            **identity, "matrix": [], "selection_accuracy": None, "examples": {}, "losses": {}, "seconds": 0.0,
-            "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
+            **identity, "matrix": [], "selection_accuracy": None, "selection": None, "examples": {}, "losses": {},
+            "seconds": 0.0, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
         }  # fmt: skip
         return json.dumps(fresh)
 
@@ -249,8 +249,10 @@ class ContinualTrainer:
         tasks = self.stream.task_names
         first = len(self._before)
         self._place()
-        # of an earlier call that failed, what was not saved does not count
-        self._progress = distributed.on_main(lambda: json.loads(self._run_file.last or self._fresh) | self._identity)
+        # of an earlier call that failed, what was not saved does not count; an earlier version's run.json lacks some
+        self._progress = distributed.on_main(
+            lambda: json.loads(self._fresh) | json.loads(self._run_file.last or "{}") | self._identity
+        )
         learned = self._load()
         distributed.on_main(self._take_over)
         if self._ends_within_budget():
@@ -274,7 +276,7 @@ class ContinualTrainer:
             progress = self._progress
             progress["matrix"].append([task.score for task in evaluations])
             if self.args.eval_budget is not None:
-                progress.setdefault("evaluated", []).append({task.task: len(task.records) for task in evaluations})
+                progress["evaluated"].append({task.task: len(task.records) for task in evaluations})
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
@@ -306,9 +308,9 @@ class ContinualTrainer:
         if good < learned:
             lost = list(progress["losses"])[good - first :]
             for name in ("losses", "bad_numbers"):
-                progress[name] = {task: found for task, found in progress.get(name, {}).items() if task not in lost}
+                progress[name] = {task: found for task, found in progress[name].items() if task not in lost}
             for name in ("matrix", "evaluated"):
-                progress[name] = progress.get(name, [])[: good - first]
+                progress[name] = progress[name][: good - first]
             distributed.on_main(lambda: self._go_back(good))
         distributed.on_main(lambda: self._tidy(good))  # a process may have died before it did so
         if progress["matrix"]:
@@ -350,8 +352,8 @@ class ContinualTrainer:
             seconds=progress["seconds"],
             losses=progress["losses"],
             examples=progress["examples"],
-            selection=progress.get("selection"),  # runs of earlier versions have none
-            bad_numbers=progress.get("bad_numbers", {}),
+            selection=progress["selection"],
+            bad_numbers=progress["bad_numbers"],
         )
 
     def _read_ahead(self, tasks: list[str]) -> None:
@@ -413,7 +415,7 @@ class ContinualTrainer:
             },
             "arguments": self.args.identity(),
             "method_configs": {method["method"]: method},
-            **({} if self.args.eval_budget is None else {"evaluated": self._progress.get("evaluated", [])}),
+            **({} if self.args.eval_budget is None else {"evaluated": self._progress["evaluated"]}),
         }
         results = evaluation.results_of_run(self.stream, method["method"], self.args.seed, result, config)
         write_text(self.output_dir / RESULTS, results_json(results))
@@ -467,7 +469,7 @@ class ContinualTrainer:
         progress = self._progress
         progress["losses"][", ".join(names)] = tuned.losses
         if tuned.bad_numbers:
-            progress.setdefault("bad_numbers", {})[", ".join(names)] = tuned.bad_numbers.to_dict()
+            progress["bad_numbers"][", ".join(names)] = tuned.bad_numbers.to_dict()
         progress["seconds"] += saver.seconds
         progress["parameters"] = max(progress["parameters"], parameters)
         self._progress = distributed.on_main(lambda: self._write_learned(self._saved(number)))
