@@ -442,7 +442,7 @@ class ContinualTrainer:
         parameters = pool.trainable_parameters()
         try:
             saver = self._saver(number)
-            if method.aligns_keys and not saver.is_behind("align"):
+            if method.aligns_keys and "align" not in saver.measured:
                 assert queries is not None
                 with events.stage("align") as measured:
                     measured["loss"] = saver.measured["align"] = align_keys(

@@ -224,7 +224,7 @@ class TaskTrainer(Trainer):
         self.add_callback(saving)
         self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
         if saving.stopped:
-            saver.stop()
+            saver.watch.check()
         optimizer = _without_wrapper(self.optimizer)
         if hasattr(optimizer, "eval"):  # one without a schedule: its weights so far are not those that it has learned
             optimizer.eval()
