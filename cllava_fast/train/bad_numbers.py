@@ -143,8 +143,7 @@ class NumberWatch:
     def finish(self) -> BadNumbers:
         """The last reading; warns of what was skipped. Raises as ``end_step`` does."""
         self.read()
-        everyone = [name for names in distributed.gather(self.found.unlabelled_samples) for name in names]
-        self.found.unlabelled_samples = list(dict.fromkeys(everyone))
+        self.found.unlabelled_samples = list(dict.fromkeys(_of_all(self.found.unlabelled_samples)))
         if self.found:
             warnings.warn(f"{self.title}: {self.found}", stacklevel=3)
         return self.found
@@ -152,8 +151,7 @@ class NumberWatch:
     def state(self) -> dict[str, Any]:
         """What a resumed task goes on with, after a reading. Raises as ``end_step`` does."""
         self.read()
-        unlabelled = [name for names in distributed.gather(self.found.unlabelled_samples) for name in names]
-        found = {**self.found.to_dict(), "unlabelled_samples": unlabelled}
+        found = {**self.found.to_dict(), "unlabelled_samples": _of_all(self.found.unlabelled_samples)}
         return {"found": found, "first": self._first, "above": self._above, "shown": self._shown}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -173,10 +171,8 @@ class NumberWatch:
             self.found.skipped_steps.append(step.number)
             return
         losses = torch.stack([batch.loss for batch in step.batches]).isfinite().tolist()
-        guilty = [batch.ids for batch, fine in zip(step.batches, losses, strict=True) if not fine]
-        guilty = [ids for other in distributed.gather(guilty) for ids in other]
-        if not guilty:
-            guilty = [ids for other in distributed.gather([batch.ids for batch in step.batches]) for ids in other]
+        guilty = _of_all([batch.ids for batch, fine in zip(step.batches, losses, strict=True) if not fine])
+        guilty = guilty or _of_all([batch.ids for batch in step.batches])
         what = "the gradient holds NaN or Inf" if math.isfinite(loss) else f"the loss is {loss}"
         raise FloatingPointError(
             f"{self.title}: {what} at step {step.number}, samples {_some([name for ids in guilty for name in ids])}; "
@@ -217,6 +213,11 @@ def _skip(bad: Tensor, trained: Sequence[Tensor], optimizer: Any) -> None:
     elif bad.item():
         for parameter in trained:
             parameter.grad = None
+
+
+def _of_all(own: list[Any]) -> list[Any]:
+    """The lists of all processes, one after another."""
+    return [one for each in distributed.gather(own) for one in each]
 
 
 def _some(names: Sequence[Any]) -> str:
