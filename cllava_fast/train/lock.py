@@ -68,7 +68,7 @@ def check_free(folder: Path) -> None:
 
 def _take(path: Path) -> int | None:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if fcntl is None:
                 raise OSError(errno.ENOSYS, "this system has no flock")
