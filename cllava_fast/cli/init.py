@@ -39,7 +39,6 @@ tasks:  # in the order in which they are learned
     train: forms_train.json
     test: forms_test.json
 """
-SPLITS = ("train", "test", "validation")
 SHOWN = 5  # of files that are left out
 
 
@@ -77,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
 def found_tasks(data: Path, base: Path) -> str:
     """YAML of the tasks whose files are in the folder ``data``, by name; paths start from ``base``."""
     import yaml
+
+    from cllava_fast.data.stream import SPLITS
 
     found: dict[str, dict[str, str]] = {}
     taken = set[Path]()

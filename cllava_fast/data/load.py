@@ -10,7 +10,7 @@ from typing import Any
 
 from cllava_fast.data.readers import is_image_folder, read_samples
 from cllava_fast.data.records import COLUMNS
-from cllava_fast.data.stream import Sample, Stream, Task, check_name
+from cllava_fast.data.stream import SPLITS, Sample, Stream, Task, check_name
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.names import brief, check_names, nearest
 from cllava_fast.untrusted import read_yaml
@@ -18,9 +18,8 @@ from cllava_fast.untrusted import read_yaml
 READY = Path(__file__).resolve().parent / "ready"
 STREAM_KEYS = ("name", "images", "tasks")
 SECTIONS = ("model", "method", "training")  # of a file that describes a whole run; not the stream's business
-TASK_KEYS = ("name", "train", "test", "validation", "images", "metric", "prompt")
+TASK_KEYS = ("name", *SPLITS, "images", "metric", "prompt")
 SOURCE_KEYS = ("path", "split", "columns")
-SPLITS = ("train", "test", "validation")
 
 
 def ready_streams() -> list[str]:

@@ -17,6 +17,7 @@ from cllava_fast.data.pixels import read_rgb, read_size
 from cllava_fast.names import brief
 
 ImageSource = str | Path | Image.Image | StoredImage
+SPLITS = ("train", "test", "validation")
 MAX_CHARACTERS = 1 << 18  # of all texts of a sample together: more than any model reads
 MAX_TURNS = 1000
 
@@ -115,7 +116,7 @@ class Stream:
             if task.name in seen:
                 raise ValueError(f"stream {self.name!r} names task {task.name!r} twice; give every task its own name")
             seen.add(task.name)
-            for split in ("train", "test", "validation"):
+            for split in SPLITS:
                 samples = getattr(task, split)
                 if not hasattr(samples, "__len__"):
                     raise TypeError(
