@@ -50,7 +50,7 @@ from cllava_fast.train.committed import CommittedRows
 from cllava_fast.train.garbage import nothing_old_collected
 from cllava_fast.train.identity import base_identity, learned_before, run_identity
 from cllava_fast.train.lock import run_lock
-from cllava_fast.train.result import ContinualResult
+from cllava_fast.train.result import ContinualResult, result_of
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
 from cllava_fast.train.tune import Tuned, check_engine, kept_whole, tune
@@ -343,18 +343,7 @@ class ContinualTrainer:
         self._run_file.write(self._progress, keep=False)
 
     def _result(self) -> ContinualResult:
-        progress = self._progress
-        return ContinualResult(
-            task_names=self.stream.task_names,
-            accuracy_matrix=self._matrix(progress["matrix"]),
-            selection_accuracy=progress["selection_accuracy"],
-            trainable_parameters=progress["parameters"],
-            seconds=progress["seconds"],
-            losses=progress["losses"],
-            examples=progress["examples"],
-            selection=progress["selection"],
-            bad_numbers=progress["bad_numbers"],
-        )
+        return result_of(self._progress, self.stream.task_names, self.increments.method.joint)
 
     def _read_ahead(self, tasks: list[str]) -> None:
         """Encodes everything: what cannot be read fails now, and FSDP has not yet sharded the base.
@@ -500,10 +489,3 @@ class ContinualTrainer:
             after_batch=self._watch.check,
             positions=within_budget(sizes, names[-1], budget),
         )
-
-    def _matrix(self, rows: list[list[float]]) -> list[list[float | None]]:
-        """T x T; None was not measured: tasks that were not seen yet, steps to come, a joint method's earlier rows."""
-        size = len(self.stream)
-        measured = [[*row, *[None] * (size - len(row))] for row in rows]
-        missing: list[list[float | None]] = [[None] * size for _ in range(size - len(rows))]
-        return missing + measured if self.increments.method.joint else measured + missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,3 +47,25 @@ class ContinualResult:
     @property
     def average_forgetting(self) -> float | None:
         return metrics.average_forgetting(self.accuracy_matrix)
+
+
+def result_of(progress: Mapping[str, Any], task_names: list[str], joint: bool) -> ContinualResult:
+    """What ``run.json`` says of a run so far; ``joint``: its method learns all tasks at once."""
+    return ContinualResult(
+        task_names=task_names,
+        accuracy_matrix=_square(progress["matrix"], len(task_names), joint),
+        selection_accuracy=progress["selection_accuracy"],
+        trainable_parameters=progress["parameters"],
+        seconds=progress["seconds"],
+        losses=progress["losses"],
+        examples=progress["examples"],
+        selection=progress["selection"],
+        bad_numbers=progress["bad_numbers"],
+    )
+
+
+def _square(rows: list[list[float]], size: int, joint: bool) -> list[list[float | None]]:
+    """T x T; None was not measured: tasks that were not seen yet, steps to come, a joint method's earlier rows."""
+    measured = [[*row, *[None] * (size - len(row))] for row in rows]
+    missing: list[list[float | None]] = [[None] * size for _ in range(size - len(rows))]
+    return missing + measured if joint else measured + missing
