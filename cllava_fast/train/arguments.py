@@ -66,7 +66,7 @@ class ContinualArguments:
     align_steps: int | None = _option(None, "Steps of alignment for each task; wins over align_epochs.")
     align_learning_rate: float = _option(1e-3, "Divided by 10 after each epoch (after each third of align_steps).")
     align_weight_decay: float = _option(0.01, "Weight decay of alignment.")
-    align_max_grad_norm: float = _option(0.1, "Gradients of alignment are clipped to this norm; 0: not.")
+    align_max_grad_norm: float = _option(0.1, "Gradients of alignment are clipped to this norm; 0 turns that off.")
     align_batch_size: int = _option(32, "Instructions in a batch of alignment, on any number of processes.")
 
     num_train_epochs: float = _option(1.0, "Epochs of tuning for each task.")
@@ -75,7 +75,7 @@ class ContinualArguments:
     lr_scheduler_type: str = _option("cosine", "Schedule of tuning's learning rate, by transformers' name.")
     warmup_steps: float = _option(0.03, "Steps of warm-up; below 1, a share of all steps.")
     weight_decay: float = _option(0.0, "Weight decay of tuning.")
-    max_grad_norm: float = _option(1.0, "Gradients of tuning are clipped to this norm; 0: not.")
+    max_grad_norm: float = _option(1.0, "Gradients of tuning are clipped to this norm; 0 turns that off.")
     per_device_train_batch_size: int = _option(16, "Samples in a batch of tuning, on each process.")
     gradient_accumulation_steps: int = _option(1, "Batches of tuning that make one step.")
     bf16: bool = _option(False, "Tune in bfloat16 by autocast; increments stay float32.")
@@ -94,10 +94,10 @@ class ContinualArguments:
         {}, "Further fields of transformers.TrainingArguments, which are no arguments here."
     )
 
-    save_minutes: float = _option(10.0, "A task is saved when so many minutes have passed; 0: not by time.")
-    save_steps: int = _option(0, "A task is saved after so many steps of alignment or tuning, too; 0: by time alone.")
+    save_minutes: float = _option(10.0, "Minutes between two checkpoints within a task; 0 makes none by time.")
+    save_steps: int = _option(0, "Steps of a stage between two checkpoints within a task; 0 makes none by steps.")
     keep_increments: int | None = _option(
-        None, "Increments of so many last tasks stay on disk, 2 or more; each holds those before it. All by default."
+        None, "How many of the newest increments stay on disk, 2 or more; each holds earlier tasks too. All by default."
     )
 
     eval_split: Literal["test", "validation"] = _option(
