@@ -85,14 +85,21 @@ class Fails(cf.ContinualCallback):
             raise OSError("an image cannot be decoded")
 
 
+def trainer_failing(
+    model: Any, processor: Any, folder: Path, tasks: list[cf.Task], stage: str = "", **values: Any
+) -> cf.ContinualTrainer:
+    cf.patch(model, CONFIG, processor=processor)
+    args = arguments(folder, max_steps=2, align_steps=2, save_minutes=0, **values)
+    return cf.ContinualTrainer(model, processor, cf.Stream(tasks), args, callbacks=[Fails(stage)])
+
+
 def test_what_is_still_to_come_may_be_mended(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     """A sample that cannot be read once other tasks are learned does not cost what they have learned."""
 
     def run(stream: cf.Stream, stage: str = "", **values: Any) -> Any:
-        model, folder = cf.patch(new_llava(), CONFIG, processor=processor), tmp_path / "run"
-        args = arguments(folder, max_steps=2, align_steps=2, save_minutes=0, **values)
-        cf.ContinualTrainer(model, processor, stream, args, callbacks=[Fails(stage)]).train()
-        return get_increments(model).pool.state()
+        trainer = trainer_failing(new_llava(), processor, tmp_path / "run", stream.tasks, stage, **values)
+        trainer.train()
+        return trainer.increments.pool.state()
 
     def mended(number: int, split: str, stream: cf.Stream) -> cf.Stream:
         tasks = list(stream)
@@ -125,9 +132,7 @@ def test_a_task_that_has_not_begun_may_be_left_out(new_llava: Callable, processo
     every = stream(3)
 
     def run(tasks: list[cf.Task], stage: str = "", **values: Any) -> list[list[float | None]]:
-        model = cf.patch(new_llava(), CONFIG, processor=processor)
-        args = arguments(tmp_path / "run", max_steps=2, align_steps=2, save_minutes=0, **values)
-        trainer = cf.ContinualTrainer(model, processor, cf.Stream(tasks), args, callbacks=[Fails(stage)])
+        trainer = trainer_failing(new_llava(), processor, tmp_path / "run", tasks, stage, **values)
         return trainer.train().accuracy_matrix
 
     with pytest.raises(OSError, match="decoded"):
@@ -144,10 +149,8 @@ def test_a_task_that_was_mended_goes_on_within_it(new_llava: Callable, processor
     new = [first, dataclasses.replace(old[1], name="mended", train=old[1].train[1:])]
 
     def run(folder: str, tasks: list[cf.Task], stage: str = "", **values: Any) -> Any:
-        model = cf.patch(new_llava(), CONFIG, processor=processor)
-        args = arguments(tmp_path / folder, max_steps=2, align_steps=2, save_minutes=0, save_steps=2, **values)
-        result = cf.ContinualTrainer(model, processor, cf.Stream(tasks), args, callbacks=[Fails(stage)]).train()
-        return result.losses, get_increments(model).pool.state()
+        trainer = trainer_failing(new_llava(), processor, tmp_path / folder, tasks, stage, save_steps=2, **values)
+        return trainer.train().losses, trainer.increments.pool.state()
 
     with pytest.raises(OSError, match="decoded"):
         run("run", old, "align")
@@ -170,10 +173,10 @@ def test_a_checkpoint_of_a_task_that_is_learned_is_no_half_task(
 ) -> None:
     every = stream(2)
     with pytest.raises(OSError, match="decoded"):
-        trainer_failing(new_llava(), processor, tmp_path, every.tasks, "align").train()
+        trainer_failing(new_llava(), processor, tmp_path / "run", every.tasks, "align").train()
     (tmp_path / "run" / "checkpoints" / "0001-tune-000002").mkdir(parents=True)  # a process died before it was removed
     mended = dataclasses.replace(every.tasks[1], train=every.tasks[1].train[1:])
-    assert trainer_failing(new_llava(), processor, tmp_path, [every.tasks[0], mended], resume=True).train()
+    assert trainer_failing(new_llava(), processor, tmp_path / "run", [every.tasks[0], mended], resume=True).train()
 
 
 def test_what_is_the_end_now_is_measured_on_everything(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
@@ -189,17 +192,9 @@ def test_what_is_the_end_now_is_measured_on_everything(new_llava: Callable, proc
     with pytest.raises(OSError, match="decoded"):
         cf.ContinualTrainer(model, processor, cf.Stream(every), args, callbacks=[Late]).train()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["evaluated"][-1] == {"task0": 1, "task1": 6}
-    trainer_failing(new_llava(), processor, tmp_path, every[:2], resume=True, **budget).train()
+    trainer_failing(new_llava(), processor, tmp_path / "run", every[:2], resume=True, **budget).train()
     saved = json.loads((tmp_path / "run" / "run.json").read_text())
     assert saved["evaluated"] == [{"task0": 6}, {"task0": 6, "task1": 6}] and len(saved["matrix"]) == 2
-
-
-def trainer_failing(
-    model: Any, processor: Any, folder: Path, tasks: list[cf.Task], stage: str = "", **values: Any
-) -> cf.ContinualTrainer:
-    cf.patch(model, CONFIG, processor=processor)
-    args = arguments(folder / "run", max_steps=2, align_steps=2, **values)
-    return cf.ContinualTrainer(model, processor, cf.Stream(tasks), args, callbacks=[Fails(stage)])
 
 
 def test_a_joint_method_does_not_go_on(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
