@@ -57,7 +57,6 @@ def refused(path: Path, message: str) -> None:
         ('{"question": "Q?", "answer": "A", "history": ' + json.dumps([["a", "b"]] * MAX_TURNS) + "}", "1001 turns"),
         ('{"question": "", "answer": "A"}', "instruction is ''"),
         ('{"question": null, "answer": "A"}', "has no question"),
-        ('{"question": "Q?"}', "has no answer"),
         (json.dumps({f"name {i}" * 20: i for i in range(1000)}), "has no question; it has"),
     ],
     ids=lambda value: value[:40],
@@ -229,7 +228,6 @@ TASKS = [{"name": "t", "train": "a.json", "test": "a.json"}]
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stream": None, "tasks": None}, "expected"),
         ({"name": "../../etc", "tasks": TASKS}, "name is '../../etc', and the run's folder would be called by it"),
         ({"name": "/etc", "tasks": TASKS}, "would be called by it"),
         ({"name": "..", "tasks": TASKS}, "would be called by it"),
