@@ -68,13 +68,15 @@ def tune(
     increments.pool.train_keys(False)
     if not any(parameter.requires_grad for parameter in increments.pool.parameters()):
         raise RuntimeError(f"{increments.config.method} opened no block for task {title!r}; its open_task has to")
-    options = training_options(args, increments.pool.row_task.device, seed, steps_factor)
+    options = TrainingArguments(**training_options(args, increments.pool.row_task.device, seed, steps_factor))
+    # one process with several GPUs in sight would copy the model onto each for every batch (DataParallel)
+    options._n_gpu = min(options.n_gpu, 1)
     with as_it_was(model):
         trainer = TaskTrainer(
             title,
             NumberWatch(f"{title}: tune", args.on_bad_numbers, args.logging_steps),
             model=model,
-            args=_on_one_device(TrainingArguments(**options)),
+            args=options,
             train_dataset=TuneSet(examples, queries),
             data_collator=TuneCollator(collate),
             callbacks=list(callbacks),
@@ -181,7 +183,7 @@ class TaskTrainer(Trainer):
     def __init__(self, task: str, numbers: NumberWatch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.task, self.numbers = task, numbers
-        self._check_engine()
+        self._check_launcher()
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """An offloaded model stays: its hooks bring each layer to where it computes."""
@@ -190,8 +192,8 @@ class TaskTrainer(Trainer):
         else:
             super()._move_model_to_device(model, device)
 
-    def _check_engine(self) -> None:
-        """Refuses what would give other results than one process does."""
+    def _check_launcher(self) -> None:
+        """Refuses what would give other results than one process does: settings of DeepSpeed and FSDP."""
         state, precision = self.accelerator.state, self.accelerator.mixed_precision
         if self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
@@ -387,13 +389,6 @@ class _Saving(TrainerCallback):
 
 def _without_wrapper(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate's
-
-
-def _on_one_device(args: TrainingArguments) -> TrainingArguments:
-    # one process with several GPUs in sight would copy the model onto each for every batch (DataParallel)
-    if args.n_gpu > 1:
-        args._n_gpu = 1
-    return args
 
 
 def _steps(trainer: Trainer, examples: int) -> int:
