@@ -68,11 +68,6 @@ def test_a_wrong_stream_is_refused(tasks: list[Task], error: type, message: str)
         Stream(tasks)
 
 
-def test_a_prepared_stream_is_made_of_a_stream(processor: Any) -> None:
-    with pytest.raises(TypeError, match=r"stream is a list; expected cllava_fast.Stream"):
-        PreparedStream([task()], processor)
-
-
 def test_a_fingerprint_follows_moved_data_and_notices_other_pictures(tmp_path: Path) -> None:
     def found(folder: str, name: str = "1.png", size: int = 8) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
