@@ -65,8 +65,7 @@ class ImageFolder:
         return self._inside[folder]
 
     def _reaches_inside(self, path: Path) -> bool:
-        real = os.path.realpath(path)
-        return real == self._real or real.startswith(os.path.join(self._real, ""))
+        return Path(os.path.realpath(path)).is_relative_to(self._real)
 
 
 @dataclass(frozen=True, eq=False)
