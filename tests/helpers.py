@@ -72,6 +72,11 @@ def take(batch: dict[str, Any], i: int) -> dict[str, Any]:
     }
 
 
+def logits(model: Any, batch: dict[str, Any], **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch, **options).logits
+
+
 def learn(model: Any, tasks: int, generator: torch.Generator, b_std: float = 0.02, commit_last: bool = True) -> Any:
     """Commits tasks with random increments, with keys at the questions, as if they had been trained."""
     increments = get_increments(model)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import cllava_fast as cf
 from cllava_fast.model import files
-from tests.helpers import QUESTIONS, inputs, learn
+from tests.helpers import QUESTIONS, inputs, learn, logits
 
 peft = pytest.importorskip("peft")
 
@@ -23,11 +23,6 @@ def patched(llava: Any, processor: Any, generator: torch.Generator, **options: A
     cf.patch(llava, cf.IncrementConfig(a_std=0.1, rank=4, **options), processor=processor)
     learn(llava, 3, generator, b_std=0.1)
     return llava
-
-
-def logits(model: Any, batch: dict[str, Any], **options: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch, **options).logits
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

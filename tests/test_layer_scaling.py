@@ -14,15 +14,10 @@ from safetensors.torch import load_file
 import cllava_fast as cf
 from cllava_fast.methods import METHODS
 from cllava_fast.model import get_increments, paths
-from tests.helpers import QUESTIONS, inputs, learn
+from tests.helpers import QUESTIONS, inputs, learn, logits
 
 CONFIG = cf.IncrementConfig(rank=4, a_std=0.1)
 LAYERS = 3
-
-
-def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 CONFIGS = {

@@ -13,7 +13,7 @@ from torch import nn
 import cllava_fast as cf
 from cllava_fast.methods.per_task_lora import PerTaskLoraConfig
 from cllava_fast.model import get_increments, paths
-from tests.helpers import QUESTIONS, inputs, learn
+from tests.helpers import QUESTIONS, inputs, learn, logits
 
 CONFIG = cf.IncrementConfig(a_std=0.1, rank=4)
 
@@ -31,11 +31,6 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
         path: linear.weight.data
         for path, linear in paths.adapted_linears(model, model.increments.config.targets).items()
     }
-
-
-def logits(model: Any, batch: dict[str, Any], **options: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch, **options).logits
 
 
 def test_merged_is_unmerged(patched: Any, processor: Any, generator: torch.Generator) -> None:

@@ -16,14 +16,9 @@ from transformers import DynamicCache
 
 import cllava_fast as cf
 from cllava_fast.model import get_increments
-from tests.helpers import QUESTIONS, cached, inputs, learn
+from tests.helpers import QUESTIONS, cached, inputs, learn, logits
 
 CONFIG = cf.IncrementConfig(a_std=0.1, rank=4)
-
-
-def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def base_of(model: Any) -> dict[str, torch.Tensor]:
