@@ -21,10 +21,10 @@ from cllava_fast.config import RunConfig
 from cllava_fast.data import Sample, Stream
 from cllava_fast.data.encode import Encoder, Example, ImageFeatures
 from cllava_fast.data.lengths import check_lengths, token_limit, warn_of_answers
+from cllava_fast.data.stream import SPLITS
 from cllava_fast.train.progress import stage
 from cllava_fast.untrusted import printable
 
-SPLITS = ("train", "test", "validation")
 SHOWN = 20  # faults
 AT_ONCE = 1024  # images that wait for a thread
 
