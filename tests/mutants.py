@@ -371,7 +371,7 @@ MUTANTS = [
     *(Mutant(f"hostile: {name}", file, old, new, (test,)) for name, file, old, new, test in HOSTILE_MUTANTS),
     Mutant(
         "resume: random states stay", "cllava_fast/train/checkpoint.py",
-        'set_random_state(each[distributed.rank()]["random"])', "pass", RESUME,
+        'set_random_state(self._each[distributed.rank()]["random"])', "pass", RESUME,
     ),
     Mutant(
         "resume: tuning's optimizer begins anew", "cllava_fast/train/tune.py",

@@ -109,6 +109,7 @@ class TaskSaver:
         state: dict[str, Any] = {} if saved is None else saved["state"]
         self.folder: str | None = None if saved is None else saved["folder"]
         self.measured: dict[str, float] = state.get("measured", {})  # by finished stages of the task
+        self._each: list[dict[str, Any]] = state.get("each", [])  # of every process
         self._begin = time.perf_counter() - state.get("seconds", 0.0)
         self._last = time.perf_counter()
         if saved is not None:
@@ -162,13 +163,12 @@ class TaskSaver:
 
     def own(self) -> list[Any]:
         """What every process gave as its own."""
-        return [] if self._saved is None else [each["own"] for each in self._saved["state"]["each"]]
+        return [each["own"] for each in self._each]
 
     def restore_random_state(self) -> None:
         """On another number of processes than before, random numbers cannot go on as they would have."""
-        each = [] if self._saved is None else self._saved["state"]["each"]
-        if len(each) == distributed.count():
-            set_random_state(each[distributed.rank()]["random"])
+        if len(self._each) == distributed.count():
+            set_random_state(self._each[distributed.rank()]["random"])
 
     def step(self, stage: str, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Saves where it is due, and raises RunStopped where a signal came."""
