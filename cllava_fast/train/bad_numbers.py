@@ -136,9 +136,9 @@ class NumberWatch:
         values = torch.stack([torch.stack((step.bad.float(), step.loss.float())) for step in steps]).tolist()
         for step, (bad, loss) in zip(steps, values, strict=True):
             if bad:
-                self._bad(step, loss)
+                self._bad_step(step, loss)
             else:
-                self._far(step.number, loss)
+                self._check_divergence(step.number, loss)
 
     def finish(self) -> BadNumbers:
         """The last reading; warns of what was skipped. Raises as ``end_step`` does."""
@@ -166,7 +166,7 @@ class NumberWatch:
             )
         self.found.unlabelled_samples += [name for name in ids if name not in self.found.unlabelled_samples]
 
-    def _bad(self, step: _Step, loss: float) -> None:
+    def _bad_step(self, step: _Step, loss: float) -> None:
         if self.policy == "skip":
             self.found.skipped_steps.append(step.number)
             return
@@ -179,7 +179,7 @@ class NumberWatch:
             'look at them, lower learning_rate, or set on_bad_numbers="skip" to leave such steps out'
         )
 
-    def _far(self, step: int, loss: float) -> None:
+    def _check_divergence(self, step: int, loss: float) -> None:
         if len(self._first) < START_STEPS:
             self._first.append(loss)
             return

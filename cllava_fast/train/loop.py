@@ -281,7 +281,7 @@ class ContinualTrainer:
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
             progress["seconds"] += time.perf_counter() - start
-            self._progress = distributed.on_main(functools.partial(self._write, self._saved(number), evaluations))
+            self._progress = distributed.on_main(functools.partial(self._write, self._folder(number), evaluations))
             events.end()
         return self._result()
 
@@ -292,7 +292,7 @@ class ContinualTrainer:
         distributed.check_equal(seen, f"the content of {self.output_dir}, which belongs on a disk that all share,")
         good, learned = first, first + len(progress["losses"])
         for number in reversed(range(first, learned)):
-            folder = self._saved(number)
+            folder = self._folder(number)
             try:
                 distributed.on_main(functools.partial(check_sums, folder, progress["files"][folder.name]))
             except (DamagedError, MissingError) as error:
@@ -322,7 +322,7 @@ class ContinualTrainer:
         before = json.loads(self._run_file.last or self._fresh)
         if all(before.get(name) == value for name, value in json.loads(json.dumps(self._identity)).items()):
             return
-        names = {self._saved(number).name for number in range(len(self._before), len(self._phases))}
+        names = {self._folder(number).name for number in range(len(self._before), len(self._phases))}
         for folder in (self.output_dir / INCREMENTS_FOLDER, self.output_dir / evaluation.PREDICTIONS):
             for other in folder.glob("[0-9]*-*"):
                 if other.name not in names:
@@ -339,7 +339,7 @@ class ContinualTrainer:
 
     def _go_back(self, good: int) -> None:
         for number in range(good, len(self._phases)):
-            remove_folder(self._saved(number))
+            remove_folder(self._folder(number))
         self._run_file.write(self._progress, keep=False)
 
     def _result(self) -> ContinualResult:
@@ -409,7 +409,8 @@ class ContinualTrainer:
         results = evaluation.results_of_run(self.stream, method["method"], self.args.seed, result, config)
         write_text(self.output_dir / RESULTS, results_json(results))
 
-    def _saved(self, number: int) -> Path:
+    def _folder(self, number: int) -> Path:
+        """Of the increments after task ``number``."""
         name = "all" if self.increments.method.joint else self._phases[number][0]
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
         whole = f"{number + 1:02d}-{safe}"
@@ -461,7 +462,7 @@ class ContinualTrainer:
             progress["bad_numbers"][", ".join(names)] = tuned.bad_numbers.to_dict()
         progress["seconds"] += saver.seconds
         progress["parameters"] = max(progress["parameters"], parameters)
-        self._progress = distributed.on_main(lambda: self._write_learned(self._saved(number)))
+        self._progress = distributed.on_main(lambda: self._write_learned(self._folder(number)))
         self._watch.check()
         return tuned
 

@@ -61,7 +61,7 @@ class RunFile:
         self.last = json.dumps(values)
 
 
-def _of_done(values: dict[str, Any], learned: int, measured: int) -> dict[str, Any]:
+def _finished_part(values: dict[str, Any], learned: int, measured: int) -> dict[str, Any]:
     """``values``, with what they say of the first ``learned`` tasks, and of ``measured`` tasks' splits, alone."""
 
     def done(of_tasks: Iterable[list[Any]]) -> list[list[Any]]:
@@ -82,7 +82,7 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
     """
     if not METHODS[identity["method"]["method"]][1].joint:
         learned = len(found["losses"]) + half
-        found, identity = (_of_done(values, learned, len(found["matrix"])) for values in (found, identity))
+        found, identity = (_finished_part(values, learned, len(found["matrix"])) for values in (found, identity))
     before, now, words = list(found["stream"]), list(identity["stream"]), []
     other = [name for name in identity if found.get(name) != identity[name]]
     if not differing(found.get("image_settings"), identity.get("image_settings")):
