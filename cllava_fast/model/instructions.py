@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.text import PlainText
 from cllava_fast.names import brief
 
@@ -250,6 +251,6 @@ def text_ids(
     if attention_mask is not None and attention_mask.shape == input_ids.shape:
         keep &= attention_mask.bool()
     if labels is not None and labels.shape == input_ids.shape:
-        asked = keep & (labels == -100)
+        asked = keep & (labels == IGNORE)
         keep = torch.where(asked.any(1, keepdim=True), asked, keep)
     return [ids[mask] for ids, mask in zip(input_ids, keep, strict=True)]
