@@ -186,6 +186,23 @@ def test_images_are_served_as_they_were_learned(base: Path, tmp_path: Path, recw
     assert torch.equal(pixels(cf.from_pretrained(padded).increments.processor), pixels(plain))
 
 
+def test_views_that_are_made_otherwise_than_learned_are_told(tmp_path: Path) -> None:
+    """Images that are cut into views take no ``pad_to_square``, with or without ``do_pad``: they load all the same."""
+    name = "LlavaNextForConditionalGeneration"
+    processor, learned = new_processor(name), new_processor(name)
+    base = new_model(name, processor)
+    base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    learned.image_processor.do_pad = False
+    learned.image_processor.image_grid_pinpoints = [[32, 64]]
+    saved = cf.save_pretrained(cf.patch(base, cf.IncrementConfig(), processor=learned), tmp_path / "mine")
+    with pytest.warns(UserWarning) as told:
+        cf.from_pretrained(saved, base_model=str(tmp_path / "base"))
+    said = [str(warning.message) for warning in told if "images have" in str(warning.message)]
+    assert [text.split()[4] for text in said] == ["do_pad", "image_grid_pinpoints"], said
+    assert all(text.endswith("set processor.image_processor so") for text in said)
+
+
 def test_padding_is_refused_where_there_is_none() -> None:
     for name, given in (("LlavaNextForConditionalGeneration", "a LlavaNextImage"), ("LlamaForCausalLM", "none")):
         with pytest.raises(ValueError, match=f"image_processor is {given}.*expected one of CLIPImageProcessor"):

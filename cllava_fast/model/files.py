@@ -22,7 +22,7 @@ from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, ne
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import EXACT, increments_card, is_repo_id
-from cllava_fast.model.image_settings import differing, image_settings, pad_to_square
+from cllava_fast.model.image_settings import differing, image_settings, pad_to_square, takes_padding
 from cllava_fast.model.patching import (
     check_not_merged,
     check_nothing_over,
@@ -200,7 +200,7 @@ def set_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | N
     """
     if processor is None:
         return processor
-    if "do_pad" in differing(saved.image_settings, image_settings(processor)):
+    if takes_padding(processor) and "do_pad" in differing(saved.image_settings, image_settings(processor)):
         assert saved.image_settings is not None
         pad_to_square(processor, saved.image_settings["do_pad"])
     if saved.chat_template in (None, _text_template(processor)):
@@ -224,7 +224,11 @@ def _warn_of_other_settings(processor: Any | None, saved: Saved, folder: Path) -
         warnings.warn(
             f"the processor's images have {name} {brief(here[name])}, and {folder} was learned with "
             f"{brief(saved.image_settings[name])}, so the model sees otherwise than in training; "
-            + ("cllava_fast.data.pad_to_square" if name == "do_pad" else "set processor.image_processor so"),
+            + (
+                "cllava_fast.data.pad_to_square"
+                if name == "do_pad" and takes_padding(processor)
+                else "set processor.image_processor so"
+            ),
             stacklevel=3,
         )
     if processor is not None and saved.chat_template not in (None, _text_template(processor)):

@@ -9,7 +9,7 @@ from typing import Any
 
 SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
-    "image_mean", "image_std", "do_pad",
+    "image_mean", "image_std", "do_pad", "image_grid_pinpoints",
 )  # fmt: skip
 KINDS = ("CLIPImageProcessor", "LlavaImageProcessor")  # the second is the first, and pads where it is told to
 
@@ -30,6 +30,10 @@ def differing(settings: Mapping[str, Any] | None, others: Mapping[str, Any] | No
     return [name for name in SETTINGS if name in settings and name in others and settings[name] != others[name]]
 
 
+def takes_padding(processor: Any) -> bool:
+    return type(getattr(processor, "image_processor", None)).__name__.startswith(KINDS)
+
+
 def pad_to_square(processor: Any, pads: bool = True) -> None:
     """Lets a processor show whole images, padded to squares with the mean color, in place of their middle.
 
@@ -45,7 +49,7 @@ def pad_to_square(processor: Any, pads: bool = True) -> None:
     """
     prepares: Any = getattr(processor, "image_processor", None)
     kind = type(prepares).__name__
-    if not kind.startswith(KINDS):
+    if not takes_padding(processor):
         given = "none" if prepares is None else f"a {kind}"
         raise ValueError(
             f"the processor's image_processor is {given}; to pad images expected one of {', '.join(KINDS)}"
