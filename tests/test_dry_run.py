@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from cllava_fast import cli
 from cllava_fast.demo.base import FOLDER
+from tests.test_distributed import environment, free_port
 
 
 @pytest.fixture
@@ -87,6 +90,15 @@ def test_samples_that_are_too_long_and_answers_that_no_evaluation_meets(
     said = capsys.readouterr().err
     assert "task 'color', train: 'color-long' has" in said and "task 'shape', test: 'shape-long' has" in said
     assert "shape-3.png" in said
+
+
+def test_of_several_processes_one_looks(command: list[str], tmp_path: Path) -> None:
+    damage(tmp_path / "images" / "shape-3.png")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    both = subprocess.run(
+        [*map(str, launch), "-m", "cllava_fast.cli", *command], env=environment(), capture_output=True, text=True
+    )
+    assert both.returncode != 0 and both.stderr.count("this run would stop") == 1, both.stderr
 
 
 def test_what_train_refuses_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

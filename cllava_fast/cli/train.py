@@ -66,11 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from cllava_fast.cli.dry_run import look_through
 
-        stream = open_new(config)
-        distributed.on_main(lambda: look_through(config, stream))
-        if distributed.is_main():
+        stream, is_main = open_new(config), distributed.is_main()
+        distributed.finish()  # the others would wait for longer than they may
+        if is_main:
+            look_through(config, stream)
             print("\nNothing stands against this run; the same command without --dry-run begins it.")
-        distributed.finish()
         return 0
     train(config)
     output = config.training.output_dir
