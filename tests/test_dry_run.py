@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+import cllava_fast as cf
 from cllava_fast import cli
-from cllava_fast.demo.base import FOLDER
+from cllava_fast.demo.base import FOLDER, load_base
+from tests.base_models import new_model, new_processor
+from tests.helpers import learn
 from tests.test_distributed import environment, free_port
 
 
@@ -90,6 +94,30 @@ def test_samples_that_are_too_long_and_answers_that_no_evaluation_meets(
     said = capsys.readouterr().err
     assert "task 'color', train: 'color-long' has" in said and "task 'shape', test: 'shape-long' has" in said
     assert "shape-3.png" in said
+
+
+def test_tasks_that_were_learned_before_are_refused(
+    command: list[str], tmp_path: Path, generator: torch.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = load_base()
+    learn(cf.patch(model, cf.IncrementConfig(), processor=processor), 1, generator)
+    saved = cf.save_pretrained(model, tmp_path / "before")
+    assert cli.main([*command, "--model.increments", str(saved)]) == 0
+    stream = tmp_path / "stream.yaml"
+    stream.write_text(stream.read_text().replace("name: shape", "name: task0"))
+    assert cli.main([*command, "--model.increments", str(saved)]) == 1
+    assert f"{saved} has learned ['task0'] already; leave them out of the stream" in capsys.readouterr().err
+
+
+def test_images_are_refused_by_a_base_without(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "LlamaForCausalLM"
+    for part in (processor := new_processor(name), new_model(name, processor)):
+        part.save_pretrained(tmp_path / "text")
+    assert cli.main([*command, "--model", str(tmp_path / "text")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("it has an image, and a tokenizer alone, as of a model without images, takes none") == 4
 
 
 def test_of_several_processes_one_looks(command: list[str], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cllava_fast.evaluate.report import RESULTS, load_results
 from cllava_fast.methods import METHODS
 from cllava_fast.model.files import CONFIG as INCREMENTS
 from cllava_fast.model.files import WEIGHTS, read_config, saved_increments
-from cllava_fast.names import check_names
+from cllava_fast.names import brief, check_names
 from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.identity import run_identity
 from cllava_fast.train.runfile import find_run
@@ -55,6 +55,8 @@ def open_new(config: RunConfig) -> Stream:
         check_surrogate(surrogate)
     stream = open_stream(config)
     check_tasks(stream, config.training.eval_split)
+    if before is not None:
+        _check_new(stream, Path(before))
     distributed.on_main(lambda: _check_output(config, stream))
     return stream
 
@@ -69,6 +71,13 @@ def _check_method(config: RunConfig, increments: Path) -> None:
             f"{config.source}: method.{name} is {given.get(other[0])!r}, and {increments} was learned with "
             f"{wanted[other[0]]!r}; leave it out"
         )
+
+
+def _check_new(stream: Stream, increments: Path) -> None:
+    learned = read_config(increments).tasks
+    again = [name for name in stream.task_names if name in learned]
+    if again:
+        raise ValueError(f"{increments} has learned {brief(again)} already; leave them out of the stream")
 
 
 def _check_output(config: RunConfig, stream: Stream) -> None:

@@ -88,6 +88,8 @@ class Encoder:
             image=sample.image is not None,
         )
         encoded = self._conversation.encode(turns)
+        if turns.image and self.processor is self.tokenizer:
+            raise ValueError("it has an image, and a tokenizer alone, as of a model without images, takes none")
         places = sum(token.id == self._image_token_id for token in encoded.prompt)
         if places != turns.image:
             raise ValueError(
