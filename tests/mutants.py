@@ -284,7 +284,8 @@ MUTANTS = [
     ),
     Mutant(
         "report: p of differences that are rounded one by one", "cllava_fast/evaluate/metrics.py",
-        "np.round(np.sum(signed, axis=axis) / largest * 1e9)", "np.sum(np.round(signed / largest * 1e9), axis=axis)",
+        "np.round(np.sum(signed, axis=axis) / largest * 2**30)",
+        "np.sum(np.round(signed / largest * 2**30), axis=axis)",
         ("tests/test_metrics.py",),
     ),
     Mutant(

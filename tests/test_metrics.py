@@ -83,7 +83,9 @@ def test_paired_p_values_by_hand() -> None:
     assert metrics.paired_p_value([0.1, 0.2, -0.3] * 2) == 1.0, "their sum is 0, though not in floating point"
 
 
-@pytest.mark.parametrize("right", [[-3, 4, -1, 4, 3, 13, 14, 9], [2, -1, 12, -6, 2, -1, 8]])
+@pytest.mark.parametrize(
+    "right", [[-3, 4, -1, 4, 3, 13, 14, 9], [2, -1, 12, -6, 2, -1, 8], [-8, 2, 3, 3, 8, -5, 1024, -1024]]
+)
 def test_paired_p_values_count_every_tie(right: list[int]) -> None:
     """Differences of so many right answers out of 1200: in whole numbers, ways to sign them tie exactly."""
     signed = [sum(map(mul, signs, right)) for signs in product((1, -1), repeat=len(right))]

@@ -113,8 +113,9 @@ def paired_p_value(differences: Sequence[float]) -> float | None:
     largest = max(map(abs, differences)) or 1.0
 
     def total(signed: np.ndarray, axis: int) -> np.ndarray:
-        # rounded after the sum: sums that are equal but for floating point are ties
-        return np.round(np.sum(signed, axis=axis) / largest * 1e9)
+        # rounded after the sum: sums that are equal but for floating point are ties. A power of two, so that none lies
+        # halfway between two whole numbers
+        return np.round(np.sum(signed, axis=axis) / largest * 2**30)
 
     test = permutation_test(
         (np.asarray(differences),), total, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES,
