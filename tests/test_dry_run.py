@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,10 @@ from PIL import Image
 
 import cllava_fast as cf
 from cllava_fast import cli
+from cllava_fast.data import Sample
+from cllava_fast.data.encode import Encoder
+from cllava_fast.data.pixels import read_rgb
+from cllava_fast.data.records import RecordReader
 from cllava_fast.demo.base import FOLDER, load_base
 from tests.base_models import new_model, new_processor
 from tests.helpers import learn
@@ -71,6 +77,35 @@ def test_every_damaged_image_is_named(command: list[str], tmp_path: Path, capsys
     for fault, name in zip(faults, ("color-0.png", "color-7.png", "shape-29.png"), strict=True):
         assert name in fault
     assert "Nothing stands" not in said.out and "color" in said.out, "the table is of what can be read"
+
+
+def test_of_a_file_that_is_read_line_by_line_no_sample_is_kept(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(tmp_path / "images" / "color-7.png")
+    for file in tmp_path.glob("*.json"):
+        lines = [json.dumps(record) for record in json.loads(file.read_text())]
+        file.with_suffix(".jsonl").write_text("\n".join(lines))
+    stream = tmp_path / "stream.yaml"
+    stream.write_text(stream.read_text().replace(".json", ".jsonl"))
+    made: list[weakref.ref[Sample]] = []
+    kept: list[int] = []
+
+    def noted(do: Any, before: bool = True) -> Any:
+        def call(*given: Any) -> Any:
+            if before:
+                kept.append(sum(sample() is not None for sample in made))
+                return do(*given)
+            made.append(weakref.ref(sample := do(*given)))
+            return sample
+
+        return call
+
+    monkeypatch.setattr(RecordReader, "sample", noted(RecordReader.sample, before=False))
+    monkeypatch.setattr("cllava_fast.data.stream.read_rgb", noted(read_rgb))
+    monkeypatch.setattr(Encoder, "encode_one", noted(Encoder.encode_one))
+    assert cli.main(command) == 1
+    assert len(kept) > 120 and max(kept) <= 3, "each is there while it is looked at"
 
 
 def test_many_faults_are_counted(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

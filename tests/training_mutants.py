@@ -342,15 +342,15 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "a dry run decodes no image",
         "cllava_fast/cli/dry_run.py",
-        "        sample.open_image()",
-        "        sample.image_size()",
+        'Sample("", "", image).open_image()',
+        'Sample("", "", image).image_size()',
         ("tests/test_dry_run.py",),
     ),
     (
         "a dry run of damaged images looks at nothing else",
         "cllava_fast/cli/dry_run.py",
-        "            if damaged:",
-        "            if False:",
+        "if damaged else samples",
+        "if False else samples",
         ("tests/test_dry_run.py",),
     ),
     (

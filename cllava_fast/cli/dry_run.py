@@ -6,7 +6,8 @@ A run itself decodes an image when it is first needed, and stops at the first on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
@@ -20,8 +21,9 @@ from cllava_fast.cli.base import check_base, load_processor, model_config
 from cllava_fast.config import RunConfig
 from cllava_fast.data import Sample, Stream
 from cllava_fast.data.encode import Encoder, Example, ImageFeatures
+from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.lengths import check_lengths, token_limit, warn_of_answers
-from cllava_fast.data.stream import SPLITS
+from cllava_fast.data.stream import SPLITS, ImageSource
 from cllava_fast.train.progress import stage
 from cllava_fast.untrusted import printable
 
@@ -51,9 +53,7 @@ def look_through(config: RunConfig, stream: Stream) -> None:
             where = f"task {task!r}, {split}"
             most = None if split == "train" else config.training.max_new_tokens
             lengths: list[tuple[int, int]] = []
-            sound = samples
-            if damaged:
-                sound = [sample for sample in samples if ImageFeatures.key(sample.image) not in damaged]
+            sound = _Sound(samples, damaged) if damaged else samples
             try:
                 examples = encoder.encode(sound, f"{where}: ")
                 warn_of_answers(_noting(examples, lengths), most, encoder.tokenizer, where)
@@ -68,13 +68,28 @@ def look_through(config: RunConfig, stream: Stream) -> None:
         raise ValueError("this run would stop:\n  " + "\n  ".join(faults[:SHOWN]) + more)
 
 
+class _Sound(LazySequence[Sample]):
+    """Samples whose image is not ``damaged``; like these, not in memory where they are not."""
+
+    def __init__(self, samples: Sequence[Sample], damaged: Collection[Any]) -> None:
+        self.samples = samples
+        self.places = array("q", (i for i, s in enumerate(samples) if ImageFeatures.key(s.image) not in damaged))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def at(self, index: int) -> Sample:
+        return self.samples[self.places[index]]
+
+
 def _damaged_images(splits: Iterable[tuple[str, str, Sequence[Sample]]], progress: bool) -> dict[Any, str]:
     """By the key of each image that cannot be decoded, what is wrong with it and where it is first named."""
-    first: dict[Any, tuple[Sample, str]] = {}
+    first: dict[Any, tuple[ImageSource, str]] = {}
     for task, split, samples in splits:
+        where = f"task {task!r}, {split}"
         for sample in samples:
             if sample.image is not None:
-                first.setdefault(ImageFeatures.key(sample.image), (sample, f"task {task!r}, {split}"))
+                first.setdefault(ImageFeatures.key(sample.image), (sample.image, where))
     damaged, keys = {}, list(first)
     with stage("images", len(keys), progress) as advance, ThreadPoolExecutor(os.cpu_count()) as threads:
         for start in range(0, len(keys), AT_ONCE):
@@ -86,9 +101,9 @@ def _damaged_images(splits: Iterable[tuple[str, str, Sequence[Sample]]], progres
     return damaged
 
 
-def _fault_of(sample: Sample) -> str | None:
+def _fault_of(image: ImageSource) -> str | None:
     try:
-        sample.open_image()
+        Sample("", "", image).open_image()
     except OSError as error:
         return str(error)
     return None
