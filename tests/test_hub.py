@@ -186,6 +186,17 @@ def test_images_are_served_as_they_were_learned(base: Path, tmp_path: Path, recw
     assert torch.equal(pixels(cf.from_pretrained(padded).increments.processor), pixels(plain))
 
 
+def test_images_may_be_prepared_by_ones_own_code(base: Path, tmp_path: Path) -> None:
+    """It says nothing of how, and nothing is compared."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model, processor = LlavaForConditionalGeneration.from_pretrained(base), AutoProcessor.from_pretrained(base)
+    plain = processor.image_processor
+    processor.image_processor = lambda images, **options: plain(images, **options)
+    saved = cf.save_pretrained(cf.patch(model, cf.IncrementConfig(), processor=processor), tmp_path / "own")
+    assert json.loads((saved / files.CONFIG).read_text())["image_settings"] is None
+
+
 def test_views_that_are_made_otherwise_than_learned_are_told(tmp_path: Path) -> None:
     """Images that are cut into views take no ``pad_to_square``, with or without ``do_pad``: they load all the same."""
     name = "LlavaNextForConditionalGeneration"

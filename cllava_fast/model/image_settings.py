@@ -15,9 +15,10 @@ KINDS = ("CLIPImageProcessor", "LlavaImageProcessor")  # the second is the first
 
 
 def image_settings(processor: Any) -> dict[str, Any] | None:
-    """What decides the pixels that a vision tower sees, as JSON holds it; None where no images are prepared."""
-    prepares = getattr(processor, "image_processor", None)
-    if prepares is None:
+    """What decides the pixels that a vision tower sees, as JSON holds it; None where no images are prepared, or by code
+    of one's own that does not say how."""
+    prepares: Any = getattr(processor, "image_processor", None)
+    if not hasattr(prepares, "to_json_string"):
         return None
     values = json.loads(prepares.to_json_string())
     return {"do_pad": False} | {name: values[name] for name in SETTINGS if values.get(name) is not None}
