@@ -300,8 +300,12 @@ SERVING_MUTANTS = [
     ),
     (
         "a run learns images that the model was not patched with", "cllava_fast/train/loop.py",
-        "for name in differing(image_settings(mine), image_settings(patched)):", "for name in []:",
+        "other = prepared_otherwise(self.data.encoder.processor, self.increments.processor)", 'other = ""',
         "tests/test_train_refusals.py",
+    ),
+    (
+        "images that the model was not patched with are measured", "cllava_fast/evaluate/evaluation.py",
+        "    _warn_of_another_processor(model, data.encoder.processor)\n", "", "tests/test_evaluation.py",
     ),
     (
         "a stranger's template is rendered", "cllava_fast/model/files.py",

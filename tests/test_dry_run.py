@@ -108,6 +108,23 @@ def test_of_a_file_that_is_read_line_by_line_no_sample_is_kept(
     assert len(kept) > 120 and max(kept) <= 3, "each is there while it is looked at"
 
 
+def test_what_the_run_does_not_use_does_not_stop_it(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = yaml.safe_load((tmp_path / "stream.yaml").read_text())
+    for task in stream["tasks"]:
+        (tmp_path / f"{task['name']}-dev.json").write_text(
+            json.dumps([{"image": f"{task['name']}-dev.png", "question": "what is it?", "answer": "red"}])
+        )
+        task["validation"] = f"{task['name']}-dev.json"
+        (tmp_path / "images" / f"{task['name']}-dev.png").write_bytes(b"no image")
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump(stream))
+    assert cli.main(command) == 0
+    assert "validation" not in capsys.readouterr().out
+    assert cli.main([*command, "--training.eval_split", "validation"]) == 1
+    assert "task 'color', validation: image" in capsys.readouterr().err
+
+
 def test_many_faults_are_counted(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(25):
         damage(tmp_path / "images" / f"shape-{number}.png")

@@ -15,6 +15,7 @@ import torch
 
 import cllava_fast as cf
 from cllava_fast import cli
+from cllava_fast.data import pad_to_square
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import fingerprint
@@ -163,6 +164,14 @@ def test_evaluate_stream_of_a_learned_model(
         cf.evaluate_stream(model, processor, graded_stream(), tmp_path / "eval", **options)
     cf.evaluate_stream(model, processor, stream(1), tmp_path / "eval", overwrite=True, **options)
     assert [p.name for p in (tmp_path / "eval" / "predictions").iterdir()] == ["task0.jsonl"]
+
+
+def test_a_processor_that_the_model_was_not_patched_with_is_told(llava: Any, processor: Any) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    other = copy.deepcopy(processor)
+    pad_to_square(other)
+    with pytest.warns(UserWarning, match="another do_pad of images than the one .* give model.increments.processor"):
+        cf.evaluate_stream(llava, other, stream(1), max_new_tokens=2, progress=False)
 
 
 def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothing(llava: Any, processor: Any) -> None:

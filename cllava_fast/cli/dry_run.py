@@ -23,7 +23,7 @@ from cllava_fast.data import Sample, Stream
 from cllava_fast.data.encode import Encoder, Example, ImageFeatures
 from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.lengths import check_lengths, token_limit, warn_of_answers
-from cllava_fast.data.stream import SPLITS, ImageSource
+from cllava_fast.data.stream import ImageSource
 from cllava_fast.train.progress import stage
 from cllava_fast.untrusted import printable
 
@@ -32,7 +32,7 @@ AT_ONCE = 1024  # images that wait for a thread
 
 
 def look_through(config: RunConfig, stream: Stream) -> None:
-    """Decodes every image and encodes every sample of a stream, and prints a table of them.
+    """Decodes every image and encodes every sample that a run would use, and prints a table of them.
 
     Raises:
         ValueError: what would stop the run: all images that cannot be decoded, and of each split the samples longer
@@ -43,9 +43,8 @@ def look_through(config: RunConfig, stream: Stream) -> None:
     processor = load_processor(config.model)
     encoder = Encoder(processor)
     limit = token_limit(encoder.tokenizer, model_config(config.model))
-    splits = [
-        (task.name, split, samples) for task in stream for split in SPLITS if len(samples := getattr(task, split))
-    ]
+    used = ("train", config.training.eval_split)
+    splits = [(task.name, split, getattr(task, split)) for task in stream for split in used]
     damaged = _damaged_images(splits, config.training.progress)
     faults, rows = list(damaged.values()), []
     with stage("samples", sum(len(samples) for *_, samples in splits), config.training.progress) as advance:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from cllava_fast.evaluate.predict import batches_of, predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, write_report
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.evaluate.selection import selection_study
+from cllava_fast.model.image_settings import prepared_otherwise
 from cllava_fast.pool import Pool
 from cllava_fast.train.as_it_was import same_mode
 from cllava_fast.train.progress import stage
@@ -289,6 +291,17 @@ def results_of_run(
     }
 
 
+def _warn_of_another_processor(model: Any, processor: Any) -> None:
+    patched = getattr(getattr(model, "increments", None), "processor", None)
+    other = "" if patched is None else prepared_otherwise(processor, patched)
+    if other and distributed.is_main():
+        warnings.warn(
+            f"the processor has another {other} than the one that the model was patched with, and is measured with it; "
+            "give model.increments.processor",
+            stacklevel=3,
+        )
+
+
 def evaluate_stream(
     model: Any,
     processor: Any,
@@ -337,6 +350,7 @@ def evaluate_stream(
     distributed.start()
     data = stream if isinstance(stream, PreparedStream) else PreparedStream(stream, processor, image_feature_bytes)
     check_tasks(data.stream, split)
+    _warn_of_another_processor(model, data.encoder.processor)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         distributed.on_main(functools.partial(check_output, folder, overwrite))

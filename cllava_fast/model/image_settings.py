@@ -31,6 +31,14 @@ def differing(settings: Mapping[str, Any] | None, others: Mapping[str, Any] | No
     return [name for name in SETTINGS if name in settings and name in others and settings[name] != others[name]]
 
 
+def prepared_otherwise(processor: Any, patched: Any) -> str:
+    """What a processor has that a model was not patched with, in words; empty for nothing."""
+    if getattr(processor, "chat_template", None) != getattr(patched, "chat_template", None):
+        return "chat template"
+    other = differing(image_settings(processor), image_settings(patched))
+    return f"{other[0]} of images" if other else ""
+
+
 def takes_padding(processor: Any) -> bool:
     return type(getattr(processor, "image_processor", None)).__name__.startswith(KINDS)
 

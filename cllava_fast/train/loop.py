@@ -37,7 +37,7 @@ from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.evaluate.results import results_json
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
-from cllava_fast.model.image_settings import differing, image_settings
+from cllava_fast.model.image_settings import prepared_otherwise
 from cllava_fast.model.liger import kernels_for
 from cllava_fast.model.patching import check_not_merged
 from cllava_fast.names import brief
@@ -152,12 +152,7 @@ class ContinualTrainer:
 
     def _check_processor(self) -> None:
         """What is saved says by which chat template and images it was learned: those of the patched model."""
-        mine, patched = self.data.encoder.processor, self.increments.processor
-        other = (
-            "chat template" if getattr(mine, "chat_template", None) != getattr(patched, "chat_template", None) else ""
-        )
-        for name in differing(image_settings(mine), image_settings(patched)):
-            other = f"{name} of images"
+        other = prepared_otherwise(self.data.encoder.processor, self.increments.processor)
         if other:
             raise ValueError(
                 f"the processor has another {other} than the one that the model was patched with; unpatch(model), "

@@ -98,7 +98,8 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
         elif name == "stream":
             continue  # numbers of samples: those tasks' samples are others, too
         elif name in ("method", "arguments", "metrics", "image_settings") and isinstance(theirs, dict):
-            key = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
+            changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+            key = differing(theirs, ours)[0] if name == "image_settings" else changed[0]
             words.append(f"{name}: {key} {brief(theirs.get(key))}, not {brief(ours.get(key))}")
         else:
             words.append(f"another {name}")
