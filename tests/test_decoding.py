@@ -240,7 +240,8 @@ def test_native_decoding_is_for_a_gpu_without_gradients(monkeypatch: pytest.Monk
         with cf.ops.backend("cuda"):
             joined = found()
             assert joined is selection.joined and joined is not None and joined.index.shape == (samples, 6)
-            assert found(Selection(past=pairs)) == pairs
+            alone = found(Selection(past=pairs))
+            assert alone is not None and alone.index is pairs.index and alone.coefficient is pairs.coefficient
             seen = found(Selection(past=pairs.map(lambda tensor: tensor[:1].expand(samples, -1))))
             assert seen is not None and seen.index.is_contiguous() and seen.coefficient.is_contiguous()
             assert found(is_cuda=False) is None and found(shape=(samples, 17, 8)) is None
