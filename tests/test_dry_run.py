@@ -62,7 +62,7 @@ def test_a_sound_stream_is_counted_and_nothing_is_written(
     counts = [["color", "train", "31", "30"], ["color", "test", "2", "2"]]
     assert [row[:4] for row in rows[:2]] == counts and len(rows) == 4
     assert all(0 < int(median) <= int(most) < 256 and longest == "2" for *_, median, most, longest in rows)
-    assert "256 tokens" in said and said.splitlines()[-1].startswith("Nothing stands against this run")
+    assert "256 tokens" in said and said.splitlines()[-1].startswith("Nothing was found that would stop this run")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -76,7 +76,7 @@ def test_every_damaged_image_is_named(command: list[str], tmp_path: Path, capsys
     assert [fault.split(":")[0].strip() for fault in faults] == ["task 'color', train"] * 2 + ["task 'shape', train"]
     for fault, name in zip(faults, ("color-0.png", "color-7.png", "shape-29.png"), strict=True):
         assert name in fault
-    assert "Nothing stands" not in said.out and "color" in said.out, "the table is of what can be read"
+    assert "Nothing was found" not in said.out and "color" in said.out, "the table is of what can be read"
 
 
 def test_of_a_file_that_is_read_line_by_line_no_sample_is_kept(

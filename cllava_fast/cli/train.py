@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         distributed.finish()  # the others would wait for longer than they may
         if is_main:
             look_through(config, stream)
-            print("\nNothing stands against this run; the same command without --dry-run begins it.")
+            print("\nNothing was found that would stop this run; the same command without --dry-run begins it.")
         return 0
     train(config)
     output = config.training.output_dir
