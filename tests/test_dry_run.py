@@ -159,6 +159,11 @@ def test_tasks_that_were_learned_before_are_refused(
     stream.write_text(stream.read_text().replace("name: shape", "name: task0"))
     assert cli.main([*command, "--model.increments", str(saved)]) == 1
     assert f"{saved} has learned ['task0'] already; leave them out of the stream" in capsys.readouterr().err
+    joint = cf.patch(load_base()[0], cf.JointLoraConfig(), processor=processor)
+    learn(joint, 1, generator)
+    saved = cf.save_pretrained(joint, tmp_path / "joint")
+    assert cli.main([*command, "--model.increments", str(saved)]) == 1
+    assert "joint_lora learns all tasks at once; leave it out" in capsys.readouterr().err
 
 
 def test_images_are_refused_by_a_base_without(

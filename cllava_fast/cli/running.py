@@ -63,6 +63,11 @@ def open_new(config: RunConfig) -> Stream:
 
 def _check_method(config: RunConfig, increments: Path) -> None:
     """New tasks are learned by the method of those before them."""
+    if METHODS[config.method.method][1].joint:
+        raise ValueError(
+            f"{config.source}: model.increments is {str(increments)!r}, and {config.method.method} learns all tasks at "
+            "once; leave it out"
+        )
     wanted, given = read_config(increments).config.to_dict(), config.method.to_dict()
     other = [name for name in ("method", *wanted) if given.get(name) != wanted[name]]
     if other:
