@@ -58,7 +58,7 @@ def test_init_finds_the_tasks_of_a_folder(tmp_path: Path) -> None:
 def test_init_tells_what_it_leaves_out(tmp_path: Path) -> None:
     for name in ("a_train.json", "a_test.json", "b.train.json", "c_dev.jsonl", "d.parquet", "notes.txt"):
         (tmp_path / name).write_text("[]")
-    with pytest.warns(UserWarning, match=r": b\.train\.json, c_dev\.jsonl, d\.parquet left out; the names do"):
+    with pytest.warns(UserWarning, match=r"left out are \['b\.train\.json', 'c_dev\.jsonl', 'd\.parquet'\], whose"):
         assert cli.main(["init", str(tmp_path / "s.yaml"), "--data", str(tmp_path)]) == 0
     assert [task["name"] for task in load_config(tmp_path / "s.yaml").stream["tasks"]] == ["a"]
 

@@ -39,7 +39,6 @@ tasks:  # in the order in which they are learned
     train: forms_train.json
     test: forms_test.json
 """
-SHOWN = 5  # of files that are left out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +77,7 @@ def found_tasks(data: Path, base: Path) -> str:
     import yaml
 
     from cllava_fast.data.stream import SPLITS
+    from cllava_fast.names import brief
 
     found: dict[str, dict[str, str]] = {}
     taken = set[Path]()
@@ -102,11 +102,9 @@ def found_tasks(data: Path, base: Path) -> str:
             )
     others = {file for file in data.iterdir() if file.suffix in (".json", ".jsonl", ".parquet")} - taken
     if others:
-        names = [file.name for file in sorted(others)]
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        names = brief([file.name for file in sorted(others)])
         warnings.warn(
-            f"{data}: {', '.join(names[:SHOWN])}{more} left out; the names do not end in _train, _test or _validation",
-            stacklevel=2,
+            f"{data}: left out are {names}, whose names do not end in _train, _test or _validation", stacklevel=2
         )
     images = data / "images" if (data / "images").is_dir() else data
     return yaml.safe_dump(
