@@ -84,9 +84,10 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
         learned = len(found["losses"]) + half
         found, identity = (_finished_part(values, learned, len(found["matrix"])) for values in (found, identity))
     before, now, words = list(found["stream"]), list(identity["stream"]), []
-    other = [name for name in identity if found.get(name) != identity[name]]
-    if not differing(found.get("image_settings"), identity.get("image_settings")):
-        other = [name for name in other if name != "image_settings"]  # runs of earlier versions have none
+    other = [name for name in identity if found.get(name) != identity[name] and name != "image_settings"]
+    theirs, ours = (values.get("image_settings") or {} for values in (found, identity))
+    for name in differing(theirs, ours)[:1]:  # runs of earlier versions have none to differ
+        words.append(f"image_settings: {name} {brief(theirs[name])}, not {brief(ours[name])}")
     if before != now:
         words.append(f"tasks {brief(before)}, not {brief(now)}")
         other = [name for name in other if name not in ("metrics", "stream_sha256")]
@@ -97,9 +98,8 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
             words.append(f"other samples of task {brief(changed)}")
         elif name == "stream":
             continue  # numbers of samples: those tasks' samples are others, too
-        elif name in ("method", "arguments", "metrics", "image_settings") and isinstance(theirs, dict):
-            changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-            key = differing(theirs, ours)[0] if name == "image_settings" else changed[0]
+        elif name in ("method", "arguments", "metrics") and isinstance(theirs, dict):
+            key = next(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
             words.append(f"{name}: {key} {brief(theirs.get(key))}, not {brief(ours.get(key))}")
         else:
             words.append(f"another {name}")
