@@ -80,7 +80,7 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """Raises ValueError where it cannot pad images, and is to."""
+    """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot pad images."""
     processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False)
     if config.conversation != "template":
         # set here, training, the reading of instructions and serving all speak it

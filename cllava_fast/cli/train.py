@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", dest="training.resume", action="store_const", const="true",
                         help="go on where the run was stopped or killed")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only check: decode every image, encode every sample, "
-                        "and tell all that would stop the run; loads no weights and writes nothing")  # fmt: skip
+                        "and tell what would stop the run; loads no weights and writes nothing")  # fmt: skip
     sections = {
         "model": config.typed_fields(config.ModelConfig),
         "method": config.typed_fields(config.IncrementConfig, *(method for method, _ in config.METHODS.values())),
