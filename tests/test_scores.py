@@ -237,6 +237,12 @@ def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
         find_metric("zzz")
 
 
+def test_a_bare_function_is_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORES, "mine", lambda prediction, references: 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r'SCORES\["mine"\] is a function; expected Metric\(function, "its title"\)'):
+        find_metric("mine")
+
+
 @pytest.mark.parametrize("name", SCORES)
 def test_what_every_metric_refuses(name: str) -> None:
     metric = find_metric(name)

@@ -1,7 +1,7 @@
 """Scores of answers, one function a metric: what a prediction is worth, 0..1, against the answers that are accepted.
 
-A task names its metric (``Task.metric``). To add one: a function of a prediction and its references, and one entry in
-``SCORES``. A function raises ValueError for references that it cannot read; predictions may be any text.
+A task names its metric (``Task.metric``). To add one: a function of a prediction and its references, in ``SCORES`` as a
+``Metric``. The function raises ValueError for references that it cannot read; predictions may be any text.
 """
 
 from __future__ import annotations
@@ -310,7 +310,11 @@ SCORES = {
 
 
 def find_metric(name: str) -> Metric:
-    """The metric of that name. Raises ValueError for an unknown one, with the nearest name."""
+    """The metric of that name. Raises ValueError for an unknown one, with the nearest name, and TypeError for what is
+    no ``Metric``."""
     if name not in SCORES:
         raise ValueError(f"metric is {name!r}; {nearest(str(name), SCORES)}")
-    return SCORES[name]
+    metric: object = SCORES[name]
+    if not isinstance(metric, Metric):
+        raise TypeError(f'SCORES["{name}"] is a {type(metric).__name__}; expected Metric(function, "its title")')
+    return metric
