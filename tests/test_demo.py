@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import multiprocessing
 import subprocess
@@ -20,6 +21,7 @@ from cllava_fast.demo.base import load_base
 from cllava_fast.demo.run import DEFAULT, DemoConfig, run_demo
 from cllava_fast.evaluate.report import load_results
 from cllava_fast.evaluate.results import METRICS
+from cllava_fast.methods import METHODS
 
 TASKS = ["chart", "document", "icon", "digit"]
 
@@ -92,6 +94,36 @@ def test_the_same_config_gives_the_same_numbers(run: tuple[Path, dict[str, Any]]
             else:
                 assert first[metric] == second[metric], metric
     assert list((tmp_path / "again" / "methods" / "continual_llava" / "seed0").rglob("*.safetensors"))
+
+
+OWN_METHOD = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cllava_fast.methods import register
+from cllava_fast.methods.slm import Slm, SlmConfig
+
+@dataclass(frozen=True)
+class MineConfig(SlmConfig):
+    method: ClassVar[str] = "mine"
+    title: ClassVar[str] = "Mine"
+
+@register(MineConfig)
+class Mine(Slm):
+    pass
+"""
+
+
+def test_a_method_from_outside_learns_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_method.py").write_text(OWN_METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_method")
+    try:
+        monkeypatch.setattr("cllava_fast.demo.run.METHODS", ("mine", "frozen"))
+        results = run_demo(short(tmp_path / "demo", methods=("all",), jobs=2, steps=1))
+    finally:
+        del METHODS["mine"], sys.modules["my_method"]
+    assert list(results["methods"]) == ["mine", "frozen"]
 
 
 class Broken(DemoConfig):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -219,7 +220,7 @@ def _each(config: DemoConfig, output: Path, runs: list[_Run]) -> Iterator[tuple[
     quiet, spawn = replace(config, progress=False), multiprocessing.get_context("spawn")
     with (
         Progress(*columns, console=console, disable=not config.progress) as bar,
-        ProcessPoolExecutor(jobs, spawn, _in_a_process, (threads,)) as pool,
+        ProcessPoolExecutor(jobs, spawn, _in_a_process, (threads, _modules_of(config.methods))) as pool,
     ):
         shown = bar.add_task("runs", total=len(runs))
         # from behind: the quickest methods are named first, and leave no process idle at the end
@@ -236,9 +237,17 @@ def _each(config: DemoConfig, output: Path, runs: list[_Run]) -> Iterator[tuple[
             raise
 
 
-def _in_a_process(threads: int) -> None:
+def _modules_of(methods: Iterable[str]) -> list[str]:
+    """Where methods are registered, which a new process would not know of those from outside this package."""
+    policies = [LEARNING[name][1] for name in methods if name in LEARNING]
+    return [policy.__module__ for policy in policies if policy.__module__ != "__main__"]  # that one it runs itself
+
+
+def _in_a_process(threads: int, modules: list[str]) -> None:
     from transformers.utils import logging
 
+    for module in modules:
+        importlib.import_module(module)
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
