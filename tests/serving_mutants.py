@@ -17,16 +17,16 @@ SERVING_MUTANTS = [
         "tests/test_decoding.py",
     ),
     (
-        "without a query a loop of one's own has its generate's rows", "cllava_fast/model/increments.py",
-        " and not self.call.custom:", ":", "tests/test_decoding.py",
+        "without a query a loop of one's own has its generate's rows", "cllava_fast/model/selecting.py",
+        " and not increments.call.custom:", ":", "tests/test_decoding.py",
     ),
     (
         "what was expanded in inference mode trains", "cllava_fast/methods/base.py",
         "asked = batch, torch.is_inference_mode_enabled()", "asked = batch, False", "tests/test_decoding.py",
     ),
     (
-        "without a query a layer asks at each step", "cllava_fast/model/increments.py",
-        "if pending is not None and not self.method.routes and not self.call.custom:", "if False:",
+        "without a query a layer asks at each step", "cllava_fast/model/selecting.py",
+        "if pending is not None and not increments.method.routes and not increments.call.custom:", "if False:",
         "tests/test_decoding.py",
     ),
     (
@@ -180,8 +180,8 @@ SERVING_MUTANTS = [
         "pending = within if increments.call.custom else None", "pending = within", "tests/test_patch.py",
     ),
     (
-        "a question within generate has the outer one's rows where it has a turn", "cllava_fast/model/increments.py",
-        "within is not None and not self._asks(request)", "within is not None", "tests/test_patch.py",
+        "a question within generate has the outer one's rows where it has a turn", "cllava_fast/model/selecting.py",
+        "within is not None and not _asks(increments, request)", "within is not None", "tests/test_patch.py",
     ),
     (
         "how far is far depends on the width", "cllava_fast/methods/calibration.py", "noise = NOISE / width",
@@ -200,11 +200,11 @@ SERVING_MUTANTS = [
         "tests/test_instructions.py",
     ),
     (
-        "a step waits for its static cache", "cllava_fast/model/increments.py",
+        "a step waits for its static cache", "cllava_fast/model/selecting.py",
         "if not (step and selection is not None) and not", "if not", "tests/test_decoding.py",
     ),
     (
-        "a cache that was emptied otherwise keeps its rows", "cllava_fast/model/increments.py",
+        "a cache that was emptied otherwise keeps its rows", "cllava_fast/model/selecting.py",
         'ids is None and getattr(cache, "is_compileable", False)', "ids is None", "tests/test_caches.py",
     ),
     (
@@ -212,8 +212,8 @@ SERVING_MUTANTS = [
         "_filled.pop(cache, None)", "pass", "tests/test_caches.py",
     ),
     (
-        "what asks nothing within generate has no rows", "cllava_fast/model/increments.py",
-        "within is not None and not self._asks(request)", "False", "tests/test_bases.py",
+        "what asks nothing within generate has no rows", "cllava_fast/model/selecting.py",
+        "within is not None and not _asks(increments, request)", "False", "tests/test_bases.py",
     ),
     (
         "the end of an answer begins a turn", INSTRUCTIONS, ".removeprefix(behind_answer)", "",
@@ -247,7 +247,7 @@ SERVING_MUTANTS = [
         "found.samples", "tests/test_caches.py",
     ),
     (
-        "later turns forget the images", "cllava_fast/model/increments.py",
+        "later turns forget the images", "cllava_fast/model/selecting.py",
         "filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]", "none", "tests/test_caches.py",
     ),
     (
@@ -255,7 +255,7 @@ SERVING_MUTANTS = [
         "tests/test_bases.py",
     ),
     (
-        "an image that nobody looked at is none", "cllava_fast/model/increments.py",
+        "an image that nobody looked at is none", "cllava_fast/model/selecting.py",
         "selection = replace(selection, images=None)", "pass", "tests/test_caches.py",
     ),
     (

@@ -13,7 +13,7 @@ import torch
 import cllava_fast as cf
 from cllava_fast.evaluate.predict import batches_of
 from cllava_fast.methods.slm import Slm, SlmConfig
-from cllava_fast.model import get_increments, paths
+from cllava_fast.model import get_increments, paths, selecting
 from cllava_fast.pool import LinearShape, Pool
 from cllava_fast.train.align import align_keys
 from tests.helpers import QUESTIONS, inputs, learn, take
@@ -176,19 +176,19 @@ def test_what_a_batch_asks_together_decides_or_does_not(
 
 
 def test_evaluation_reports_what_each_batch_selected(
-    reduce: Any, llava: Any, processor: Any, rng: torch.Generator, tmp_path: Path
+    reduce: Any, llava: Any, processor: Any, rng: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cf.patch(llava, config(reduce), processor=processor)
-    increments = learn(llava, 3, rng, b_std=0.1)
+    learn(llava, 3, rng, b_std=0.1)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    choose = increments.select_by_instruction
+    choose = selecting.select_by_instruction
 
-    def spy(request: Any, pooled_image: Any) -> Any:
-        selection = choose(request, pooled_image)
+    def spy(increments: Any, request: Any, pooled_image: Any) -> Any:
+        selection = choose(increments, request, pooled_image)
         seen.append((selection.index, selection.weight))
         return selection
 
-    increments.select_by_instruction = spy
+    monkeypatch.setattr(selecting, "select_by_instruction", spy)
     data = cf.PreparedStream(stream(2), processor)
     cf.evaluate_stream(llava, processor, data, tmp_path / "eval", batch_size=5, max_new_tokens=2, progress=False)
     lines = [(tmp_path / "eval" / "predictions" / f"task{k}.jsonl").read_text().splitlines() for k in range(2)]

@@ -95,7 +95,7 @@ def explain(model: Any, batch: dict[str, Any]) -> list[Row]:
 
     from cllava_fast.model import get_increments
     from cllava_fast.model.images import pooled_image
-    from cllava_fast.model.increments import Request
+    from cllava_fast.model.selecting import Request, images_of, query_of
 
     increments = get_increments(model)
     pool = increments.pool
@@ -108,8 +108,8 @@ def explain(model: Any, batch: dict[str, Any]) -> list[Row]:
         pixel_values=batch.get("pixel_values"),
     )
     with torch.no_grad():
-        images = increments.images(request, partial(pooled_image, model))
-        query = increments.query(request, images).to(pool.keys.device)
+        images = images_of(increments, request, partial(pooled_image, model))
+        query = query_of(increments, request, images).to(pool.keys.device)
         selection = increments.select_by_query(query)
     if selection is None or selection.index is None or selection.weight is None:
         return []

@@ -1,44 +1,23 @@
-"""What ``patch`` adds to a model: the pool, the method, the surrogate, and which rows act on the batch at hand."""
+"""What ``patch`` adds to a model: the pool, the method, the surrogate, and what acts in its layers."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllava_fast.methods import Begun, Method, MethodConfig, Selection, calibration, make_method
+from cllava_fast.methods import Method, MethodConfig, Selection, calibration, make_method
 from cllava_fast.methods.base import check_selection
-from cllava_fast.model import acting, caches, paths
-from cllava_fast.model.answers import IGNORE
-from cllava_fast.model.images import images_per_sample
-from cllava_fast.model.instructions import InstructionReader, text_ids
-from cllava_fast.ops import checks
+from cllava_fast.model import acting, paths
+from cllava_fast.model.instructions import InstructionReader
 from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_unchecked
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, sentence_surrogate
-
-
-class Request(NamedTuple):
-    """What one call to the model says about its instructions.
-
-    ``whole``: ``input_ids`` begin with what lies in ``cache``.
-    """
-
-    batch: int
-    input_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
-    labels: Tensor | None = None
-    pixel_values: Tensor | None = None
-    instructions: Sequence[str] | None = None
-    query: Tensor | None = None
-    cache: Any | None = None
-    whole: bool = False
 
 
 class Call(threading.local):
@@ -85,11 +64,11 @@ class Increments(nn.Module):
         self.method: Method = make_method(config)
         self.processor = processor
         # of images and videos; a model without any has no such id, and -1 is no token's
-        self._image_token_id, video = (_token_id(model, name) for name in ("image_token_id", "video_token_id"))
+        self.image_token_id, video = (_token_id(model, name) for name in ("image_token_id", "video_token_id"))
         # otherwise an image has as many tokens as its size and its neighbours ask for
-        self._equal_images = getattr(model.config, "image_grid_pinpoints", None) is None
-        self._special_ids = _special_ids(model) | {self._image_token_id, video}
-        self.reader = None if processor is None else InstructionReader(processor, self._image_token_id, video)
+        self.equal_images = getattr(model.config, "image_grid_pinpoints", None) is None
+        self.special_ids = _special_ids(model) | {self.image_token_id, video}
+        self.reader = None if processor is None else InstructionReader(processor, self.image_token_id, video)
         self.surrogate = self._make_surrogate(model)
         if self.surrogate is not None and self.surrogate.dim % self.groups:
             raise ValueError(f"groups is {self.groups}; expected a divisor of the query's width, {self.surrogate.dim}")
@@ -209,57 +188,6 @@ class Increments(nn.Module):
         chosen: int | None = getattr(self.config, "groups", None)
         return chosen or (self.surrogate.groups if self.surrogate else 1)
 
-    # -- from a call to a selection ------------------------------------------------------------------------------
-
-    def select(
-        self,
-        request: Request,
-        pooled_image: Any,
-        goes_on: bool,
-        pending: Selection | None = None,
-        within: Selection | None = None,
-    ) -> Selection | None:
-        """What acts on each sample of the request; None where nothing has been learned.
-
-        Args:
-            pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
-            goes_on: without a new turn, the request goes on with the selection that its cache was filled with.
-            pending: what acts in the ``generate`` that the request is a step of.
-            within: what acts in the ``generate`` that asks it; counts for a request that asks nothing.
-        """
-        learning = self.training and self.pool.block_rows > 0
-        if self.pristine:
-            if learning or request.instructions is not None or request.query is not None:
-                raise ValueError("one selection is merged into the weights; cllava_fast.unmerge(model) before another")
-            return None
-        if not learning and not self.pool.num_tasks and self.method.uses_query:
-            return None
-        if not self.method.uses_query:
-            # a step of an answer has its prompt's; a caller's own loop asks whatever it likes
-            if pending is not None and not self.method.routes and not self.call.custom:
-                return pending.expand(request.batch)
-            selection = self.method.select(self.pool, None, 1, learning)
-            check_selection(self.method, self.pool, selection, 1)
-            return self._on_batch(selection, request)
-        if request.query is None and request.instructions is None:
-            if pending is not None:
-                return pending.expand(request.batch)
-            remembered = self._remembered(request) if goes_on else None
-            if remembered is not None:
-                return remembered
-            if within is not None and not self._asks(request):
-                return within.expand(request.batch)
-        return self.select_by_instruction(request, pooled_image)
-
-    def _asks(self, request: Request) -> bool:
-        return self.reader is None or request.input_ids is None or self.reader.has_turn(request.input_ids)
-
-    def select_by_instruction(self, request: Request, pooled_image: Any) -> Selection | None:
-        """What acts by the request's own instructions."""
-        images = self.images(request, pooled_image)
-        selection = self.select_by_query(self.query(request, images))
-        return self._on_batch(selection and replace(selection, images=images), request)
-
     def select_by_query(self, query: Tensor) -> Selection | None:
         """What the method picks for queries ``[B, D]``, as strongly as calibration lets it act."""
         query = query.to(self.pool.keys.device)
@@ -270,152 +198,11 @@ class Increments(nn.Module):
             selection = selection.scaled(calibration.familiarity(self.pool, query))
         return selection
 
-    def _on_batch(self, selection: Selection | None, request: Request) -> Selection | None:
-        if selection is None:
-            if self.training and self.is_within_a_task:
-                raise ValueError(
-                    f"{type(self.method).__name__}.select returned None in training, and nothing of the task that is "
-                    "being learned would act; expected a Selection with its rows"
-                )
-            return None
-        selection = selection.expand(request.batch)
-        if not self.method.routes:
-            strength = acting.column_strength(selection, self.pool, self.config.scale)
-            return replace(selection, column_strength=strength)
-        selection = replace(selection, mask=_mask(request, counts=self.training))
-        if self.training or not self.method.by_first_token:
-            return selection
-        return replace(selection, memory={}, begun=self._begun(request.cache))
-
-    def _begun(self, cache: Any | None) -> dict[Factors, Begun]:
-        if cache is None or not cache.get_seq_length():
-            return {}
-        filled = caches.remembered(cache, self)
-        if filled is None or filled.begun is None:
-            raise ValueError(
-                "the cache was not filled by this patched model with the increments that it has now, and "
-                f"{self.config.method} goes by a prompt's first token; pass the whole prompt without a cache"
-            )
-        return filled.begun
-
-    def remember(self, cache: Any | None, selection: Selection | None) -> None:
-        """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
-        if cache is not None and selection is not None and not self.training:
-            caches.remember(cache, self, selection)
-
-    def _remembered(self, request: Request) -> Selection | None:
-        cache = request.cache
-        if cache is None:
-            return None
-        selection = caches.remembered(cache, self)
-        # the single token of a decoding step asks nothing, and is no image
-        ids = None if request.input_ids is None or request.input_ids.shape[1] == 1 else request.input_ids
-        # a cache that is compiled says its length on the device, and a step need not wait for it
-        step = request.input_ids is not None and ids is None and getattr(cache, "is_compileable", False)
-        if not (step and selection is not None) and not cache.get_seq_length():
-            return None
-        if ids is not None and self.reader is not None and self.reader.has_turn(ids):
-            return None
-        if selection is None:
-            raise ValueError(
-                "the cache was not filled by this patched model with the increments that it has now, so its "
-                "instruction is unknown; pass instructions=[...] with one text for each sample"
-            )
-        if selection.images is not None and ids is not None and (ids == self._image_token_id).any():
-            selection = replace(selection, images=None)  # here, nobody looks
-        selection, mask = selection.expand(request.batch), _mask(request)
-        # longer than the one before, behind which a sample may begin
-        return selection if mask is None or not self.method.by_first_token else replace(selection, mask=mask)
-
     def task_query(self, tasks: Sequence[str]) -> Tensor:
         """The query ``[n, 1]`` of a method that is told the task: its number; of a task not learned yet, the next."""
         names = self.pool.task_names
         numbers = [names.index(task) if task in names else len(names) for task in tasks]
         return torch.tensor(numbers, dtype=torch.float32).view(-1, 1)
-
-    def query(self, request: Request, images: Tensor | None) -> Tensor:
-        """Queries ``[B, D]`` float32 from what the request says, in this order: query, instructions, input_ids.
-
-        ``images`` is what ``images`` returns.
-        """
-        if request.query is not None:
-            return self._check_query(request.query, request.batch)
-        if self.method.uses_task:
-            raise ValueError(
-                f"{self.config.method} must be told the task: pass query= [B, 1], each sample's task number; "
-                f"learned: {dict(enumerate(self.pool.task_names))}"
-            )
-        surrogate = self.surrogate
-        assert surrogate is not None
-        if request.instructions is None and request.input_ids is None:
-            raise ValueError("no instruction: input_ids is None; pass instructions=[...] with one text for each sample")
-        if self.reader is None and request.instructions is None:
-            assert isinstance(surrogate, BackboneSurrogate) and request.input_ids is not None
-            ids = text_ids(request.input_ids, request.attention_mask, request.labels, self._special_ids)
-            return surrogate.from_ids(ids)
-        texts = self._texts(request)
-        if images is None:
-            return surrogate.query(texts)
-        return surrogate.query(texts, (images[:, 1:] / images[:, :1].clamp(min=1)).float())
-
-    def _texts(self, request: Request) -> list[str]:
-        if request.instructions is None:
-            assert self.reader is not None and request.input_ids is not None
-            return self.reader.read(request.input_ids, request.attention_mask)
-        texts = request.instructions
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"instructions is {texts!r}; expected a list with one text for each sample")
-        if len(texts) != request.batch:
-            raise ValueError(f"instructions holds {len(texts)} texts; expected {request.batch}, one for each sample")
-        return [self.reader.canonical(text) for text in texts] if self.reader else list(texts)
-
-    def _check_query(self, query: Tensor, batch: int) -> Tensor:
-        width = 1 if self.surrogate is None else self.surrogate.dim
-        if not isinstance(query, Tensor):
-            raise TypeError(f"query is a {type(query).__name__}; expected a tensor [{batch}, {width}]")
-        if query.dim() != 2 or query.shape[1] != width or len(query) != batch:
-            raise ValueError(f"query is {list(query.shape)}; expected [{batch}, {width}]")
-        if checks.can_read(query, cuda=False) and not torch.isfinite(query).all():  # a GPU would have to be waited for
-            raise ValueError("query holds NaN or Inf; check the surrogate's embeddings")
-        return query.float()
-
-    def images(self, request: Request, pooled_image: Any) -> Tensor | None:
-        """``Selection.images`` behind the request, earlier turns' among them; None where its query needs none.
-
-        Args:
-            pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
-        """
-        if not isinstance(self.surrogate, TextImageSurrogate) or request.query is not None:
-            return None
-        if request.input_ids is None:
-            raise ValueError('surrogate "text+image" counts images in input_ids; pass them, or query= [B, D]')
-        none = torch.zeros(request.batch, 1 + self.surrogate.image_dim, dtype=torch.float64)
-        ids, shown = self._behind_cache(request, request.input_ids, none)
-        if not (ids == self._image_token_id).any():
-            return shown
-        if request.pixel_values is None:
-            raise ValueError('surrogate "text+image" needs pixel_values beside the image tokens, or query= [B, D]')
-        pooled = pooled_image(request.pixel_values)
-        counts = images_per_sample((ids == self._image_token_id).cpu(), len(pooled), self._equal_images)
-        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        return shown.index_add(0, owner, functional.pad(pooled.detach().double().cpu(), (1, 0), value=1))
-
-    def _behind_cache(self, request: Request, ids: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of ``ids`` that is not in the request's cache yet, and ``Selection.images`` of what is."""
-        cache = request.cache
-        length = 0 if cache is None else int(cache.get_seq_length())
-        if not length:
-            return ids, none
-        filled, rest = caches.remembered(cache, self), ids[:, length:] if request.whole else ids
-        if filled is not None and filled.images is not None:
-            # beams of one sample have the same images, and there may be more of them here or in the cache
-            return rest, filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]
-        if request.whole and not (ids[:, :length] == self._image_token_id).any():
-            return rest, none
-        raise ValueError(
-            'which images lie in the cache is not known, and surrogate "text+image" looks at them; pass '
-            "query= [B, D], or the whole conversation without a cache"
-        )
 
     # -- in the layers -------------------------------------------------------------------------------------------
 
@@ -480,17 +267,6 @@ def linear_shape(linear: nn.Module, model: Any) -> LinearShape:
     if isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.element_size() > 1:
         dtype = weight.dtype
     return LinearShape(linear.in_features, linear.out_features, dtype, paths.execution_device(linear))  # type: ignore[arg-type]
-
-
-def _mask(request: Request, counts: bool = False) -> Tensor | None:
-    """``[B, S]``, of all tokens so far; None where there is none, or none of that form. ``counts``: 0 in samples that
-    are not learned, too."""
-    mask = request.attention_mask
-    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    if not counts or request.labels is None:
-        return mask
-    learned = (request.labels != IGNORE).any(1, keepdim=True)  # [B, 1]; without a label, a sample fills up a batch
-    return learned.expand(request.labels.shape) if mask is None else mask * learned
 
 
 def _token_id(model: nn.Module, name: str) -> int:

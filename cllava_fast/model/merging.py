@@ -13,8 +13,9 @@ from cllava_fast.methods import Selection
 from cllava_fast.model import paths
 from cllava_fast.model.acting import terms
 from cllava_fast.model.images import pooled_image
-from cllava_fast.model.increments import Increments, Request
+from cllava_fast.model.increments import Increments
 from cllava_fast.model.patching import get_increments
+from cllava_fast.model.selecting import Request, select_by_instruction
 from cllava_fast.names import brief
 from cllava_fast.pool import Factors
 
@@ -168,7 +169,7 @@ def _select(
         query=None if query is None else query.reshape(-1, *query.shape[-1:]),
     )
     with torch.no_grad():
-        return increments.select_by_instruction(request, lambda pixels: pooled_image(model, pixels))
+        return select_by_instruction(increments, request, lambda pixels: pooled_image(model, pixels))
 
 
 def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

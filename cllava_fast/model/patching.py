@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
 from cllava_fast.model import acting, answers, caches, paths
 from cllava_fast.model.images import check_images, pooled_image
-from cllava_fast.model.increments import Increments, Request
+from cllava_fast.model.increments import Increments
+from cllava_fast.model.selecting import Request, remember, select
 from cllava_fast.pool import Factors
 
 SELECTION = "increment_selection"  # the keyword argument that travels through the language model
@@ -407,7 +408,7 @@ class _Remember:
         # tokens alone may come out, or nothing, though a cache that came in was filled
         if cache is None and (output is not None or self._length() != self.length):
             cache = self.given
-        self.increments.remember(cache, self.selection)
+        remember(self.increments, cache, self.selection)
 
     def _length(self) -> int:
         return 0 if self.given is None else int(self.given.get_seq_length())
@@ -457,4 +458,4 @@ def _select(
         # by what transformers goes: new tokens alone come with the mask of all
         whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
     )
-    return model.increments.select(request, functools.partial(pooled_image, model), goes_on, pending, within)
+    return select(model.increments, request, functools.partial(pooled_image, model), goes_on, pending, within)
