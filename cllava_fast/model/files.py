@@ -200,9 +200,9 @@ def set_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | N
     """
     if processor is None:
         return processor
-    if takes_padding(processor) and "do_pad" in differing(saved.image_settings, image_settings(processor)):
-        assert saved.image_settings is not None
-        pad_to_square(processor, saved.image_settings["do_pad"])
+    other = differing(saved.image_settings, image_settings(processor))
+    if "do_pad" in other and takes_padding(processor):
+        pad_to_square(processor, other["do_pad"][0])
     if saved.chat_template in (None, _text_template(processor)):
         return processor
     from cllava_fast.data.conversation import chat_template, conversations  # which needs the model's reading of turns
@@ -218,12 +218,10 @@ def set_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | N
 
 
 def _warn_of_other_settings(processor: Any | None, saved: Saved, folder: Path) -> None:
-    here = image_settings(processor)
-    for name in differing(saved.image_settings, here):
-        assert saved.image_settings is not None and here is not None
+    for name, (learned, here) in differing(saved.image_settings, image_settings(processor)).items():
         warnings.warn(
-            f"the processor's images have {name} {brief(here[name])}, and {folder} was learned with "
-            f"{brief(saved.image_settings[name])}, so the model sees otherwise than in training; "
+            f"the processor's images have {name} {brief(here)}, and {folder} was learned with "
+            f"{brief(learned)}, so the model sees otherwise than in training; "
             + (
                 "cllava_fast.data.pad_to_square"
                 if name == "do_pad" and takes_padding(processor)

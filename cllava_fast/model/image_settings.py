@@ -24,19 +24,20 @@ def image_settings(processor: Any) -> dict[str, Any] | None:
     return {"do_pad": False} | {name: values[name] for name in SETTINGS if values.get(name) is not None}
 
 
-def differing(settings: Mapping[str, Any] | None, others: Mapping[str, Any] | None) -> list[str]:
-    """Names of what both say, and say differently."""
+def differing(settings: Mapping[str, Any] | None, others: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
+    """What both say, and say differently, by name: that of ``settings`` and that of ``others``."""
     if settings is None or others is None:
-        return []
-    return [name for name in SETTINGS if name in settings and name in others and settings[name] != others[name]]
+        return {}
+    both = {name: (settings[name], others[name]) for name in SETTINGS if name in settings and name in others}
+    return {name: (one, other) for name, (one, other) in both.items() if one != other}
 
 
 def prepared_otherwise(processor: Any, patched: Any) -> str:
     """What a processor has that a model was not patched with, in words; empty for nothing."""
     if getattr(processor, "chat_template", None) != getattr(patched, "chat_template", None):
         return "chat template"
-    other = differing(image_settings(processor), image_settings(patched))
-    return f"{other[0]} of images" if other else ""
+    other = next(iter(differing(image_settings(processor), image_settings(patched))), "")
+    return other and f"{other} of images"
 
 
 def takes_padding(processor: Any) -> bool:

@@ -85,9 +85,9 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], half: bool) ->
         found, identity = (_finished_part(values, learned, len(found["matrix"])) for values in (found, identity))
     before, now, words = list(found["stream"]), list(identity["stream"]), []
     other = [name for name in identity if found.get(name) != identity[name] and name != "image_settings"]
-    theirs, ours = (values.get("image_settings") or {} for values in (found, identity))
-    for name in differing(theirs, ours)[:1]:  # runs of earlier versions have none to differ
-        words.append(f"image_settings: {name} {brief(theirs[name])}, not {brief(ours[name])}")
+    images = differing(found.get("image_settings"), identity.get("image_settings"))  # earlier versions' runs have none
+    for name, (theirs, ours) in list(images.items())[:1]:
+        words.append(f"image_settings: {name} {brief(theirs)}, not {brief(ours)}")
     if before != now:
         words.append(f"tasks {brief(before)}, not {brief(now)}")
         other = [name for name in other if name not in ("metrics", "stream_sha256")]
