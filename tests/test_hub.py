@@ -242,6 +242,19 @@ def test_a_method_that_reads_no_instruction_has_a_processor_too(
     assert cf.from_pretrained(saved, cache_dir=cache).increments.processor is None
 
 
+def test_patch_finds_the_processor_of_a_base_by_its_name_on_the_hub(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the weights, in the cache; a name that leads nowhere has none."""
+    put_in_cache(tmp_path, "lab/base", base)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = cf.patch(transformers.LlavaForConditionalGeneration.from_pretrained("lab/base"))
+    assert isinstance(model.increments.processor, transformers.LlavaProcessor)
+    model.name_or_path = "lab/gone"
+    with pytest.raises(ValueError, match="none was given and none is saved beside"):
+        cf.patch(cf.unpatch(model))
+
+
 def test_a_base_of_text_alone_is_loaded(tmp_path: Path, generator: torch.Generator) -> None:
     name = "LlamaForCausalLM"
     tokenizer = new_processor(name)

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from cllava_fast.model.card import EXACT, is_repo_id
 from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained, set_as_learned
+from cllava_fast.model.patching import find_processor
 from cllava_fast.names import brief, nearest
 
 SHOWN = 20  # names of a folder in an error
@@ -73,7 +74,7 @@ def from_pretrained(
     if model is None:
         model = _load_base(saved, folder, options, base_options, was_given=base_model is not None)
         if processor is None:
-            processor = set_as_learned(_find_processor(saved, options), saved, folder)
+            processor = set_as_learned(find_processor(model, **options), saved, folder)
     return load_pretrained(model, folder, processor=processor).eval()
 
 
@@ -154,15 +155,6 @@ def _check_quantization(saved: Saved, folder: Path, base: Any, base_options: dic
             f"{brief(saved.base_model)} is not quantised as it lies there; pass that quantisation as "
             "from_pretrained(..., quantization_config=...)"
         )
-
-
-def _find_processor(saved: Saved, options: dict[str, Any]) -> Any | None:
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(saved.base_model, trust_remote_code=False, **options)
-    except (OSError, ValueError):  # a language model without a tokenizer is the latter
-        return None  # patch() says so where one is needed
 
 
 def push_to_hub(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -210,16 +210,25 @@ def _check_processor(model: Any, processor: Any) -> None:
     )
 
 
-def find_processor(model: Any) -> Any | None:
-    """The processor, or a plain language model's tokenizer, saved beside the weights. Nothing is downloaded."""
-    folder, with_images = Path(model.name_or_path or ""), paths.vision_tower(model) is not None
+def find_processor(model: Any, **options: Any) -> Any | None:
+    """The processor, or a plain language model's tokenizer, saved beside the weights; None where there is none.
+
+    ``options`` are for transformers; by default nothing is downloaded, and a hub's name is looked up in its cache.
+    """
+    name, with_images = model.name_or_path or "", paths.vision_tower(model) is not None
     files = ("processor_config.json", "preprocessor_config.json") if with_images else ("tokenizer_config.json",)
-    if not model.name_or_path or not any((folder / file).is_file() for file in files):
+    is_folder = os.path.isdir(name)
+    if not name or is_folder and not any(os.path.isfile(os.path.join(name, file)) for file in files):
         return None
     from transformers import AutoProcessor, AutoTokenizer
 
     kind = AutoProcessor if with_images else AutoTokenizer
-    return kind.from_pretrained(folder, local_files_only=True)
+    try:
+        return kind.from_pretrained(name, **{"local_files_only": True, **options, "trust_remote_code": False})
+    except (OSError, ValueError):  # a language model without a tokenizer is the latter
+        if is_folder:
+            raise
+        return None
 
 
 def _shadow(module: nn.Module, name: str, function: Any) -> None:
