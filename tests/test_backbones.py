@@ -20,9 +20,16 @@ CONFIG = cf.IncrementConfig(a_std=0.1, surrogate="backbone")
 
 
 @pytest.mark.parametrize("language", ["StableLm", "Nemotron"])
-def test_layers_that_hand_nothing_on_are_not_left_without_increments(language: str, generator: torch.Generator) -> None:
-    """Merged, where nothing need be handed on, the same increments are dense offsets."""
+def test_layers_that_hand_nothing_on_are_not_left_without_increments(
+    language: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused at once, and those that nobody knows at the first call with a selection. Merged, where nothing need be
+    handed on, the same increments are dense offsets."""
     batch, model = batch_of(NAME, generator), new_model(NAME, processor_of(NAME), language)
+    with pytest.raises(TypeError, match=f"language model is a {language}Model, .*; expected Llama-like layers"):
+        cf.patch(model, CONFIG, processor=processor_of(NAME))
+    assert not hasattr(model, "increments")
+    monkeypatch.setattr(paths, "HAND_NOTHING_ON", ())
     cf.patch(model, CONFIG, processor=processor_of(NAME))
     logits(model, batch)
     learn(model, 2, generator, b_std=0.1)

@@ -45,6 +45,8 @@ BASES = {
     "Qwen3ForCausalLM": Base("model.layers"),
 }
 
+HAND_NOTHING_ON = ("nemotron", "stablelm")  # language models whose layers keep a forward's keyword arguments
+
 
 def base_of(model: object) -> Base:
     """The row of ``BASES`` for a model. Raises TypeError for one without a row, with what to do about it."""
@@ -63,10 +65,16 @@ def base_of(model: object) -> Base:
 
 
 def check_supported(model: object) -> None:
-    """Raises TypeError as ``base_of`` does and for a vision tower that packs images into one sequence, and ValueError
-    for weights that cannot be tuned through any more."""
+    """Raises TypeError as ``base_of`` does, for language layers among ``HAND_NOTHING_ON`` and for a vision tower that
+    packs images into one sequence, and ValueError for weights that cannot be tuned through any more."""
     base_of(model)
     assert isinstance(model, nn.Module)
+    language: Any = language_model(model)
+    if language.config.model_type in HAND_NOTHING_ON:
+        raise TypeError(
+            f"the language model is a {type(language).__name__}, whose layers do not hand their keyword arguments to "
+            "their self_attn, and no increments would act; expected Llama-like layers"
+        )
     tower = vision_tower(model)
     if tower is not None and tower.config.model_type == "pixtral":
         raise TypeError(
