@@ -50,6 +50,19 @@ def test_a_language_model_that_is_not_llama_like(language: str) -> None:
     assert not hasattr(model, "increments")
 
 
+def test_a_class_without_a_row_is_told_how_to_get_one(generator: torch.Generator, monkeypatch: Any) -> None:
+    name = "GemmaForCausalLM"
+    tokenizer = processor_of(name)
+    model, ids = new_model(name, tokenizer), tokenizer(f"USER: {ASKED[0]} ASSISTANT:", return_tensors="pt")["input_ids"]
+    with pytest.raises(TypeError, match="another class with Llama-like layers is one row of cllava_fast.model.paths.B"):
+        cf.patch(model, CONFIG, processor=tokenizer)
+    monkeypatch.setitem(paths.BASES, name, paths.Base("model.layers"))
+    cf.patch(model, CONFIG, processor=tokenizer)
+    before = logits(model, {"input_ids": ids})
+    learn(model, 1, generator, b_std=0.1)
+    assert not torch.equal(logits(model, {"input_ids": ids}), before)
+
+
 def test_a_tower_that_packs_images_into_one_sequence() -> None:
     text = model_of(NAME).config.text_config
     vision = transformers.PixtralVisionConfig(

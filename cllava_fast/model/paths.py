@@ -51,15 +51,18 @@ HAND_NOTHING_ON = ("nemotron", "stablelm")  # language models whose layers keep 
 def base_of(model: object) -> Base:
     """The row of ``BASES`` for a model. Raises TypeError for one without a row, with what to do about it."""
     # by name, so that no modeling file is imported for the asking
-    for kind in type(model).__mro__:
-        if kind.__module__.startswith("transformers.models.") and kind.__name__ in BASES:
-            return BASES[kind.__name__]
+    kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
+    for kind in kinds:
+        if kind in BASES:
+            return BASES[kind]
     name = type(model).__name__
     if hasattr(model, "peft_config"):
         raise TypeError(f"model is a {name} with PEFT adapters; merge_and_unload() them first, then patch the base")
     # by DistributedDataParallel and its like, or by torch.compile
     wrapped = any(isinstance(getattr(model, attribute, None), nn.Module) for attribute in ("module", "_orig_mod"))
     hint = "; pass the unwrapped model" if wrapped else ""
+    if kinds:
+        hint = "; another class with Llama-like layers is one row of cllava_fast.model.paths.BASES (docs/models.md)"
     *names, last = BASES
     raise TypeError(f"model is a {name}; expected transformers.{', '.join(names)} or {last}{hint}")
 
