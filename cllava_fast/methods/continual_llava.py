@@ -45,7 +45,9 @@ class IncrementConfig(MethodConfig):
             "separately and multiplies afterwards, as the method's public ancestors do; none leaves it out"
         },
     )
-    context_init: float = field(default=0.25, metadata={"help": "weight of an earlier task's context at birth"})
+    context_init: float = field(
+        default=0.25, metadata={"help": "weight of an earlier task's context at birth, unless context is none"}
+    )
     context_rank: int | None = field(
         default=None,
         metadata={
