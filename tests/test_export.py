@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
 
 import cllava_fast as cf
+from cllava_fast.data import chat_template, pad_to_square
 from cllava_fast.model import files
 from tests.helpers import QUESTIONS, inputs, learn, logits
 
@@ -149,6 +152,28 @@ def test_a_bf16_pool_is_exported_in_float32(
     wanted = logits(model, batch).float()
     assert relative(logits(lora, batch).float(), wanted) < 0.02 < relative(logits(new_llava(), batch | {
         "pixel_values": batch["pixel_values"].float()}), wanted)  # fmt: skip
+
+
+def test_the_card_says_what_was_not_as_the_bases_processor_has_it(
+    new_llava: Callable, processor: Any, tmp_path: Path, generator: torch.Generator
+) -> None:
+    new_llava().save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+
+    def row(learned_with: Any, name: str) -> list[str]:
+        base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+        cf.export_peft(patched(base, learned_with, generator), tmp_path / name, task="task1")
+        lines = (tmp_path / name / files.CARD).read_text().splitlines()
+        return [line for line in lines if line.startswith("| learned with")]
+
+    assert row(processor, "alike") == []
+    other = copy.deepcopy(processor)
+    pad_to_square(other)
+    other.chat_template = chat_template("vicuna_v1")
+    (line,) = row(other, "other")
+    assert "`vicuna_v1` (cllava_fast.data.chat_template), images with do_pad `True`, unlike the base's own" in line
+    other.chat_template += " "
+    assert "chat template of its own, images with do_pad" in row(other, "own")[0]
 
 
 def test_refusals_write_nothing(llava: Any, processor: Any, tmp_path: Path, generator: torch.Generator) -> None:

@@ -70,7 +70,15 @@ def _learned_card(config: dict[str, Any], facts: dict[str, str], what: str, load
     return _card(config["base_model_name_or_path"], LIBRARY, tags, text, pipeline)
 
 
-def peft_card(config: dict[str, Any], selection: str, error: float, targets: tuple[str, ...], *, images: bool) -> str:
+def peft_card(
+    config: dict[str, Any],
+    selection: str,
+    error: float,
+    targets: tuple[str, ...],
+    learned_with: list[str],
+    *,
+    images: bool,
+) -> str:
     """The card of a folder that ``export_peft`` wrote.
 
     Args:
@@ -78,6 +86,7 @@ def peft_card(config: dict[str, Any], selection: str, error: float, targets: tup
         selection: in words, what was exported.
         error: largest relative error of the compression; 0 for none.
         targets: the adapted linears.
+        learned_with: in words, what of prompts and images was not as the base's own processor has it.
         images: whether the base takes images.
     """
     exact = "none; all rows that act" if error == 0 else f"relative error {error:.1e} at most"
@@ -88,6 +97,8 @@ def peft_card(config: dict[str, Any], selection: str, error: float, targets: tup
         "compression": exact,
         "adapted linears": ", ".join(as_code(target) for target in targets),
     }
+    if learned_with:
+        facts["learned with"] = f"{', '.join(learned_with)}, unlike the base's own processor: set it so"
     text = (
         "# LoRA exported from a pool of increments\n\n"
         "One selection of rows, which acts on every input alike; the pool that it comes from selects anew for each "

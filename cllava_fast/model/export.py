@@ -17,8 +17,9 @@ from cllava_fast.atomic import check_empty, new_folder
 from cllava_fast.lowrank import truncate
 from cllava_fast.model.card import as_code, peft_card
 from cllava_fast.model.files import CARD, CONFIG, WEIGHTS, base_name
+from cllava_fast.model.image_settings import differing, image_settings
 from cllava_fast.model.merging import acting_rows, choose_one
-from cllava_fast.model.patching import get_increments
+from cllava_fast.model.patching import find_processor, get_increments
 from cllava_fast.model.paths import vision_tower
 from cllava_fast.names import brief
 
@@ -105,12 +106,29 @@ def export_peft(
     }
     said = _words(task, instruction, query)
     images = vision_tower(model) is not None
-    card = peft_card(config, said, max(errors.values()), increments.config.targets, images=images)
+    learned_with = _learned_with(increments.processor, find_processor(model))
+    card = peft_card(config, said, max(errors.values()), increments.config.targets, learned_with, images=images)
     with new_folder(target) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
     return ExportReport(target, width, errors)
+
+
+def _learned_with(processor: Any | None, of_base: Any | None) -> list[str]:
+    """What the increments were learned with, in words, where the base's own processor has something else."""
+    if processor is None or of_base is None:
+        return []
+    from cllava_fast.data.conversation import chat_template, conversations  # which needs the model's reading of turns
+
+    template, words = getattr(processor, "chat_template", None), []
+    if template != getattr(of_base, "chat_template", None):
+        known = [
+            f"`{name}` (cllava_fast.data.chat_template)" for name in conversations() if chat_template(name) == template
+        ]
+        words.append(f"chat template {known[0] if known else 'of its own'}")
+    images = differing(image_settings(processor), image_settings(of_base))
+    return words + [f"images with {name} {as_code(str(value))}" for name, (value, _) in images.items()]
 
 
 def _words(task: str | None, instruction: str | None, query: Tensor | None) -> str:
