@@ -83,6 +83,18 @@ def test_a_plain_model_is_shared_too(llava: Any, processor: Any, generator: torc
     assert not hasattr(llava, "increments")
 
 
+def test_what_was_shared_in_inference_mode_learns(
+    learned: Callable[[int], Any], processor: Any, rng: torch.Generator
+) -> None:
+    model = learned(1)
+    with torch.inference_mode():
+        other = cf.share(model)
+    batch = inputs(processor, QUESTIONS[:2], rng)
+    with cf.learning(other, "task1", QUESTIONS) as parameters:
+        other(**batch, labels=batch["input_ids"]).loss.backward()
+        assert any(parameter.grad is not None for parameter in parameters)
+
+
 @pytest.mark.parametrize("wrapped", ["dispatched", "prepared"])
 def test_a_copy_asks_its_own_layers(
     new_llava: Callable[[], Any], processor: Any, generator: torch.Generator, tmp_path: Path, accelerator: Any,

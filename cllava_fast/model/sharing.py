@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cllava_fast.model import paths
 
 
+@torch.inference_mode(False)  # parameters and rows made in inference mode could not be trained later
 def share(model: Any) -> Any:
     """A copy of a model, patched or not, over the very weights of ``model``, which stay in memory once.
 
