@@ -301,8 +301,12 @@ SERVING_MUTANTS = [
     ),
     (
         "a run learns images that the model was not patched with", "cllava_fast/train/loop.py",
-        "other = prepared_otherwise(self.data.encoder.processor, self.increments.processor)", 'other = ""',
-        "tests/test_train_refusals.py",
+        "patch(self.model, processor=self.data.encoder.processor)", "pass", "tests/test_train_refusals.py",
+    ),
+    (
+        "a model that is patched has its processor replaced in silence", "cllava_fast/model/patching.py",
+        'other = "" if processor is None else prepared_otherwise(processor, present.processor)', 'other = ""',
+        "tests/test_patch.py",
     ),
     (
         "images that the model was not patched with are measured", "cllava_fast/evaluate/evaluation.py",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cllava_fast as cf
+from cllava_fast.data import chat_template, pad_to_square
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.methods.lora import LoraConfig
 from cllava_fast.model import get_increments, paths
@@ -106,6 +107,13 @@ def test_patch_is_idempotent_and_refuses_another_config(llava: Any, processor: A
     assert cf.patch(llava).increments is increments
     with pytest.raises(ValueError, match="is patched with .*unpatch"):
         cf.patch(llava, cf.IncrementConfig(rank=3), processor=processor)
+    speaking, padding = copy.deepcopy(processor), copy.deepcopy(processor)
+    speaking.chat_template = chat_template("vicuna_v1")
+    pad_to_square(padding)
+    for other, what in ((speaking, "chat template"), (padding, "do_pad of images")):
+        with pytest.raises(ValueError, match=f"another {what} than the one .*; unpatch"):
+            cf.patch(llava, CONFIG, processor=other)
+    assert llava.increments is increments
 
 
 def test_only_language_layers_are_adapted(llava: Any, processor: Any) -> None:

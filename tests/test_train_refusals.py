@@ -97,7 +97,8 @@ def test_another_chat_template_than_the_models(llava: Any, processor: Any, tmp_p
     padding = copy.deepcopy(processor)
     pad_to_square(padding)
     with pytest.raises(ValueError, match="another do_pad of images than the one that the model was patched with"):
-        cf.ContinualTrainer(llava, padding, stream(), arguments(tmp_path / "run"))
+        prepared = cf.PreparedStream(stream(), padding)
+        cf.ContinualTrainer(llava, processor, prepared, arguments(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("ends", [None, 5, [5, 6]])

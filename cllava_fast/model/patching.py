@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cllava_fast.methods import IncrementConfig, MethodConfig, Selection
 from cllava_fast.model import acting, answers, caches, paths
+from cllava_fast.model.image_settings import prepared_otherwise
 from cllava_fast.model.images import check_images, pooled_image
 from cllava_fast.model.increments import Increments
 from cllava_fast.model.selecting import Request, remember, select
@@ -85,8 +86,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     Raises:
         TypeError: the model's class is not supported, the config no method's, or the processor a tokenizer alone where
             the model takes images.
-        ValueError: the model is patched with another config, or holds adapters of another library, or weights that
-            were repacked for inference on a CPU.
+        ValueError: the model is patched with another config, chat template or preparation of images, or holds adapters
+            of another library, or weights that were repacked for inference on a CPU.
     """
     paths.check_supported(model)
     _check_processor(model, processor)
@@ -96,6 +97,12 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
             raise ValueError(f"the model is patched with {present.config}; unpatch(model) before another patch")
         if processor is not None and present.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) before a patch with one")
+        other = "" if processor is None else prepared_otherwise(processor, present.processor)
+        if other:
+            raise ValueError(
+                f"the processor has another {other} than the one that the model was patched with; unpatch(model) "
+                "before a patch with this one"
+            )
         return model
     _check_not_adapted(model)
     attentions = paths.attentions(model)

@@ -37,7 +37,6 @@ from cllava_fast.evaluate.report import RESULTS
 from cllava_fast.evaluate.results import results_json
 from cllava_fast.model import get_increments, load_pretrained, patch, save_pretrained, unpatch
 from cllava_fast.model.files import INCREMENTS_FOLDER, base_fingerprint, saved_increments
-from cllava_fast.model.image_settings import prepared_otherwise
 from cllava_fast.model.liger import kernels_for
 from cllava_fast.model.patching import check_not_merged
 from cllava_fast.names import brief
@@ -126,7 +125,7 @@ class ContinualTrainer:
         """What ``run.json`` says before the first task, as JSON."""
         check_not_merged(self.increments)
         self._check_learned()
-        self._check_processor()
+        patch(self.model, processor=self.data.encoder.processor)  # refused, if it is another than the model's
         self._warn_of_another_end()
         if self.increments.surrogate is not None and self.increments.reader is None:
             raise ValueError("the model is patched without a processor; unpatch(model) and patch it with one")
@@ -149,15 +148,6 @@ class ContinualTrainer:
             "seconds": 0.0, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
         }  # fmt: skip
         return json.dumps(fresh)
-
-    def _check_processor(self) -> None:
-        """What is saved says by which chat template and images it was learned: those of the patched model."""
-        other = prepared_otherwise(self.data.encoder.processor, self.increments.processor)
-        if other:
-            raise ValueError(
-                f"the processor has another {other} than the one that the model was patched with; unpatch(model), "
-                "then patch(model, processor=processor) with this one"
-            )
 
     def _warn_of_another_end(self) -> None:
         tokenizer = self.data.encoder.tokenizer
