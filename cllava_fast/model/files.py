@@ -174,8 +174,8 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     if processor is None and not was_patched:
         processor = set_as_learned(find_processor(model), saved, folder)
     patch(model, saved.config, processor=processor)
-    _warn_of_other_settings(get_increments(model).processor if processor is None else processor, saved, folder)
     increments = get_increments(model)
+    _warn_of_other_settings(increments.processor, saved, folder)
     try:
         present = increments.surrogate.fingerprint if increments.surrogate else None
         if present != saved.surrogate_fingerprint:
