@@ -253,6 +253,10 @@ def test_patch_finds_the_processor_of_a_base_by_its_name_on_the_hub(
     model.name_or_path = "lab/gone"
     with pytest.raises(ValueError, match="none was given and none is saved beside"):
         cf.patch(cf.unpatch(model))
+    (base / "processor_config.json").write_text("{")  # one that is damaged is not left out in silence
+    model.name_or_path = str(base)
+    with pytest.raises((OSError, ValueError), match="processor_config.json|JSON"):
+        cf.patch(model, cf.IncrementConfig(surrogate="backbone"))
 
 
 def test_a_base_of_text_alone_is_loaded(tmp_path: Path, generator: torch.Generator) -> None:
