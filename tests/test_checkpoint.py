@@ -139,6 +139,16 @@ def test_within_an_epoch_and_between_two_logs(
     same(learn(tmp_path / "cut", resume=True, save_steps=save_steps), whole)
 
 
+@pytest.mark.parametrize("save_steps", [2, 3])  # 3 steps in an epoch
+def test_losses_of_epochs(save_steps: int, learn: Callable[..., Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(trainer_options={"logging_strategy": "epoch"}, save_steps=save_steps)
+    whole = learn(tmp_path / "whole", **options)
+    assert [len(losses) for losses in whole[0].losses.values()] == [2, 2]
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "cut", At("tune", 4, killed), **options)
+    same(learn(tmp_path / "cut", resume=True, **options), whole)
+
+
 def test_accumulated_batches_and_workers(learn: Callable[..., Any], tmp_path: Path) -> None:
     options: dict[str, Any] = dict(
         per_device_train_batch_size=3, gradient_accumulation_steps=2, dataloader_num_workers=1, save_steps=1

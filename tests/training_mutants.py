@@ -203,6 +203,13 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         ("tests/test_train_refusals.py",),
     ),
     ("no step is an epoch", "cllava_fast/train/arguments.py", "if self.max_steps < 1 and", "if False and", TRAIN),
+    (
+        "an epoch's loss is not in the checkpoint at its end",
+        "cllava_fast/train/tune.py",
+        "state.epoch.is_integer()",
+        "False",
+        ("tests/test_checkpoint.py",),
+    ),
     ("the last steps' loss is not logged", "cllava_fast/train/tune.py", "control.should_log = True", "pass", TRAIN),
     ("an older loss is shown", "cllava_fast/train/tune.py", "        self.advance(self.note, steps=0)\n", "", TRAIN),
     (

@@ -329,8 +329,10 @@ class _Losses(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(self.note)
-        if state.global_step >= state.max_steps and args.logging_strategy == "steps":
-            control.should_log = True  # what the last steps have come to, too
+        ends = state.epoch.is_integer() if args.logging_strategy == "epoch" else state.global_step >= state.max_steps
+        if ends and args.logging_strategy != "no":
+            # what the last steps have come to, too; and an epoch's loss before a checkpoint is written, not behind it
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get(f"{self.task}/loss")
