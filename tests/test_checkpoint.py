@@ -287,6 +287,17 @@ def test_checkpoints_beyond_six_digits_are_the_newest(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).names() == names
 
 
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (3, 6):
+        checkpoints.write(1, "tune", step, {}, {})
+    (tmp_path / "checkpoints" / "0002-tune-000006" / "checkpoint.json").unlink()
+    with pytest.warns(UserWarning, match="000006/checkpoint.json is missing; going on from what was saved before"):
+        assert checkpoints.newest(1) == "0002-tune-000003"
+    checkpoints.write(1, "tune", 5, {}, {})
+    assert checkpoints.names() == ["0002-tune-000003", "0002-tune-000005"]
+
+
 @pytest.mark.parametrize("config", [CONFIG, LoraConfig(rank=4, a_std=0.1)], ids=lambda config: config.method)
 def test_a_first_task_that_could_not_be_saved_is_learned_anew(
     config: Any, new_llava: Callable[[], Any], processor: Any, tmp_path: Path

@@ -49,13 +49,16 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         values = {"number": number, "stage": stage, "step": step, "state": pack(state, tensors)}
         contents = {TENSORS: save(tensors), **{name: text.encode() for name, text in files.items()}}
-        with new_folder(self.folder / f"{number + 1:04d}-{stage}-{step:06d}") as folder:
+        newest = self.folder / f"{number + 1:04d}-{stage}-{step:06d}"
+        with new_folder(newest) as folder:
             for name, content in contents.items():
                 (folder / name).write_bytes(content)
             manifest = {**values, "files": sums_of(folder)}
             (folder / MANIFEST).write_text(signed_json(manifest), encoding="utf-8")
-        for old in self.names()[:-KEPT]:
-            remove_folder(self.folder / old)
+        names = self.names()
+        count = names.index(newest.name) + 1  # behind it lies what could not be read when the task went on
+        for other in names[:count][:-KEPT] + names[count:]:
+            remove_folder(self.folder / other)
 
     def newest(self, number: int) -> str | None:
         """The name of the newest whole checkpoint of task ``number``."""
