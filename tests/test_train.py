@@ -226,6 +226,19 @@ def test_a_task_that_fails_leaves_no_half_block(llava: Any, processor: Any, tmp_
     assert get_increments(llava).pool.block_rows == 0 and not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_task_that_fails_leaves_no_noise(llava: Any, processor: Any, tmp_path: Path) -> None:
+    run = trainer(llava, processor, tmp_path / "run", trainer_options={"neftune_noise_alpha": 5.0})
+    embedding, seen = llava.get_input_embeddings(), []
+
+    def fail(self: Any, *args: Any) -> Any:
+        seen.append(len(embedding._forward_hooks))
+        raise FloatingPointError("nan")
+
+    with patch.object(Trainer, "training_step", fail), pytest.raises(FloatingPointError):
+        run.train()
+    assert seen == [1] and not embedding._forward_hooks and not hasattr(embedding, "neftune_noise_alpha")
+
+
 def test_a_diverging_run_stops(llava: Any, processor: Any, tmp_path: Path) -> None:
     config = cf.IncrementConfig(a_std=1e38)  # overflows in the first product
     run = trainer(llava, processor, tmp_path / "run", config=config, max_steps=30)

@@ -222,7 +222,7 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "activation checkpointing stays",
         "cllava_fast/train/as_it_was.py",
-        "        _keeps_activations(model),\n",
+        "        _keeps_layers(model),\n",
         "",
         TRAIN,
     ),

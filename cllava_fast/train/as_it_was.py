@@ -30,7 +30,7 @@ def as_it_was(model: Any) -> Iterator[None]:
         keeps_forward(model),
         _counts_as_adapted(model),
         _without_cache(model),
-        _keeps_activations(model),
+        _keeps_layers(model),
     ):
         yield
 
@@ -54,9 +54,13 @@ def _without_cache(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _keeps_activations(model: Any) -> Iterator[None]:
-    """The Trainer turns activation checkpointing on for good, with another hook on each embedding in every task."""
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks")
+def _keeps_layers(model: Any) -> Iterator[None]:
+    """The Trainer turns activation checkpointing on for good, with another hook on each embedding in every task, and
+    leaves the strength of NEFTune's noise where a task fails."""
+    names = (
+        "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks",
+        "neftune_noise_alpha",
+    )  # fmt: skip
     hooks = vars(model).get("_require_grads_hooks")
     with _kept([vars(module) for module in model.modules()], *names):
         try:

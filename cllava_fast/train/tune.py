@@ -224,7 +224,11 @@ class TaskTrainer(Trainer):
         """
         saving = self._saving = _Saving(self, saver, losses)
         self.add_callback(saving)
-        self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
+        try:
+            self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
+        finally:
+            if "neftune_hook_handle" in vars(self):  # which a training that fails leaves on the embedding
+                self.neftune_hook_handle.remove()
         if saving.stopped:
             saver.watch.check()
         optimizer = _without_wrapper(self.optimizer)
