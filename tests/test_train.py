@@ -20,6 +20,8 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback
 import cllava_fast as cf
 from cllava_fast import distributed, ops
 from cllava_fast.methods.base import layers_of
+from cllava_fast.methods.branch_lora import BranchLoraConfig
+from cllava_fast.methods.mtl_lora import MtlLoraConfig
 from cllava_fast.model import get_increments
 from cllava_fast.model.caches import returned
 from cllava_fast.train.align import align_keys
@@ -224,6 +226,33 @@ def test_a_task_that_fails_leaves_no_half_block(llava: Any, processor: Any, tmp_
     with pytest.raises(FloatingPointError):
         run.train()
     assert get_increments(llava).pool.block_rows == 0 and not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG, cf.LoraConfig(rank=4, a_std=0.1), MtlLoraConfig(rank=4, a_std=0.1),
+        BranchLoraConfig(rank=4, a_std=0.1, surrogate="sentence"),
+    ],
+    ids=lambda config: config.method,
+)  # fmt: skip
+def test_a_task_that_fails_leaves_what_was_learned(config: Any, llava: Any, processor: Any, tmp_path: Path) -> None:
+    learned: list[dict[str, Any]] = []
+
+    class Fail(cf.ContinualCallback):
+        def on_stage_end(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
+            if stage == "commit":
+                learned.append({name: tensor.clone() for name, tensor in pool.state().items()})
+            if (number, stage) == (1, "tune"):
+                raise RuntimeError("on purpose")
+
+    pool = get_increments(cf.patch(llava, config, processor=processor)).pool
+    run = cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"), callbacks=[Fail])
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run.train()
+    (before,), after = learned, pool.state()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not get_increments(llava).is_within_a_task
 
 
 def test_a_task_that_fails_leaves_no_noise(llava: Any, processor: Any, tmp_path: Path) -> None:

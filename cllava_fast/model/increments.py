@@ -89,6 +89,8 @@ class Increments(nn.Module):
         self.swaps = 0
         self.base_fingerprint: str | None = None
         self._is_open = False  # a task
+        # the pool's state and names when it was opened, where it changes what earlier ones learned
+        self._before: tuple[dict[str, Tensor], list[str]] | None = None
 
     def linears(self, model: nn.Module) -> dict[str, nn.Module]:
         """The adapted linears of ``model`` by path."""
@@ -121,13 +123,20 @@ class Increments(nn.Module):
 
     def open_task(self, queries: Tensor | None, generator: torch.Generator) -> None:
         """Makes ready what a task will train; ``queries [n, D]`` are its training instructions."""
-        self.method.open_task(self.pool, queries, generator)
+        pool = self.pool
+        if pool.block_rows or pool.shared_rows:
+            state = {name: tensor.clone() for name, tensor in pool.state().items()}
+            self._before = state, list(pool.task_names)
+        self.method.open_task(pool, queries, generator)
         self._is_open = True
 
     def drop_task(self) -> None:
-        """Forgets what the open block has learned."""
+        """Forgets what the task that is being learned has learned; what earlier ones learned is as before it."""
         self._is_open = False
         self.pool.drop_block()
+        if self._before is not None:
+            self.pool.load_state(*self._before)
+            self._before = None
 
     def check_not_learning(self, what: str) -> None:
         """Raises ValueError between ``open_task`` and the task's end: whoever opened it goes on with its rows. Half a
@@ -152,6 +161,7 @@ class Increments(nn.Module):
                 f"{self.config.method} closed task {name!r}, and the pool has {self.pool.task_names}; close_task has "
                 "to commit or count it under the name that it is handed"
             )
+        self._before = None
 
     def _make_surrogate(self, model: nn.Module) -> Surrogate | None:
         name = getattr(self.config, "surrogate", None)

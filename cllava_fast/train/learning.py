@@ -64,9 +64,6 @@ def learning(
     queries = _queries(model, questions)
     seed = args.seed * 10_000 + len(pool.task_names)  # a task's rows are not those that another was born with
     committed = CommittedRows(pool)
-    names, before = list(pool.task_names), None
-    if pool.block_rows or pool.shared_rows:  # what earlier tasks learned changes, too
-        before = {name: tensor.clone() for name, tensor in pool.state().items()}
     try:
         with same_mode(model), keeps_forward(model):
             increments.open_task(queries, torch.Generator().manual_seed(seed))
@@ -85,8 +82,6 @@ def learning(
             increments.close_task(task, queries)
     except BaseException:
         increments.drop_task()
-        if before is not None:
-            pool.load_state(before, names)
         raise
 
 

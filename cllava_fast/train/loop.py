@@ -219,7 +219,7 @@ class ContinualTrainer:
 
         After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk; within one, a
         checkpoint every ``save_minutes``. Every process returns the same result; the main one alone writes. If one
-        raises, all do.
+        raises, all do. The model then is as behind the last task that it learned.
 
         Raises:
             RunStopped: SIGTERM or Ctrl-C came; the step it came in is saved.
@@ -437,7 +437,7 @@ class ContinualTrainer:
                 if pool.context_rank:
                     measured["context_error"] = pool.context_error[-1].item()
         except BaseException:
-            # what is committed stays usable, and half a task never is
+            # what earlier tasks learned stays usable, and half a task never is
             increments.drop_task()
             raise
         distributed.on_main(self._begin_files)
