@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import cllava_fast as cf
-from cllava_fast import cli
+from cllava_fast import cli, distributed
 from cllava_fast.data import pad_to_square
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.prepared import PreparedStream
@@ -193,6 +194,22 @@ def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothin
     assert [e["prediction"] for e in found["examples"]["task0"]] == [
         e["prediction"] for e in expected["examples"]["task0"]
     ]
+
+
+def test_several_processes_each_evaluate_on_their_device(
+    llava: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(model: Any, *args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt(model.device.type)
+
+    monkeypatch.setattr(evaluation, "evaluate_tasks", reached)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(distributed, "failing_together", nullcontext)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    for processes, where in ((1, "cpu"), (2, "meta")):
+        monkeypatch.setattr(distributed, "count", lambda processes=processes: processes)
+        with pytest.raises(KeyboardInterrupt, match=where):
+            cf.evaluate_stream(llava, processor, stream())
 
 
 def test_features_are_computed_where_a_plain_model_came_first(llava: Any, processor: Any) -> None:

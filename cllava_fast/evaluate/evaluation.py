@@ -322,11 +322,12 @@ def evaluate_stream(
     (a method with ``uses_task`` is told it by the task's name), on one process or all that a launcher started.
 
     Args:
-        model: a LLaVA, patched (with what it has learned) or plain.
+        model: a LLaVA, patched (with what it has learned) or plain, on the device it is on; of several processes, each
+            moves it to its own device.
         output_dir: receives ``predictions/<task>.jsonl`` and the report, from the main process; None writes nothing.
         split: ``"test"`` or ``"validation"``.
         name: what the results call the model; None for its method's name, or ``"frozen"`` for a plain one.
-        seed: that the model learned with, for a report of several; nothing is drawn here.
+        seed: that the model learned with (0 unless you say it), for a report of several; nothing is drawn here.
         run: what the results' config shall say of the run that the model learned in, for a report of several: its
             ``arguments``, how many tasks it had ``learned`` and how many ``tasks`` it has.
         overwrite: replace an earlier evaluation in ``output_dir``.
@@ -357,6 +358,8 @@ def evaluate_stream(
     start = time.perf_counter()
     names = data.stream.task_names
     with distributed.failing_together(), same_mode(model):
+        if distributed.count() > 1 and model.device != distributed.device():
+            model.to(distributed.device())
         for task in names:
             examples = data.examples(task, split, model, with_features=False)
             warn_of_answers(examples, max_new_tokens, data.encoder.tokenizer, f"task {task!r}, {split}")
