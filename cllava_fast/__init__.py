@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cllava_fast import ops
     from cllava_fast.data import DataCollator, Sample, Stream, Task, load_stream, read_samples
     from cllava_fast.evaluate.evaluation import evaluate_stream
+    from cllava_fast.evaluate.report import load_results, write_report
     from cllava_fast.methods import IncrementConfig, JointLoraConfig, LoraConfig
     from cllava_fast.model import (
         export_peft,
@@ -54,6 +55,7 @@ __all__ = [
     "from_pretrained",
     "learning",
     "load_pretrained",
+    "load_results",
     "load_stream",
     "merge",
     "ops",
@@ -65,11 +67,13 @@ __all__ = [
     "share",
     "unmerge",
     "unpatch",
+    "write_report",
 ]
 
 _HOMES = {
     "data": ("DataCollator", "Sample", "Stream", "Task", "load_stream", "read_samples"),
     "evaluate.evaluation": ("evaluate_stream",),
+    "evaluate.report": ("load_results", "write_report"),
     "methods": ("IncrementConfig", "JointLoraConfig", "LoraConfig"),
     "model": (
         "export_peft",

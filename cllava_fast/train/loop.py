@@ -217,9 +217,10 @@ class ContinualTrainer:
     def train(self) -> ContinualResult:
         """Learns all tasks that are not learned yet.
 
-        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk; within one, a
-        checkpoint every ``save_minutes``. Every process returns the same result; the main one alone writes. If one
-        raises, all do. The model then is as behind the last task that it learned.
+        After each, the increments, ``run.json``, ``results.json`` and the predictions are on disk
+        (``cllava_fast.write_report`` draws a report); within one, a checkpoint every ``save_minutes``. Every process
+        returns the same result; the main one alone writes. If one raises, all do. The model then is as behind the last
+        task that it learned.
 
         Raises:
             RunStopped: SIGTERM or Ctrl-C came; the step it came in is saved.
