@@ -18,7 +18,7 @@ from cllava_fast.cli.base import check_base, default_device, load_base
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
-from cllava_fast.evaluate.report import RESULTS, load_results
+from cllava_fast.evaluate.report import RESULTS, load_results, no_task_yet
 from cllava_fast.methods import METHODS
 from cllava_fast.model.files import CONFIG as INCREMENTS
 from cllava_fast.model.files import WEIGHTS, read_config, saved_increments
@@ -168,7 +168,7 @@ def increments_of(folder: Path, after: str | None) -> Path:
     """Where a run saved its state after a task."""
     saved = saved_increments(folder)
     if not saved:
-        raise FileNotFoundError(f"{folder} has finished no task yet; cllava-fast train ... --resume goes on")
+        raise no_task_yet(folder)
     if after is None:
         return saved[-1]
     tasks, folders = [_newest_task(entry) for entry in saved], [_in_name(entry) for entry in saved]

@@ -87,7 +87,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         from cllava_fast.train.runfile import RUN  # not above: runs write reports
 
         if (file.parent / RUN).is_file():
-            raise FileNotFoundError(f"{file.parent} has finished no task yet; cllava-fast train ... --resume goes on")
+            raise no_task_yet(file.parent)
         raise FileNotFoundError(f"{file} does not exist; give the folder of a run")
     data = read_file(file, MAX_RESULTS_BYTES)
     try:
@@ -96,6 +96,11 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DamagedError(f"{error}; was it changed since it was saved?") from error
     check_results(results, str(file))
     return results
+
+
+def no_task_yet(run: Path) -> FileNotFoundError:
+    """What there is to say of a run's folder that holds neither results nor increments."""
+    return FileNotFoundError(f"{run} has finished no task yet; cllava-fast train ... --resume goes on")
 
 
 def print_table(results: Mapping[str, Any], console: Any = None) -> None:
