@@ -295,6 +295,16 @@ def test_orders_are_averaged_by_task(orders: dict, tmp_path: Path) -> None:
     assert len(lines) == 2 * 2 * 6 * 4
 
 
+def test_without_continual_llava_the_first_is_compared_with(orders: dict, tmp_path: Path) -> None:
+    _, expected = report.table(orders)
+    orders["methods"] = {"rank_16": orders["methods"].pop("continual_llava"), **orders["methods"]}
+    header, rows = report.table(orders)
+    assert [row[header.index("p")] for row in rows] == ["–", "0.062"]
+    assert sorted(row[1:] for row in rows) == sorted(row[1:] for row in expected)
+    report.write_report(orders, tmp_path)
+    assert "- *p*: of a difference in average from rank\\_16 as" in (tmp_path / "report.md").read_text()
+
+
 def test_one_run_is_not_compared(results: dict) -> None:
     assert "p" in report.table(results)[0] and "p" not in report.table(results, brief=True)[0]
     for result in results["methods"].values():

@@ -20,10 +20,8 @@ from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, 
 from cllava_fast.evaluate.results import MAX_RESULTS_BYTES, check_results, results_json
 from cllava_fast.evaluate.wording import (
     P_VALUE,
-    YARDSTICK,
     explanations,
     headline,
-    is_compared,
     learned,
     measures_base,
     metric_title,
@@ -32,6 +30,7 @@ from cllava_fast.evaluate.wording import (
     quantity,
     selection_explanations,
     title_of,
+    yardstick,
 )
 from cllava_fast.untrusted import parse_json, printable, read_file
 
@@ -151,15 +150,15 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
 
     The first row names each task's metric, unless all are exact match.
     """
-    tasks = results["stream"]
+    tasks, compared_with = results["stream"], yardstick(results)
     averages: list[Column] = [
         ("average", True, _summary("average_accuracy", spread=True)),
-        (P_VALUE, False, functools.partial(_significance, results)),
+        (P_VALUE, False, functools.partial(_significance, results["methods"].get(compared_with))),
         ("forgetting", True, _summary("average_forgetting", spread=not brief)),
         ("BWT", False, _summary("backward_transfer", spread=True)),
         ("MAA", False, _summary("mean_average_accuracy", spread=True)),
     ]
-    if not is_compared(results):
+    if compared_with is None:
         del averages[1]
     columns: list[Column] = [
         *averages,
@@ -199,9 +198,8 @@ def _trainable(result: Mapping[str, Any]) -> str:
     return "–" if result["trainable_parameters"] is None else f"{result['trainable_parameters']:,.0f}"
 
 
-def _significance(results: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _significance(yardstick: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """The p value of a method's averages against the yardstick's, run by run."""
-    yardstick = results["methods"][YARDSTICK]
     pairs = [
         [run["average_accuracy"] for run in pair]
         for pair in zip(result.get("per_seed", []), yardstick["per_seed"], strict=False)
@@ -267,12 +265,12 @@ def _md(text: str) -> str:
 
 
 def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    settings = json.dumps(results.get("config", {}), indent=2)
+    settings, meanings = json.dumps(results.get("config", {}), indent=2), explanations(results)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
     versions = "\n".join(
         f"| {_md(str(key))} | {_md(str(value))} |" for key, value in results["environment"].items() if value is not None
     )
-    meaning = "\n".join(f"- *{name}*: {text}" if name else f"- {_md(text)}" for name, text in explanations(results))
+    meaning = "\n".join(f"- *{name}*: {_md(text)}" if name else f"- {_md(text)}" for name, text in meanings)
     images = "\n\n".join(f"![{text}]({name})" for name, text in pictures.items())
     examples = "".join(_markdown_examples(_md(title_of(name)), result) for name, result in results["methods"].items())
     return f"""# {_md(headline(results))}

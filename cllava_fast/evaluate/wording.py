@@ -8,9 +8,8 @@ from typing import Any
 from cllava_fast.evaluate.metrics import MIN_PAIRS, learned_tasks
 from cllava_fast.evaluate.scores import SCORES
 from cllava_fast.evaluate.selection import USED
-from cllava_fast.methods import METHODS
+from cllava_fast.methods import METHODS, IncrementConfig
 
-YARDSTICK = "continual_llava"  # what other methods are compared with
 VARIANTS = {"calibrate": "calibrated"}  # of a method: what its name says behind a +, in words
 P_VALUE = "p"
 TITLE_TASKS = 30  # that a title names
@@ -52,10 +51,13 @@ def learned(results: Mapping[str, Any]) -> tuple[int, int]:
     return count, len(results["stream"])
 
 
-def is_compared(results: Mapping[str, Any]) -> bool:
-    """Whether methods with several runs stand beside the yardstick."""
-    yardstick = results["methods"].get(YARDSTICK, {})
-    return len(results["methods"]) > 1 and len(yardstick.get("per_seed", [])) > 1
+def yardstick(results: Mapping[str, Any]) -> str | None:
+    """The method that others are compared with, run by run: Continual LLaVA, or else the first; of those that have
+    several runs. None where there is nothing to compare."""
+    several = [name for name, result in results["methods"].items() if len(result.get("per_seed", [])) > 1]
+    if len(results["methods"]) < 2 or not several:
+        return None
+    return IncrementConfig.method if IncrementConfig.method in several else several[0]
 
 
 def over_runs(results: Mapping[str, Any]) -> str:
@@ -97,11 +99,12 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if measures_base(results):
         texts.insert(6, ("base kept", "what the base could do before and no task asks for (captions, listings), as a "
                                       "share of what the frozen model does."))  # fmt: skip
-    if is_compared(results):
+    compared_with = yardstick(results)
+    if compared_with is not None:
         texts.insert(2, (P_VALUE, (
-            "of a difference in average from Continual LLaVA as large by chance: two-sided permutation test by "
-            "flipping signs, runs paired by seed and order, not corrected for the number of methods. With fewer than "
-            f"{MIN_PAIRS} pairs, none below 0.05 is possible: n too small."
+            f"of a difference in average from {title_of(compared_with)} as large by chance: two-sided permutation test "
+            "by flipping signs, runs paired by seed and order, not corrected for the number of methods. With fewer "
+            f"than {MIN_PAIRS} pairs, none below 0.05 is possible: n too small."
         )))  # fmt: skip
     if results.get("orders"):
         texts += [("", f"Order {i}: {' → '.join(order)}.") for i, order in enumerate(results["orders"])]
