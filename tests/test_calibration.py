@@ -50,6 +50,17 @@ def test_likelihood_is_the_gaussians(rng: torch.Generator) -> None:
         torch.testing.assert_close(pool.query_level[t].double(), own, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("samples, distinct", [(2, 2), (10, 5), (20, 20)])
+def test_how_often_queries_stand_there_does_not_matter(samples: int, distinct: int, rng: torch.Generator) -> None:
+    """Fewer of them than numbers in a query, or more: the Gaussian is the same."""
+    queries = clusters(rng, samples, distinct)
+    strange = torch.nn.functional.normalize(torch.randn(7, D, generator=rng), dim=1)
+    few, many = remembering(queries), remembering(queries.repeat(D, 1))
+    for query in (queries, strange):
+        found, expected = (calibration.likelihoods(pool, query) for pool in (few, many))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_score_is_the_formula_of_the_most_familiar_task(rng: torch.Generator) -> None:
     tasks = [clusters(rng), clusters(rng)]
     both = remembering(*tasks)

@@ -41,13 +41,18 @@ def gaussian(queries: Tensor) -> list[Tensor]:
     """What is to be remembered of queries ``[n, D]``, in the order of ``own_tensors``, of one task."""
     exact = queries.double().cpu()
     mean = exact.mean(0)  # [D]
-    covariance = (exact - mean).t() @ (exact - mean) / len(exact)
-    values, vectors = torch.linalg.eigh(covariance)  # ascending
-    width, known = len(values), min(DIRECTIONS, len(values) - 1)
+    off, width = (exact - mean) / math.sqrt(len(exact)), exact.shape[1]
+    if len(exact) < width:  # what is not zero of [D, D] lies in [n, n], too
+        values, vectors = torch.linalg.eigh(off @ off.t())  # ascending
+        seen = values > 1e-9 * values[-1]  # other directions are nothing but rounding
+        vectors = off.t() @ vectors * seen / values.where(seen, 1.0).sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(off.t() @ off)
+    known = min(DIRECTIONS, len(values), width - 1)
     noise = NOISE / width
-    top = values[width - known :].flip(0).clamp(min=0)
+    top = values[len(values) - known :].flip(0).clamp(min=0)
     directions = torch.zeros(DIRECTIONS, width, dtype=torch.float64)
-    directions[:known] = vectors[:, width - known :].flip(1).t()
+    directions[:known] = vectors[:, len(values) - known :].flip(1).t()
     rest = (values.sum() - top.sum()).clamp(min=0) / (width - known) + noise
     variances = rest.expand(DIRECTIONS + 1).clone()
     variances[:known] = top + noise
