@@ -20,6 +20,7 @@ MAX_SEED = 429_496  # a task's is 10,000 * seed + its number, and numpy's are be
 # Of trainer_options: what may not be set, and why.
 _EVALUATES = "would evaluate within a task; the loop does so after each one"
 _REENTRANT = "would cut the gradient to what the layers get by keyword; leave it out, or set activation_checkpointing"
+_DIFFERS = "would have a resumed run end otherwise than one that was never stopped; leave it out"
 _DEALS = "would deal samples out otherwise than a resumed run, or one process, does; leave it out"
 REFUSED = {
     "use_liger_kernel": "would replace the forward that carries increments; use liger instead",
@@ -27,6 +28,9 @@ REFUSED = {
     "auto_find_batch_size": "would begin a task again on what it has learned by then; set a smaller "
     "per_device_train_batch_size, and gradient_accumulation_steps for the same steps",
     "dataloader_drop_last": "would leave samples out, all of them where a task is smaller than a batch; leave it out",
+    "dataloader_persistent_workers": _DIFFERS,
+    "ignore_data_skip": _DIFFERS,
+    "enable_jit_checkpoint": "would take SIGTERM from the run, and half a task would be committed; leave it out",
     "push_to_hub": "would upload each task's trainer, and not what was learned; use cllava_fast.push_to_hub afterwards",
     "resume_from_checkpoint": "has no effect; resume goes on with a run",
     "per_device_eval_batch_size": "has no effect; use eval_batch_size",
