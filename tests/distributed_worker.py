@@ -255,6 +255,8 @@ if __name__ == "__main__":
         again = sharded_again(model, folder / "again")
         assert stopped(folder / "sharded_within", at=5)["saved"] == ["0001-tune-000005"]
         learn(folder / "sharded_within", folder / f"sharded_within{rank}.json", resume=True)
+        lora = learn(folder / "lora", folder / f"lora{rank}.json", cf.LoraConfig(), num_train_epochs=1)
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in lora.parameters())
         model = learn(folder / "pixels", folder / f"pixels{rank}.json", **PIXELS)
         if rank == 0:  # one process alone may ask, too
             unseen, fresh = ["which shape is it?"], new_model(PIXELS["config"])[0]

@@ -182,7 +182,7 @@ class TaskTrainer(Trainer):
 
     def __init__(self, task: str, numbers: NumberWatch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.task, self.numbers = task, numbers
+        self.task, self.numbers, self._hooks = task, numbers, list[Any]()
         self._check_launcher()
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
@@ -228,7 +228,9 @@ class TaskTrainer(Trainer):
             self.train(resume_from_checkpoint=saver.folder if saving.saved else None)
         finally:
             if "neftune_hook_handle" in vars(self):  # which a training that fails leaves on the embedding
-                self.neftune_hook_handle.remove()
+                self._hooks.append(self.neftune_hook_handle)
+            for hook in self._hooks:
+                hook.remove()
         if saving.stopped:
             saver.watch.check()
         optimizer = _without_wrapper(self.optimizer)
@@ -290,7 +292,7 @@ class TaskTrainer(Trainer):
             plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._average_gradient)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._average_gradient))
 
     def _average_gradient(self, parameter: Tensor) -> None:
         if self.accelerator.sync_gradients:
