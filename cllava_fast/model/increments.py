@@ -123,15 +123,18 @@ class Increments(nn.Module):
 
     def open_task(self, queries: Tensor | None, generator: torch.Generator) -> None:
         """Makes ready what a task will train; ``queries [n, D]`` are its training instructions."""
-        pool = self.pool
+        pool, self._before = self.pool, None
         if pool.block_rows or pool.shared_rows:
             state = {name: tensor.clone() for name, tensor in pool.state().items()}
             self._before = state, list(pool.task_names)
-        self.method.open_task(pool, queries, generator)
         self._is_open = True
+        self.method.open_task(pool, queries, generator)
 
     def drop_task(self) -> None:
-        """Forgets what the task that is being learned has learned; what earlier ones learned is as before it."""
+        """Forgets what the task that is being learned has learned; what earlier ones learned is as before it. Does
+        nothing once it is committed."""
+        if not self.is_within_a_task:
+            return
         self._is_open = False
         self.pool.drop_block()
         if self._before is not None:
