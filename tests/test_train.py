@@ -470,6 +470,28 @@ def test_a_callback_can_stop_a_run(llava: Any, processor: Any, tmp_path: Path) -
     assert json.loads((tmp_path / "run" / "run.json").read_text())["matrix"] == [], "learned, not measured"
 
 
+def test_a_callback_can_end_a_task_and_save_behind_it(llava: Any, processor: Any, tmp_path: Path) -> None:
+    class Short(cf.ContinualCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+        def on_stage_end(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
+            if stage == "tune":
+                with pytest.raises(ValueError, match="a task is being learned; save before it begins, or once it is"):
+                    cf.save_pretrained(llava, tmp_path / task)
+            if stage == "commit":
+                cf.save_pretrained(llava, tmp_path / task)
+
+    cf.patch(llava, cf.LoraConfig(), processor=processor)
+    args = arguments(tmp_path / "run", logging_steps=1)
+    result = cf.ContinualTrainer(llava, processor, stream(), args, callbacks=[Short]).train()
+    assert [len(losses) for losses in result.losses.values()] == [2, 2]
+    for number, task in enumerate(result.losses, start=1):
+        saved = tmp_path / task, tmp_path / "run" / "increments" / f"{number:02d}-{task}"
+        mine, own = ((folder / "adapter_model.safetensors").read_bytes() for folder in saved)
+        assert mine == own
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_several_processes_move_the_model_to_their_device(
     sharded: bool, llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
