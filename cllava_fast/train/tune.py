@@ -182,7 +182,8 @@ class TaskTrainer(Trainer):
 
     def __init__(self, task: str, numbers: NumberWatch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.task, self.numbers, self._hooks = task, numbers, list[Any]()
+        self.task, self.numbers = task, numbers
+        self._hooks: list[Any] = []  # on parameters and the embedding, which outlive the trainer
         self._check_launcher()
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
