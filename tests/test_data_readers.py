@@ -196,6 +196,41 @@ def test_images_by_another_name(folder: Path, name: str) -> None:
     assert read_samples([{**GOOD, "image_id": 7, "imageid": 7, "page": "a.png"}])[0].image is None
 
 
+@pytest.mark.parametrize(
+    ("name", "known", "value"),
+    [
+        ("histroy", "history", [["Who?", "Ann"]]),
+        ("History", "history", [["Who?", "Ann"]]),
+        ("sytem", "system", "Be brief."),
+        ("System", "system", "Be brief."),
+        ("reference", "references", ["B"]),
+        ("Referencess", "references", ["B"]),
+        ("Answers", "answers", ["B"]),
+        ("conversation", "conversations", turns("Who?", "Ann")),
+    ],
+)
+def test_a_misspelt_key_is_no_key_that_is_not_there(name: str, known: str, value: Any) -> None:
+    record = {**GOOD, name: value}
+    with pytest.raises(
+        ValueError, match=rf"record 1 has '{name}' and no {known}; read it by columns=\{{'{known}': '{name}'\}}, or"
+    ):
+        read_samples([GOOD, record])
+    for nothing in (None, "", [], float("nan")):
+        assert read_samples([{**GOOD, name: nothing}]) == read_samples([GOOD])
+    if known in ("history", "system", "references"):
+        assert read_samples([record], columns={known: name}) == read_samples([{**GOOD, known: value}])
+    if known != "conversations":
+        assert read_samples([{**record, known: value}]) == read_samples([{**GOOD, known: value}])
+
+
+def test_other_keys_are_left_alone() -> None:
+    """Names that stand in published files, some of them like ours."""
+    others = ("model", "dataset", "source", "answer_type", "answer_id", "Answer", "answered", "conversation_id", "turn")
+    others += ("history_id", "preference", "preferences", "difference", "referring", "system_prompt", "story", "texts")
+    others += ("questions", "instructions", "contexts", "category", "task", "split", "Id", "file_name", "metadata")
+    assert read_samples([{**GOOD, **dict.fromkeys(others, "x")}]) == read_samples([GOOD])
+
+
 @pytest.mark.parametrize("name", ["choices", "options"])
 def test_a_place_among_choices_is_no_answer(name: str) -> None:
     record = {"question": "which is larger?", name: ["the cat", "the dog"], "answer": 1}

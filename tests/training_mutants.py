@@ -377,8 +377,15 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "a misspelt image is no image",
         "cllava_fast/data/records.py",
-        "    return name in NOT_IMAGE or is_turned or",
-        "    return name in NOT_IMAGE or",
+        '(name.lower() in NOT_IMAGE or _is_misspelt(name, "image"))',
+        "name.lower() in NOT_IMAGE",
+        ("tests/test_data_readers.py",),
+    ),
+    (
+        "a misspelt history is left out",
+        "cllava_fast/data/records.py",
+        "        self._check_spelling(record, where)\n",
+        "",
         ("tests/test_data_readers.py",),
     ),
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +23,8 @@ QUESTIONS = ("instruction", "question", "text")
 ANSWERS = ("answer", "answers", "references", "answer_bbox")  # the last one in CoIN's grounding
 IDS = ("id", "question_id")
 COLUMNS = ("conversations", *QUESTIONS, *ANSWERS, "image", *IDS, "history", "system")
+# what a record may lack, so that nobody would notice that it was misspelt
+SPELLED = ("conversations", "references", "answers", "history", "system")
 NOT_IMAGE = ("images", "image_path", "image_paths", "image_file", "img", "img_path")  # others' names of an image
 CHOICES = ("choices", "options")  # of multiple choice
 VIDEOS = ("video", "videos", "video_path", "video_paths")
@@ -82,6 +84,7 @@ class RecordReader:
         if self.unseen:
             self.unseen.difference_update(record)
         image = self._image(record, where)
+        self._check_spelling(record, where)
         turns, accepted = self._get(record, "conversations"), self._answers(record, where)
         if "conversations" not in self.columns and any(name in self.columns for name in QUESTIONS):
             turns = None if self._first(record, QUESTIONS) is not None else turns
@@ -156,6 +159,17 @@ class RecordReader:
                 f"{where}: answer is {given}, and the last gpt turn, which is learned, is {brief(learned)}; "
                 "expected the same: call it 'references' if it is what evaluation accepts, or leave it out"
             )
+
+    def _check_spelling(self, record: Mapping[str, Any], where: str) -> None:
+        """Raises ValueError where a record would be read without what it has under a misspelt name."""
+        for given, value in record.items():
+            name = _meant(given)
+            if name is None or given in self.columns.values() or name in self.columns or _is_empty(_given(value)):
+                continue
+            if _is_empty(self._get(record, name)):
+                raise ValueError(
+                    f"{where} has {given!r} and no {name}; read it by columns={{{name!r}: {given!r}}}, or remove it"
+                )
 
     def _answers(self, record: Mapping[str, Any], where: str) -> list[str]:
         """All accepted answers."""
@@ -268,11 +282,25 @@ def _without_mark(text: Any, where: str, image: bool, first: bool) -> str:
 @functools.lru_cache(maxsize=1024)
 def _means_image(name: object) -> bool:
     """Whether a record without ``image`` has its image under this name: another's, or ``image`` misspelt."""
-    if not isinstance(name, str) or name == "image":
-        return False
+    return isinstance(name, str) and name != "image" and (name.lower() in NOT_IMAGE or _is_misspelt(name, "image"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _meant(name: object) -> str | None:
+    """The one of ``SPELLED`` that a name misspells."""
+    if not isinstance(name, str) or name in COLUMNS:
+        return None
+    known = (name.lower(),) if name.lower() in COLUMNS else SPELLED  # Answer is no answers
+    return next((each for each in known if each in SPELLED and _is_misspelt(name, each)), None)
+
+
+def _is_misspelt(name: str, known: str) -> bool:
+    """Whether ``known`` was meant: in other case, its letters turned, or one of them missing, added or another. Not the
+    first one: preferences are no references."""
     name = name.lower()
-    is_turned = sorted(name) == sorted("image")  # imgae
-    return name in NOT_IMAGE or is_turned or difflib.SequenceMatcher(None, name, "image").ratio() > 0.85
+    same = len(os.path.commonprefix((name, known)))
+    a, b = name[same:], known[same:]
+    return sorted(name) == sorted(known) or (same > 0 and (a[1:] == b[1:] or a[1:] == b or a == b[1:]))
 
 
 def _given(value: Any) -> Any:
