@@ -167,6 +167,18 @@ def test_a_mapped_question_beside_conversations() -> None:
     assert (a.instruction, a.answer, b.instruction, b.answer) == ("Which?", "It.", "Who?", "Ann")
 
 
+@pytest.mark.parametrize("name", ["question", "instruction"])
+def test_a_question_beside_conversations_is_the_one_that_they_ask(folder: Path, name: str) -> None:
+    talk = {"conversations": turns("<image>\nWho?\nBe brief.", "Ann"), "image": "a.png", "answer": "Ann", "text": "Hm"}
+    for same in ("Who?", "<image>\nWho?", "Who?\nBe brief.\n", "", None, float("nan")):
+        assert read_samples([{**talk, name: same}], folder / "images") == read_samples([talk], folder / "images")
+    record = {**talk, name: "Which?"}
+    with pytest.raises(ValueError, match=rf"record 1: {name} is 'Which\?', and the last human turn .* 'Who\?"):
+        read_samples([talk, record], folder / "images")
+    for columns, asked in (({name: name}, "Which?"), ({"conversations": "conversations"}, "Who?\nBe brief.")):
+        assert read_samples([record], folder / "images", columns=columns)[0].instruction == asked
+
+
 def test_a_mapped_name_is_what_is_missing() -> None:
     for names in ({"answer": "labl"}, {"references": "labl"}):
         with pytest.raises(ValueError, match=r"record 0 has no answer; it has 'question', 'label', .*one of labl"):

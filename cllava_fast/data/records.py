@@ -90,6 +90,7 @@ class RecordReader:
             turns = None if self._first(record, QUESTIONS) is not None else turns
         if turns is not None:
             said = _conversation(turns, where, image is not None)
+            self._check_asked(record, said["instruction"], where)
             self._check_learned(record, said["answer"], where)
             if not _is_empty(history := self._get(record, "history")):
                 raise ValueError(f"{where}: history is {brief(history)}; expected earlier turns in conversations alone")
@@ -149,6 +150,20 @@ class RecordReader:
         if not isinstance(system, str):
             raise ValueError(f"{where}: system is {brief(system)}; expected a text")
         return system.strip()
+
+    def _check_asked(self, record: Mapping[str, Any], instruction: str, where: str) -> None:
+        """Raises ValueError where a question beside a conversation, which is what is read, is not in its last turn."""
+        if any(name in self.columns for name in ("conversations", *QUESTIONS)):
+            return  # which says what is read
+        for name in ("question", "instruction"):  # a text may be anything
+            question = self._get(record, name)
+            said = question.replace(IMAGE, "").strip() if isinstance(question, str) else question
+            if not _is_empty(said) and (not isinstance(said, str) or said not in instruction):
+                raise ValueError(
+                    f"{where}: {name} is {brief(question)}, and the last human turn of conversations "
+                    f"{brief(instruction)}; expected the same, or one of them: columns={{'conversations': "
+                    f"'conversations'}} or columns={{{name!r}: {name!r}}} says which"
+                )
 
     def _check_learned(self, record: Mapping[str, Any], learned: str, where: str) -> None:
         """Raises ValueError where an ``answer`` beside a conversation is not the one that its last turn has learned."""
