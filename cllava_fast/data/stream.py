@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,9 +156,13 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def check_name(name: Any, what: str) -> None:
-    """Raises ValueError for a task's name that no file could hold. ``what`` is what errors call it."""
-    if not isinstance(name, str) or not name.strip() or "\0" in name or not _is_unicode(name):
-        raise ValueError(f"{what} is {brief(name)}; expected a text in UTF-8 that is not blank and holds no NUL")
+    """Raises ValueError for a task's name that no file could hold or table show. ``what`` is what errors call it."""
+    is_text = isinstance(name, str) and name.strip() and _is_unicode(name)
+    if not is_text or any(unicodedata.category(character) == "Cc" for character in name):
+        raise ValueError(
+            f"{what} is {brief(name)}; expected a text in UTF-8 that is not blank, without control characters such as "
+            "line ends"
+        )
 
 
 def check_sample(sample: Sample, where: str, needs_answer: bool = True) -> None:
