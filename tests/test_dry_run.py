@@ -166,6 +166,24 @@ def test_tasks_that_were_learned_before_are_refused(
     assert "joint_lora learns all tasks at once; leave it out" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_as_it_began(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*command, "--model", str(FOLDER), "--training.max_steps", "1", "--training.max_new_tokens", "1"]
+    model, processor = load_base()
+    learn(cf.patch(model, cf.IncrementConfig(), processor=processor), 1, torch.Generator())
+    before = ["--model.increments", str(cf.save_pretrained(model, tmp_path / "before"))]
+    assert cli.main([*(flag for flag in command if flag != "--dry-run"), *before]) == 0
+    assert cli.main([*command, *before, "--resume"]) == 0
+    for flags, words in (
+        (["--model.conversation", "vicuna_v1", *before], "another chat_template"),
+        (["--model.image_aspect_ratio", "pad", *before], "image_settings: do_pad False, not True"),
+        (["--training.seed", "1", *before], "arguments: seed 0, not 1"),
+        ([], "another learned_before"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*command, "--resume", *flags]) == 1
+        assert f"{tmp_path / 'run'} holds another run, with {words}" in capsys.readouterr().err
+
+
 def test_images_are_refused_by_a_base_without(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

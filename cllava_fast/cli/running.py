@@ -14,7 +14,7 @@ from transformers.utils import logging
 import cllava_fast as cf
 from cllava_fast import distributed
 from cllava_fast.atomic import is_empty
-from cllava_fast.cli.base import check_base, default_device, load_base
+from cllava_fast.cli.base import check_base, default_device, load_base, load_processor
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
@@ -24,7 +24,7 @@ from cllava_fast.model.files import CONFIG as INCREMENTS
 from cllava_fast.model.files import WEIGHTS, read_config, saved_increments
 from cllava_fast.names import brief, check_names
 from cllava_fast.surrogate import check_surrogate
-from cllava_fast.train.identity import run_identity
+from cllava_fast.train.identity import processor_identity, run_identity
 from cllava_fast.train.runfile import find_run
 from cllava_fast.train.tune import check_engine
 
@@ -89,7 +89,14 @@ def _check_output(config: RunConfig, stream: Stream) -> None:
     """By the main process alone: whoever looks holds the run's lock for a moment."""
     output = Path(config.training.output_dir)
     if not is_empty(output):
-        find_run(output, run_identity(config.method, config.training, stream), config.training.resume)
+        check_base(config.model, config.method)
+        identity = {
+            **run_identity(config.method, config.training, stream),
+            **processor_identity(load_processor(config.model)),
+        }
+        if config.model.increments is None:
+            identity["learned_before"] = None
+        find_run(output, identity, config.training.resume)
     elif config.training.resume:
         warnings.warn(f"{output} holds nothing to go on with; the run begins anew", stacklevel=2)
 

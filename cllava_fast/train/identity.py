@@ -38,10 +38,18 @@ def run_identity(method: MethodConfig, args: ContinualArguments, stream: Stream)
 
 def base_identity(model: Any, processor: Any) -> dict[str, Any]:
     """The part of a run's identity that takes the patched base to know, and what is said to it."""
-    surrogate, template = get_increments(model).surrogate, getattr(processor, "chat_template", None)
+    surrogate = get_increments(model).surrogate
     return {
         "base_fingerprint": base_fingerprint(model),
         "surrogate_fingerprint": None if surrogate is None else surrogate.fingerprint,
+        **processor_identity(processor),
+    }
+
+
+def processor_identity(processor: Any) -> dict[str, Any]:
+    """How prompts are written and images prepared."""
+    template = getattr(processor, "chat_template", None)
+    return {
         "chat_template_sha256": hashlib.sha256(json.dumps(template).encode()).hexdigest(),
         "image_settings": image_settings(processor),
     }
