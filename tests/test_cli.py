@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -328,6 +329,33 @@ def test_ask_refuses_before_it_loads(
     assert cli.main(["ask", str(finished), *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "weights were loaded" not in error, error
+
+
+def test_increments_of_a_template_of_ones_own_are_asked_with_it(
+    tmp_path: Path, rng: torch.Generator, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = load_base(ModelConfig(path=str(FOLDER)))
+    processor.chat_template = processor.chat_template + " "
+    learn(cllava_fast.patch(model, cllava_fast.IncrementConfig(), processor=processor), 1, rng)
+    saved, template = cllava_fast.save_pretrained(model, tmp_path / "mine"), tmp_path / "own.jinja"
+    template.write_text(processor.chat_template)
+    ask = ["ask", str(saved), "what is it?", "--max-new-tokens", "2"]
+    assert cli.main(ask) == 1
+    assert "if you trust it, give it as" in (error := capsys.readouterr().err) and "--chat-template FILE" in error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main([*ask, "--chat-template", str(template)]) == 0
+    assert "task0" in capsys.readouterr().out
+    export = ["export", str(saved), "--task", "task0", "--output", str(tmp_path / "lora")]
+    assert cli.main([*export, "--chat-template", str(template)]) == 0
+    template.write_bytes(b"\xff")
+    (finished / "config.yaml").write_text("stream: coin\nmodel: path/of/llava\n")
+    for folder, message in (
+        (saved, "own.jinja', which is no text in UTF-8"),
+        (finished, "is the folder of a run, which knows its chat template; leave --chat-template out"),
+    ):
+        assert cli.main(["ask", str(folder), "what?", "--chat-template", str(template)]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_train_says_how_to_ask(

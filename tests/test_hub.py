@@ -131,9 +131,15 @@ def test_prompts_are_served_as_they_were_learned(
         for load in (lambda: cf.from_pretrained(saved), lambda: cf.load_pretrained(new_base()[0], saved)):
             with pytest.raises(ValueError, match="adapter_config.json is neither the base's own nor one of this libr"):
                 load()
+    assert cf.from_pretrained(saved, chat_template=template).increments.processor.chat_template == template
+    with pytest.warns(UserWarning, match="chat template is not the one that .*out was learned with"):
+        cf.from_pretrained(saved, chat_template="another")
     trusted = new_base()[1]
     trusted.chat_template = template
     assert cf.from_pretrained(saved, processor=trusted).increments.processor is trusted
+    for given in ({"processor": trusted}, {"model": new_base()[0]}):
+        with pytest.raises(ValueError, match="chat_template is given beside model= or processor="):
+            cf.from_pretrained(saved, chat_template=template, **given)
     del values["chat_template"]  # as files were before
     file.write_text(json.dumps(values))
     assert cf.from_pretrained(saved).increments.processor.chat_template == silent.chat_template

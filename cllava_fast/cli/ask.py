@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="the question's task, for a method that must be told it")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
     parser.add_argument("--model", metavar="PATH", help="folder or hub name of the base (default: what RUN names)")
+    parser.add_argument("--chat-template", metavar="FILE", help="of increments that were learned with one of your own "
+                        "(Jinja; a run knows its own)")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer (default: as in training)")
     parser.add_argument("--quiet", action="store_true", help="print the answer alone")
 
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     sample = Sample(arguments.question, "", arguments.image, id="the question")
     check_texts(replace(sample, answer="-"), "the question")
     sample.open_image()  # refused now, not behind the weights
-    model, processor = open_run(arguments.run_dir, arguments.after, arguments.model)
+    model, processor = open_run(arguments.run_dir, arguments.after, arguments.model, arguments.chat_template)
     encoder = Encoder(processor)
     examples = encoder.encode([sample])
     check_lengths(examples, token_limit(encoder.tokenizer, model.config), "ask", answers=False)

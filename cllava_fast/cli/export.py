@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="at most this rank; the answer says what it costs")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
     parser.add_argument("--model", metavar="PATH", help="folder or hub name of the base (default: what RUN names)")
+    parser.add_argument("--chat-template", metavar="FILE", help="of increments that were learned with one of your own "
+                        "(Jinja; a run knows its own)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_positive(arguments, "rank")
     check_empty(Path(arguments.output))  # before the model is loaded
-    model, _ = open_run(arguments.run_dir, arguments.after, arguments.model)
+    model, _ = open_run(arguments.run_dir, arguments.after, arguments.model, arguments.chat_template)
     method = model.increments.method
     if method.uses_query and not method.routes and arguments.task is None and arguments.instruction is None:
         raise ValueError(f"{method.config.method} selects, and nothing says what; expected --task or --instruction")

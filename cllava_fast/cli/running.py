@@ -27,6 +27,9 @@ from cllava_fast.surrogate import check_surrogate
 from cllava_fast.train.identity import processor_identity, run_identity
 from cllava_fast.train.runfile import find_run
 from cllava_fast.train.tune import check_engine
+from cllava_fast.untrusted import read_file
+
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def train(config: RunConfig) -> cf.ContinualResult:
@@ -129,25 +132,39 @@ def open_base(config: RunConfig) -> tuple[Any, Any]:
     return load_base(config.model)
 
 
-def open_run(path: str, after: str | None = None, base: str | None = None) -> tuple[Any, Any]:
+def open_run(
+    path: str, after: str | None = None, base: str | None = None, template: str | None = None
+) -> tuple[Any, Any]:
     """The patched model with what it has learned, and its processor.
 
     Args:
         path: folder of a run, folder of saved increments, or a hub's repository of them.
         after: for a run, its state after this task; by default after the last one.
         base: folder or hub name of the base, by default what the run or the increments name.
+        template: for increments, a file of the chat template to speak, as in ``from_pretrained``.
     """
     folder = Path(path)
     holds_increments = any((folder / name).is_file() for name in (INCREMENTS, WEIGHTS))
     if not (folder / CONFIG).is_file() and (holds_increments or not folder.exists()):
         if after is not None:
             raise ValueError(f"{path} is no folder of a run, so --after has no meaning; leave it out")
+        text = None if template is None else _text_of(template)
         logging.disable_progress_bar()
-        model = cf.from_pretrained(path, base_model=base)
+        model = cf.from_pretrained(path, base_model=base, chat_template=text)
         return model, model.increments.processor
-    config, saved = run_config(folder, base), increments_of(folder, after)
+    config = run_config(folder, base)
+    if template is not None:
+        raise ValueError(f"{path} is the folder of a run, which knows its chat template; leave --chat-template out")
+    saved = increments_of(folder, after)
     model, processor = open_base(config)
     return cf.load_pretrained(model, saved, processor=processor), processor
+
+
+def _text_of(file: str) -> str:
+    try:
+        return read_file(Path(file), MAX_TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat-template is {file!r}, which is no text in UTF-8: {error}") from None
 
 
 def run_config(folder: Path, base: str | None = None) -> RunConfig:

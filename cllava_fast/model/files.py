@@ -191,9 +191,9 @@ def load_pretrained(model: Any, path: str | os.PathLike[str], *, processor: Any 
     return model
 
 
-def set_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | None:
-    """Sets the chat template that the increments were learned with, the base's own or one of this library's, and
-    whether images are padded.
+def set_as_learned(processor: Any | None, saved: Saved, folder: Path, chat_template: str | None = None) -> Any | None:
+    """Sets ``chat_template``, or the one that the increments were learned with, the base's own or one of this
+    library's, and whether images are padded.
 
     Any other template is a program of strangers. The sandbox that transformers renders it in bounds neither time nor
     memory, and what it does may depend on the question. Raises ValueError for it.
@@ -203,15 +203,18 @@ def set_as_learned(processor: Any | None, saved: Saved, folder: Path) -> Any | N
     other = differing(saved.image_settings, image_settings(processor))
     if "do_pad" in other and takes_padding(processor):
         pad_to_square(processor, other["do_pad"][0])
+    if chat_template is not None:
+        processor.chat_template = chat_template
+        return processor
     if saved.chat_template in (None, _text_template(processor)):
         return processor
-    from cllava_fast.data.conversation import chat_template, conversations  # which needs the model's reading of turns
+    from cllava_fast.data import conversation  # which needs the model's reading of turns
 
-    if saved.chat_template not in map(chat_template, conversations()):
+    if saved.chat_template not in map(conversation.chat_template, conversation.conversations()):
         raise ValueError(
             f"chat_template in {folder / CONFIG} is neither the base's own nor one of this library's, and others are "
-            "programs that may take any time and memory; if you trust it, set it on the base's processor "
-            "(processor.chat_template = ...) and pass that as processor="
+            "programs that may take any time and memory; if you trust it, give it as from_pretrained(..., "
+            "chat_template=...), as --chat-template FILE, or on a processor that you pass"
         )
     processor.chat_template = saved.chat_template
     return processor

@@ -26,6 +26,7 @@ def from_pretrained(
     processor: Any | None = None,
     *,
     base_model: str | None = None,
+    chat_template: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -41,8 +42,10 @@ def from_pretrained(
         path_or_repo: a folder that ``save_pretrained`` wrote, or a hub's repository that ``push_to_hub`` did.
         model: the base; by default the one that the folder names, from its folder or by its name on the hub.
         processor: as in ``patch``; by default the one saved beside the base, with the chat template that the
-            increments were learned with, if that is the base's own or one of this library's. Needed for any other.
+            increments were learned with, if that is the base's own or one of this library's.
         base_model: folder or hub name of the base, in place of what the folder names.
+        chat_template: Jinja, for the processor beside the base. Needed where the increments were learned with one that
+            is neither, since that is a program: look at it before.
         revision: branch, tag or commit of the repository.
         token, cache_dir, force_download: as everywhere in huggingface_hub, for the repository and for the base.
         local_files_only: True never downloads. By default so for a folder that names the base itself, but not for a
@@ -52,7 +55,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: neither a folder nor a repository that can be reached.
-        ValueError: as ``load_pretrained``, or another name or options for the base beside ``model``.
+        ValueError: as ``load_pretrained``, or another name or options for the base beside ``model``,
+            or a ``chat_template`` beside ``model`` or ``processor``.
     """
     if base_options.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code=True was given; code of others is never run here: load the base yourself")
@@ -60,6 +64,8 @@ def from_pretrained(
         raise ValueError(f"base_model is {base_model!r}, but model= was given; give one of them")
     if model is not None and base_options:
         raise ValueError(f"{sorted(base_options)} say how to load the base, but model= was given; give one of them")
+    if chat_template is not None and (model is not None or processor is not None):
+        raise ValueError("chat_template is given beside model= or processor=; set it on the processor that you pass")
     if "torch_dtype" in base_options:  # its older name
         base_options.setdefault("dtype", base_options.pop("torch_dtype"))
     if local_files_only is None:
@@ -74,7 +80,7 @@ def from_pretrained(
     if model is None:
         model = _load_base(saved, folder, options, base_options, was_given=base_model is not None)
         if processor is None:
-            processor = set_as_learned(find_processor(model, **options), saved, folder)
+            processor = set_as_learned(find_processor(model, **options), saved, folder, chat_template)
     return load_pretrained(model, folder, processor=processor).eval()
 
 
