@@ -306,6 +306,30 @@ def test_train_refuses_before_it_loads_or_writes(
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": ', "config.json cannot be read: It looks like"),
+        ('{"model_type": "mine"}', "base', and transformers makes no model of its config.json: The checkpoint you are"),
+        ('{"a": 1}', "base', and transformers makes no model of its config.json: Unrecognized model in"),
+        (
+            '{"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip"}',
+            "a checkpoint in the format of LLaVA's own code; expected one in that of transformers",
+        ),
+        (None, "base', and its processor cannot be loaded: Can't load image processor for"),
+    ],
+)
+def test_a_base_that_cannot_be_loaded(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base").mkdir()
+    config = (FOLDER / "config.json").read_text() if content is None else content
+    (tmp_path / "base" / "config.json").write_text(config)
+    assert cli.main(["train", str(stream_file(tmp_path)), "--model", str(tmp_path / "base")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["  "], "the question is blank"),

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 import cllava_fast as cf
 from cllava_fast import cli
+from cllava_fast.cli.base import load_processor, model_config
+from cllava_fast.config import ModelConfig
 from cllava_fast.evaluate.report import load_results, print_table, write_report
 from cllava_fast.evaluate.results import MAX_TASKS
 from cllava_fast.model import files, hub
@@ -119,6 +121,12 @@ def test_code_beside_a_base_is_not_run(new_llava: Any, processor: Any, tmp_path:
     (base / "config.json").write_text(json.dumps({**values, "model_type": "evil", "auto_map": auto}))
     with pytest.raises(ValueError, match="base model .* brings code of its own, and code of others is never run"):
         cf.from_pretrained(saved)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        file = base / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "processor_class": "Evil"}))
+    for load in (model_config, load_processor):
+        with pytest.raises(ValueError, match=r"model.path is '.*base', which brings code of its own \(auto_map\), and"):
+            load(ModelConfig(path=str(base)))
     assert not (tmp_path / "hacked").exists()
 
 

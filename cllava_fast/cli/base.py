@@ -33,6 +33,11 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
         ModuleNotFoundError: the quantisation needs a package that is not installed.
     """
     base = model_config(config)
+    if any(name.startswith("LlavaLlama") for name in base.architectures or ()):
+        raise TypeError(
+            f"model.path is {config.path!r}, a checkpoint in the format of LLaVA's own code; expected one in that of "
+            "transformers, such as llava-hf/llava-1.5-7b-hf"
+        )
     cls = auto_class(base)._model_mapping.get(type(base), None)
     if cls is None or cls.__name__ not in BASES:
         name = base.model_type if cls is None else cls.__name__
@@ -80,8 +85,16 @@ def load_base(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot pad images."""
-    processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False)
+    """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot be loaded or
+    cannot pad images."""
+    try:
+        processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        _refuse_code(config, error)
+        raise ValueError(
+            f"model.path is {config.path!r}, and its processor cannot be loaded: {_first_sentence(error)}; expected "
+            "the files that processor.save_pretrained writes, beside the model's config.json"
+        ) from error
     if config.conversation != "template":
         # set here, training, the reading of instructions and serving all speak it
         processor.chat_template = chat_template(config.conversation)
@@ -109,8 +122,28 @@ def model_config(config: ModelConfig) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        _refuse_code(config, error)
+        raise ValueError(
+            f"model.path is {config.path!r}, and transformers makes no model of its config.json: "
+            f"{_first_sentence(error)}; expected one of {', '.join(BASES)}"
+        ) from error
     except OSError as error:
+        if Path(path).is_absolute():
+            raise ValueError(f"model.path: {path}/config.json cannot be read: {_first_sentence(error)}") from error
         raise FileNotFoundError(
             f"model.path is {config.path!r}, which is no folder here, and the hub does not give it: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{_first_sentence(error)}"
         ) from error
+
+
+def _refuse_code(config: ModelConfig, error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"model.path is {config.path!r}, which brings code of its own (auto_map), and code of others is never run "
+            f"here; expected one of transformers' own classes, {', '.join(BASES)}: give a checkpoint in their format"
+        ) from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".: ")
