@@ -107,6 +107,16 @@ def test_references_are_what_evaluation_accepts() -> None:
     assert references_of(sample) == ("[0, 0, 1, 1]",)
 
 
+def test_numbers_become_texts() -> None:
+    """Whole ones without a point: a data set makes 3.0 of 3 where another row has none."""
+    numbers = ((3, "3"), (3.0, "3"), (2.50, "2.5"), (-0.0, "0"), (1e-7, "1e-07"), ("3.0", "3.0"), (2**70, str(2**70)))
+    for number, text in numbers:
+        samples = read_samples([{"question": "Q?", "answer": number}, {"question": "Q?", "answers": [number]}])
+        assert [sample.answer for sample in samples] == [text] * 2
+    (sample,) = read_samples([{"question": "Q?", "answers": [3, "3", {"answer": 3.0}, 4]}])
+    assert (sample.answer, sample.references) == ("3", ("3", "3", "3", "4"))
+
+
 def test_a_box_of_numbers_is_one_answer() -> None:
     a, b, c = read_samples([{"question": "Where?", "answer_bbox": box} for box in BOXES])
     assert (a.answer, a.references) == ("[0.1, 0.2, 0.3, 1]", ()) and b.answer == "[0, 0, 1, 1]"

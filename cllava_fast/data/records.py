@@ -207,7 +207,8 @@ class RecordReader:
             if len(values) != 4 or any(isinstance(entry, str) for entry in values):
                 raise ValueError(f"{where}: {name} is {brief(value)}; expected a text or a box of four numbers")
             return [f"[{', '.join(map(str, values))}]"]
-        return [str(entry) for entry in values]
+        # 3.0 is what pandas makes of 3 in a column where another row lacks it
+        return [str(int(entry) if isinstance(entry, float) and entry.is_integer() else entry) for entry in values]
 
     def _image(self, record: Mapping[str, Any], where: str) -> ImageSource | None:
         image = self._get(record, "image")
