@@ -482,6 +482,21 @@ def test_the_quickstart_shows_most_commands() -> None:
     assert {line.split()[0] for line in documented_commands()} == set(cli.COMMANDS)
 
 
+@pytest.mark.parametrize("name", ["forms of the tax office and other documents", "x" * 70])
+def test_the_rows_of_an_answer_fit_a_terminal_of_60_columns(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cllava_fast.cli.ask import Row, _print
+
+    monkeypatch.setenv("COLUMNS", "60")
+    _print([Row(name, 1003, 0.934, 0.512, 0.123, 0.97)], "")
+    _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["task", "row", "similarity", "weight", "context", "strength"]
+    assert rows[0].split()[-5:] == ["1003", "0.934", "51.2%", "12.3%", "97.0%"]
+    assert max(map(len, [head, *rows])) <= 60
+    assert "".join("".join(row.partition("1003")[0].split()) for row in rows) == "".join(name.split())
+
+
 @pytest.mark.parametrize("context", ["product", "none"])
 def test_the_rows_of_an_answer_are_those_that_act(
     context: str, llava: Any, processor: Any, rng: torch.Generator

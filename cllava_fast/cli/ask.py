@@ -151,9 +151,10 @@ def _print(rows: list[Row], otherwise: str) -> None:
         print(otherwise)
         return
     held_back = ["strength"] * (rows[0].strength < 1.0)
-    shown = Table("task", "row", "similarity", "weight", "context", *held_back, box=box.SIMPLE_HEAD, show_edge=False)
-    for column in shown.columns[1:]:
-        column.justify = "right"
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("task", overflow="fold", min_width=5)  # which makes room for the numbers in a narrow terminal
+    for name in ("row", "similarity", "weight", "context", *held_back):
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         numbers = [f"{row.similarity:.3f}", f"{row.weight:.1%}", f"{row.context:.1%}"]
         numbers += [f"{row.strength:.1%}"] * len(held_back)
