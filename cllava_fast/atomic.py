@@ -127,7 +127,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
     """Raises FileExistsError if ``path`` is a file, or a folder that holds anything else than ``names``, and SaveError
     where it cannot be made."""
-    _check_writable(path)
+    check_writable(path)
     if not path.exists():
         return
     strangers = [path.name] if not path.is_dir() else sorted(p.name for p in path.iterdir() if p.name not in names)
@@ -137,7 +137,8 @@ def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
         )
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises SaveError where nothing is at ``path`` and nothing can be made there."""
     if path.exists():
         return
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -152,7 +153,7 @@ def is_empty(path: Path) -> bool:
 
 def check_empty(path: Path) -> None:
     """Raises FileExistsError where ``is_empty`` does not hold, and SaveError where it cannot be made."""
-    _check_writable(path)
+    check_writable(path)
     if not is_empty(path):
         raise FileExistsError(f"{path} holds something already; give an empty or a new folder")
 

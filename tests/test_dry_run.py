@@ -209,3 +209,5 @@ def test_what_train_refuses_is_refused(command: list[str], capsys: pytest.Captur
     assert "nothing.here" in capsys.readouterr().err
     assert cli.main([*command, "--training.trainer_options", "{no_such_option: 1}"]) == 1
     assert "no_such_option" in capsys.readouterr().err
+    assert cli.main([*command, "--output", f"{command[1]}/run"]) == 3
+    assert "stream.yaml/run cannot be written" in capsys.readouterr().err

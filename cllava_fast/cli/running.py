@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 import cllava_fast as cf
 from cllava_fast import distributed
-from cllava_fast.atomic import is_empty
+from cllava_fast.atomic import check_writable, is_empty
 from cllava_fast.cli.base import check_base, default_device, load_base, load_processor
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
@@ -91,6 +91,7 @@ def _check_new(stream: Stream, increments: Path) -> None:
 def _check_output(config: RunConfig, stream: Stream) -> None:
     """By the main process alone: whoever looks holds the run's lock for a moment."""
     output = Path(config.training.output_dir)
+    check_writable(output)
     if not is_empty(output):
         check_base(config.model, config.method)
         identity = {
