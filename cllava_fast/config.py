@@ -170,7 +170,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} does not exist; cllava-fast init {shlex.quote(str(file))} writes an example")
     values = untrusted.read_yaml(file)
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}; expected a mapping with tasks, model, ...")
+        given = "nothing" if values is None else brief(values)
+        raise ValueError(f"{file} holds {given}; expected a mapping with tasks, model, ...")
     return values
 
 

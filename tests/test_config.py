@@ -114,6 +114,13 @@ def test_python_values_have_the_types_of_a_yaml(kind: Any, values: dict[str, Any
         kind(**({"output_dir": "runs/x"} if kind is cf.ContinualArguments else {}), **values)
 
 
+def test_a_file_that_is_no_mapping_says_what_it_holds(tmp_path: Path) -> None:
+    for text, held in (("", "nothing"), ("- a", r"\['a'\]"), ("a", "'a'")):
+        (tmp_path / "s.yaml").write_text(text)
+        with pytest.raises(ValueError, match=rf"s.yaml holds {held}; expected a mapping with tasks"):
+            load_config(tmp_path / "s.yaml")
+
+
 def test_types_that_no_file_holds_are_the_methods_own() -> None:
     @dataclass(frozen=True)
     class Own(cf.IncrementConfig):

@@ -393,12 +393,18 @@ def test_files_that_hold_no_records(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'{"a": [1}')
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "Q?", "answer": "A"}\n\n{"question": "Q\xff"}\n')
     write(tmp_path / "b.json", {"data": [GOOD]})
+    write(tmp_path / "lines.jsonl", [GOOD, GOOD]).rename(tmp_path / "lines.json")
+    write(tmp_path / "list.json", [GOOD, GOOD]).rename(tmp_path / "list.jsonl")
+    (tmp_path / "wide.jsonl").write_text("\ufeff" + json.dumps([GOOD], indent=1), encoding="utf-8")
     (tmp_path / "a.csv").write_text("a,b")
     (tmp_path / "nothing").mkdir()
     for name, message in [
         ("a.json", "a.json is no JSON in UTF-8"),
         ("a.jsonl", "a.jsonl: line 3 is no JSON in UTF-8"),
-        ("b.json", "b.json holds dict; expected a list of records"),
+        ("b.json", r"b.json holds \{'data': .*; expected a list of records"),
+        ("lines.json", r"lines.json is no JSON .*; a file of one record a line is called .jsonl"),
+        ("list.jsonl", r"list.jsonl begins with a list; expected one record a line .* is called .json"),
+        ("wide.jsonl", r"wide.jsonl begins with a list; expected one record a line"),
         ("a.csv", r"a.csv: expected .json, .jsonl, .parquet or a folder; got .csv"),
     ]:
         with pytest.raises(ValueError, match=message):

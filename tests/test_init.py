@@ -75,6 +75,7 @@ def test_init_copies_a_ready_stream(tmp_path: Path) -> None:
     [
         (["{tmp}/s.yaml", "--from", "con"], "there is no ready stream 'con'; did you mean coin?"),
         (["{tmp}/s.yaml", "--data", "{tmp}/empty"], "holds no NAME_train.json"),
+        (["{tmp}/s.yaml", "--data", "{tmp}/nothing"], "nothing', which is no folder here; expected one that holds"),
         (["{tmp}/s.yaml", "--data", "{tmp}/half"], "a_test.json (or .jsonl) is missing"),
         (["{tmp}/s.yaml", "--data", "{tmp}/both"], "a_train.json and a_train.jsonl are both there; keep one"),
         (["{tmp}/no/s.yaml"], "does not exist"),

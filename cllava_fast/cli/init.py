@@ -79,6 +79,8 @@ def found_tasks(data: Path, base: Path) -> str:
     from cllava_fast.data.stream import SPLITS
     from cllava_fast.names import brief
 
+    if not data.is_dir():
+        raise NotADirectoryError(f"--data is {str(data)!r}, which is no folder here; expected one that holds the files")
     found: dict[str, dict[str, str]] = {}
     taken = set[Path]()
     for split in SPLITS:

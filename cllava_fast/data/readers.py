@@ -109,6 +109,11 @@ class JsonLines(_LazySamples):
                     raise ValueError(
                         f"{self.reader.source}: line {number} has more than {MAX_LINE_BYTES} bytes; expected one record"
                     )
+                if number == 1 and line.lstrip(b" \t\xef\xbb\xbf").startswith(b"["):
+                    raise ValueError(
+                        f"{self.reader.source} begins with a list; expected one record a line (a file of a list of "
+                        "records is called .json)"
+                    )
                 if line.strip(b" \t\r\n\xef\xbb\xbf"):
                     self._starts.append(start)
                     place = f"line {number}"
@@ -126,9 +131,13 @@ class JsonLines(_LazySamples):
 
 
 def _from_json(path: Path, reader: RecordReader) -> list[Sample]:
-    records = parse_json(read_file(path, MAX_JSON_BYTES), reader.source)
+    try:
+        records = parse_json(read_file(path, MAX_JSON_BYTES), reader.source)
+    except ValueError as error:
+        hint = "; a file of one record a line is called .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from None
     if not isinstance(records, list):
-        raise ValueError(f"{reader.source} holds {type(records).__name__}; expected a list of records")
+        raise ValueError(f"{reader.source} holds {brief(records)}; expected a list of records")
     pairs = ((reader.sample(record, f"record {i}"), f"record {i}") for i, record in enumerate(records))
     return list(_checked(pairs, reader))
 
