@@ -372,6 +372,8 @@ def test_increments_of_a_template_of_ones_own_are_asked_with_it(
     assert "task0" in capsys.readouterr().out
     export = ["export", str(saved), "--task", "task0", "--output", str(tmp_path / "lora")]
     assert cli.main([*export, "--chat-template", str(template)]) == 0
+    assert cli.main([*ask, "--chat-template", str(tmp_path)]) == 1
+    assert "which is no file; expected a template in Jinja" in capsys.readouterr().err
     template.write_bytes(b"\xff")
     (finished / "config.yaml").write_text("stream: coin\nmodel: path/of/llava\n")
     for folder, message in (

@@ -162,6 +162,8 @@ def open_run(
 
 
 def _text_of(file: str) -> str:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"--chat-template is {file!r}, which is no file; expected a template in Jinja")
     try:
         return read_file(Path(file), MAX_TEMPLATE_BYTES).decode()
     except UnicodeDecodeError as error:
