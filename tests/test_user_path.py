@@ -106,6 +106,14 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(data: Path, run: Path, p
     assert matrices[0][1][0] > 0.3 and matrices[0][1][1] > 0.4, matrices
 
 
+def test_a_stream_too_long_for_a_report_ends_well(
+    data: Path, run: Path, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cllava_fast.evaluate.results.MAX_TASKS", 1)
+    shown = printed(*command(data, "run"), "--resume")
+    assert f"Report: none, which has room for 1 tasks; {run}/results.json holds these 2 " in shown
+
+
 def test_a_task_that_comes_later(
     data: Path, run: Path, printed: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

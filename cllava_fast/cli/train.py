@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cllava_fast import distributed
     from cllava_fast.cli.running import open_new, train
     from cllava_fast.evaluate.report import load_results, print_table, write_report
+    from cllava_fast.evaluate.results import MAX_TASKS
 
     if arguments.dry_run:
         from cllava_fast.cli.dry_run import look_through
@@ -72,14 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
             look_through(config, stream)
             print("\nNothing was found that would stop this run; the same command without --dry-run begins it.")
         return 0
-    train(config)
+    learned = train(config).task_names
     output = config.training.output_dir
     if distributed.is_main():
-        results = load_results(f"{output}/results.json")
-        write_report(results, output)
-        print_table(results)
+        report = f"none, which has room for {MAX_TASKS} tasks; {output}/results.json holds these {len(learned)}"
+        if len(learned) <= MAX_TASKS:
+            results, report = load_results(f"{output}/results.json"), f"{output}/report.md"
+            write_report(results, output)
+            print_table(results)
         ask = shlex.join(["cllava-fast", "ask", output])
-        print(f"\nReport: {output}/report.md   Ask it: {ask} --image FILE QUESTION")
+        print(f"\nReport: {report}   Ask it: {ask} --image FILE QUESTION")
     distributed.finish()
     return 0
 
