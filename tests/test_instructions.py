@@ -6,7 +6,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 from cllava_fast import surrogate as surrogates
+from cllava_fast import texts as recent_texts
 from cllava_fast.demo.tokenizer import build_tokenizer
-from cllava_fast.model import instructions
 from cllava_fast.model.instructions import InstructionReader, behind_system, template_markers
 from cllava_fast.surrogate import BackboneSurrogate, SentenceSurrogate, TextImageSurrogate, find_sentence_model
+from cllava_fast.texts import RecentTexts
 from tests.helpers import QUESTIONS, inputs, prompt
 
 
@@ -256,10 +257,12 @@ def test_a_reader_asks_its_tokenizer_in_one_thread_at_a_time(
 
 
 def test_canonical_texts_are_bounded(reader: InstructionReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instructions, "CACHE_SIZE", 2)
+    monkeypatch.setattr(recent_texts, "CACHE_BYTES", 2 * recent_texts._size(QUESTIONS[2], QUESTIONS[2]))
     for text in (*QUESTIONS[:2], QUESTIONS[0], QUESTIONS[2]):
         reader.canonical(text)
-    assert list(reader._canonical) == [QUESTIONS[0], QUESTIONS[2]]
+    assert list(reader._canonical._values) == [QUESTIONS[0], QUESTIONS[2]]
+    reader.canonical(QUESTIONS[0] * 50)  # one that is too long alone
+    assert not reader._canonical._values and reader._canonical._bytes == 0
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +291,8 @@ def test_an_embedding_does_not_depend_on_those_of_its_data_set() -> None:
     texts = [*QUESTIONS, long, "what?", *(f"{question} of the {n} bars?" for n in range(9) for question in QUESTIONS)]
     together = many.encode(texts, batch_size=64)
     assert torch.equal(together, one.encode(texts))
-    padded = torch.nn.functional.normalize(many._encode_padded(texts, 64).double(), dim=-1).float()
+    with many._turns:
+        padded = torch.nn.functional.normalize(many._encode_padded(texts, 64).double(), dim=-1).float()
     assert not torch.equal(padded, together), "it would not tell"
 
 
@@ -311,27 +315,58 @@ def test_an_instruction_that_the_encoder_does_not_read_to_its_end(recwarn: pytes
 
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surrogates, "CACHE_SIZE", 2)
     backbone = BackboneSurrogate(torch.nn.Embedding(10, 4), lambda text: [len(text)])
-    assert backbone.encode(["a", "bb", "ccc"]).shape == (3, 4)
-    assert list(backbone._cache) == ["bb", "ccc"]
+    monkeypatch.setattr(recent_texts, "CACHE_BYTES", 2 * recent_texts._size("ccc", backbone.encode(["ccc"])[0]))
+    assert backbone.encode(["a", "bb", "ccc", "a", "dd"]).shape == (5, 4)
+    assert list(backbone._cache._values) == ["bb", "dd"]
 
 
 def test_what_one_thread_reads_no_other_drops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surrogates, "CACHE_SIZE", 1)
-    others: list[Thread] = []
-
     def tokenize(text: str) -> list[int]:
         if text == "bb":
-            others.append(Thread(target=backbone.encode, args=(["ccc"],)))
-            others[0].start()
-            others[0].join(0.2)
+            monkeypatch.setattr(recent_texts, "CACHE_BYTES", 1)
+            other = Thread(target=backbone.encode, args=(["ccc"],))
+            other.start()
+            other.join(20)
+            assert not backbone._cache._values
         return [len(text)]
 
     backbone = BackboneSurrogate(torch.nn.Embedding(10, 4), tokenize)
     known = backbone.encode(["a"])
     assert torch.equal(backbone.encode(["a", "bb"])[:1], known)
-    others[0].join()
+
+
+@pytest.mark.parametrize("what", ["known", "new"])
+def test_a_question_does_not_wait_for_the_data_set_of_another_thread(what: str) -> None:
+    """One that is known waits for nobody, a new one for a batch before it is read and one behind."""
+    surrogate, expected = SentenceSurrogate("sentence"), SentenceSurrogate("sentence")
+    texts = [f"{question} of the {n} bars?" for n in range(9) for question in QUESTIONS]
+    question = "asked before"
+    first = surrogate.encode([question])
+    if what == "new":
+        surrogate._cache = RecentTexts()
+    batches, asked, main, answers = 0, Event(), current_thread(), []
+
+    def ask() -> None:
+        answers.append(surrogate.encode([question]))
+        asked.set()
+
+    def watch(*_: Any) -> None:
+        nonlocal batches
+        if current_thread() is not main:
+            return
+        batches += 1
+        if batches == 2:
+            other.start()
+            assert asked.wait(20 if what == "known" else 0.2) is (what == "known")
+        if batches == 5:
+            assert asked.wait(20)
+
+    other = Thread(target=ask, daemon=True)
+    surrogate._model[1].register_forward_pre_hook(watch)
+    found = surrogate.encode(texts, batch_size=8)
+    assert batches >= 5 and torch.equal(answers[0], first)
+    assert torch.equal(found, expected.encode(texts, batch_size=8))
 
 
 def test_models_share_an_encoder_while_it_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

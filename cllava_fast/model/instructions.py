@@ -6,7 +6,6 @@ import copy
 import os
 import re
 import threading
-from collections import OrderedDict
 from itertools import groupby
 from typing import Any
 
@@ -16,12 +15,12 @@ from torch import Tensor
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.text import PlainText
 from cllava_fast.names import brief
+from cllava_fast.texts import RecentTexts
 
 # before a control token in a decoded text, so that no text can pass for one; Unicode has promised not to use it
 MARK = "\ufdd0"
 # LLaVA-1.5's own, for processors without a chat template
 DEFAULT_MARKERS = ("USER:", "ASSISTANT:")
-CACHE_SIZE = 100_000  # texts
 _reading = threading.RLock()  # a call changes its tokenizer's settings
 
 
@@ -43,7 +42,7 @@ class InstructionReader:
     def __init__(self, processor: Any, *left_out: int) -> None:
         self._tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
         self._left_out = frozenset(left_out)
-        self._canonical: OrderedDict[str, str] = OrderedDict()
+        self._canonical: RecentTexts[str] = RecentTexts()
         self._image = getattr(processor, "image_token", None) or "<image>"
         self._plain = PlainText(self._tokenizer, self._image)
         self._marks = set(self._plain.control) - {getattr(self._tokenizer, "unk_token_id", None)}
@@ -90,12 +89,7 @@ class InstructionReader:
         """
         with _reading:
             known = self._canonical.get(text)
-            if known is None:
-                known = self._canonical[text] = self._read_text(text)
-            self._canonical.move_to_end(text)
-            while len(self._canonical) > CACHE_SIZE:
-                self._canonical.popitem(last=False)
-            return known
+            return self._canonical.keep(text, self._read_text(text)) if known is None else known
 
     def _read_text(self, text: str) -> str:
         words = self._decode(self.tokenize(_without(text, self._image)))
