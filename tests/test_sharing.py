@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -200,6 +202,25 @@ def test_a_call_under_way_gives_no_answer_of_two_models(
         if how == "merge":
             cf.unmerge(model)
     assert torch.equal(model.generate(**ask), model.generate(**ask, streamer=Swaps(lambda: None)))
+
+
+def test_what_is_unpatched_is_freed_at_once(
+    learned: Callable[[int], Any], processor: Any, generator: torch.Generator
+) -> None:
+    """Not when the garbage collector comes by, which on a GPU may be too late."""
+    model, batch = learned(2), inputs(processor, QUESTIONS[:1], generator)
+    twin = cf.share(model)
+    gc.collect()
+    gc.disable()
+    try:
+        logits(twin, batch)
+        rows, weights = ref(twin.increments.pool), ref(twin.lm_head.weight)
+        cf.unpatch(twin)
+        assert rows() is None
+        del twin
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 def test_a_call_within_a_swap_gives_no_answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,14 +73,16 @@ class Increments(nn.Module):
         self.surrogate = self._make_surrogate(model)
         if self.surrogate is not None and self.surrogate.dim % self.groups:
             raise ValueError(f"groups is {self.groups}; expected a divisor of the query's width, {self.surrogate.dim}")
+        key_dim = self.surrogate.dim if self.surrogate else 0
         self.pool = Pool(
             rank=config.rank,
-            key_dim=self.surrogate.dim if self.surrogate else 0,
+            key_dim=key_dim,
             shapes={
                 path: self.method.row_shape(linear_shape(linear, model)) for path, linear in self.linears(model).items()
             },
             shares_A=self.method.shares_A,
-            own_tensors=self._own_tensors,
+            # a method of this object would hold it, and what is dropped would wait for the garbage collector
+            own_tensors=functools.partial(_own_tensors, self.method, key_dim if self.remembers_queries else None),
             shared_rows=self.method.shared_rows,
             context_rank=getattr(config, "context_rank", None) or 0,
         )
@@ -105,12 +108,6 @@ class Increments(nn.Module):
     def remembers_queries(self) -> bool:
         """Whether each task keeps a Gaussian of its queries."""
         return self.calibrates or (self.surrogate is not None and self.method.remembers_queries)
-
-    def _own_tensors(self, shape: LinearShape | None, tasks: int, rows: int, block_rows: int) -> OwnTensors:
-        own = self.method.own_tensors(shape, tasks, rows, block_rows)
-        if shape is None and tasks and self.remembers_queries:
-            own = {**own, **calibration.own_tensors(self.pool.key_dim, tasks)}
-        return own
 
     @contextmanager
     def swapping(self) -> Iterator[None]:
@@ -272,6 +269,16 @@ class Increments(nn.Module):
         if x.dim() != 3 or x.shape[0] != active.batch_size:
             raise ValueError(f"an adapted linear got x {list(x.shape)}; expected [{active.batch_size}, S, d_in]")
         return active
+
+
+def _own_tensors(
+    method: Method, remembered: int | None, shape: LinearShape | None, tasks: int, rows: int, block_rows: int
+) -> OwnTensors:
+    """``remembered``: width of the queries of which each task keeps a Gaussian, where it keeps one."""
+    own = method.own_tensors(shape, tasks, rows, block_rows)
+    if shape is None and tasks and remembered is not None:
+        own = {**own, **calibration.own_tensors(remembered, tasks)}
+    return own
 
 
 def linear_shape(linear: nn.Module, model: Any) -> LinearShape:
