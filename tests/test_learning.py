@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import cllava_fast as cf
 from cllava_fast.data.encode import Collator
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.methods import METHODS
 from cllava_fast.model import get_increments
+from tests.helpers import QUESTIONS, prompt
 from tests.test_train import CONFIG, stream
 
 PAGE = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
@@ -183,6 +184,33 @@ def test_what_is_refused_or_warned_of(llava: Any, processor: Any) -> None:
     told = cf.patch(cf.unpatch(model), METHODS["per_task_lora"][0](), processor=processor)
     with pytest.raises(ValueError, match="per_task_lora is told the task"), cf.learning(told, "a"):
         pass
+
+
+@pytest.mark.filterwarnings("ignore:task .task0. has learned nothing")
+@pytest.mark.parametrize("says", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+def test_packed_samples_are_refused_where_the_instruction_selects(llava: Any, processor: Any, says: str) -> None:
+    model, data = cf.patch(llava, CONFIG, processor=processor), PreparedStream(stream(1), processor)
+    flatten = DataCollatorWithFlattening(
+        return_position_ids=says == "position_ids", return_flash_attn_kwargs=says == "cu_seq_lens_q",
+        return_seq_idx=says == "seq_idx",
+    )  # fmt: skip
+    asked = [processor.tokenizer(prompt(processor, question, with_image=False)) for question in QUESTIONS[:2]]
+    packed = dict(flatten([{"input_ids": one["input_ids"], "labels": one["input_ids"]} for one in asked]))
+    assert packed["input_ids"].shape[0] == 1
+    with cf.learning(model, "task0", instructions(data, "task0")) as parameters:
+        with pytest.raises(ValueError, match="packed into one row .* give each sample a row, padded"):
+            model(**packed)
+        one = packed["input_ids"][:, : len(asked[0]["input_ids"])]
+        for positions in (torch.arange(one.shape[1])[None], torch.zeros_like(one)):
+            model(input_ids=one, position_ids=positions, labels=one).loss.backward()
+        masked = torch.ones_like(packed["input_ids"])  # by which transformers takes all for one sample
+        model(packed["input_ids"], attention_mask=masked, position_ids=packed.get("position_ids"))
+        model(**packed, instructions=[QUESTIONS[0]])
+        assert parameters
+    cf.unpatch(model)
+    cf.patch(model, cf.LoraConfig(), processor=processor)
+    with cf.learning(model, "task0", instructions(data, "task0")):
+        model(**packed)
 
 
 def test_samples_and_their_instructions_are_the_same_question(llava: Any, processor: Any) -> None:

@@ -473,5 +473,7 @@ def _select(
         cache=caches.given(kwargs),
         # by what transformers goes: new tokens alone come with the mask of all
         whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
+        position_ids=kwargs.get("position_ids"),
+        packed=kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None,
     )
     return select(model.increments, request, functools.partial(pooled_image, model), goes_on, pending, within)

@@ -25,7 +25,7 @@ from cllava_fast.surrogate import BackboneSurrogate, TextImageSurrogate
 class Request(NamedTuple):
     """What one call to the model says about its instructions.
 
-    ``whole``: ``input_ids`` begin with what lies in ``cache``.
+    ``whole``: ``input_ids`` begin with what lies in ``cache``. ``packed``: the call says where samples begin in a row.
     """
 
     batch: int
@@ -37,6 +37,8 @@ class Request(NamedTuple):
     query: Tensor | None = None
     cache: Any | None = None
     whole: bool = False
+    position_ids: Tensor | None = None
+    packed: bool = False
 
 
 def select(
@@ -86,9 +88,25 @@ def _asks(increments: Increments, request: Request) -> bool:
 
 def select_by_instruction(increments: Increments, request: Request, pooled_image: Any) -> Selection | None:
     """What acts by the request's own instructions."""
+    if request.instructions is None and request.query is None:
+        _check_not_packed(request)
     images = images_of(increments, request, pooled_image)
     selection = increments.select_by_query(query_of(increments, request, images))
     return _on_batch(increments, selection and replace(selection, images=images), request)
+
+
+def _check_not_packed(request: Request) -> None:
+    """By what transformers goes: without a mask, where positions begin anew in a row, another sample does."""
+    positions, packed = request.position_ids, request.packed
+    if not packed and request.attention_mask is None and isinstance(positions, Tensor) and positions.dim() == 2:
+        # the ids are read next, so a device is waited for in any case
+        packed = checks.can_read(positions, cuda=True) and bool((positions.diff(dim=1) < 0).any())
+    if packed:
+        raise ValueError(
+            "several samples are packed into one row (cu_seq_lens_q, seq_idx, or position_ids that begin anew), and a "
+            "row has one selection alone, that of its last instruction; give each sample a row, padded, with an "
+            "attention_mask"
+        )
 
 
 def _on_batch(increments: Increments, selection: Selection | None, request: Request) -> Selection | None:
