@@ -209,8 +209,13 @@ def test_linears_without_a_weight(
     packed = cf.unpatch(model).model.language_model.layers[0].self_attn.q_proj
     assert isinstance(packed, Packed)
     del packed.qweight  # torch.ao's dynamic ones keep it in no tensor
-    with pytest.raises(TypeError, match="a Packed holds no tensor, and no gradient would pass it"):
-        cf.patch(model, CONFIG, processor=processor)
+    for call in (
+        lambda: cf.patch(model, CONFIG, processor=processor),
+        lambda: cf.load_pretrained(model, tmp_path / "out", processor=processor),
+        lambda: cf.share(model),
+    ):
+        with pytest.raises(TypeError, match="a Packed holds no tensor, and no gradient would pass it"):
+            call()
 
 
 @pytest.mark.parametrize(
