@@ -68,9 +68,9 @@ def base_of(model: object) -> Base:
 
 
 def check_supported(model: object) -> None:
-    """Raises TypeError as ``base_of`` does, for language layers among ``HAND_NOTHING_ON``, for a vision tower that packs
-    images into one sequence and for linears without tensors, and ValueError for weights that cannot be tuned through
-    any more."""
+    """Raises TypeError as ``base_of`` does, for language layers among ``HAND_NOTHING_ON``, for a vision tower that
+    packs images into one sequence and for linears without tensors, and ValueError for weights that cannot be tuned
+    through any more."""
     base_of(model)
     assert isinstance(model, nn.Module)
     language: Any = language_model(model)
