@@ -95,6 +95,27 @@ def test_the_base_is_loaded_by_the_name_and_the_dtype_in_the_file(
             cf.from_pretrained(tmp_path / "out", **{name: torch.bfloat16})
 
 
+def test_what_was_learned_in_one_dtype_is_served_in_another(
+    base: Path, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """By a folder that is written in it, which a model that serves may load, too."""
+    served = []
+    for name in ("older", "newer"):
+        folder = cf.save_pretrained(learned_on(base, generator, dtype=torch.float32), tmp_path / name)
+        served.append(cf.save_pretrained(cf.from_pretrained(folder).bfloat16(), tmp_path / f"{name}-bfloat16"))
+    with pytest.raises(ValueError, match=r"these are bfloat16; load the base with dtype='float32' \(docs/serving.md"):
+        cf.load_pretrained(cf.from_pretrained(served[0]), tmp_path / "newer")
+    model, newer = (cf.from_pretrained(folder) for folder in served)
+    assert model.dtype == torch.bfloat16 == next(iter(model.increments.pool.layers.values())).A.dtype
+    assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32  # a cast in memory would round it
+    batch = inputs(model.increments.processor, QUESTIONS, generator)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    with torch.no_grad():
+        expected = newer(**batch).logits
+        assert not torch.equal(model(**batch).logits, expected)
+        assert torch.equal(cf.load_pretrained(cf.share(model), served[1])(**batch).logits, expected)
+
+
 def test_prompts_are_served_as_they_were_learned(
     base: Path, tmp_path: Path, generator: torch.Generator, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -381,7 +381,7 @@ def _check_base(model: Any, saved: Saved, folder: Path) -> None:
     if saved.base_dtype not in (None, dtype):
         raise ValueError(
             f"{folder} was learned on another base model: its weights were {saved.base_dtype}, these are {dtype}; "
-            f"load the base with dtype={saved.base_dtype!r}"
+            f"load the base with dtype={saved.base_dtype!r} (docs/serving.md says how to serve in another)"
         )
     present = base_quantization(model)
     if saved.base_quantization not in (None, present):
