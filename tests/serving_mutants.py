@@ -192,6 +192,23 @@ SERVING_MUTANTS = [
         "tests/test_data.py",
     ),
     (
+        "a question waits for another thread's data set", "cllava_fast/surrogate.py",
+        "        self._model[0].register_forward_pre_hook(self._turns.hand_on)\n", "", "tests/test_instructions.py",
+    ),
+    (
+        "texts are kept without end", "cllava_fast/texts.py", "self._bytes > CACHE_BYTES", "False",
+        "tests/test_instructions.py",
+    ),
+    (
+        "packed samples are taken for one", "cllava_fast/model/selecting.py", "    if packed:\n", "    if False:\n",
+        "tests/test_learning.py",
+    ),
+    (
+        "increments wait for the garbage collector", "cllava_fast/model/increments.py",
+        "functools.partial(_own_tensors, self.method, key_dim if self.remembers_queries else None)",
+        "lambda *sizes: _own_tensors(self.method, key_dim if self.remembers_queries else None, *sizes)", SHARING,
+    ),
+    (
         "texts of a data set are padded to the longest", "cllava_fast/surrogate.py",
         "[texts] if batch_size == 1 else", "[texts] if True else", "tests/test_instructions.py",
     ),
