@@ -105,6 +105,9 @@ class _Turns:
     def __init__(self) -> None:
         self._next, self._held = threading.Lock(), threading.Lock()
 
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        return _Turns, ()  # nobody waits for a copy
+
     def __enter__(self) -> None:
         with self._next:
             self._held.acquire()

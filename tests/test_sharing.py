@@ -213,11 +213,13 @@ def test_what_is_unpatched_is_freed_at_once(
     gc.collect()
     gc.disable()
     try:
-        logits(twin, batch)
-        rows, weights = ref(twin.increments.pool), ref(twin.lm_head.weight)
-        cf.unpatch(twin)
-        assert rows() is None
-        del twin
+        for each in (twin, model):
+            logits(each, batch)
+            rows = ref(each.increments.pool)
+            cf.unpatch(each)
+            assert rows() is None
+        weights = ref(twin.lm_head.weight)
+        del twin, each
         assert weights() is None
     finally:
         gc.enable()
