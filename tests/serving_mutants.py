@@ -226,7 +226,46 @@ SERVING_MUTANTS = [
     ),
     (
         "a cache that was emptied keeps its rows", "cllava_fast/model/caches.py",
-        "_filled.pop(cache, None)", "pass", "tests/test_caches.py",
+        "self.name in MOVES and self", "self.name == RESET or self", "tests/test_caches.py",
+    ),
+    (
+        "samples that are moved layer by layer move alone", "cllava_fast/model/caches.py", "_layers(cache)[:1]):",
+        "[]):", "tests/test_caches.py",
+    ),
+    (
+        "requests join a cache unnoticed", "cllava_fast/model/caches.py", "rows != self.rows", "False",
+        "tests/test_caches.py",
+    ),
+    (
+        "a move makes an edited cache known", "cllava_fast/model/caches.py", "if edited or not", "if not",
+        "tests/test_caches.py",
+    ),
+    (
+        "a turn that was taken back acts", "cllava_fast/model/caches.py", "turn in found.turns if turn.begin < length",
+        "turn in found.turns", "tests/test_caches.py",
+    ),
+    (
+        "half a prompt acts", "cllava_fast/model/caches.py", "length < last.end - 1", "False", "tests/test_caches.py",
+    ),
+    (
+        "the last token of a prompt cannot be read again", "cllava_fast/model/caches.py", "last.end - 1", "last.end",
+        "tests/test_caches.py",
+    ),
+    (
+        "an image that was taken back counts", "cllava_fast/model/caches.py",
+        "last.selection = replace(last.selection, images=None)", "pass", "tests/test_caches.py",
+    ),
+    (
+        "what was said is taken for what was read", "cllava_fast/model/patching.py",
+        "if instructions is None and query is None else None", "", "tests/test_caches.py",
+    ),
+    (
+        "what goes on is a new turn", "cllava_fast/model/caches.py", " or selection is found.going_on", "",
+        "tests/test_caches.py",
+    ),
+    (
+        "a cache that was edited is what it was", "cllava_fast/model/caches.py", "turn.open and end is not None",
+        "turn.open", "tests/test_caches.py",
     ),
     (
         "what asks nothing within generate has no rows", "cllava_fast/model/selecting.py",
@@ -260,8 +299,8 @@ SERVING_MUTANTS = [
         'kwargs.get("custom_generate") is not None', "False", "tests/test_patch.py",
     ),
     (
-        "samples of a cache move alone", "cllava_fast/model/caches.py", "found.samples.to(given.device)[given]",
-        "found.samples", "tests/test_caches.py",
+        "samples of a cache move alone", "cllava_fast/model/caches.py", "turn.samples.to(given.device)[given]",
+        "turn.samples", "tests/test_caches.py",
     ),
     (
         "later turns forget the images", "cllava_fast/model/selecting.py",

@@ -313,6 +313,14 @@ def test_cached_decoding_by_hand_keeps_the_prompts_branches(llava: Any, processo
         full = {**batch, "input_ids": torch.cat([batch["input_ids"], token], 1), "attention_mask": mask}
         whole = llava(**full)
         other = llava(**{**full, "query": batch["query"].roll(1, 0)})
+        returned(prefill).crop(-1)
+        again = llava(input_ids=token, attention_mask=mask, **cached(returned(prefill)), query=batch["query"])
+        returned(prefill).crop(-1)  # with it, what was said is gone, though not how the prompts began
+        with pytest.raises(ValueError, match="its instruction is unknown"):
+            llava(input_ids=token, attention_mask=mask, **cached(returned(prefill)))
+        said = llava(input_ids=token, attention_mask=mask, **cached(returned(prefill)), query=batch["query"])
+    for found in (again, said):
+        torch.testing.assert_close(found.logits, step.logits, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
     assert float((other.logits - whole.logits)[:, -1].abs().amax(1).min()) > 1e-3, "tasks must matter here"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -17,19 +18,47 @@ if TYPE_CHECKING:
     from cllava_fast.model.increments import Increments
 
 MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # by which transformers moves samples
-RESET = "reset"  # and by which it empties a cache
+RESET, CROP = "reset", "crop"  # and by which it empties a cache, and takes its last tokens off
 NAMES = ("cache", "past_key_values")  # of an argument and of an output: of transformers 5.24 and after, and before
 
 
 @dataclass
+class _Turn:
+    """What acts behind one prompt, before which the cache had ``begin`` tokens, and ``end`` with it; None where its
+    instruction was said, which no part of its tokens tells. ``samples [rows]`` int64: whose selection each row of the
+    cache now has; None until one was moved. ``open``: what goes on there may do so with ``selection``."""
+
+    begin: int
+    end: int | None
+    selection: Selection
+    samples: Tensor | None = None
+    open: bool = True
+
+    def settle(self) -> Selection:
+        if self.samples is not None:
+            self.selection, self.samples = self.selection.take(self.samples), None
+        return self.selection
+
+
+@dataclass
 class _Filled:
-    """``loads``: of the pool, when its rows were selected. ``samples [rows]`` int64: whose selection each row of the
-    cache now has; None until one was moved."""
+    """``loads``: of the pool, when rows were selected. ``rows``: the samples of the cache. ``going_on``: what acts in a
+    call that goes on with the last turn. ``moving``: a method of the cache calls those of its layers."""
 
     model: ref[Increments]
     loads: int
-    selection: Selection
-    samples: Tensor | None = None
+    turns: list[_Turn]
+    rows: int | None
+    going_on: Selection | None = None
+    moving: bool = False
+
+    def is_of(self, increments: Increments) -> bool:
+        return self.model() is increments and self.loads == increments.pool.loads
+
+    def was_edited(self, cache: Any) -> bool:
+        """Other keys of as many samples may be the same ones, moved to another device and back: nobody can tell."""
+        rows = _rows(cache)
+        return rows is not None and self.rows is not None and rows != self.rows
 
 
 _filled: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()
@@ -46,61 +75,129 @@ def returned(output: Any) -> Any | None:
     return next((part for part in parts if isinstance(part, Cache)), None)
 
 
-def remember(cache: Any, increments: Increments, selection: Selection) -> None:
-    """From now on the cache stands for ``selection``, whose samples follow those of the cache."""
-    _filled[cache] = _Filled(ref(increments), increments.pool.loads, selection)
-    for name in (*MOVES, RESET):
-        if hasattr(cache, name) and name not in cache.__dict__:
-            setattr(cache, name, _Move(cache, name))
+def remember(cache: Any, increments: Increments, selection: Selection, begin: int, end: int | None) -> None:
+    """From now on the cache stands for ``selection``, whose samples follow those of the cache: for that of a prompt
+    that came at ``begin`` and ended at ``end``, or what ``goes_on`` with the one before.
 
-
-def remembered(cache: Any, increments: Increments) -> Selection | None:
-    """What ``increments`` filled the cache with, one sample for each of its rows; None if another model did, or other
-    rows were loaded since."""
+    Args:
+        end: None where its instruction was said: a caller may have edited the cache, and what it was is void.
+    """
     found = _filled.get(cache)
-    if found is None or found.model() is not increments or found.loads != increments.pool.loads:
+    if found is None or not found.is_of(increments):
+        found = _filled[cache] = _Filled(ref(increments), increments.pool.loads, [], None)
+    last = found.turns[-1] if found.turns else None
+    if last is not None and (selection is last.selection or selection is found.going_on):
+        last.selection, last.samples = selection, None
+    else:
+        if not increments.method.uses_query:
+            begin = 0  # every call selects anew, and the cache says how its prompt began
+        before = [turn for turn in found.turns if turn.begin < begin]
+        for turn in before:
+            turn.open = turn.open and end is not None
+        found.turns = [*before, _Turn(begin, end, selection)]
+    found.rows, found.going_on = _rows(cache), None
+    for owner in (cache, *_layers(cache)[:1]):
+        for name in (*MOVES, RESET, CROP):
+            hook = owner.__dict__.get(name)
+            if hasattr(owner, name) and (hook is None or isinstance(hook, _Move) and hook.is_idle()):
+                setattr(owner, name, _Move(cache, owner, name))
+
+
+def remembered(cache: Any, increments: Increments, whole: bool = True) -> Selection | None:
+    """What ``increments`` filled the cache with, one sample for each of its rows; None if another model did, other rows
+    were loaded since, or it was edited.
+
+    Args:
+        whole: False asks for its beginning and its images alone, which it has where a part of the prompt was taken off.
+    """
+    found = _filled.get(cache)
+    if found is None or not found.is_of(increments):
         return None
-    if found.samples is not None:
-        found.selection, found.samples = found.selection.take(found.samples), None
-    return found.selection
+    if found.was_edited(cache):
+        del _filled[cache]
+        return None
+    return found.turns[-1].settle() if found.turns[-1].open or not whole else None
+
+
+def goes_on(cache: Any, selection: Selection) -> Selection:
+    """Says that ``selection`` is made of what the cache stands for, and is no new turn."""
+    if selection is not _filled[cache].turns[-1].selection:
+        _filled[cache].going_on = selection
+    return selection
 
 
 class _Move:
-    """One of ``MOVES``, or ``RESET``, on one cache.
+    """One of ``MOVES``, ``RESET`` or ``CROP``, on one cache or on its first layer, where callers move layer by layer.
 
-    It holds the cache weakly: one that held itself would keep its memory until the garbage collector comes by.
+    It holds them weakly: what held itself would keep its memory until the garbage collector comes by.
     """
 
-    def __init__(self, cache: Any, name: str) -> None:
-        self.cache, self.name = ref(cache), name
+    def __init__(self, cache: Any, owner: Any, name: str) -> None:
+        self.cache, self.owner, self.name = None if cache is None else ref(cache), ref(owner), name
 
-    def __reduce__(self) -> tuple[type[_Move], tuple[Any, str]]:
-        return _Move, (self.cache(), self.name)  # a copied cache moves its own samples
+    def __reduce__(self) -> tuple[type[_Move], tuple[Any, Any, str]]:
+        return _Move, (None, self.owner(), self.name)  # a copied cache moves its own samples, and is not known
+
+    def is_idle(self) -> bool:
+        return self.cache is None or self.cache() is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        cache = self.cache()
-        found = _filled.get(cache)
-        rows = None if found is None else _rows(cache) or found.selection.batch_size
-        getattr(type(cache), self.name)(cache, *args, **kwargs)
-        if self.name == RESET:
-            _filled.pop(cache, None)
-            return
-        if found is None or rows is None:
-            return
-        if found.samples is None and rows % found.selection.batch_size == 0:
-            found.selection, found.samples = found.selection.expand(rows), torch.arange(rows)
-        if found.samples is None or len(found.samples) != rows:  # it was emptied since, and is filled anew
+        owner, cache = self.owner(), None if self.cache is None else self.cache()
+        found = None if cache is None else _filled.get(cache)
+        move = functools.partial(getattr(type(owner), self.name), owner, *args, **kwargs)
+        if found is None or found.moving:
+            return move()
+        edited, rows = found.was_edited(cache), _rows(cache) or found.turns[-1].selection.batch_size
+        found.moving = True
+        try:
+            move()
+        finally:
+            found.moving = False
+        (given,) = (*args, *kwargs.values()) or (None,)
+        lasts = (
+            _crop(found, cache, given) if self.name == CROP else self.name in MOVES and self._take(found, rows, given)
+        )
+        found.rows = _rows(cache)
+        if edited or not lasts:
             del _filled[cache]
-            return
-        (given,) = (*args, *kwargs.values())
-        if self.name == "batch_repeat_interleave":
-            found.samples = found.samples.repeat_interleave(given)
-        else:
-            given = torch.as_tensor(given)
-            found.samples = found.samples.to(given.device)[given]
+
+    def _take(self, found: _Filled, rows: int, given: Any) -> bool:
+        """False where the cache was emptied since, and is filled anew."""
+        for turn in found.turns:
+            if turn.samples is None and rows % turn.selection.batch_size == 0:
+                turn.selection, turn.samples = turn.selection.expand(rows), torch.arange(rows)
+            if turn.samples is None or len(turn.samples) != rows:
+                return False
+            if self.name == "batch_repeat_interleave":
+                turn.samples = turn.samples.repeat_interleave(given)
+            else:
+                given = torch.as_tensor(given)
+                turn.samples = turn.samples.to(given.device)[given]
+        return True
+
+
+def _crop(found: _Filled, cache: Any, given: Any) -> bool:
+    """Takes back the turns of which nothing is left; False where none is."""
+    if int(given) == 0:
+        return True
+    length = int(cache.get_seq_length())
+    found.turns = [turn for turn in found.turns if turn.begin < length]
+    if not found.turns:
+        return False
+    *before, last = found.turns
+    if last.end is not None and length < last.end - 1:  # its last token may be read once more
+        images, earlier = last.settle().images, before[-1].settle().images if before else None
+        if images is not None and not torch.equal(images, torch.zeros_like(images) if earlier is None else earlier):
+            last.selection = replace(last.selection, images=None)
+        last.open = False
+    return True
+
+
+def _layers(cache: Any) -> list[Any]:
+    return getattr(cache, "layers", None) or []
 
 
 def _rows(cache: Any) -> int | None:
     """Samples of a cache; None where no layer can say, as quantised ones cannot."""
-    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    keys = (getattr(layer, "keys", None) for layer in _layers(cache))
     return next((key.shape[0] for key in keys if key is not None and key.dim() == 4), None)

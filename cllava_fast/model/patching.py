@@ -327,7 +327,8 @@ def _forward(
         _warn_of_earlier_tasks(selection)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
-    remember = _Remember(increments, kwargs, selection) if pending is None else None
+    prompt = _length(kwargs) if instructions is None and query is None else None
+    remember = _Remember(increments, kwargs, selection, prompt) if pending is None else None
     output = None
     increments.call.given = selection is not None
     try:
@@ -372,7 +373,8 @@ def _generate(
     pending = _select(model, kwargs, instructions, query, goes_on=False, pending=outer if assists or custom else None)
     if image_features is not None:
         kwargs["pixel_values"] = image_features
-    remember, output, swaps = _Remember(increments, kwargs, pending), None, increments.swaps
+    remember = _Remember(increments, kwargs, pending, _length(kwargs), _is_whole(kwargs))
+    output, swaps = None, increments.swaps
     # images lie on the CPU, and what a compiled step is handed must not
     call.pending = pending and replace(pending, images=None)
     call.custom = kwargs.get("custom_generate") is not None
@@ -410,21 +412,32 @@ def _prepare_inputs_for_generation(model: Any, original: Any, *args: Any, **kwar
 
 
 class _Remember:
-    """Has the cache of a call stand for its selection, even where the call was cut off behind the prompt."""
+    """Has the cache of a call stand for its selection, even where the call was cut off behind the prompt.
 
-    def __init__(self, increments: Increments, kwargs: dict[str, Any], selection: Selection | None) -> None:
+    ``prompt``: tokens of what was read, those in the cache among them where it is ``whole``; None where it was said.
+    """
+
+    def __init__(
+        self,
+        increments: Increments,
+        kwargs: dict[str, Any],
+        selection: Selection | None,
+        prompt: int | None,
+        whole: bool = False,
+    ) -> None:
         self.increments, self.selection = increments, selection
         self.given = None if selection is None else caches.given(kwargs)
         if self.given is not None and caches.remembered(self.given, increments) is selection:
             self.given = None  # it stands for it already
         self.length = self._length()
+        self.end = prompt if whole or prompt is None else self.length + prompt
 
     def __call__(self, output: Any) -> None:
         cache = caches.returned(output)
         # tokens alone may come out, or nothing, though a cache that came in was filled
         if cache is None and (output is not None or self._length() != self.length):
             cache = self.given
-        remember(self.increments, cache, self.selection)
+        remember(self.increments, cache, self.selection, self.length, self.end)
 
     def _length(self) -> int:
         return 0 if self.given is None else int(self.given.get_seq_length())
@@ -447,6 +460,22 @@ def _init_continuous_batching(model: Any, original: Any, *args: Any, **kwargs: A
     return original(*args, **kwargs)
 
 
+def _tokens(kwargs: dict[str, Any]) -> Tensor | None:
+    ids: Tensor | None = kwargs.get("input_ids")
+    return ids if ids is not None else kwargs.get("inputs_embeds")
+
+
+def _length(kwargs: dict[str, Any]) -> int:
+    tokens = _tokens(kwargs)
+    return 0 if tokens is None else tokens.shape[1]
+
+
+def _is_whole(kwargs: dict[str, Any]) -> bool:
+    """By what transformers goes in ``generate``: new tokens alone come with the mask of all."""
+    mask = kwargs.get("attention_mask")
+    return not isinstance(mask, Tensor) or mask.shape[1] == _length(kwargs)
+
+
 def _select(
     model: Any,
     kwargs: dict[str, Any],
@@ -456,8 +485,7 @@ def _select(
     pending: Selection | None,
     within: Selection | None = None,
 ) -> Selection | None:
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    tokens, mask = ids if ids is not None else embeds, kwargs.get("attention_mask")
+    ids, tokens = kwargs.get("input_ids"), _tokens(kwargs)
     if tokens is None:
         return None  # the model says what it misses
     if query is not None and instructions is not None:
@@ -465,14 +493,13 @@ def _select(
     request = Request(
         batch=len(tokens),
         input_ids=ids,
-        attention_mask=mask,
+        attention_mask=kwargs.get("attention_mask"),
         labels=kwargs.get("labels"),
         pixel_values=kwargs.get("pixel_values"),
         instructions=instructions,
         query=query,
         cache=caches.given(kwargs),
-        # by what transformers goes: new tokens alone come with the mask of all
-        whole=not goes_on and (not isinstance(mask, Tensor) or mask.shape[1] == tokens.shape[1]),
+        whole=not goes_on and _is_whole(kwargs),
         position_ids=kwargs.get("position_ids"),
         packed=kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None,
     )

@@ -130,7 +130,7 @@ def _on_batch(increments: Increments, selection: Selection | None, request: Requ
 def _begun(increments: Increments, cache: Any | None) -> dict[Factors, Begun]:
     if cache is None or not cache.get_seq_length():
         return {}
-    filled = caches.remembered(cache, increments)
+    filled = caches.remembered(cache, increments, whole=False)
     if filled is None or filled.begun is None:
         raise ValueError(
             "the cache was not filled by this patched model with the increments that it has now, and "
@@ -139,10 +139,13 @@ def _begun(increments: Increments, cache: Any | None) -> dict[Factors, Begun]:
     return filled.begun
 
 
-def remember(increments: Increments, cache: Any | None, selection: Selection | None) -> None:
-    """Later calls with this cache carry no instruction; they go on with the selection of its prompt."""
+def remember(
+    increments: Increments, cache: Any | None, selection: Selection | None, begin: int, end: int | None
+) -> None:
+    """Later calls with this cache carry no instruction; they go on with the selection of its prompt, which came at
+    ``begin`` and ended at ``end``, if it was read."""
     if cache is not None and selection is not None and not increments.training:
-        caches.remember(cache, increments, selection)
+        caches.remember(cache, increments, selection, begin, end)
 
 
 def _remembered(increments: Increments, request: Request) -> Selection | None:
@@ -166,8 +169,9 @@ def _remembered(increments: Increments, request: Request) -> Selection | None:
     if selection.images is not None and ids is not None and (ids == increments.image_token_id).any():
         selection = replace(selection, images=None)  # here, nobody looks
     selection, mask = selection.expand(request.batch), _mask(request)
-    # longer than the one before, behind which a sample may begin
-    return selection if mask is None or not increments.method.by_first_token else replace(selection, mask=mask)
+    if mask is not None and increments.method.by_first_token:
+        selection = replace(selection, mask=mask)  # longer than the one before, behind which a sample may begin
+    return caches.goes_on(cache, selection)
 
 
 def query_of(increments: Increments, request: Request, images: Tensor | None) -> Tensor:
@@ -247,7 +251,7 @@ def _behind_cache(increments: Increments, request: Request, ids: Tensor, none: T
     length = 0 if cache is None else int(cache.get_seq_length())
     if not length:
         return ids, none
-    filled, rest = caches.remembered(cache, increments), ids[:, length:] if request.whole else ids
+    filled, rest = caches.remembered(cache, increments, whole=False), ids[:, length:] if request.whole else ids
     if filled is not None and filled.images is not None:
         # beams of one sample have the same images, and there may be more of them here or in the cache
         return rest, filled.images[torch.arange(len(ids)) * len(filled.images) // len(ids)]
