@@ -264,6 +264,10 @@ SERVING_MUTANTS = [
         "tests/test_caches.py",
     ),
     (
+        "a cache that was copied is known", "cllava_fast/model/caches.py", "found.cache() is cache", "True",
+        "tests/test_caches.py",
+    ),
+    (
         "a cache that was edited is what it was", "cllava_fast/model/caches.py", "turn.open and end is not None",
         "turn.open", "tests/test_caches.py",
     ),

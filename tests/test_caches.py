@@ -93,7 +93,7 @@ def test_rows_of_a_cache_that_others_filled_are_not_guessed(
         llava(input_ids=torch.tensor([[9], [9]]), **cached(cache))
 
 
-def test_requests_that_were_joined_by_hand_need_instructions(
+def test_a_cache_that_was_edited_by_hand_needs_instructions(
     llava: Any, processor: Any, generator: torch.Generator
 ) -> None:
     """Once: as one sample at a time, from then on."""
@@ -109,7 +109,7 @@ def test_requests_that_were_joined_by_hand_need_instructions(
         last_logits(llava, {name: tensor[samples] for name, tensor in batch.items()}, **cached(cache))
         return cache
 
-    def step(cache: Any, number: int, samples: slice = slice(4), **asked: Any) -> Tensor:
+    def step(cache: Any, number: int, samples: Any = slice(4), **asked: Any) -> Tensor:
         so_far = mask[samples, : mask.shape[1] - 1 + number]
         at = {"attention_mask": so_far, "position_ids": so_far.sum(1, keepdim=True) - 1}
         return last_logits(llava, {"input_ids": tokens[samples, number : number + 1], **at}, **cached(cache), **asked)
@@ -123,10 +123,16 @@ def test_requests_that_were_joined_by_hand_need_instructions(
         layer.keys, layer.values = torch.cat([layer.keys, others.keys]), torch.cat([layer.values, others.values])
     with pytest.raises(ValueError, match="its instruction is unknown"):
         step(cache, 0)
-    first, second = step(cache, 0, instructions=list(QUESTIONS[:4])), step(cache, 1)
-    for found, number in ((first, 0), (second, 1)):
-        expected = torch.cat([each[number] for each in wanted])
-        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    # of as many samples as before, nobody can tell
+    order, edited = [2, 0, 3, 3], filled(slice(4))
+    for layer in edited.layers:
+        layer.keys, layer.values = layer.keys[order], layer.values[order]
+    for joined, samples in ((cache, [0, 1, 2, 3]), (edited, order)):
+        asked = {"instructions": [QUESTIONS[i] for i in samples]}
+        for number in (0, 1):
+            found = step(joined, number, samples, **(asked if number == 0 else {}))
+            expected = torch.cat([wanted[i][number] for i in samples])
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -224,12 +230,12 @@ def test_more_samples_than_the_cache_was_asked_with_are_no_new_turn(
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, generator, b_std=0.1)
     batch = inputs(processor, QUESTIONS[:2], generator)
-    step = {"input_ids": torch.full((4, 1), 9)}
+    step = {"input_ids": torch.full((4, 3), 9)}
     cache = DynamicCache(config=llava.config.get_text_config())
     options = {"max_new_tokens": 2, "do_sample": True, "suppress_tokens": [llava.config.image_token_id]}
     llava.generate(**batch, **cached(cache), **options, num_return_sequences=2)
     wanted = selected(llava, step, **cached(cache))
-    cache.crop(-1)
+    cache.crop(-2)
     assert torch.equal(selected(llava, step, **cached(cache)), wanted)
 
 
@@ -240,7 +246,11 @@ def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: t
     with torch.no_grad():
         cache = returned(llava(**batch, use_cache=True))
     keys = cache.layers[0].keys
-    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), copy.copy(cache)]
+    for copied in copies:
+        with pytest.raises(ValueError, match="its instruction is unknown"):
+            llava(input_ids=torch.full((2, 1), 9), **cached(copied))
+    del copies[2]  # whose layers are those of the cache
     for copied in copies:
         copied.reorder_cache(torch.tensor([1, 0]))
         assert torch.equal(copied.layers[0].keys, keys.flip(0)) and torch.equal(cache.layers[0].keys, keys)

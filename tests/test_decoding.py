@@ -332,6 +332,7 @@ def test_a_step_by_hand_does_not_ask_a_static_cache_for_its_length(
         assert asked and not [name for name in asked if name.startswith("cllava_fast")]
         torch._dynamo.reset()
         compiled = torch.compile(step, backend=backend, fullgraph=True)
-        torch.testing.assert_close(compiled(filled()), expected, atol=1e-5, rtol=1e-5)
+        for _ in range(2):  # whichever other caches there are
+            torch.testing.assert_close(compiled(filled()), expected, atol=1e-5, rtol=1e-5)
         torch._dynamo.reset()
     assert len(graphs) == 1

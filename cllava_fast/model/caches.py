@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # by which transformers moves samples
 RESET, CROP = "reset", "crop"  # and by which it empties a cache, and takes its last tokens off
+FILLED = "_filled_with_increments"  # attribute of a cache: what is compiled must not depend on other caches
 NAMES = ("cache", "past_key_values")  # of an argument and of an output: of transformers 5.24 and after, and before
 
 
@@ -45,12 +46,16 @@ class _Filled:
     """``loads``: of the pool, when rows were selected. ``rows``: the samples of the cache. ``going_on``: what acts in a
     call that goes on with the last turn. ``moving``: a method of the cache calls those of its layers."""
 
+    cache: ref[Any]
     model: ref[Increments]
     loads: int
     turns: list[_Turn]
     rows: int | None
     going_on: Selection | None = None
     moving: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # a copied cache is not known
 
     def is_of(self, increments: Increments) -> bool:
         return self.model() is increments and self.loads == increments.pool.loads
@@ -59,9 +64,6 @@ class _Filled:
         """Other keys of as many samples may be the same ones, moved to another device and back: nobody can tell."""
         rows = _rows(cache)
         return rows is not None and self.rows is not None and rows != self.rows
-
-
-_filled: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()
 
 
 def given(kwargs: Mapping[str, Any]) -> Any | None:
@@ -82,9 +84,10 @@ def remember(cache: Any, increments: Increments, selection: Selection, begin: in
     Args:
         end: None where its instruction was said: a caller may have edited the cache, and what it was is void.
     """
-    found = _filled.get(cache)
+    found = _found(cache)
     if found is None or not found.is_of(increments):
-        found = _filled[cache] = _Filled(ref(increments), increments.pool.loads, [], None)
+        found = _Filled(ref(cache), ref(increments), increments.pool.loads, [], None)
+        setattr(cache, FILLED, found)
     last = found.turns[-1] if found.turns else None
     if last is not None and (selection is last.selection or selection is found.going_on):
         last.selection, last.samples = selection, None
@@ -110,19 +113,20 @@ def remembered(cache: Any, increments: Increments, whole: bool = True) -> Select
     Args:
         whole: False asks for its beginning and its images alone, which it has where a part of the prompt was taken off.
     """
-    found = _filled.get(cache)
+    found = _found(cache)
     if found is None or not found.is_of(increments):
         return None
     if found.was_edited(cache):
-        del _filled[cache]
+        cache.__dict__.pop(FILLED, None)
         return None
     return found.turns[-1].settle() if found.turns[-1].open or not whole else None
 
 
 def goes_on(cache: Any, selection: Selection) -> Selection:
     """Says that ``selection`` is made of what the cache stands for, and is no new turn."""
-    if selection is not _filled[cache].turns[-1].selection:
-        _filled[cache].going_on = selection
+    found: _Filled = cache.__dict__[FILLED]
+    if selection is not found.turns[-1].selection:
+        found.going_on = selection
     return selection
 
 
@@ -143,7 +147,7 @@ class _Move:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         owner, cache = self.owner(), None if self.cache is None else self.cache()
-        found = None if cache is None else _filled.get(cache)
+        found = None if cache is None else _found(cache)
         move = functools.partial(getattr(type(owner), self.name), owner, *args, **kwargs)
         if found is None or found.moving:
             return move()
@@ -159,7 +163,7 @@ class _Move:
         )
         found.rows = _rows(cache)
         if edited or not lasts:
-            del _filled[cache]
+            cache.__dict__.pop(FILLED, None)
 
     def _take(self, found: _Filled, rows: int, given: Any) -> bool:
         """False where the cache was emptied since, and is filled anew."""
@@ -191,6 +195,15 @@ def _crop(found: _Filled, cache: Any, given: Any) -> bool:
             last.selection = replace(last.selection, images=None)
         last.open = False
     return True
+
+
+def _found(cache: Any) -> _Filled | None:
+    found: _Filled | None = cache.__dict__.get(FILLED)
+    return found if found is not None and found.cache() is cache else None  # copy.copy takes attributes along
+
+
+def _nothing() -> None:
+    return None
 
 
 def _layers(cache: Any) -> list[Any]:
