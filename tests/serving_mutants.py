@@ -268,6 +268,10 @@ SERVING_MUTANTS = [
         "tests/test_caches.py",
     ),
     (
+        "half a question is a question", "cllava_fast/model/selecting.py", "if half is not None:", "if False:",
+        "tests/test_caches.py",
+    ),
+    (
         "a cache that was edited is what it was", "cllava_fast/model/caches.py", "turn.open and end is not None",
         "turn.open", "tests/test_caches.py",
     ),

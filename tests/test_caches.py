@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -237,6 +238,43 @@ def test_more_samples_than_the_cache_was_asked_with_are_no_new_turn(
     wanted = selected(llava, step, **cached(cache))
     cache.crop(-2)
     assert torch.equal(selected(llava, step, **cached(cache)), wanted)
+
+
+def test_a_prompt_that_comes_in_parts_by_hand(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Rows by half of a question come with a warning; with the whole of it, or from generate, they are right."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS[:2], generator)
+    wanted = last_logits(llava, batch)
+    at = batch["input_ids"].shape[1] - 4
+    first = {**batch, "input_ids": batch["input_ids"][:, :at], "attention_mask": batch["attention_mask"][:, :at]}
+    second = {**batch, "input_ids": batch["input_ids"][:, at:]}
+    del second["pixel_values"]
+
+    def parts(**asked: Any) -> Tensor:
+        cache = DynamicCache(config=llava.config.get_text_config())
+        last_logits(llava, first, **cached(cache), **asked)
+        positions = batch["attention_mask"].cumsum(1)[:, at:] - 1
+        return last_logits(llava, second, **cached(cache), position_ids=positions)
+
+    def shown(**asked: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(parts(**asked))
+        return [f"{warning.filename} {warning.message}" for warning in caught]
+
+    found: list[Tensor] = []
+    half = shown()
+    assert len(half) == 1 and "test_patch.py" in half[0] and "input_ids end within a user turn, at '" in half[0]
+    assert not shown(instructions=list(QUESTIONS[:2]))
+    torch.testing.assert_close(found[1], wanted, atol=2e-4, rtol=1e-4)
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        last_logits(llava, batch, use_cache=True)  # a whole prompt
+        last_logits(llava, first)  # no cache was asked for
+        chunked = llava.generate(**batch, prefill_chunk_size=5, **options).logits[0]
+    torch.testing.assert_close(chunked, wanted, atol=2e-4, rtol=1e-4)
 
 
 def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: torch.Generator) -> None:

@@ -117,20 +117,24 @@ class InstructionReader:
         Raises:
             ValueError: a sample without a user turn, or with an empty one.
         """
+        return [self._read_one(text, sample) for sample, text in enumerate(self._texts(input_ids, attention_mask))]
+
+    def half_turn(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> str | None:
+        """A last user turn of ``input_ids [B, S]`` whose end has not come; None where all are closed."""
+        turns = [text.rpartition(self.user)[2] for text in self._texts(input_ids, attention_mask)]
+        return next((_shown(turn).strip() for turn in turns if self.end not in turn), None)
+
+    def _texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
         rows = list(input_ids.cpu())
         if attention_mask is not None and attention_mask.shape == input_ids.shape:
             rows = [ids[mask] for ids, mask in zip(rows, attention_mask.bool().cpu(), strict=True)]
-        return [
-            self._read_one([i for i in ids.tolist() if i not in self._left_out], sample)
-            for sample, ids in enumerate(rows)
-        ]
+        return [self._decode([i for i in ids.tolist() if i not in self._left_out]) for ids in rows]
 
     def has_turn(self, input_ids: Tensor) -> bool:
         """Whether any sample of ``input_ids [B, S]`` holds the start of a user turn."""
         return any(self.user in self._decode(ids) for ids in input_ids.tolist())
 
-    def _read_one(self, ids: list[int], sample: int) -> str:
-        text = self._decode(ids)
+    def _read_one(self, text: str, sample: int) -> str:
         if self.user not in text:
             raise ValueError(
                 f"no instruction found in input_ids of sample {sample}: there is no user turn "

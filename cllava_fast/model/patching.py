@@ -502,5 +502,6 @@ def _select(
         whole=not goes_on and _is_whole(kwargs),
         position_ids=kwargs.get("position_ids"),
         packed=kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None,
+        by_hand=goes_on and (caches.given(kwargs) is not None or bool(kwargs.get("use_cache"))),
     )
     return select(model.increments, request, functools.partial(pooled_image, model), goes_on, pending, within)

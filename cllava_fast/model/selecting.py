@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from cllava_fast.model import acting, caches
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.images import images_per_sample
 from cllava_fast.model.increments import Increments
-from cllava_fast.model.instructions import text_ids
+from cllava_fast.model.instructions import InstructionReader, text_ids
+from cllava_fast.names import brief
 from cllava_fast.ops import checks
 from cllava_fast.pool import Factors
 from cllava_fast.surrogate import BackboneSurrogate, TextImageSurrogate
@@ -26,6 +28,7 @@ class Request(NamedTuple):
     """What one call to the model says about its instructions.
 
     ``whole``: ``input_ids`` begin with what lies in ``cache``. ``packed``: the call says where samples begin in a row.
+    ``by_hand``: a caller goes on with what a forward pass leaves in a cache.
     """
 
     batch: int
@@ -39,6 +42,7 @@ class Request(NamedTuple):
     whole: bool = False
     position_ids: Tensor | None = None
     packed: bool = False
+    by_hand: bool = False
 
 
 def select(
@@ -203,13 +207,27 @@ def query_of(increments: Increments, request: Request, images: Tensor | None) ->
 def _texts(increments: Increments, request: Request) -> list[str]:
     if request.instructions is None:
         assert increments.reader is not None and request.input_ids is not None
-        return increments.reader.read(request.input_ids, request.attention_mask)
+        read = increments.reader.read(request.input_ids, request.attention_mask)
+        if request.by_hand and not increments.training:
+            _warn_of_half_a_turn(increments.reader, request.input_ids, request.attention_mask)
+        return read
     texts = request.instructions
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"instructions is {texts!r}; expected a list with one text for each sample")
     if len(texts) != request.batch:
         raise ValueError(f"instructions holds {len(texts)} texts; expected {request.batch}, one for each sample")
     return [increments.reader.canonical(text) for text in texts] if increments.reader else list(texts)
+
+
+def _warn_of_half_a_turn(reader: InstructionReader, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    half = reader.half_turn(input_ids, attention_mask)
+    if half is not None:
+        warnings.warn(
+            f"input_ids end within a user turn, at {brief(half)}, and fill a cache: rows are selected by this part of "
+            "the question, and act on what comes behind it, too. Pass instructions=[...] with each sample's whole "
+            "question, or the whole prompt to generate, with prefill_chunk_size=",
+            stacklevel=11,  # who called the model
+        )
 
 
 def _check_query(increments: Increments, query: Tensor, batch: int) -> Tensor:
