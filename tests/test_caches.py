@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 import cllava_fast as cf
 from cllava_fast.model import caches
 from cllava_fast.model.caches import returned
-from tests.helpers import CACHE_NAMES, QUESTIONS, cached, inputs, learn
+from tests.helpers import CACHE_NAMES, QUESTIONS, cached, inputs, learn, prompt
 from tests.helpers import image as picture
 from tests.test_patch import CONFIG, last_logits, selected
 
@@ -275,6 +275,50 @@ def test_a_prompt_that_comes_in_parts_by_hand(llava: Any, processor: Any, genera
         last_logits(llava, first)  # no cache was asked for
         chunked = llava.generate(**batch, prefill_chunk_size=5, **options).logits[0]
     torch.testing.assert_close(chunked, wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_a_picture_that_is_computed_once(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Alone in a cache it has no question; its features have the rows of whichever question comes with them."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    batch = inputs(processor, QUESTIONS[:1], generator)
+    end = int((batch["input_ids"][0] == llava.config.image_token_id).nonzero().max()) + 1
+    prefix = {"input_ids": batch["input_ids"][:, :end], "pixel_values": batch["pixel_values"]}
+    cache = DynamicCache(config=llava.config.get_text_config())
+    with pytest.raises(ValueError, match="the last user turn of sample 0 is empty"):
+        llava(**prefix, **cached(cache))
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        features = torch.stack(list(llava.get_image_features(batch["pixel_values"]).pooler_output))
+        llava(**prefix, **cached(cache), instructions=[QUESTIONS[0]])
+    for question in QUESTIONS[:3]:
+        text = {"text": [prompt(processor, question)], "images": [picture(generator)], "return_tensors": "pt"}
+        asked = processor(**text)
+        texts = {name: asked[name] for name in ("input_ids", "attention_mask")}
+        wanted = last_logits(llava, {**texts, "pixel_values": batch["pixel_values"]})
+        found = llava.generate(**texts, image_features=features, **options).logits[0]
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+        kept = llava.generate(**texts, **cached(copy.deepcopy(cache)), **options).logits[0]
+        assert torch.allclose(kept, wanted, atol=2e-4, rtol=1e-4) == (question == QUESTIONS[0])
+
+
+def test_a_merge_between_two_steps_by_hand(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """Steps behind it have what is merged, and behind cf.unmerge again what the cache was filled with."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    batch, step = inputs(processor, QUESTIONS[:2], generator), {"input_ids": torch.full((2, 1), 9)}
+    filled = [DynamicCache(config=llava.config.get_text_config()) for _ in range(3)]
+    for cache in filled:
+        last_logits(llava, batch, **cached(cache))
+    own = last_logits(llava, step, **cached(filled[0]))
+    said = last_logits(llava, step, **cached(filled[1]), instructions=[QUESTIONS[4]] * 2)
+    cf.merge(llava, instruction=QUESTIONS[4])
+    merged = last_logits(llava, step, **cached(filled[2]))
+    torch.testing.assert_close(merged, said, atol=2e-4, rtol=1e-4)
+    assert (merged - own).abs().max() > 1e-2
+    cf.unmerge(llava)
+    filled[2].crop(-1)
+    torch.testing.assert_close(last_logits(llava, step, **cached(filled[2])), own, atol=2e-4, rtol=1e-4)
 
 
 def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: torch.Generator) -> None:
