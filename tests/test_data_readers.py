@@ -182,6 +182,9 @@ def test_a_question_beside_conversations_is_the_one_that_they_ask(folder: Path, 
     talk = {"conversations": turns("<image>\nWho?\nBe brief.", "Ann"), "image": "a.png", "answer": "Ann", "text": "Hm"}
     for same in ("Who?", "<image>\nWho?", "Who?\nBe brief.\n", "", None, float("nan")):
         assert read_samples([{**talk, name: same}], folder / "images") == read_samples([talk], folder / "images")
+    within = {"conversations": turns("What is <image> here?\nBe brief.", "Ann"), "image": "a.png"}
+    for same in ("What is <image> here?", "What is <image> here?\r\nBe brief.", "What is  here?"):
+        assert read_samples([{**within, name: same}], folder / "images") == read_samples([within], folder / "images")
     record = {**talk, name: "Which?"}
     with pytest.raises(ValueError, match=rf"record 1: {name} is 'Which\?', and the last human turn .* 'Who\?"):
         read_samples([talk, record], folder / "images")

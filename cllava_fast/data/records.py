@@ -157,8 +157,7 @@ class RecordReader:
             return  # which says what is read
         for name in ("question", "instruction"):  # a text may be anything
             question = self._get(record, name)
-            said = question.replace(IMAGE, "").strip() if isinstance(question, str) else question
-            if not _is_empty(said) and (not isinstance(said, str) or said not in instruction):
+            if not _is_empty(question) and not (isinstance(question, str) and _words(question) in _words(instruction)):
                 raise ValueError(
                     f"{where}: {name} is {brief(question)}, and the last human turn of conversations "
                     f"{brief(instruction)}; expected the same, or one of them: columns={{'conversations': "
@@ -308,6 +307,11 @@ def _meant(name: object) -> str | None:
         return None
     known = (name.lower(),) if name.lower() in COLUMNS else SPELLED  # Answer is no answers
     return next((each for each in known if each in SPELLED and _is_misspelt(name, each)), None)
+
+
+def _words(text: str) -> str:
+    """A text without marks of the image, and whatever white space it has as one blank."""
+    return " ".join(text.replace(IMAGE, " ").split())
 
 
 def _is_misspelt(name: str, known: str) -> bool:
