@@ -253,6 +253,7 @@ def test_other_keys_are_left_alone() -> None:
     others = ("model", "dataset", "source", "answer_type", "answer_id", "Answer", "answered", "conversation_id", "turn")
     others += ("history_id", "preference", "preferences", "difference", "referring", "system_prompt", "story", "texts")
     others += ("questions", "instructions", "contexts", "category", "task", "split", "Id", "file_name", "metadata")
+    others += ("answer1", "AnswerB")  # of two that are compared
     assert read_samples([{**GOOD, **dict.fromkeys(others, "x")}]) == read_samples([GOOD])
 
 

@@ -306,6 +306,8 @@ def _meant(name: object) -> str | None:
     if not isinstance(name, str) or name in COLUMNS:
         return None
     known = (name.lower(),) if name.lower() in COLUMNS else SPELLED  # Answer is no answers
+    if known is SPELLED and name[:-1].lower() == "answer":
+        return None  # answer1 is another answer
     return next((each for each in known if each in SPELLED and _is_misspelt(name, each)), None)
 
 
