@@ -228,6 +228,22 @@ def test_a_task_that_fails_leaves_no_half_block(llava: Any, processor: Any, tmp_
     assert get_increments(llava).pool.block_rows == 0 and not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_task_that_cannot_be_opened_leaves_no_half_block(
+    llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    run, increments = trainer(llava, processor, tmp_path / "run"), get_increments(llava)
+    open_task = increments.method.open_task
+
+    def fails(*args: Any) -> None:
+        open_task(*args)
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr(increments.method, "open_task", fails)
+    with pytest.raises(MemoryError):
+        run.train()
+    assert increments.pool.block_rows == 0 and not increments.is_within_a_task
+
+
 @pytest.mark.parametrize(
     "config",
     [

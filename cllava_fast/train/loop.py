@@ -414,9 +414,9 @@ class ContinualTrainer:
         queries = queries_of(self.model, samples_of(examples), self.data.features, owners)
         if queries is not None:
             check_queries(queries, examples, title)
-        increments.open_task(queries, torch.Generator().manual_seed(seed))
-        parameters = pool.trainable_parameters()
         try:
+            increments.open_task(queries, torch.Generator().manual_seed(seed))
+            parameters = pool.trainable_parameters()
             saver = self._saver(number)
             if method.aligns_keys and "align" not in saver.measured:
                 assert queries is not None
