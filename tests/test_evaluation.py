@@ -126,7 +126,7 @@ def test_an_unfinished_run_has_a_report(
     again = cf.patch(new_llava(), CONFIG, processor=processor)
     resumed = cf.ContinualTrainer(again, processor, stream(2), arguments(tmp_path / "run", resume=True)).train()
     assert resumed.accuracy_matrix[0] == matrix[0] and resumed.accuracy_matrix[1][1] is not None
-    final = load_results(tmp_path / "run" / "results.json")
+    final = load_results(tmp_path / "run")  # as the file in it
     assert final["methods"]["continual_llava"]["accuracy_matrix"] == resumed.accuracy_matrix
     assert final["methods"]["continual_llava"]["average_forgetting"] is not None
 

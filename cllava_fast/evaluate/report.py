@@ -74,7 +74,10 @@ def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) 
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads ``results.json``.
+    """Reads ``results.json``, for ``write_report``.
+
+    Args:
+        path: the file, or the folder of a run, an evaluation or a report, which holds one.
 
     Raises:
         FileNotFoundError: there is none.
@@ -82,6 +85,8 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is no results file.
     """
     file = Path(path)
+    if file.is_dir():
+        file = file / RESULTS
     if not os.path.exists(file):
         from cllava_fast.train.runfile import RUN  # not above: runs write reports
 
