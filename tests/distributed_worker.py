@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import accelerate
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -230,6 +231,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     evaluated(new_model(CONFIG)[0], folder / "alone")
+    offloaded = accelerate.cpu_offload(new_model(CONFIG)[0], execution_device=torch.device("cpu"))
+    evaluated(offloaded, folder / "offloaded")  # which no process may move
     assert distributed.count() == 2
     rank = distributed.rank()
     model = learn(folder / "run", folder / f"rank{rank}.json")

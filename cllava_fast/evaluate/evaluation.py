@@ -323,7 +323,7 @@ def evaluate_stream(
 
     Args:
         model: a LLaVA, patched (with what it has learned) or plain, on the device it is on; of several processes, each
-            moves it to its own device.
+            moves it to its own device, unless it is offloaded.
         output_dir: receives ``predictions/<task>.jsonl`` and the report, from the main process; None writes nothing.
         split: ``"test"`` or ``"validation"``.
         name: what the results call the model; None for its method's name, or ``"frozen"`` for a plain one.
@@ -358,7 +358,8 @@ def evaluate_stream(
     start = time.perf_counter()
     names = data.stream.task_names
     with distributed.failing_together(), same_mode(model):
-        if distributed.count() > 1 and model.device != distributed.device():
+        # one that is offloaded stays: its hooks bring each layer to where it computes
+        if distributed.count() > 1 and model.device not in (distributed.device(), torch.device("meta")):
             model.to(distributed.device())
         for task in names:
             examples = data.examples(task, split, model, with_features=False)
