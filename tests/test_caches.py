@@ -345,6 +345,29 @@ def test_a_cache_goes_when_it_is_let_go(llava: Any, processor: Any, generator: t
         gc.enable()
 
 
+@pytest.mark.parametrize("move", ["crop", "batch_select_indices"])
+def test_a_shallow_copy_of_a_cache_moves_its_own_samples(
+    move: str, llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    """Layers join new keys to the old ones, which a copy of the layers alone may share."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    batch, step = inputs(processor, QUESTIONS[:2], generator), {"input_ids": torch.full((2, 1), 9)}
+    cache, other = (DynamicCache(config=llava.config.get_text_config()) for _ in range(2))
+    for filled in (cache, other):
+        last_logits(llava, batch, **cached(filled))
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    shape = list(cache.layers[0].keys.shape)
+    getattr(copied, move)(-3 if move == "crop" else torch.tensor([1]))
+    shape[2 if move == "crop" else 0] -= 3 if move == "crop" else 1
+    assert [list(layer.keys.shape) for layer in copied.layers] == [shape] * len(copied.layers)
+    assert torch.equal(last_logits(llava, step, **cached(cache)), last_logits(llava, step, **cached(other)))
+    del cache
+    copied.reset()
+    assert copied.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("drafts", ["the prompt's own words", "another model"])
 def test_speculative_decoding_says_what_greedy_does(
     drafts: str, new_llava: Callable[[], Any], processor: Any, generator: torch.Generator

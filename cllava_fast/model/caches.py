@@ -46,16 +46,12 @@ class _Filled:
     """``loads``: of the pool, when rows were selected. ``rows``: the samples of the cache. ``going_on``: what acts in a
     call that goes on with the last turn. ``moving``: a method of the cache calls those of its layers."""
 
-    cache: ref[Any]
     model: ref[Increments]
     loads: int
     turns: list[_Turn]
     rows: int | None
     going_on: Selection | None = None
     moving: bool = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()  # a copied cache is not known
 
     def is_of(self, increments: Increments) -> bool:
         return self.model() is increments and self.loads == increments.pool.loads
@@ -86,7 +82,7 @@ def remember(cache: Any, increments: Increments, selection: Selection, begin: in
     """
     found = _found(cache)
     if found is None or not found.is_of(increments):
-        found = _Filled(ref(cache), ref(increments), increments.pool.loads, [], None)
+        found = _Filled(ref(increments), increments.pool.loads, [], None)
         setattr(cache, FILLED, found)
     last = found.turns[-1] if found.turns else None
     if last is not None and (selection is last.selection or selection is found.going_on):
@@ -102,8 +98,10 @@ def remember(cache: Any, increments: Increments, selection: Selection, begin: in
     for owner in (cache, *_layers(cache)[:1]):
         for name in (*MOVES, RESET, CROP):
             hook = owner.__dict__.get(name)
-            if hasattr(owner, name) and (hook is None or isinstance(hook, _Move) and hook.is_idle()):
+            if hasattr(owner, name) and (hook is None or isinstance(hook, _Move) and hook.cache() is None):
                 setattr(owner, name, _Move(cache, owner, name))
+        if "__getstate__" not in owner.__dict__:
+            owner.__getstate__ = _State(owner)
 
 
 def remembered(cache: Any, increments: Increments, whole: bool = True) -> Selection | None:
@@ -137,16 +135,10 @@ class _Move:
     """
 
     def __init__(self, cache: Any, owner: Any, name: str) -> None:
-        self.cache, self.owner, self.name = None if cache is None else ref(cache), ref(owner), name
-
-    def __reduce__(self) -> tuple[type[_Move], tuple[Any, Any, str]]:
-        return _Move, (None, self.owner(), self.name)  # a copied cache moves its own samples, and is not known
-
-    def is_idle(self) -> bool:
-        return self.cache is None or self.cache() is None
+        self.cache, self.owner, self.name = ref(cache), ref(owner), name
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        owner, cache = self.owner(), None if self.cache is None else self.cache()
+        owner, cache = self.owner(), self.cache()
         found = None if cache is None else _found(cache)
         move = functools.partial(getattr(type(owner), self.name), owner, *args, **kwargs)
         if found is None or found.moving:
@@ -180,6 +172,22 @@ class _Move:
         return True
 
 
+class _State:
+    """What copies and pickles take along of a cache or a layer: a copy moves its own samples, and is not known.
+
+    ``copy.copy``, too, asks the instance, and would take along moves of what it copied.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = ref(owner)
+
+    def __call__(self) -> Any:
+        owner: Any = self.owner()
+        kind: Any = type(owner)
+        state = kind.__getstate__(owner).items()
+        return {name: value for name, value in state if not isinstance(value, (_Filled, _Move, _State))}
+
+
 def _crop(found: _Filled, cache: Any, given: Any) -> bool:
     """Takes back the turns of which nothing is left; False where none is."""
     if int(given) == 0:
@@ -199,11 +207,7 @@ def _crop(found: _Filled, cache: Any, given: Any) -> bool:
 
 def _found(cache: Any) -> _Filled | None:
     found: _Filled | None = cache.__dict__.get(FILLED)
-    return found if found is not None and found.cache() is cache else None  # copy.copy takes attributes along
-
-
-def _nothing() -> None:
-    return None
+    return found
 
 
 def _layers(cache: Any) -> list[Any]:
