@@ -272,8 +272,8 @@ SERVING_MUTANTS = [
         "tests/test_caches.py",
     ),
     (
-        "a cache that was edited is what it was", "cllava_fast/model/caches.py", "turn.open and end is not None",
-        "turn.open", "tests/test_caches.py",
+        "a cache that was edited is what it was", "cllava_fast/model/caches.py", "turn.open = False",
+        "pass", "tests/test_caches.py",
     ),
     (
         "what asks nothing within generate has no rows", "cllava_fast/model/selecting.py",

@@ -225,6 +225,28 @@ def test_what_was_said_holds_for_any_part_of_it(llava: Any, processor: Any, gene
         llava(**draft, **cached(cache))
 
 
+@pytest.mark.parametrize("surrogate", ["sentence", "text+image"])
+def test_what_is_said_at_every_step_is_kept_once(
+    surrogate: str, llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate=surrogate), processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    batch, step = inputs(processor, QUESTIONS[:2], generator), {"input_ids": torch.full((2, 1), 9)}
+    cache = DynamicCache(config=llava.config.get_text_config())
+    last_logits(llava, batch, **cached(cache))
+    length, turns = cache.get_seq_length(), list[int]()
+    for _ in range(4):
+        last_logits(llava, step, **cached(cache), instructions=list(QUESTIONS[:2]))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        turns.append(len(getattr(cache, caches.FILLED).turns))
+    assert turns[1:] == turns[:1] * 3
+    cache.crop(length + 2 - cache.get_seq_length())
+    with pytest.raises(ValueError, match="its instruction is unknown"):
+        llava(**step, **cached(cache))
+    wanted = selected(llava, step, **cached(cache), instructions=list(QUESTIONS[:2]))
+    assert torch.equal(selected(llava, step, **cached(cache)), wanted)
+
+
 def test_more_samples_than_the_cache_was_asked_with_are_no_new_turn(
     llava: Any, processor: Any, generator: torch.Generator
 ) -> None:

@@ -91,8 +91,11 @@ def remember(cache: Any, increments: Increments, selection: Selection, begin: in
         if not increments.method.uses_query:
             begin = 0  # every call selects anew, and the cache says how its prompt began
         before = [turn for turn in found.turns if turn.begin < begin]
-        for turn in before:
-            turn.open = turn.open and end is not None
+        if end is None:
+            for turn in before:
+                turn.open = False
+            if len(before) > 1 and _same(before[-1].settle().images, before[-2].settle().images):
+                before.pop()  # a caller may say it at every step, and a crop finds as much in the one before
         found.turns = [*before, _Turn(begin, end, selection)]
     found.rows, found.going_on = _rows(cache), None
     for owner in (cache, *_layers(cache)[:1]):
@@ -203,6 +206,10 @@ def _crop(found: _Filled, cache: Any, given: Any) -> bool:
             last.selection = replace(last.selection, images=None)
         last.open = False
     return True
+
+
+def _same(images: Tensor | None, others: Tensor | None) -> bool:
+    return images is others or images is not None and others is not None and torch.equal(images, others)
 
 
 def _found(cache: Any) -> _Filled | None:
