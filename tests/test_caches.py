@@ -225,6 +225,27 @@ def test_what_was_said_holds_for_any_part_of_it(llava: Any, processor: Any, gene
         llava(**draft, **cached(cache))
 
 
+def test_images_before_a_turn_of_several_answers_are_known_without_its_end(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate="text+image"), processor=processor)
+    learn(llava, 2, generator, b_std=0.1)
+    first = inputs(processor, QUESTIONS[:2], generator)
+    turn = processor(text=[f"USER: {QUESTIONS[2]} ASSISTANT:"] * 2, return_tensors="pt")["input_ids"]
+    whole = torch.cat([first["input_ids"], turn], 1)
+    mask = torch.cat([first["attention_mask"], torch.ones_like(turn)], 1)
+    options = {"max_new_tokens": 1, "do_sample": True, "suppress_tokens": [llava.config.image_token_id]}
+    cache = DynamicCache(config=llava.config.get_text_config())
+    last_logits(llava, first, **cached(cache))
+    wanted = selected(llava, {"input_ids": turn}, **cached(cache))
+    cache.crop(-turn.shape[1])
+    cache.batch_repeat_interleave(2)
+    llava.generate(input_ids=whole, attention_mask=mask, **cached(cache), **options, num_return_sequences=2)
+    cache.crop(whole.shape[1] - 4 - cache.get_seq_length())
+    found = selected(llava, {"input_ids": turn.repeat_interleave(2, 0)}, **cached(cache))
+    assert torch.equal(found, wanted.repeat_interleave(2, 0))
+
+
 @pytest.mark.parametrize("surrogate", ["sentence", "text+image"])
 def test_what_is_said_at_every_step_is_kept_once(
     surrogate: str, llava: Any, processor: Any, generator: torch.Generator

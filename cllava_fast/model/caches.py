@@ -202,14 +202,17 @@ def _crop(found: _Filled, cache: Any, given: Any) -> bool:
     *before, last = found.turns
     if last.end is not None and length < last.end - 1:  # its last token may be read once more
         images, earlier = last.settle().images, before[-1].settle().images if before else None
-        if images is not None and not torch.equal(images, torch.zeros_like(images) if earlier is None else earlier):
+        if images is not None and not _same(images, torch.zeros_like(images) if earlier is None else earlier):
             last.selection = replace(last.selection, images=None)
         last.open = False
     return True
 
 
 def _same(images: Tensor | None, others: Tensor | None) -> bool:
-    return images is others or images is not None and others is not None and torch.equal(images, others)
+    if images is None or others is None:
+        return images is others
+    # beams of one sample have the same images, and one of both may be of a time before they were added
+    return torch.equal(images, others[torch.arange(len(images)) * len(others) // len(images)])
 
 
 def _found(cache: Any) -> _Filled | None:
