@@ -24,6 +24,7 @@ from cllava_fast import distributed
 from cllava_fast.cli import running
 from cllava_fast.config import ModelConfig, RunConfig
 from cllava_fast.data.encode import samples_of
+from cllava_fast.demo.base import FOLDER
 from cllava_fast.evaluate import evaluation
 from cllava_fast.evaluate.predict import queries_of
 from cllava_fast.methods.branch_lora import BranchLoraConfig
@@ -191,9 +192,9 @@ def message(work: Callable[[], Any]) -> str:
 
 
 def command(output: Path) -> None:
-    """What ``cllava-fast train`` does before it loads a base; there is none."""
+    """What ``cllava-fast train`` does before it loads a base's weights."""
     arguments = cf.ContinualArguments(output_dir=str(output))
-    base = ModelConfig(str(output.parent / "nothing"))
+    base = ModelConfig(str(FOLDER))
     with patch.object(running, "open_stream", lambda config: stream()):
         running.train(RunConfig(base, CONFIG, arguments, {}, output.parent, "stream.yaml"))
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -388,7 +389,7 @@ def test_train_says_how_to_ask(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = finished.rename(tmp_path / "x #y")
-    monkeypatch.setattr("cllava_fast.cli.running.train", lambda config: None)
+    monkeypatch.setattr("cllava_fast.cli.running.train", lambda config: SimpleNamespace(task_names=["a", "b"]))
     assert cli.main(["train", str(stream_file(tmp_path)), "--output", str(output)]) == 0
     _, _, command = capsys.readouterr().out.partition("Ask it: ")
     assert shlex.split(command) == ["cllava-fast", "ask", str(output), "--image", "FILE", "QUESTION"]

@@ -185,6 +185,8 @@ def test_a_question_beside_conversations_is_the_one_that_they_ask(folder: Path, 
     within = {"conversations": turns("What is <image> here?\nBe brief.", "Ann"), "image": "a.png"}
     for same in ("What is <image> here?", "What is <image> here?\r\nBe brief.", "What is  here?"):
         assert read_samples([{**within, name: same}], folder / "images") == read_samples([within], folder / "images")
+    longer = {"conversations": [*turns("Where?", "There"), *turns("Who?", "Ann")]}  # an earlier turn is read, too
+    assert read_samples([{**longer, name: "Where?"}]) == read_samples([longer])
     record = {**talk, name: "Which?"}
     with pytest.raises(ValueError, match=rf"record 1: {name} is 'Which\?', and the last human turn .* 'Who\?"):
         read_samples([talk, record], folder / "images")
@@ -254,7 +256,8 @@ def test_other_keys_are_left_alone() -> None:
     others += ("history_id", "preference", "preferences", "difference", "referring", "system_prompt", "story", "texts")
     others += ("questions", "instructions", "contexts", "category", "task", "split", "Id", "file_name", "metadata")
     others += ("answer1", "AnswerB")  # of two that are compared
-    assert read_samples([{**GOOD, **dict.fromkeys(others, "x")}]) == read_samples([GOOD])
+    counts = dict.fromkeys(("reference", "conversation", "History"), 17)
+    assert read_samples([{**GOOD, **dict.fromkeys(others, "x"), **counts}]) == read_samples([GOOD])
 
 
 @pytest.mark.parametrize("name", ["choices", "options"])

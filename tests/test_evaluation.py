@@ -91,6 +91,16 @@ def test_the_right_block_is_read_off_the_rows(run: tuple[Path, cf.ContinualResul
     assert result.selection_accuracy == pytest.approx(sum(shares) / len(shares), abs=1e-4)
 
 
+def test_a_stream_too_long_for_a_report_is_refused_before_it_is_evaluated(
+    run: tuple[Path, cf.ContinualResult, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "MAX_TASKS", 1)
+    _, _, model = run
+    with pytest.raises(ValueError, match="the stream has 2 tasks, and a report room for 1; leave output_dir out"):
+        cf.evaluate_stream(model, model.increments.processor, graded_stream(), output_dir=tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
 def test_what_is_shown_of_a_task(run: tuple[Path, cf.ContinualResult, Any]) -> None:
     _, result, _ = run
     for examples in result.examples.values():

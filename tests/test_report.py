@@ -84,6 +84,14 @@ def test_writes_everything(results: dict, tmp_path: Path) -> None:
     assert {r["seed"] for r in rows} == {"mean", "0", "1"}
 
 
+def test_what_is_no_results_is_refused_before_anything_is_written(results: dict, tmp_path: Path) -> None:
+    too_many = {**results, "stream": [f"task {i}" for i in range(MAX_TASKS + 1)]}
+    for wrong, message in (({}, "results has no 'stream'"), (too_many, f"{MAX_TASKS} different names at most")):
+        with pytest.raises(ValueError, match=message):
+            report.write_report(wrong, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
 def test_the_table_holds_the_numbers(results: dict, tmp_path: Path) -> None:
     report.write_report(results, tmp_path)
     lines = (tmp_path / "report.md").read_text().splitlines()

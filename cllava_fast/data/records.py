@@ -90,7 +90,7 @@ class RecordReader:
             turns = None if self._first(record, QUESTIONS) is not None else turns
         if turns is not None:
             said = _conversation(turns, where, image is not None)
-            self._check_asked(record, said["instruction"], where)
+            self._check_asked(record, [*(asked for asked, _ in said["history"]), said["instruction"]], where)
             self._check_learned(record, said["answer"], where)
             if not _is_empty(history := self._get(record, "history")):
                 raise ValueError(f"{where}: history is {brief(history)}; expected earlier turns in conversations alone")
@@ -151,16 +151,17 @@ class RecordReader:
             raise ValueError(f"{where}: system is {brief(system)}; expected a text")
         return system.strip()
 
-    def _check_asked(self, record: Mapping[str, Any], instruction: str, where: str) -> None:
-        """Raises ValueError where a question beside a conversation, which is what is read, is not in its last turn."""
+    def _check_asked(self, record: Mapping[str, Any], turns: Sequence[str], where: str) -> None:
+        """Raises ValueError where a question beside a conversation, which is what is read, is in none of its turns."""
         if any(name in self.columns for name in ("conversations", *QUESTIONS)):
             return  # which says what is read
         for name in ("question", "instruction"):  # a text may be anything
             question = self._get(record, name)
-            if not _is_empty(question) and not (isinstance(question, str) and _words(question) in _words(instruction)):
+            asked = isinstance(question, str) and any(_words(question) in _words(turn) for turn in turns)
+            if not _is_empty(question) and not asked:
                 raise ValueError(
                     f"{where}: {name} is {brief(question)}, and the last human turn of conversations "
-                    f"{brief(instruction)}; expected the same, or one of them: columns={{'conversations': "
+                    f"{brief(turns[-1])}; expected one of its turns, or one of the two: columns={{'conversations': "
                     f"'conversations'}} or columns={{{name!r}: {name!r}}} says which"
                 )
 
@@ -180,6 +181,8 @@ class RecordReader:
             name = _meant(given)
             if name is None or given in self.columns.values() or name in self.columns or _is_empty(_given(value)):
                 continue
+            if isinstance(value, (bool, int, float)):
+                continue  # a count of them, say
             if _is_empty(self._get(record, name)):
                 raise ValueError(
                     f"{where} has {given!r} and no {name}; read it by columns={{{name!r}: {given!r}}}, or remove it"

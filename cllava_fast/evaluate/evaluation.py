@@ -29,6 +29,7 @@ from cllava_fast.data.stream import Sample, Stream, fingerprint
 from cllava_fast.environment import environment
 from cllava_fast.evaluate.predict import batches_of, predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, write_report
+from cllava_fast.evaluate.results import MAX_TASKS
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.evaluate.selection import selection_study
 from cllava_fast.model.image_settings import prepared_otherwise
@@ -337,8 +338,8 @@ def evaluate_stream(
         ``accuracy_matrix``, the only one that is measured.
 
     Raises:
-        ValueError: an empty split, an unknown metric or references that it cannot read, or a model that needs a
-            processor and was patched without one, or is learning a task.
+        ValueError: an empty split, more tasks than a report has room for, an unknown metric or references that it
+            cannot read, or a model that needs a processor and was patched without one, or is learning a task.
         FileExistsError: ``output_dir`` holds something else than an evaluation, or one and ``overwrite`` is off.
     """
     if split not in ("test", "validation"):
@@ -353,10 +354,15 @@ def evaluate_stream(
     check_tasks(data.stream, split)
     _warn_of_another_processor(model, data.encoder.processor)
     folder = None if output_dir is None else Path(output_dir)
+    names = data.stream.task_names
     if folder is not None:
+        if len(names) > MAX_TASKS:
+            raise ValueError(
+                f"the stream has {len(names)} tasks, and a report room for {MAX_TASKS}; leave output_dir out, or "
+                "evaluate the stream in parts"
+            )
         distributed.on_main(functools.partial(check_output, folder, overwrite))
     start = time.perf_counter()
-    names = data.stream.task_names
     with distributed.failing_together(), same_mode(model):
         # one that is offloaded stays: its hooks bring each layer to where it computes
         if distributed.count() > 1 and model.device not in (distributed.device(), torch.device("meta")):

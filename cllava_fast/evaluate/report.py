@@ -45,11 +45,18 @@ REPORT_FILES = (RESULTS, "matrix.csv", *PICTURES, "report.md", "report.html")
 
 
 def write_report(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
-    """Writes ``REPORT_FILES``, each whole or not at all.
+    """Writes ``REPORT_FILES``, each whole or not at all: losses.png only where losses were logged, selection.png only
+    where rows were selected.
 
-    losses.png only where losses were logged, selection.png only where rows were selected. Raises SaveError where there
-    is no space or no permission.
+    Args:
+        results: what ``load_results`` reads.
+        directory: is made; what it holds of an earlier report is replaced.
+
+    Raises:
+        ValueError: they are no results, or of more tasks or methods than pictures have room for.
+        SaveError: there is no space or no permission.
     """
+    check_results(results, "results")
     folder = Path(directory)
     with save_errors(folder):
         make_folder(folder)
