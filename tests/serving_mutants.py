@@ -222,50 +222,51 @@ SERVING_MUTANTS = [
     ),
     (
         "a cache that was emptied otherwise keeps its rows", "cllava_fast/model/selecting.py",
-        'ids is None and getattr(cache, "is_compileable", False)', "ids is None", "tests/test_caches.py",
+        'ids is None and getattr(cache, "is_compileable", False)', "ids is None", "tests/test_cache_moves.py",
     ),
     (
         "a cache that was emptied keeps its rows", "cllava_fast/model/caches.py",
-        "self.name in MOVES and self", "self.name == RESET or self", "tests/test_caches.py",
+        "self.name in MOVES and self", "self.name == RESET or self", "tests/test_cache_moves.py",
     ),
     (
         "samples that are moved layer by layer move alone", "cllava_fast/model/caches.py", "_layers(cache)[:1]):",
-        "[]):", "tests/test_caches.py",
+        "[]):", "tests/test_cache_moves.py",
     ),
     (
         "a copy of a layer moves what it is a copy of", "cllava_fast/model/caches.py",
-        '__getstate__" not in', '__getstate__" in', "tests/test_caches.py",
+        '__getstate__" not in', '__getstate__" in', "tests/test_cache_moves.py",
     ),
     (
         "requests join a cache unnoticed", "cllava_fast/model/caches.py", "rows != self.rows", "False",
-        "tests/test_caches.py",
+        "tests/test_cache_moves.py",
     ),
     (
         "a move makes an edited cache known", "cllava_fast/model/caches.py", "if edited or not", "if not",
-        "tests/test_caches.py",
+        "tests/test_cache_moves.py",
     ),
     (
         "a turn that was taken back acts", "cllava_fast/model/caches.py", "turn in found.turns if turn.begin < length",
-        "turn in found.turns", "tests/test_caches.py",
+        "turn in found.turns", "tests/test_cache_moves.py",
     ),
     (
-        "half a prompt acts", "cllava_fast/model/caches.py", "length < last.end - 1", "False", "tests/test_caches.py",
+        "half a prompt acts", "cllava_fast/model/caches.py", "length < last.end - 1", "False",
+        "tests/test_cache_moves.py",
     ),
     (
         "the last token of a prompt cannot be read again", "cllava_fast/model/caches.py", "last.end - 1", "last.end",
-        "tests/test_caches.py",
+        "tests/test_cache_moves.py",
     ),
     (
         "an image that was taken back counts", "cllava_fast/model/caches.py",
-        "last.selection = replace(last.selection, images=None)", "pass", "tests/test_caches.py",
+        "last.selection = replace(last.selection, images=None)", "pass", "tests/test_cache_moves.py",
     ),
     (
         "what was said is taken for what was read", "cllava_fast/model/patching.py",
-        "if instructions is None and query is None else None", "", "tests/test_caches.py",
+        "if instructions is None and query is None else None", "", "tests/test_cache_moves.py",
     ),
     (
         "what goes on is a new turn", "cllava_fast/model/caches.py", " or selection is found.going_on", "",
-        "tests/test_caches.py",
+        "tests/test_cache_moves.py",
     ),
     (
         "half a question is a question", "cllava_fast/model/selecting.py", "if half is not None:", "if False:",
@@ -273,7 +274,7 @@ SERVING_MUTANTS = [
     ),
     (
         "a cache that was edited is what it was", "cllava_fast/model/caches.py", "turn.open = False",
-        "pass", "tests/test_caches.py",
+        "pass", "tests/test_cache_moves.py",
     ),
     (
         "what asks nothing within generate has no rows", "cllava_fast/model/selecting.py",
@@ -308,7 +309,7 @@ SERVING_MUTANTS = [
     ),
     (
         "samples of a cache move alone", "cllava_fast/model/caches.py", "turn.samples.to(given.device)[given]",
-        "turn.samples", "tests/test_caches.py",
+        "turn.samples", "tests/test_cache_moves.py",
     ),
     (
         "later turns forget the images", "cllava_fast/model/selecting.py",
@@ -324,7 +325,8 @@ SERVING_MUTANTS = [
     ),
     (
         "samples of a cache move without their images", "cllava_fast/methods/base.py",
-        "images=None if self.images is None else function(self.images)", "images=self.images", "tests/test_caches.py",
+        "images=None if self.images is None else function(self.images)", "images=self.images",
+        "tests/test_caches.py",
     ),
     (
         "a turn that was cut off is forgotten", "cllava_fast/model/patching.py", "self._length() != self.length",

@@ -379,13 +379,13 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "cllava_fast/data/records.py",
         '(name.lower() in NOT_IMAGE or _is_misspelt(name, "image"))',
         "name.lower() in NOT_IMAGE",
-        ("tests/test_data_readers.py",),
+        ("tests/test_data_columns.py",),
     ),
     (
         "a misspelt history is left out",
         "cllava_fast/data/records.py",
         "        self._check_spelling(record, where)\n",
         "",
-        ("tests/test_data_readers.py",),
+        ("tests/test_data_columns.py",),
     ),
 ]
