@@ -297,5 +297,10 @@ def test_a_cache_that_was_emptied_stands_for_nothing(llava: Any, processor: Any,
         cache.crop(-cache.get_seq_length())
         with pytest.raises(ValueError, match="no instruction found"):
             llava(input_ids=torch.full((len(QUESTIONS), 1), 9), **cached(cache))
+        cache = returned(llava(**batch))
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+        with pytest.raises(ValueError, match="no instruction found"):
+            llava(input_ids=torch.full((len(QUESTIONS), 1), 9), **cached(cache))
         with pytest.raises(ValueError, match="no instruction: input_ids is None"):
             llava(inputs_embeds=torch.ones(len(QUESTIONS), 2, 1), **cached(cache))
