@@ -100,7 +100,7 @@ class Surrogate(ABC):
 
 
 class _Turns:
-    """A lock in the order in which threads came: one that hands it on gets it back behind those that wait."""
+    """A lock that can be handed on: where threads wait for it, one of them has it before it comes back."""
 
     def __init__(self) -> None:
         self._next, self._held = threading.Lock(), threading.Lock()
