@@ -88,11 +88,11 @@ SERVING_MUTANTS = [
         "and value and isinstance(value[0], dict | list | tuple)", "and value", "tests/test_report.py",
     ),
     (
-        "an answer of two models", "cllava_fast/model/patching.py",
+        "an answer of two models", "cllava_fast/model/calls.py",
         "        remember(output)\n    _check_not_swapped(increments, swaps)\n", "        remember(output)\n", SHARING,
     ),
     (
-        "a call that broke on what was loaded says how", "cllava_fast/model/patching.py",
+        "a call that broke on what was loaded says how", "cllava_fast/model/calls.py",
         "        _check_not_swapped(increments, swaps, error)\n", "", SHARING,
     ),
     ("loading is nothing to tell", "cllava_fast/model/files.py", "with increments.swapping():", "if True:", SHARING),
@@ -143,11 +143,11 @@ SERVING_MUTANTS = [
         'model.__dict__.pop("_original_forward", None)\n    record', 'None\n    record', SHARING,
     ),
     (
-        "an answer within a swap counts", "cllava_fast/model/patching.py",
+        "an answer within a swap counts", "cllava_fast/model/calls.py",
         "increments.swaps != swaps or swaps % 2", "increments.swaps != swaps", SHARING,
     ),
     (
-        "a cache stands for what was replaced", "cllava_fast/model/patching.py",
+        "a cache stands for what was replaced", "cllava_fast/model/calls.py",
         "        if increments.swaps == swaps:\n            remember(output)", "        remember(output)", SHARING,
     ),
     (
@@ -155,7 +155,7 @@ SERVING_MUTANTS = [
         "tests/test_patch.py",
     ),
     (
-        "layers that hand nothing on have no increments", "cllava_fast/model/patching.py",
+        "layers that hand nothing on have no increments", "cllava_fast/model/calls.py",
         "if increments.call.given and increments.call.active is None:", "if False:", "tests/test_backbones.py",
     ),
     (
@@ -168,15 +168,15 @@ SERVING_MUTANTS = [
         "if True:\n                    text", "tests/test_instructions.py",
     ),
     (
-        "a patched model is pickled as the base", "cllava_fast/model/patching.py", "def __reduce__(self) -> Any:",
+        "a patched model is pickled as the base", "cllava_fast/model/calls.py", "def __reduce__(self) -> Any:",
         "def reduce(self) -> Any:", "tests/test_patch.py",
     ),
     (
-        "generate within generate ends the outer one's", "cllava_fast/model/patching.py",
+        "generate within generate ends the outer one's", "cllava_fast/model/calls.py",
         "call.pending, call.custom = outer, custom", "call.pending, call.custom = None, custom", "tests/test_bases.py",
     ),
     (
-        "a question within generate has the outer one's rows", "cllava_fast/model/patching.py",
+        "a question within generate has the outer one's rows", "cllava_fast/model/calls.py",
         "pending = within if increments.call.custom else None", "pending = within", "tests/test_patch.py",
     ),
     (
@@ -261,7 +261,7 @@ SERVING_MUTANTS = [
         "last.selection = replace(last.selection, images=None)", "pass", "tests/test_cache_moves.py",
     ),
     (
-        "what was said is taken for what was read", "cllava_fast/model/patching.py",
+        "what was said is taken for what was read", "cllava_fast/model/calls.py",
         "if instructions is None and query is None else None", "", "tests/test_cache_moves.py",
     ),
     (
@@ -300,11 +300,11 @@ SERVING_MUTANTS = [
         "tests/test_instructions.py",
     ),
     (
-        "a generate within generate has the outer one's rows", "cllava_fast/model/patching.py",
+        "a generate within generate has the outer one's rows", "cllava_fast/model/calls.py",
         "pending=outer if assists or custom", "pending=outer if True", "tests/test_patch.py",
     ),
     (
-        "a loop of one's own loses the instructions", "cllava_fast/model/patching.py",
+        "a loop of one's own loses the instructions", "cllava_fast/model/calls.py",
         'kwargs.get("custom_generate") is not None', "False", "tests/test_patch.py",
     ),
     (
@@ -329,11 +329,11 @@ SERVING_MUTANTS = [
         "tests/test_caches.py",
     ),
     (
-        "a turn that was cut off is forgotten", "cllava_fast/model/patching.py", "self._length() != self.length",
+        "a turn that was cut off is forgotten", "cllava_fast/model/calls.py", "self._length() != self.length",
         "False", "tests/test_caches.py",
     ),
     (
-        "a call that failed at once moved its cache on", "cllava_fast/model/patching.py",
+        "a call that failed at once moved its cache on", "cllava_fast/model/calls.py",
         "self._length() != self.length", "True", "tests/test_caches.py",
     ),
     (

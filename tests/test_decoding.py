@@ -19,7 +19,7 @@ from transformers import CompileConfig, StaticCache
 import cllava_fast as cf
 from cllava_fast.methods import METHODS, Pairs, Selection
 from cllava_fast.model import acting, get_increments, paths
-from cllava_fast.model.patching import STEP
+from cllava_fast.model.calls import STEP
 from cllava_fast.ops import checks, native
 from tests.helpers import QUESTIONS, cached, inputs, learn
 

@@ -99,14 +99,14 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ),
     (
         "nobody says whose loss it is",
-        "cllava_fast/model/patching.py",
+        "cllava_fast/model/calls.py",
         "if selection is None or selection.block is None:",
         "if selection is None:",
         ("tests/test_learning.py",),
     ),
     (
         "rows that act are said not to",
-        "cllava_fast/model/patching.py",
+        "cllava_fast/model/calls.py",
         "if selection is None or selection.block is None:",
         "if True:",
         ("tests/test_learning.py",),

@@ -18,8 +18,8 @@ from cllava_fast.environment import require
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model.card import is_repo_id
 from cllava_fast.model.hub import auto_class
-from cllava_fast.model.image_settings import pad_to_square
 from cllava_fast.model.paths import BASES, adapted_linears, check_supported
+from cllava_fast.model.processors import pad_to_square
 
 
 def check_base(config: ModelConfig, method: MethodConfig) -> None:

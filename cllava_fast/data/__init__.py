@@ -5,7 +5,7 @@ from cllava_fast.data.encode import DataCollator
 from cllava_fast.data.load import load_stream, ready_streams
 from cllava_fast.data.readers import read_samples
 from cllava_fast.data.stream import Sample, Stream, Task
-from cllava_fast.model.image_settings import pad_to_square
+from cllava_fast.model.processors import pad_to_square
 
 __all__ = [
     "DataCollator",

@@ -33,6 +33,11 @@ def chat_template(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def name_of(template: Any) -> str | None:
+    """The name by which ``chat_template`` knows it; None for another one."""
+    return next((name for name in conversations() if chat_template(name) == template), None)
+
+
 @dataclass(frozen=True)
 class Turns:
     """What is said: ``users`` has as many texts as ``answers``, whose last one is being asked for."""

@@ -32,7 +32,7 @@ from cllava_fast.evaluate.report import REPORT_FILES, write_report
 from cllava_fast.evaluate.results import MAX_TASKS
 from cllava_fast.evaluate.scores import find_metric
 from cllava_fast.evaluate.selection import selection_study
-from cllava_fast.model.image_settings import prepared_otherwise
+from cllava_fast.model.processors import prepared_otherwise
 from cllava_fast.pool import Pool
 from cllava_fast.train.as_it_was import same_mode
 from cllava_fast.train.progress import stage

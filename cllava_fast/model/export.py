@@ -17,10 +17,10 @@ from cllava_fast.atomic import check_empty, new_folder
 from cllava_fast.lowrank import truncate
 from cllava_fast.model.card import as_code, peft_card
 from cllava_fast.model.files import CARD, CONFIG, WEIGHTS, base_name
-from cllava_fast.model.image_settings import differing, image_settings
 from cllava_fast.model.merging import acting_rows, choose_one
-from cllava_fast.model.patching import find_processor, get_increments
+from cllava_fast.model.patching import get_increments
 from cllava_fast.model.paths import vision_tower
+from cllava_fast.model.processors import differing, find_processor, image_settings
 from cllava_fast.names import brief
 
 
@@ -119,14 +119,12 @@ def _learned_with(processor: Any | None, of_base: Any | None) -> list[str]:
     """What the increments were learned with, in words, where the base's own processor has something else."""
     if processor is None or of_base is None:
         return []
-    from cllava_fast.data.conversation import chat_template, conversations  # which needs the model's reading of turns
+    from cllava_fast.data.conversation import name_of  # which needs the model's reading of turns
 
     template, words = getattr(processor, "chat_template", None), []
     if template != getattr(of_base, "chat_template", None):
-        known = [
-            f"`{name}` (cllava_fast.data.chat_template)" for name in conversations() if chat_template(name) == template
-        ]
-        words.append(f"chat template {known[0] if known else 'of its own'}")
+        name = name_of(template)
+        words.append("chat template " + (f"`{name}` (cllava_fast.data.chat_template)" if name else "of its own"))
     images = differing(image_settings(processor), image_settings(of_base))
     return words + [f"images with {name} {as_code(str(value))}" for name, (value, _) in images.items()]
 

@@ -22,15 +22,14 @@ from cllava_fast.atomic import DamagedError, MissingError, check_replaceable, ne
 from cllava_fast.methods import MethodConfig, config_from_dict
 from cllava_fast.model import paths
 from cllava_fast.model.card import EXACT, increments_card, is_repo_id
-from cllava_fast.model.image_settings import differing, image_settings, pad_to_square, takes_padding
 from cllava_fast.model.patching import (
     check_not_merged,
     check_nothing_over,
-    find_processor,
     get_increments,
     patch,
     unpatch,
 )
+from cllava_fast.model.processors import differing, find_processor, image_settings, pad_to_square, takes_padding
 from cllava_fast.names import brief, check_names
 from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
@@ -208,9 +207,9 @@ def set_as_learned(processor: Any | None, saved: Saved, folder: Path, chat_templ
         return processor
     if saved.chat_template in (None, _text_template(processor)):
         return processor
-    from cllava_fast.data import conversation  # which needs the model's reading of turns
+    from cllava_fast.data.conversation import name_of  # which needs the model's reading of turns
 
-    if saved.chat_template not in map(conversation.chat_template, conversation.conversations()):
+    if name_of(saved.chat_template) is None:
         raise ValueError(
             f"chat_template in {folder / CONFIG} is neither the base's own nor one of this library's, and others are "
             "programs that may take any time and memory; if you trust it, give it as from_pretrained(..., "

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from cllava_fast.model.card import EXACT, is_repo_id
 from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained, set_as_learned
-from cllava_fast.model.patching import find_processor
+from cllava_fast.model.processors import find_processor
 from cllava_fast.names import brief, nearest
 
 SHOWN = 20  # names of a folder in an error

@@ -13,7 +13,7 @@ from cllava_fast.data.stream import Stream, fingerprint
 from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments
 from cllava_fast.model.files import base_fingerprint
-from cllava_fast.model.image_settings import image_settings
+from cllava_fast.model.processors import image_settings
 from cllava_fast.pool import Pool
 from cllava_fast.train.arguments import ContinualArguments
 

@@ -11,7 +11,7 @@ from typing import Any
 from cllava_fast.atomic import PARTIAL, DamagedError, MissingError, make_folder, read_json, save_errors, write_json
 from cllava_fast.config import CONFIG
 from cllava_fast.methods import METHODS
-from cllava_fast.model.image_settings import differing
+from cllava_fast.model.processors import differing
 from cllava_fast.names import brief
 from cllava_fast.train.checkpoint import FOLDER, Checkpoints
 from cllava_fast.train.lock import LOCK, check_free

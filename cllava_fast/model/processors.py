@@ -1,17 +1,53 @@
-"""How a processor prepares images. LLaVA-1.5 was trained on whole images, padded to squares; the processor of its
-checkpoints for transformers shows the middle of an image alone."""
+"""A model's processor: the one that was saved beside the weights, and how it prepares images.
+
+LLaVA-1.5 was trained on whole images, padded to squares; the processor of its checkpoints for transformers shows the
+middle of an image alone.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
+
+from cllava_fast.model import paths
 
 SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
     "image_mean", "image_std", "do_pad", "image_grid_pinpoints",
 )  # fmt: skip
 KINDS = ("CLIPImageProcessor", "LlavaImageProcessor")  # the second is the first, and pads where it is told to
+
+
+def find_processor(model: Any, **options: Any) -> Any | None:
+    """The processor, or a plain language model's tokenizer, saved beside the weights; None where there is none.
+
+    ``options`` are for transformers; by default nothing is downloaded, and a hub's name is looked up in its cache.
+    """
+    name, with_images = model.name_or_path or "", paths.vision_tower(model) is not None
+    files = ("processor_config.json", "preprocessor_config.json") if with_images else ("tokenizer_config.json",)
+    is_folder = os.path.isdir(name)
+    if not name or is_folder and not any(os.path.isfile(os.path.join(name, file)) for file in files):
+        return None
+    from transformers import AutoProcessor, AutoTokenizer
+
+    kind = AutoProcessor if with_images else AutoTokenizer
+    try:
+        return kind.from_pretrained(name, **{"local_files_only": True, **options, "trust_remote_code": False})
+    except (OSError, ValueError):  # a language model without a tokenizer is the latter
+        if is_folder:
+            raise
+        return None
+
+
+def check_processor(model: Any, processor: Any) -> None:
+    if processor is None or paths.vision_tower(model) is None or hasattr(processor, "image_processor"):
+        return
+    raise TypeError(
+        f"processor is a {type(processor).__name__}, which has no image_processor; expected the whole processor of the "
+        f"{type(model).__name__}, as transformers.AutoProcessor.from_pretrained loads it"
+    )
 
 
 def image_settings(processor: Any) -> dict[str, Any] | None:
