@@ -12,7 +12,7 @@ from torch import Tensor
 import cllava_fast as cf
 from cllava_fast.methods import Selection
 from cllava_fast.model import get_increments, paths
-from tests.test_train import arguments, stream
+from tests.train_helpers import arguments, stream
 
 
 def dense(selection: Selection | None, pool: Any, batch: int) -> Tensor:

@@ -16,7 +16,7 @@ from cllava_fast.methods import MethodConfig
 from cllava_fast.model import get_increments, paths
 from cllava_fast.pool import Factors
 from tests.helpers import QUESTIONS, inputs
-from tests.test_train import trainer
+from tests.train_helpers import trainer
 
 STEPS = {"max_steps": 4}
 

@@ -18,8 +18,8 @@ from cllava_fast import ops
 from cllava_fast.ops import native, select, select_aggregate, triton_backend
 from tests.helpers import QUESTIONS, inputs, learn
 from tests.test_patch import selected
-from tests.test_train import CONFIG as TRAIN_CONFIG
-from tests.test_train import arguments, stream
+from tests.train_helpers import CONFIG as TRAIN_CONFIG
+from tests.train_helpers import arguments, stream
 
 CONFIG = cf.IncrementConfig(a_std=0.1, rank=4)
 FACTOR = cf.IncrementConfig(a_std=0.1, rank=4, context="factor")

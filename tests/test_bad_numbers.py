@@ -22,8 +22,8 @@ from cllava_fast.train.bad_numbers import DIVERGED_STEPS, START_STEPS, NumberWat
 from cllava_fast.train.committed import CommittedRows, checksum
 from tests.helpers import learn
 from tests.test_distributed import ROOT, environment, free_port
-from tests.test_train import CONFIG, arguments, stream
 from tests.test_waits import Reads
+from tests.train_helpers import CONFIG, arguments, stream
 
 NAN, INF = float("nan"), float("inf")
 

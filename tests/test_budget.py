@@ -11,7 +11,7 @@ import torch
 
 import cllava_fast as cf
 from cllava_fast.evaluate.budget import within_budget
-from tests.test_train import CONFIG, arguments, stream
+from tests.train_helpers import CONFIG, arguments, stream
 
 
 def test_everything_is_measured_while_it_fits() -> None:

@@ -39,7 +39,7 @@ from cllava_fast.train.lock import InUseError, run_lock
 from cllava_fast.train.loop import saved_increments
 from cllava_fast.train.runfile import RunFile
 from cllava_fast.train.signals import RunStopped, Watch
-from tests.test_train import CONFIG, arguments, stream, trainer
+from tests.train_helpers import CONFIG, arguments, stream, trainer
 
 OPTIONS: dict[str, Any] = dict(
     max_steps=-1, num_train_epochs=2, align_steps=5, align_batch_size=8, logging_steps=2, save_steps=3, save_minutes=0,

@@ -15,7 +15,7 @@ from cllava_fast import lowrank
 from cllava_fast.model import get_increments
 from cllava_fast.model.merging import acting_rows
 from tests.helpers import QUESTIONS, inputs, learn
-from tests.test_train import arguments, stream
+from tests.train_helpers import arguments, stream
 
 SHAPE: dict[str, Any] = dict(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
 SHORT = cf.IncrementConfig(**SHAPE, context_rank=3)

@@ -18,7 +18,7 @@ from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import fingerprint
 from cllava_fast.model import paths
 from tests.helpers import image, prompt
-from tests.test_train import arguments
+from tests.train_helpers import arguments
 
 SAMPLE = Sample("which bar is the tallest?", "red", Image.new("RGB", (64, 64)))
 

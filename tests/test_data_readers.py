@@ -19,7 +19,7 @@ from cllava_fast.data.encode import Collator, Encoder, ImageFeatures, LazyExampl
 from cllava_fast.data.stream import fingerprint
 from cllava_fast.evaluate.evaluation import references_of
 from cllava_fast.evaluate.scores import grounding_accuracy
-from tests.test_train import CONFIG, arguments
+from tests.train_helpers import CONFIG, arguments
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."
 

@@ -26,7 +26,7 @@ from cllava_fast.evaluate.report import REPORT_FILES, load_results
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import get_increments
 from tests.helpers import QUESTIONS, learn
-from tests.test_train import CONFIG, arguments, stream
+from tests.train_helpers import CONFIG, arguments, stream
 
 
 def records(file: Path) -> list[dict[str, Any]]:

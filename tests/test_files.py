@@ -21,7 +21,7 @@ import cllava_fast as cf
 from cllava_fast import atomic
 from cllava_fast.model import files
 from tests.helpers import QUESTIONS, inputs, learn
-from tests.test_train import stream
+from tests.train_helpers import stream
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
 
 
 def test_learns_in_bfloat16(new_llava: Callable[[], Any], processor: Any, tmp_path: Path) -> None:
-    from tests.test_train import arguments, stream
+    from tests.train_helpers import arguments, stream
 
     model = cf.patch(new_llava().to("cuda", torch.bfloat16), dataclasses.replace(CONFIG, rank=4), processor=processor)
     result = cf.ContinualTrainer(model, processor, stream(), arguments(tmp_path / "run", max_steps=60)).train()

@@ -16,7 +16,7 @@ import cllava_fast as cf
 from cllava_fast.methods.branch_lora import BranchLoraConfig
 from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
-from tests.test_train import CONFIG, arguments, stream, trainer
+from tests.train_helpers import CONFIG, arguments, stream, trainer
 
 LEARNED_TASK_BY_TASK = [
     CONFIG,

@@ -19,7 +19,7 @@ from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.methods import METHODS
 from cllava_fast.model import get_increments
 from tests.helpers import QUESTIONS, prompt
-from tests.test_train import CONFIG, stream
+from tests.train_helpers import CONFIG, stream
 
 PAGE = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
 

@@ -26,7 +26,7 @@ from cllava_fast.demo.base import new_base
 from cllava_fast.demo.tokenizer import build_processor
 from cllava_fast.methods import METHODS
 from tests.helpers import QUESTIONS, inputs, learn, take
-from tests.test_train import arguments, stream
+from tests.train_helpers import arguments, stream
 
 BATCH = 3
 

@@ -16,7 +16,7 @@ import cllava_fast as cf
 from cllava_fast.model import liger
 from cllava_fast.model.liger import fused
 from tests.base_models import new_model, new_processor
-from tests.test_train import CONFIG, arguments, stream
+from tests.train_helpers import CONFIG, arguments, stream
 
 NAME = "LlavaForConditionalGeneration"
 

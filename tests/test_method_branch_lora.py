@@ -20,7 +20,7 @@ from cllava_fast.model import get_increments
 from cllava_fast.model.caches import returned
 from cllava_fast.pool import LinearShape, Pool
 from tests.helpers import QUESTIONS, cached, inputs, prompt, take
-from tests.test_train import arguments, stream
+from tests.train_helpers import arguments, stream
 
 CONFIG = BranchLoraConfig(branches=5, rank=3, scale=1.5, a_std=0.2, targets=("mlp.*_proj",), surrogate="sentence")
 D = 12

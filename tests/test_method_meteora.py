@@ -16,7 +16,7 @@ from cllava_fast.methods import config_from_dict
 from cllava_fast.methods.meteora import MeteoraConfig, weigh
 from cllava_fast.model import get_increments
 from tests.helpers import QUESTIONS, inputs, take
-from tests.test_train import arguments, stream
+from tests.train_helpers import arguments, stream
 
 CONFIG = MeteoraConfig(rank=3, scale=1.5, a_std=0.2, targets=("mlp.*_proj",))
 

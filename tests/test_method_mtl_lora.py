@@ -18,7 +18,7 @@ from cllava_fast.model import get_increments, paths
 from cllava_fast.pool import Factors, LinearShape, Pool
 from tests import routing_helpers as check
 from tests.helpers import QUESTIONS, inputs
-from tests.test_train import trainer
+from tests.train_helpers import trainer
 
 CONFIG = MtlLoraConfig(ups=3, rank=4, a_std=0.1, scale=4.0, dropout=0.0)
 TASKS = torch.tensor([[1.0], [0.0], [1.0]])  # mixed in one batch

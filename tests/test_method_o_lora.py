@@ -14,7 +14,7 @@ from cllava_fast.methods.o_lora import OLoraConfig
 from cllava_fast.model import get_increments, paths
 from tests.helpers import QUESTIONS, inputs, learn
 from tests.method_helpers import check_layers, check_life_cycle, dense
-from tests.test_train import arguments, stream
+from tests.train_helpers import arguments, stream
 
 CONFIG = OLoraConfig(rank=4, a_std=0.1)
 

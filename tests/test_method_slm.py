@@ -18,7 +18,7 @@ from cllava_fast.pool import LinearShape, Pool
 from cllava_fast.train.align import align_keys
 from tests.helpers import QUESTIONS, inputs, learn, take
 from tests.method_helpers import check_layers, check_life_cycle, dense
-from tests.test_train import arguments, stream
+from tests.train_helpers import arguments, stream
 
 GROUPS, D = 3, 12
 

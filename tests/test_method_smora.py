@@ -15,7 +15,7 @@ from cllava_fast.methods.smora import Smora, SmoraConfig, balance
 from cllava_fast.pool import Factors, LinearShape, Pool
 from tests import routing_helpers as check
 from tests.helpers import QUESTIONS, inputs
-from tests.test_train import trainer
+from tests.train_helpers import trainer
 
 TARGETS = ("self_attn.v_proj", "mlp.*_proj")
 CONFIG = SmoraConfig(experts=6, top_k=2, a_std=0.1, scale=4.0, targets=TARGETS, bias_update_rate=0.01)

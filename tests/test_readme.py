@@ -11,7 +11,7 @@ import pytest
 import cllava_fast as cf
 from cllava_fast.evaluate.report import load_results, markdown_table
 from tests.helpers import inputs
-from tests.test_train import stream
+from tests.train_helpers import stream
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

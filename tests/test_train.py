@@ -1,4 +1,4 @@
-"""The loop on a tiny stream: stages, what they may touch, resume, refusals."""
+"""The loop on a tiny stream: stages, what they may touch, resume."""
 
 from __future__ import annotations
 
@@ -13,56 +13,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from PIL import Image
 from torch._dynamo.utils import counters
-from transformers import HfArgumentParser, Trainer, TrainerCallback
+from transformers import HfArgumentParser, Trainer
 
 import cllava_fast as cf
 from cllava_fast import distributed, ops
 from cllava_fast.methods.base import layers_of
-from cllava_fast.methods.branch_lora import BranchLoraConfig
-from cllava_fast.methods.mtl_lora import MtlLoraConfig
 from cllava_fast.model import get_increments
 from cllava_fast.model.caches import returned
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.garbage import nothing_old_collected
-from cllava_fast.train.tune import check_engine, training_options
-
-COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, scale=8.0)
-
-
-def stream(tasks: int = 2, samples: int = 24) -> cf.Stream:
-    """Task k asks in its own words for the colour of a plain image."""
-    questions = ("what color is the shape?", "which color stands here?", "which color has the bar?")
-    images = {name: Image.new("RGB", (64, 64), rgb) for name, rgb in COLORS.items()}
-    names = [list(COLORS)[i % 3] for i in range(samples)]
-    return cf.Stream(
-        [
-            cf.Task(
-                f"task{k}",
-                train=[cf.Sample(questions[k], name, images[name]) for name in names],
-                test=[cf.Sample(questions[k], name, images[name]) for name in names[:6]],
-                validation=[cf.Sample(questions[k], name, images[name]) for name in names[:3]],
-            )
-            for k in range(tasks)
-        ]
-    )
-
-
-def arguments(output: Path, **values: Any) -> cf.ContinualArguments:
-    defaults: dict[str, Any] = dict(
-        output_dir=str(output), max_steps=6, align_steps=6, learning_rate=1e-2, lr_scheduler_type="linear",
-        warmup_steps=1, per_device_train_batch_size=8, max_new_tokens=3, progress=False,
-    )  # fmt: skip
-    return cf.ContinualArguments(**{**defaults, **values})
-
-
-def trainer(
-    model: Any, processor: Any, output: Path, tasks: int = 2, config: Any = CONFIG, **values: Any
-) -> cf.ContinualTrainer:
-    cf.patch(model, config, processor=processor)
-    return cf.ContinualTrainer(model, processor, stream(tasks), arguments(output, **values))
+from tests.train_helpers import arguments, stream, trainer
 
 
 def test_learns_and_keeps_what_it_learned(llava: Any, processor: Any, tmp_path: Path) -> None:
@@ -220,81 +181,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     assert all(torch.equal(state[name], again[name]) for name in state)
 
 
-def test_a_task_that_fails_leaves_no_half_block(llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    run = trainer(llava, processor, tmp_path / "run")
-    monkeypatch.setattr("cllava_fast.train.loop.tune", lambda *a, **k: (_ for _ in ()).throw(FloatingPointError("nan")))
-    with pytest.raises(FloatingPointError):
-        run.train()
-    assert get_increments(llava).pool.block_rows == 0 and not (tmp_path / "run" / "run.json").exists()
-
-
-def test_a_task_that_cannot_be_opened_leaves_no_half_block(
-    llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any
-) -> None:
-    run, increments = trainer(llava, processor, tmp_path / "run"), get_increments(llava)
-    open_task = increments.method.open_task
-
-    def fails(*args: Any) -> None:
-        open_task(*args)
-        raise MemoryError("on purpose")
-
-    monkeypatch.setattr(increments.method, "open_task", fails)
-    with pytest.raises(MemoryError):
-        run.train()
-    assert increments.pool.block_rows == 0 and not increments.is_within_a_task
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        CONFIG, cf.LoraConfig(rank=4, a_std=0.1), MtlLoraConfig(rank=4, a_std=0.1),
-        BranchLoraConfig(rank=4, a_std=0.1, surrogate="sentence"),
-    ],
-    ids=lambda config: config.method,
-)  # fmt: skip
-@pytest.mark.parametrize("at", ["tune", "commit"])
-def test_a_task_that_fails_leaves_what_was_learned(
-    at: str, config: Any, llava: Any, processor: Any, tmp_path: Path
-) -> None:
-    learned: list[dict[str, Any]] = []
-
-    class Fail(cf.ContinualCallback):
-        def on_stage_end(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
-            if stage == "commit":
-                learned.append({name: tensor.clone() for name, tensor in pool.state().items()})
-            if (number, stage) == (1, at):
-                raise RuntimeError("on purpose")
-
-    pool = get_increments(cf.patch(llava, config, processor=processor)).pool
-    run = cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"), callbacks=[Fail])
-    with pytest.raises(RuntimeError, match="on purpose"):
-        run.train()
-    last, after = learned[-1], pool.state()
-    assert last.keys() == after.keys() and all(torch.equal(last[name], after[name]) for name in last)
-    assert not get_increments(llava).is_within_a_task
-
-
-def test_a_task_that_fails_leaves_no_noise(llava: Any, processor: Any, tmp_path: Path) -> None:
-    run = trainer(llava, processor, tmp_path / "run", trainer_options={"neftune_noise_alpha": 5.0})
-    embedding, seen = llava.get_input_embeddings(), []
-
-    def fail(self: Any, *args: Any) -> Any:
-        seen.append(len(embedding._forward_hooks))
-        raise FloatingPointError("nan")
-
-    with patch.object(Trainer, "training_step", fail), pytest.raises(FloatingPointError):
-        run.train()
-    assert seen == [1] and not embedding._forward_hooks and not hasattr(embedding, "neftune_noise_alpha")
-
-
-def test_a_diverging_run_stops(llava: Any, processor: Any, tmp_path: Path) -> None:
-    config = cf.IncrementConfig(a_std=1e38)  # overflows in the first product
-    run = trainer(llava, processor, tmp_path / "run", config=config, max_steps=30)
-    with pytest.raises((FloatingPointError, ValueError), match="loss is nan|NaN or Inf"):
-        run.train()
-    assert get_increments(llava).pool.num_tasks == 0
-
-
 def test_joint_and_sequential_lora(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     joint = trainer(new_llava(), processor, tmp_path / "j", config=cf.JointLoraConfig(rank=4, a_std=0.1)).train()
     assert joint.accuracy_matrix[0] == [None, None] and None not in joint.accuracy_matrix[1]
@@ -386,128 +272,6 @@ def test_what_an_optimizer_averages_is_what_is_learned(
     assert all((factors.B == 0.25).all() for factors in layers_of(get_increments(llava).pool))
 
 
-class Logger(TrainerCallback):
-    """Writes beside the run, as some loggers do, and may end it in its first step."""
-
-    def __init__(self, folder: Path, fails: bool) -> None:
-        self.folder, self.fails = folder, fails
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.folder.mkdir(exist_ok=True)
-        if self.fails:
-            raise KeyError("no more")
-
-
-def test_a_run_goes_on_beside_what_its_loggers_wrote(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
-    def run(fails: bool) -> cf.ContinualTrainer:
-        cf.patch(model, CONFIG, processor=processor)
-        values = arguments(tmp_path / "run", resume=not fails)
-        return cf.ContinualTrainer(
-            model, processor, stream(1), values, callbacks=[Logger(tmp_path / "run" / "logs", fails)]
-        )
-
-    model = new_llava()
-    with pytest.raises(KeyError):
-        run(fails=True).train()
-    assert not model.training, "what failed leaves the model as it was"
-    model = new_llava()
-    assert run(fails=False).train().accuracy_matrix[0][0] is not None
-
-
-class Recorder(cf.ContinualCallback):
-    """Writes down what a callback is told, in order."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-        self.logs: list[dict[str, float]] = []
-        self.steps = 0
-
-    def on_task_begin(self, task: str, number: int, **kwargs: Any) -> None:
-        self.events.append(("begin", task, number))
-
-    def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
-        self.events.append(f"{stage}...")
-
-    def on_stage_end(self, task: str, number: int, stage: str, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.events.append((stage, sorted(metrics)))
-
-    def on_task_end(self, task: str, number: int, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.events.append(("end", task, number, metrics))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps += 1
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.logs.append(dict(logs))
-
-
-def test_callbacks_are_told_of_tasks_stages_and_steps(llava: Any, processor: Any, tmp_path: Path) -> None:
-    recorder, plain = Recorder(), TrainerCallback()
-    cf.patch(llava, CONFIG, processor=processor)
-    run = cf.ContinualTrainer(
-        llava, processor, stream(), arguments(tmp_path / "run", logging_steps=2), callbacks=[recorder, plain]
-    )
-    result = run.train()
-    tasks = [
-        [
-            ("begin", f"task{number}", number),
-            "align...", ("align", ["loss"]),
-            "tune...", ("tune", ["loss"]),
-            "commit...", ("commit", []),
-            "evaluate...", ("evaluate", [f"accuracy/task{i}" for i in range(number + 1)]),
-        ]
-        for number in range(2)
-    ]  # fmt: skip
-    ends = [event for event in recorder.events if event[0] == "end"]
-    assert [event for event in recorder.events if event not in ends] == tasks[0] + tasks[1]
-    assert [end[:3] for end in ends] == [("end", "task0", 0), ("end", "task1", 1)]
-    metrics = ends[1][3]
-    assert metrics["evaluate/accuracy/task0"] == result.accuracy_matrix[1][0]
-    assert metrics["tune/loss"] == result.losses["task1"][-1] and metrics["align/loss"] < 0
-    assert recorder.steps == 2 * 6
-    # what goes to report_to names its task: steps begin anew with each
-    losses = [log["task1/loss"] for log in recorder.logs if "task1/loss" in log]
-    assert losses == result.losses["task1"] and len(losses) == 3
-    assert all(name.startswith(("task0/", "task1/")) or name == "epoch" for log in recorder.logs for name in log)
-    assert sum("task1/evaluate/accuracy/task0" in log for log in recorder.logs) == 1
-
-
-def test_a_callback_can_stop_a_run(llava: Any, processor: Any, tmp_path: Path) -> None:
-    class Stop(cf.ContinualCallback):
-        def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
-            if stage == "evaluate":
-                raise KeyboardInterrupt
-
-    cf.patch(llava, CONFIG, processor=processor)
-    run = cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run", max_steps=1), callbacks=[Stop])
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
-    assert get_increments(llava).pool.task_names == ["task0"]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["matrix"] == [], "learned, not measured"
-
-
-def test_a_callback_can_end_a_task_and_save_behind_it(llava: Any, processor: Any, tmp_path: Path) -> None:
-    class Short(cf.ContinualCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 2
-
-        def on_stage_end(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
-            if stage == "tune":
-                with pytest.raises(ValueError, match="a task is being learned; save before it begins, or once it is"):
-                    cf.save_pretrained(llava, tmp_path / task)
-            if stage == "commit":
-                cf.save_pretrained(llava, tmp_path / task)
-
-    cf.patch(llava, cf.LoraConfig(), processor=processor)
-    args = arguments(tmp_path / "run", logging_steps=1)
-    result = cf.ContinualTrainer(llava, processor, stream(), args, callbacks=[Short]).train()
-    assert [len(losses) for losses in result.losses.values()] == [2, 2]
-    for number, task in enumerate(result.losses, start=1):
-        saved = tmp_path / task, tmp_path / "run" / "increments" / f"{number:02d}-{task}"
-        mine, own = ((folder / "adapter_model.safetensors").read_bytes() for folder in saved)
-        assert mine == own
-
-
 @pytest.mark.parametrize("sharded", [True, False])
 def test_several_processes_move_the_model_to_their_device(
     sharded: bool, llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -538,14 +302,6 @@ def test_every_argument_has_help_and_an_option() -> None:
     assert parsed == expected
     assert cf.ContinualArguments("x", report_to="none").report_to == []  # type: ignore[arg-type]
     assert "report_to" not in expected.identity() and expected.identity() != cf.ContinualArguments("x").identity()
-
-
-def test_report_to_reaches_transformers() -> None:
-    options = training_options(cf.ContinualArguments("x", report_to=["wandb"], fp16=True), torch.device("cuda"), seed=1)
-    with pytest.raises(ValueError, match="fp16 is set, which takes a GPU"):
-        check_engine(cf.ContinualArguments("x", fp16=True), torch.device("cpu"))
-    assert options["report_to"] == ["wandb"] and options["fp16"] and options["data_seed"] == 1
-    assert training_options(cf.ContinualArguments("x"), torch.device("cpu"), seed=1)["report_to"] == "none"
 
 
 def test_an_unpatched_model_is_patched(llava: Any, processor: Any, tmp_path: Path) -> None:

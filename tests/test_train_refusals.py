@@ -19,7 +19,7 @@ from cllava_fast.methods import SequentialLora
 from cllava_fast.methods.o_lora import OLora, OLoraConfig
 from cllava_fast.model import get_increments
 from tests.helpers import learn
-from tests.test_train import CONFIG, arguments, stream, trainer
+from tests.train_helpers import CONFIG, arguments, stream, trainer
 
 
 def test_a_directory_with_another_run(new_llava: Callable, processor: Any, tmp_path: Path) -> None:

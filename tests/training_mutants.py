@@ -1,6 +1,6 @@
 """Mutants of learning: what a run compares, keeps and leaves behind, and a loop of one's own."""
 
-TRAIN = ("tests/test_train.py", "tests/test_train_refusals.py")
+TRAIN = tuple(f"tests/test_{name}.py" for name in ("train", "train_refusals", "failed_tasks", "callbacks"))
 
 FEW, ACTING = "cllava_fast/ops/inject/few_calls.py", "cllava_fast/model/acting.py"
 FEW_TESTS = ("tests/test_few_calls.py",)
@@ -53,7 +53,7 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "cllava_fast/model/increments.py",
         "pool.block_rows or pool.shared_rows",
         "False",
-        ("tests/test_learning.py", "tests/test_train.py"),
+        ("tests/test_learning.py", "tests/test_failed_tasks.py"),
     ),
     (
         "a loop of one's own aligns no keys",
