@@ -155,6 +155,18 @@ SERVING_MUTANTS = [
         "tests/test_patch.py",
     ),
     (
+        "a loss of one's own is the frozen base's", "cllava_fast/model/patching.py",
+        '    yield model.model, "forward", calls.backbone_forward\n', "", "tests/test_patch.py",
+    ),
+    (
+        "a part of the model answers as the frozen base", "cllava_fast/model/calls.py",
+        "call.given is None and increments.may_act", "False", "tests/test_patch.py",
+    ),
+    (
+        "a merged model's parts are refused", "cllava_fast/model/increments.py",
+        "return not self.pristine and (self.pool", "return (self.pool", "tests/test_patch.py",
+    ),
+    (
         "layers that hand nothing on have no increments", "cllava_fast/model/calls.py",
         "if increments.call.given and increments.call.active is None:", "if False:", "tests/test_backbones.py",
     ),

@@ -132,6 +132,15 @@ def test_increments_are_dense_offsets(name: str, generator: torch.Generator) -> 
 
 
 @of_every_base
+def test_another_head_reads_what_the_own_one_does(name: str, generator: torch.Generator) -> None:
+    """``model.model`` called by itself, as for embeddings."""
+    model, batch = patched(name, generator), batch_of(name, generator)
+    expected, ids = logits(model, batch), batch.pop("input_ids")
+    for hidden in (model.model(ids, **batch), model.model(input_ids=ids, **batch)):
+        assert torch.equal(paths.output_head(model)(hidden.last_hidden_state)[:, -1], expected)
+
+
+@of_every_base
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_with_cache_and_beams(name: str, beams: int, generator: torch.Generator) -> None:
     model, batch = patched(name, generator), batch_of(name, generator)

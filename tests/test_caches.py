@@ -37,7 +37,11 @@ def test_cached_decoding_by_hand_keeps_the_prompts_selection(
         step = llava(input_ids=token, attention_mask=mask, **{name: returned(prefill)})
         full = {**batch, "input_ids": torch.cat([batch["input_ids"], token], 1), "attention_mask": mask}
         whole = llava(**full)
+        # the same by hidden states, which a head of one's own may read
+        hidden = llava.model(**batch, use_cache=True)
+        hidden = llava.model(input_ids=token, attention_mask=mask, **{name: returned(hidden)})
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
+    assert torch.equal(llava.lm_head(hidden.last_hidden_state), step.logits)
 
 
 def test_a_prompt_that_comes_in_parts_by_hand(llava: Any, processor: Any, generator: torch.Generator) -> None:

@@ -177,6 +177,39 @@ def test_increments_are_the_formula(llava: Any, processor: Any, generator: torch
     torch.testing.assert_close(got, torch.stack(expected), atol=2e-4, rtol=1e-4)
 
 
+def test_a_loss_of_ones_own_has_the_same_gradient(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """On what ``model.model`` returns, with activation checkpointing, as trainers with a head of their own go."""
+    cf.patch(llava, CONFIG, processor=processor)
+    pool = learn(llava, 2, generator, commit_last=False).pool
+    pool.train_keys(False)
+    parameters = [parameter for parameter in pool.parameters() if parameter.requires_grad]
+    batch = inputs(processor, QUESTIONS, generator)
+    labels = batch["input_ids"]
+    llava.train().gradient_checkpointing_enable()
+    expected = torch.autograd.grad(llava(**batch, labels=labels, logits_to_keep=0).loss, parameters)
+    logits = llava.lm_head(llava.model(**batch, use_cache=False).last_hidden_state[:, :-1])
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    for gradient, own in zip(expected, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(own, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_no_part_of_the_model_answers_without_its_increments(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    language = llava.model.language_model
+    embeds = llava.get_input_embeddings()(inputs(processor, QUESTIONS, generator)["input_ids"])
+    frozen = language(inputs_embeds=embeds).last_hidden_state
+    learn(llava, 1, generator, b_std=0.1)
+    with pytest.raises(RuntimeError, match="called from outside the model, and no increments would act; call the mod"):
+        language(inputs_embeds=embeds)
+    cf.merge(llava, task="task0")
+    assert not torch.equal(language(inputs_embeds=embeds).last_hidden_state, frozen)
+    cf.unmerge(llava)
+    cf.unpatch(llava)
+    assert torch.equal(language(inputs_embeds=embeds).last_hidden_state, frozen)
+
+
 @pytest.mark.parametrize(
     "generation", [{}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
 )

@@ -62,11 +62,17 @@ def linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
 
 
 def receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    increments.call.active = kwargs.pop(SELECTION, None)
-    if increments.call.given and increments.call.active is None:
+    call = increments.call
+    call.active = kwargs.pop(SELECTION, None)
+    if call.active is None and call.given:
         raise TypeError(
             f"a {type(module).__name__} is not handed its layer's keyword arguments, and no increments would act; "
             "expected Llama-like layers"
+        )
+    if call.active is None and call.given is None and increments.may_act:
+        raise RuntimeError(
+            f"a {type(module).__name__} was called from outside the model, and no increments would act; call the model "
+            "itself, or model.model for what its head reads"
         )
     return args, kwargs
 
@@ -85,6 +91,15 @@ def get_image_features(llava: Any, original: Any, pixel_values: Tensor, *args: A
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=list(pixel_values))  # type: ignore[arg-type]
+
+
+def backbone_forward(backbone: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """``model.model``: a part of the model's own forward, or called by itself, as for embeddings or another head."""
+    model = backbone.__dict__["_patched_model"]
+    if model.increments.call.given is not None:
+        return original(*args, **kwargs)
+    kwargs.update(zip(model._patch.parameters_of_backbone, args, strict=False))
+    return _forward(model, original, **kwargs)
 
 
 def _forward(
@@ -111,13 +126,13 @@ def _forward(
         kwargs["pixel_values"] = image_features
     prompt = _length(kwargs) if instructions is None and query is None else None
     remember = _Remember(increments, kwargs, selection, prompt) if pending is None else None
-    output = None
+    output, outer = None, increments.call.given
     increments.call.given = selection is not None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
-        increments.call.given, increments.call.active, increments.call.queries = False, None, None
+        increments.call.given, increments.call.active, increments.call.queries = outer, None, None
         if remember is not None:
             remember(output)
     return output

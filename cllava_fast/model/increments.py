@@ -27,7 +27,8 @@ class Call(threading.local):
     A layer that activation checkpointing computes again, in whichever thread, is handed its selection once more.
 
     Attributes:
-        given: the forward pass that is under way was started with a selection, which every attention must be handed.
+        given: whether the forward pass that is under way was started with a selection, which every attention must be
+            handed; None while there is none.
         active: what acts on the batch that is in the layers right now.
         pending: what acts in the steps of the ``generate`` that is under way.
         custom: its loop is the caller's (``custom_generate``), and whatever it asks the model is taken for a step.
@@ -35,7 +36,7 @@ class Call(threading.local):
     """
 
     def __init__(self) -> None:  # for every thread; torch.compile would guard no default of the class
-        self.given = False
+        self.given: bool | None = None
         self.active: Selection | None = None
         self.pending: Selection | None = None
         self.custom = False
@@ -184,6 +185,11 @@ class Increments(nn.Module):
                 'use "sentence" or "backbone"'
             )
         return TextImageSurrogate(sentence_surrogate("sentence", device), tower.config.hidden_size, tower)
+
+    @property
+    def may_act(self) -> bool:
+        """Whether there are rows of which a call may select."""
+        return not self.pristine and (self.pool.num_tasks > 0 or self.pool.block_rows > 0)
 
     @property
     def is_within_a_task(self) -> bool:

@@ -22,9 +22,10 @@ from cllava_fast.model.processors import check_processor, find_processor, prepar
 
 @dataclass
 class _Patch:
-    """What unpatch needs to restore the model that came in, and the names of its forward's parameters."""
+    """What unpatch needs to restore the model that came in, and the names of its forwards' parameters."""
 
     parameters: list[str]
+    parameters_of_backbone: list[str]
     requires_grad: dict[str, bool]
     hooks: list[Any]
     kept_from_repacking: list[Any]
@@ -84,9 +85,12 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     projections = [paths.query_projection(attention) for attention in readers]
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    parameters = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
+    parameters, of_backbone = (
+        list(inspect.signature(type(module).forward).parameters)[1:]
+        for module in (model, model.model)  # without self
+    )
     unwrapped = model.__dict__.pop("_original_forward", None)
-    record = _Patch(parameters, requires_grad, [], paths.repacked_on_cpu(model), unwrapped)
+    record = _Patch(parameters, of_backbone, requires_grad, [], paths.repacked_on_cpu(model), unwrapped)
     model.requires_grad_(False)
     for path, linear in linears.items():
         linear.__dict__["_adapter"] = calls.Adapter(increments, increments.pool.factors(path))
@@ -98,6 +102,7 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
         record.hooks.append(projection.register_forward_hook(catch))
     for linear in record.kept_from_repacking:
         linear.support_avx512bf16_for_cpu = False
+    model.model.__dict__["_patched_model"] = model
     for module, name, function in _shadowed(model, linears):
         _shadow(module, name, function)
     increments.train(model.training)
@@ -129,6 +134,7 @@ def unpatch(model: Any) -> Any:
         module.__dict__.update(module.__dict__.pop("_under", {}))
     for linear in linears.values():
         del linear.__dict__["_adapter"]
+    del model.model.__dict__["_patched_model"]
     record: _Patch = model.__dict__.pop("_patch")
     for hook in record.hooks:
         hook.remove()
@@ -175,6 +181,7 @@ def _shadowed(model: Any, linears: dict[str, nn.Module]) -> Iterator[tuple[Any, 
     """Each method that is shadowed, and by what."""
     for name, function in calls.OF_THE_MODEL.items():
         yield model, name, function
+    yield model.model, "forward", calls.backbone_forward
     if paths.base_of(model).takes_features:
         yield model.model, "get_image_features", calls.get_image_features
     for linear in linears.values():
