@@ -9,6 +9,7 @@ from threading import Barrier
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from cllava_fast.model import get_increments
@@ -75,6 +76,29 @@ def take(batch: dict[str, Any], i: int) -> dict[str, Any]:
 def logits(model: Any, batch: dict[str, Any], **options: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(**batch, **options).logits
+
+
+def last_logits(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**batch, **kwargs).logits[:, -1]
+
+
+def selected(model: Any, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    """``[B, M]`` rows that acted in the layers, recorded where they act."""
+    seen = []
+    increments = get_increments(model)
+    inject = increments.inject
+
+    def record(*args: Any) -> Tensor:
+        seen.append(increments.call.active.index)
+        return inject(*args)
+
+    increments.inject = record  # type: ignore[method-assign]
+    try:
+        last_logits(model, batch, **kwargs)
+    finally:
+        del increments.inject
+    return seen[0]
 
 
 def learn(model: Any, tasks: int, generator: torch.Generator, b_std: float = 0.02, commit_last: bool = True) -> Any:

@@ -43,7 +43,7 @@ INJECT_TESTS, SELECT_TESTS = (CONFORMANCE, "tests/test_op_inject.py"), (CONFORMA
 # names of an op's tests in the conformance test, where they are not its folder's
 TESTED_AS = {"aggregate": "aggregate or mix_factors"}
 TUNED = ("tests/test_tuned.py", "tests/test_tune.py")
-MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", *TRAIN)
+MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "tests/test_calls.py", *TRAIN)
 SCORES, REPORT, PLOTS = ("tests/test_scores.py",), ("tests/test_report.py",), ("tests/test_plots.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
 CLIP, CHECKS = ("tests/test_clip.py",), ("tests/test_checks.py",)

@@ -152,19 +152,19 @@ SERVING_MUTANTS = [
     ),
     (
         "threads share a call", "cllava_fast/model/increments.py", "class Call(threading.local):", "class Call:",
-        "tests/test_patch.py",
+        "tests/test_calls.py",
     ),
     (
         "a loss of one's own is the frozen base's", "cllava_fast/model/patching.py",
-        '    yield model.model, "forward", calls.backbone_forward\n', "", "tests/test_patch.py",
+        '    yield model.model, "forward", calls.backbone_forward\n', "", "tests/test_calls.py",
     ),
     (
         "a part of the model answers as the frozen base", "cllava_fast/model/calls.py",
-        "call.given is None and increments.may_act", "False", "tests/test_patch.py",
+        "call.given is None and increments.may_act", "False", "tests/test_calls.py",
     ),
     (
         "a merged model's parts are refused", "cllava_fast/model/increments.py",
-        "return not self.pristine and (self.pool", "return (self.pool", "tests/test_patch.py",
+        "return not self.pristine and (self.pool", "return (self.pool", "tests/test_calls.py",
     ),
     (
         "layers that hand nothing on have no increments", "cllava_fast/model/calls.py",
@@ -189,11 +189,11 @@ SERVING_MUTANTS = [
     ),
     (
         "a question within generate has the outer one's rows", "cllava_fast/model/calls.py",
-        "pending = within if increments.call.custom else None", "pending = within", "tests/test_patch.py",
+        "pending = within if increments.call.custom else None", "pending = within", "tests/test_calls.py",
     ),
     (
         "a question within generate has the outer one's rows where it has a turn", "cllava_fast/model/selecting.py",
-        "within is not None and not _asks(increments, request)", "within is not None", "tests/test_patch.py",
+        "within is not None and not _asks(increments, request)", "within is not None", "tests/test_calls.py",
     ),
     (
         "how far is far depends on the width", "cllava_fast/methods/calibration.py", "noise = NOISE / width",
@@ -313,11 +313,11 @@ SERVING_MUTANTS = [
     ),
     (
         "a generate within generate has the outer one's rows", "cllava_fast/model/calls.py",
-        "pending=outer if assists or custom", "pending=outer if True", "tests/test_patch.py",
+        "pending=outer if assists or custom", "pending=outer if True", "tests/test_calls.py",
     ),
     (
         "a loop of one's own loses the instructions", "cllava_fast/model/calls.py",
-        'kwargs.get("custom_generate") is not None', "False", "tests/test_patch.py",
+        'kwargs.get("custom_generate") is not None', "False", "tests/test_calls.py",
     ),
     (
         "samples of a cache move alone", "cllava_fast/model/caches.py", "turn.samples.to(given.device)[given]",

@@ -16,8 +16,7 @@ from torch import Tensor
 import cllava_fast as cf
 from cllava_fast import ops
 from cllava_fast.ops import native, select, select_aggregate, triton_backend
-from tests.helpers import QUESTIONS, inputs, learn
-from tests.test_patch import selected
+from tests.helpers import QUESTIONS, inputs, learn, selected
 from tests.train_helpers import CONFIG as TRAIN_CONFIG
 from tests.train_helpers import arguments, stream
 

@@ -13,8 +13,8 @@ from transformers import DynamicCache, StaticCache
 import cllava_fast as cf
 from cllava_fast.model import caches
 from cllava_fast.model.caches import returned
-from tests.helpers import QUESTIONS, cached, inputs, learn
-from tests.test_patch import CONFIG, last_logits, selected
+from tests.helpers import QUESTIONS, cached, inputs, last_logits, learn, selected
+from tests.test_calls import CONFIG
 
 MOVED = {
     "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),

@@ -17,9 +17,9 @@ from transformers import DynamicCache, StaticCache
 
 import cllava_fast as cf
 from cllava_fast.model.caches import returned
-from tests.helpers import CACHE_NAMES, QUESTIONS, cached, inputs, learn, prompt
+from tests.helpers import CACHE_NAMES, QUESTIONS, cached, inputs, last_logits, learn, prompt, selected
 from tests.helpers import image as picture
-from tests.test_patch import CONFIG, last_logits, selected
+from tests.test_calls import CONFIG
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
@@ -69,7 +69,7 @@ def test_a_prompt_that_comes_in_parts_by_hand(llava: Any, processor: Any, genera
 
     found: list[Tensor] = []
     half = shown()
-    assert len(half) == 1 and "test_patch.py" in half[0] and "input_ids end within a user turn, at '" in half[0]
+    assert len(half) == 1 and "helpers.py" in half[0] and "input_ids end within a user turn, at '" in half[0]
     assert not shown(instructions=list(QUESTIONS[:2]))
     torch.testing.assert_close(found[1], wanted, atol=2e-4, rtol=1e-4)
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
