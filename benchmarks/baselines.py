@@ -81,6 +81,58 @@ def grouped_mm() -> Callable[..., Any] | None:
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
+def framed(x: Tensor, frame: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor) -> Tensor:
+    """All rows by one product each way: [x, u] [W, B]^T and [g, v] [W; A], of u = x A^T and v = g B^T, both weighed.
+
+    `frame` [d_out + K, d_in + K] is [[W, B^T], [A, 0]], where the frozen weight lies for good.
+    """
+    every = coefficient.new_zeros(len(x), len(A)).scatter(1, index, coefficient)  # [B, N]
+    down, up, strength = A.flatten(0, 1), B.flatten(0, 1), _strength(every, A, x)
+    if past:
+        past_A, past_B, past_coefficient = past
+        down, up = torch.cat([down, past_A.flatten(0, 1)]), torch.cat([up, past_B.flatten(0, 1)])
+        strength = torch.cat([strength, _strength(past_coefficient, past_A, x)], 2)
+    y: Tensor = _Framed.apply(x, frame, down, up, strength)
+    return y
+
+
+def frame_of(weight: Tensor, columns: int) -> Tensor:
+    return F.pad(weight, (0, columns, 0, columns))
+
+
+class _Framed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frame: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> Tensor:
+        d_in, d_out = down.shape[1], up.shape[1]
+        frame[:d_out, d_in:] = up.t()
+        frame[d_out:, :d_in] = down
+        low = F.linear(x, down)
+        wide = _beside(x, low, strength)
+        ctx.save_for_backward(wide, frame, down, up, strength, low)
+        return F.linear(wide, frame[:d_out])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wide, frame, down, up, strength, low = ctx.saved_tensors
+        d_in, d_out = down.shape[1], up.shape[1]
+        low_grad = F.linear(grad, up)
+        wide_grad = _beside(grad, low_grad, strength)
+        to_x = (wide_grad.flatten(0, 1) @ frame[:, :d_in]).view(*grad.shape[:2], d_in)
+        to_up = wide[..., d_in:].flatten(0, 1).t() @ grad.flatten(0, 1)
+        to_down = wide_grad[..., d_out:].flatten(0, 1).t() @ wide[..., :d_in].flatten(0, 1)
+        to_strength = (low_grad.float() * low).sum(1, keepdim=True).to(strength.dtype)
+        return to_x, None, to_down, to_up, to_strength
+
+
+def _beside(tokens: Tensor, low: Tensor, strength: Tensor) -> Tensor:
+    """[tokens, low * strength], with no copy of the latter."""
+    width = tokens.shape[2]
+    wide = tokens.new_empty(*tokens.shape[:2], width + low.shape[2])
+    wide[..., :width] = tokens
+    torch.mul(low, strength, out=wide[..., width:])
+    return wide
+
+
 def dense_by_sample(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
 ) -> Tensor:

@@ -15,10 +15,10 @@ from cllava_fast import ops
 from cllava_fast.ops.inject import cases, few_calls
 
 OP = "inject"
-AUTOTUNED, FEW_CALLS = "compiled, max-autotune", "few calls"
+AUTOTUNED, FRAMED, FEW_CALLS = "compiled, max-autotune", "framed weight", "few calls"
 WAYS = (
     "frozen linear", "inject", "smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch",
-    "PEFT LoRA", "PEFT mixed batch", "expert loop", "one product", "gathered", FEW_CALLS,
+    "PEFT LoRA", "PEFT mixed batch", "expert loop", "one product", "gathered", FRAMED, FEW_CALLS,
 )  # fmt: skip
 # What takes coefficients of tokens, or rows that share one A; and what does not.
 OF_ROUTERS = {
@@ -26,7 +26,7 @@ OF_ROUTERS = {
     "one product": baselines.one_product,
     "gathered": baselines.gathered,
 }
-OF_SAMPLES = {"smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch"}  # fmt: skip
+OF_SAMPLES = {"smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch", FRAMED}  # fmt: skip
 BROKEN_DOWN = ("inject", "smart eager", "frozen linear")
 
 
@@ -81,6 +81,11 @@ def way(name, point, tensors):
         if point.launch == measure.GRAPH:
             raise Unavailable("copies the numbers of its samples to the device: no CUDA graph")
         return peft_mixed_batch(x, weight, A, B, index, coefficient)
+    if name == FRAMED:
+        if case.S == 1 or case.selection == "distinct":
+            raise Unavailable("for training, in which the rows are few")
+        frame = baselines.frame_of(weight, (case.N + case.past) * case.R)
+        return Way(baselines.framed, exact_framed, (x, frame, *tensors[2:]), "the frozen weight lies in a larger one")
     if name == "dense by batch":
         return Way(baselines.dense_by_batch, exact_by_batch, tensors, measure.BY_BATCH, rival=False)
     if name in ("compiled", AUTOTUNED):
@@ -213,6 +218,10 @@ def exact_of_router(x, weight, A, B, index, coefficient):
         low = x @ (A if len(A) == 1 else A[rows]).transpose(1, 2)  # [B, S, R]
         y = y + strength[:, :, pair, None] * (low @ B[rows])
     return y
+
+
+def exact_framed(x, frame, A, B, *given):
+    return exact_by_sample(x, frame[: B.shape[2], : A.shape[2]], A, B, *given)
 
 
 def exact_by_batch(x, weight, *given):
