@@ -26,7 +26,9 @@ OF_ROUTERS = {
     "one product": baselines.one_product,
     "gathered": baselines.gathered,
 }
-OF_SAMPLES = {"smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch", FRAMED}  # fmt: skip
+OF_SAMPLES = {
+    "smart eager", "compiled", AUTOTUNED, "grouped_mm", "dense by sample", "dense by batch", FRAMED,
+}  # fmt: skip
 BROKEN_DOWN = ("inject", "smart eager", "frozen linear")
 
 
