@@ -13,22 +13,37 @@ from transformers import CLIPVisionConfig, GenerationConfig, SiglipVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cllava_fast.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 SIDE, PATCH = 32, 16  # pixels: 4 tokens a view, and images of other sizes have more views
+MERGE = 2  # patches on a side of one token, of a Qwen
 VIEWS = [[32, 64], [64, 32], [64, 64]]
 STD = 0.15  # of weights: loud enough that an increment moves the answer
 TEXT_OF = {"LlavaOnevision": "Qwen2", "LlavaNextVideo": "Mistral"}
 VIDEO = "glyph"  # a word that no question of the tests holds
+QWEN = ("Qwen2_5_VL", "Qwen3VL")
+QWEN_WORDS = {
+    "image": "<image>", "video": VIDEO, "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
+}  # fmt: skip
+QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><image><|vision_end|>")
 FOR_IMAGES, FOR_TEXT = "ForConditionalGeneration", "ForCausalLM"
 
 
-class _OnevisionImages(transformers.LlavaOnevisionProcessor):
-    """Without the part for videos, which needs torchvision."""
+class _WithoutVideos:
+    """Of a processor whose part for videos needs torchvision."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-        return None if argument is None else super().check_argument_for_proper_class(name, argument)
+        return None if argument is None else super().check_argument_for_proper_class(name, argument)  # type: ignore[misc]
+
+
+class _OnevisionImages(_WithoutVideos, transformers.LlavaOnevisionProcessor):
+    pass
+
+
+class _QwenImages(_WithoutVideos, transformers.Qwen2_5_VLProcessor):
+    """Of both kinds of Qwen, whose processors differ in videos alone."""
 
 
 def new_processor(name: str) -> Any:
@@ -48,6 +63,13 @@ def new_processor(name: str) -> Any:
             images, tokenizer, num_image_tokens=(SIDE // PATCH) ** 2, vision_feature_select_strategy="full",
             chat_template=CHAT_TEMPLATE,
         )  # fmt: skip
+    if name.startswith("Qwen"):
+        marks = [f"<|{name}|>" for name in ("vision_start", "vision_end")]
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
+        tokenizer.video_token = VIDEO
+        bounds = dict(shortest_edge=SIDE**2, longest_edge=4 * SIDE**2)  # pixels
+        images = Qwen2VLImageProcessorPil(size=bounds, patch_size=PATCH, merge_size=MERGE, **looks)
+        return _QwenImages(images, tokenizer, chat_template=QWEN_TEMPLATE)
     many = name.startswith("LlavaNext")
     views = dict(image_grid_pinpoints=VIEWS) if many else {}
     kind = LlavaNextImageProcessorPil if many else CLIPImageProcessorPil
@@ -66,15 +88,36 @@ def new_model(name: str, processor: Any, language: str | None = None) -> Any:
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     stem = name.removesuffix(FOR_IMAGES).removesuffix(FOR_TEXT)
     language = language or (stem if name.endswith(FOR_TEXT) else TEXT_OF.get(stem, "Llama"))
-    text = getattr(transformers, f"{language}Config")(
+    sizes = dict(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
         initializer_range=STD, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, **special,
     )  # fmt: skip
-    config = text if name.endswith(FOR_TEXT) else _with_vision(stem, text, tokenizer, special)
+    text = getattr(transformers, f"{language}Config")(**sizes)
+    if stem in QWEN:
+        config = _qwen(stem, sizes, tokenizer, special)
+    else:
+        config = text if name.endswith(FOR_TEXT) else _with_vision(stem, text, tokenizer, special)
     model = getattr(transformers, name)(config)
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, do_sample=False, **special)
     return model.eval()
+
+
+def _qwen(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) -> Any:
+    third = stem == "Qwen3VL"
+    vision: dict[str, Any] = dict(
+        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE,
+        temporal_patch_size=2, out_hidden_size=64, initializer_range=STD,
+    )  # fmt: skip
+    if third:
+        vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
+    else:
+        vision |= dict(window_size=2 * MERGE * PATCH, fullatt_block_indexes=[1])
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}  # halves of a head
+    ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(word) for kind, word in QWEN_WORDS.items()}
+    return getattr(transformers, f"{stem}Config")(
+        vision_config=vision, text_config={**text, "rope_parameters": rope}, tie_word_embeddings=False, **ids, **special
+    )
 
 
 def _with_vision(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) -> Any:

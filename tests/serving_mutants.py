@@ -167,6 +167,18 @@ SERVING_MUTANTS = [
         "return not self.pristine and (self.pool", "return (self.pool", "tests/test_calls.py",
     ),
     (
+        "a Qwen is not told where images are", "cllava_fast/data/encode.py",
+        "if self.encoder.tells_images:", "if False:", "tests/test_bases.py",
+    ),
+    (
+        "all images of a Qwen's batch are one", "cllava_fast/model/images.py",
+        "image.mean(0) for image in", "hidden.mean(0) for image in", "tests/test_bases.py",
+    ),
+    (
+        "what stands around an image is asked", "cllava_fast/model/increments.py",
+        '"video", "vision_start", "vision_end")', '"video")', "tests/test_bases.py",
+    ),
+    (
         "layers that hand nothing on have no increments", "cllava_fast/model/calls.py",
         "if call.active is None and call.given:", "if False:", "tests/test_backbones.py",
     ),

@@ -70,7 +70,10 @@ def alone(batch: dict[str, Any], i: int) -> dict[str, Any]:
     """Sample i without its padding."""
     mask = batch["attention_mask"][i].bool()
     rows = {key: value[i : i + 1] for key, value in batch.items()}
-    return {**rows, **{key: rows[key][:, mask] for key in ("input_ids", "attention_mask")}}
+    if "image_grid_thw" in batch:  # the patches of all images are one sequence
+        rows["pixel_values"] = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())[i]
+    of_tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return {**rows, **{key: rows[key][:, mask] for key in of_tokens if key in rows}}
 
 
 def logits(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -211,7 +214,9 @@ def test_a_round_trip_through_files(name: str, generator: torch.Generator, tmp_p
         assert ModelCard.load(tmp_path / folder / "README.md").data.pipeline_tag == does
 
 
-@pytest.mark.parametrize("name", ["LlavaNext" + FOR_IMAGES, "LlavaOnevision" + FOR_IMAGES, "Qwen2" + FOR_TEXT])
+@pytest.mark.parametrize(
+    "name", [*(kind + FOR_IMAGES for kind in ("LlavaNext", "LlavaOnevision", "Qwen2_5_VL")), "Qwen2" + FOR_TEXT]
+)
 def test_a_stream_is_learned(name: str, generator: torch.Generator, tmp_path: Path) -> None:
     images = pictures(generator) if not name.endswith(FOR_TEXT) else [None] * 3
     tasks = [
@@ -256,6 +261,27 @@ def test_queries_of_text_and_image(name: str, generator: torch.Generator) -> Non
     for i in range(3):
         single = Collator(encoder, None, training=False)(examples[i : i + 1])
         torch.testing.assert_close(logits(model, single)[0], logits(model, by_model)[i], atol=1e-4, rtol=1e-3)
+
+
+@of_image_bases
+def test_batches_are_what_the_processor_makes(name: str, generator: torch.Generator) -> None:
+    """To the last input that the model is told by, and read back as they were asked."""
+    processor, model = processor_of(name), patched(name, generator)
+    samples = [cf.Sample(*sample) for sample in zip(ASKED, ["red"] * 3, pictures(generator), strict=True)]
+    prompts = [
+        processor.apply_chat_template(
+            [message(processor, "user", question, images=1)], add_generation_prompt=True, tokenize=False
+        )
+        for question in ASKED
+    ]
+    images = [sample.open_image() for sample in samples]
+    wanted = processor(text=prompts, images=images, return_tensors="pt", padding=True, padding_side="left")
+    batch = cf.DataCollator(processor, training=False)(samples)
+    assert set(batch) == set(wanted) and all(torch.equal(batch[key], wanted[key]) for key in wanted)
+    reader = get_increments(model).reader
+    assert reader.read(**{key: batch[key] for key in ("input_ids", "attention_mask")}) == [
+        reader.canonical(question) for question in ASKED
+    ]
 
 
 @of_image_bases

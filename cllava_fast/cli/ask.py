@@ -108,6 +108,7 @@ def explain(model: Any, batch: dict[str, Any]) -> list[Row]:
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         pixel_values=batch.get("pixel_values"),
+        image_grid_thw=batch.get("image_grid_thw"),
     )
     with torch.no_grad():
         images = images_of(increments, request, partial(pooled_image, model))

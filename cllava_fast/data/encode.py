@@ -21,6 +21,8 @@ from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.images import pooled_image, to_vision_tower
 from cllava_fast.names import brief
 
+IMAGE_TOKENS = "mm_token_type_ids"  # what Qwen's models are told by: 1 where an image token stands
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -62,7 +64,8 @@ class Encoder:
         self._conversation = Conversation(processor)
         image_token = getattr(processor, "image_token", None)
         # a tokenizer alone, of a model without images, has none; -1 is no token's id
-        self._image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
+        self.image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
+        self.tells_images = IMAGE_TOKENS in getattr(processor, "model_input_names", ())
         self._image_tokens: dict[tuple[int, int], int] = {}
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
@@ -90,7 +93,7 @@ class Encoder:
         encoded = self._conversation.encode(turns)
         if turns.image and self.processor is self.tokenizer:
             raise ValueError("it has an image, and a tokenizer alone, as of a model without images, takes none")
-        places = sum(token.id == self._image_token_id for token in encoded.prompt)
+        places = sum(token.id == self.image_token_id for token in encoded.prompt)
         if places != turns.image:
             raise ValueError(
                 f"the chat template writes {places} image tokens for a sample with {int(turns.image)} image; "
@@ -100,7 +103,7 @@ class Encoder:
         starts: list[int] = []  # where each token stands once the image has its many tokens
         for token in encoded.prompt:
             starts.append(len(ids))
-            ids += [token.id] * (self._tokens_of(sample) if token.id == self._image_token_id else 1)
+            ids += [token.id] * (self._tokens_of(sample) if token.id == self.image_token_id else 1)
         starts.append(len(ids))
         earlier = tuple((starts[first], starts[end]) for first, end in encoded.earlier)
         return Example(sample, ids, [*encoded.answer, self.tokenizer.eos_token_id], sample.instruction, earlier)
@@ -118,11 +121,12 @@ class Encoder:
                     f"the processor writes {self.tokenizer.convert_ids_to_tokens(sorted(others))} beside an image's "
                     "tokens; expected image tokens alone, as LLaVA's processors write"
                 )
-            self._image_tokens[size] = ids.count(self._image_token_id)
+            self._image_tokens[size] = ids.count(self.image_token_id)
         return self._image_tokens[size]
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """All that the image processor says: ``pixel_values [n, 3, H, W]``, or in patches, beside ``image_sizes``."""
+        """All that the image processor says: ``pixel_values [n, 3, H, W]``, in views beside ``image_sizes``, or the
+        patches of all images as one sequence beside ``image_grid_thw``."""
         return dict(self.processor.image_processor(list(images), return_tensors="pt"))
 
 
@@ -185,7 +189,7 @@ class ImageFeatures:
             self._full = True  # there is nothing to keep
             if not pooled:
                 return
-            means = pooled_image(model, pixels)
+            means = pooled_image(model, pixels, given.get("image_grid_thw"))
         for (key, sample), projected, mean in zip(batch.items(), features, means.float().cpu(), strict=True):
             if isinstance(sample.image, Image.Image):
                 self._alive.append(sample.image)
@@ -233,6 +237,8 @@ class Collator:
                 for start, end in (*example.earlier_answers, (len(example.prompt_ids), len(row))):
                     label[start:end] = row[start:end]
             batch["labels"] = padded(labels, padding_value=IGNORE)
+        if self.encoder.tells_images:
+            batch[IMAGE_TOKENS] = (batch["input_ids"] == self.encoder.image_token_id).long()
         return {**batch, **self._images([e.sample for e in examples])}
 
     def _images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:

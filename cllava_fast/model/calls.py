@@ -294,6 +294,7 @@ def _select(
         attention_mask=kwargs.get("attention_mask"),
         labels=kwargs.get("labels"),
         pixel_values=kwargs.get("pixel_values"),
+        image_grid_thw=kwargs.get("image_grid_thw"),
         instructions=instructions,
         query=query,
         cache=cache,

@@ -28,11 +28,16 @@ def check_images(model: Any, kwargs: dict[str, Any], features: Tensor | None) ->
         raise ValueError(f"image_features is {list(features.shape)}; expected [images, tokens, {width}]")
 
 
-def pooled_image(model: Any, pixel_values: Tensor) -> Tensor:
+def pooled_image(model: Any, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Tensor:
     """Mean of the frozen vision tower's last hidden state, ``[images, d]``, of ``[images, 3, H, W]``.
 
-    Of an image in patches, ``[images, patches, 3, H, W]``, the first is looked at: the whole image, made small.
+    Of an image in views, ``[images, views, 3, H, W]``, the first is looked at: the whole image, made small. Where the
+    patches of all images are one sequence, ``image_grid_thw [images, 3]`` says how many each has.
     """
+    if image_grid_thw is not None:
+        tower, pixels = paths.vision_tower(model), to_vision_tower(model, pixel_values)
+        hidden = tower(pixels, grid_thw=image_grid_thw.to(pixels.device)).last_hidden_state  # [patches, d]
+        return torch.stack([image.mean(0) for image in hidden.split(image_grid_thw.prod(1).tolist())])
     if pixel_values.dim() == 5:
         pixel_values = pixel_values[:, 0]
     hidden = paths.vision_tower(model)(to_vision_tower(model, pixel_values)).last_hidden_state

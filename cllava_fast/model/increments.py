@@ -21,6 +21,9 @@ from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, sentence_surrogate
 
 
+IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end")  # as configurations name them
+
+
 class Call(threading.local):
     """What belongs to the call that is under way, in each thread its own: a model may answer in several at once.
 
@@ -65,12 +68,12 @@ class Increments(nn.Module):
         self.config = config
         self.method: Method = make_method(config)
         self.processor = processor
-        # of images and videos; a model without any has no such id, and -1 is no token's
-        self.image_token_id, video = (_token_id(model, name) for name in ("image_token_id", "video_token_id"))
+        # of images and what stands around them; a model without any has no such id, and -1 is no token's
+        self.image_token_id, *beside = (_token_id(model, f"{name}_token_id") for name in IMAGE_TOKENS)
         # otherwise an image has as many tokens as its size and its neighbours ask for
         self.equal_images = getattr(model.config, "image_grid_pinpoints", None) is None
-        self.special_ids = _special_ids(model) | {self.image_token_id, video}
-        self.reader = None if processor is None else InstructionReader(processor, self.image_token_id, video)
+        self.special_ids = _special_ids(model) | {self.image_token_id, *beside}
+        self.reader = None if processor is None else InstructionReader(processor, self.image_token_id, *beside)
         self.surrogate = self._make_surrogate(model)
         if self.surrogate is not None and self.surrogate.dim % self.groups:
             raise ValueError(f"groups is {self.groups}; expected a divisor of the query's width, {self.surrogate.dim}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def _select(
         query=None if query is None else query.reshape(-1, *query.shape[-1:]),
     )
     with torch.no_grad():
-        return select_by_instruction(increments, request, lambda pixels: pooled_image(model, pixels))
+        return select_by_instruction(increments, request, partial(pooled_image, model))
 
 
 def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,9 @@ BASES = {
     "LlavaOnevisionForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
     # and this one wants its features as a tensor
     "VipLlavaForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
+    # their towers take the patches of all images as one sequence
+    "Qwen2_5_VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
+    "Qwen3VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
     "LlamaForCausalLM": Base("model.layers"),
     "MistralForCausalLM": Base("model.layers"),
     "Qwen2ForCausalLM": Base("model.layers"),

@@ -36,6 +36,7 @@ class Request(NamedTuple):
     attention_mask: Tensor | None = None
     labels: Tensor | None = None
     pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
     instructions: Sequence[str] | None = None
     query: Tensor | None = None
     cache: Any | None = None
@@ -56,7 +57,8 @@ def select(
     """What acts on each sample of the request; None where nothing has been learned.
 
     Args:
-        pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
+        pooled_image: function from pixel values and their grids to pooled vision features ``[images, d]``; called only
+            if needed.
         goes_on: without a new turn, the request goes on with the selection that its cache was filled with.
         pending: what acts in the ``generate`` that the request is a step of.
         within: what acts in the ``generate`` that asks it; counts for a request that asks nothing.
@@ -245,7 +247,8 @@ def images_of(increments: Increments, request: Request, pooled_image: Any) -> Te
     """``Selection.images`` behind the request, earlier turns' among them; None where its query needs none.
 
     Args:
-        pooled_image: function from pixel values to pooled vision features ``[images, d]``; called only if needed.
+        pooled_image: function from pixel values and their grids to pooled vision features ``[images, d]``; called only
+            if needed.
     """
     if not isinstance(increments.surrogate, TextImageSurrogate) or request.query is not None:
         return None
@@ -257,7 +260,7 @@ def images_of(increments: Increments, request: Request, pooled_image: Any) -> Te
         return shown
     if request.pixel_values is None:
         raise ValueError('surrogate "text+image" needs pixel_values beside the image tokens, or query= [B, D]')
-    pooled = pooled_image(request.pixel_values)
+    pooled = pooled_image(request.pixel_values, request.image_grid_thw)
     counts = images_per_sample((ids == increments.image_token_id).cpu(), len(pooled), increments.equal_images)
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return shown.index_add(0, owner, functional.pad(pooled.detach().double().cpu(), (1, 0), value=1))
