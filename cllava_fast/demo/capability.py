@@ -11,10 +11,9 @@ from itertools import cycle
 from random import Random
 
 from cllava_fast.data.stream import Sample, Stream, Task
-from cllava_fast.demo.images import BIG, Chart, Form, Glyph, Icon, Shape, draw_chart, draw_form, draw_icon
+from cllava_fast.demo.images import BIG, Chart, Facts, Form, Glyph, Icon, Shape, draw_chart, draw_form, draw_icon
 from cllava_fast.demo.stream import COUNT, DIGIT, FIELD, SHORTEST, TALLEST, check_sizes, digits, question_about, yes
 
-Facts = Chart | Form | Icon | Glyph
 Turns = tuple[str, ...]  # user, assistant, user, assistant, ...
 
 DESCRIBE = (
@@ -43,7 +42,7 @@ def build_capability_stream(seed: int = 0, train: int = 1200, validation: int = 
     for name, ask in TASKS.items():
         parts = {split: _samples(name, ask, split, size, seed) for split, size in sizes.items()}
         metric = "rouge_l" if name == "description" else "exact_match"
-        tasks.append(Task(name, parts["train"], parts["test"], parts["validation"], metric))
+        tasks.append(Task(name, metric=metric, **parts))
     return Stream(tasks, name="demo-capability")
 
 

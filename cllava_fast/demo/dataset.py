@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from cllava_fast.data.stream import Sample, Stream, Task
 from cllava_fast.demo.images import COLORS, NUMBER_LABELS, ROW, SIZE, WORD_LABELS, default_font
-from cllava_fast.demo.stream import SPLIT_SEED, Pair, check_sizes, digits, icons, question_about
+from cllava_fast.demo.stream import SPLIT_SEED, Pair, check_sizes, icons, pictures, question_about
 
 KIND = (
     "which kind of drink is it?",
@@ -75,9 +75,7 @@ Asked = list[tuple[Image.Image, Pair]]
 
 
 def _digit_questions(split: str, size: int, rng: Random) -> Asked:
-    glyphs = list(digits(split))
-    rng.shuffle(glyphs)
-    asked = zip(range(size), cycle(glyphs), strict=False)
+    asked = zip(range(size), pictures("digit", split, rng), strict=False)
     return [(glyph.image, question_about(glyph, position, None, rng)) for position, glyph in asked]
 
 

@@ -85,6 +85,9 @@ class Glyph:
     digit: int
 
 
+Facts = Chart | Form | Icon | Glyph
+
+
 def draw_chart(rng: Random) -> Chart:
     """Two to five bars of different colours; tallest and shortest stand out by at least 8 pixels."""
     count = rng.randint(2, 5)

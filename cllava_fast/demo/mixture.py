@@ -16,6 +16,7 @@ from cllava_fast.demo.images import (
     COLORS,
     SHAPES,
     Chart,
+    Facts,
     Form,
     Glyph,
     Icon,
@@ -28,7 +29,6 @@ from cllava_fast.demo.images import (
 from cllava_fast.demo.tokenizer import ANSWERS, vocabulary
 
 Pair = tuple[str, str]  # prompt, answer
-Facts = Chart | Form | Icon | Glyph
 
 REPEAT_SHARE = 0.1
 

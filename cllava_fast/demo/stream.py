@@ -98,7 +98,7 @@ def build_stream(
     tasks = []
     for name in TASKS:
         parts = {split: _samples(name, split, size, seed, ambiguous) for split, size in sizes.items()}
-        tasks.append(Task(name, train=parts["train"], test=parts["test"], validation=parts["validation"]))
+        tasks.append(Task(name, parts["train"], parts["test"], parts["validation"]))
     return Stream(tasks, name="demo")
 
 
@@ -122,7 +122,7 @@ def _samples(task: str, split: str, size: int, seed: int, ambiguous: float) -> l
             shared = _shared_questions(size, ambiguous, Random(f"{seed}/ambiguous/{split}"))
         asked = [
             (facts.image, question_about(facts, position, question, rng))
-            for facts, position, question in zip(_pictures(task, split, rng), range(size), shared, strict=False)
+            for facts, position, question in zip(pictures(task, split, rng), range(size), shared, strict=False)
         ]
     return [
         Sample(question, answer, image, f"{task}/{split}/{i}") for i, (image, (question, answer)) in enumerate(asked)
@@ -135,7 +135,8 @@ def _shared_questions(size: int, share: float, rng: Random) -> list[str | None]:
     return [rng.choice(AMBIGUOUS) if i in ambiguous else None for i in range(size)]
 
 
-def _pictures(task: str, split: str, rng: Random) -> Iterator[Chart | Form | Glyph]:
+def pictures(task: str, split: str, rng: Random) -> Iterator[Chart | Form | Glyph]:
+    """What a task but ``icon`` asks about, without end."""
     if task == "digit":
         glyphs = list(digits(split))
         rng.shuffle(glyphs)
