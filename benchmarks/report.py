@@ -16,8 +16,7 @@ from typing import Any
 
 from benchmarks import native_cpu, results
 from cllava_fast import atomic
-from cllava_fast.environment import require
-from cllava_fast.evaluate.plots import COLORS
+from cllava_fast.evaluate.plots import COLORS, panels
 from cllava_fast.evaluate.report import load_results, markdown_table
 
 README = results.ROOT / "benchmarks" / "README.md"
@@ -271,14 +270,8 @@ def whole(rows: Iterable[Row], op: str) -> dict[tuple[str, ...], dict[str, Row]]
 
 def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[Row, Row], float], label: str) -> Any:
     """One panel a comparison, one bar a way, the same colour everywhere: ours, rivals, what is no rival."""
-    Figure = require("matplotlib.figure", "pictures of a report").Figure
-    columns = min(3, len(grouped))
-    lines = math.ceil(len(grouped) / columns)
     most = max(len(ways) for ways in grouped.values())
-    figure = Figure(figsize=(5.2 * columns, lines * (0.24 * most + 0.9) + 0.8), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes in grid.flat[len(grouped) :]:
-        axes.set_visible(False)
+    figure, grid = panels(len(grouped), min(3, len(grouped)), (5.2, 0.24 * most + 0.9), (0.0, 0.8))
     for axes, ((_, case, dtype, direction, launch), ways) in zip(grid.flat, grouped.items(), strict=False):
         to = base(ways)
         timed = {name: row for name, row in ways.items() if "median" in row and to is not None}
@@ -302,12 +295,10 @@ def bars(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], value: Callable[[
 
 def roofline(rows: Iterable[Row]) -> Any:
     """Roofs are the most that anything here achieved that does all the work, as floors do not; not a data sheet's."""
-    Figure = require("matplotlib.figure", "pictures of a report").Figure
     timed = [row for row in rows if "bytes" in row and (row["ours"] or row["rival"])]
     bandwidth = max(row["bytes"] / row["median"] for row in timed)
     compute = max(row["flops"] / row["median"] for row in timed)
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = panels(1, 1, (7, 4.6))
     own = [row for row in timed if row["ours"]]
     for number, op in enumerate(dict.fromkeys(row["op"] for row in own)):
         of_op = [row for row in own if row["op"] == op]

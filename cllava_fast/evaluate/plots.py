@@ -27,23 +27,32 @@ MAP_TICKS, PANEL_TICKS = 20, 6  # names at an axis
 PERCENT = ([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
 
 
+def panels(
+    count: int, columns: int, size: tuple[float, float], margin: tuple[float, float] = (0.0, 0.0), **shared: bool
+) -> tuple[Any, Any]:
+    """A figure of ``count`` panels in rows of ``columns``, and its axes ``[rows, columns]``, those behind the last one
+    hidden; ``size`` of a panel and ``margin`` of all in inches, width and height."""
+    Figure = require("matplotlib.figure", "pictures of a report").Figure
+    rows = math.ceil(count / columns)
+    figsize = (columns * size[0] + margin[0], rows * size[1] + margin[1])
+    figure = Figure(figsize=figsize, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, grid
+
+
 def plot_accuracy_matrices(results: Mapping[str, Any], path: Path) -> None:
     """One heat map a method: accuracy on each task (columns) after each task (rows), all on one scale.
 
     Of several orders of the tasks, the first.
     """
-    Figure = require("matplotlib.figure", "pictures of a report").Figure
-
     tasks, methods = [_plain(task) for task in results["stream"]], results["methods"]
     size = len(tasks)
     columns = math.ceil(math.sqrt(len(methods)))
-    rows = math.ceil(len(methods) / columns)
     full = _is_full(size, len(methods))
     side = min(0.62 * size, 60 / columns if full else SIDE)  # inches
-    figure = Figure(figsize=(columns * (side + 1.5), rows * (side + 1.7)), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(methods) :]:
-        axes.set_visible(False)
+    figure, grid = panels(len(methods), columns, (side + 1.5, side + 1.7))
     for axes, (name, result) in zip(grid.flat, methods.items(), strict=False):
         shown = result
         if results.get("orders"):
@@ -90,14 +99,11 @@ def _ticks(places: Sequence[int], names: Sequence[str], most: int) -> tuple[Sequ
 
 def plot_selection(results: Mapping[str, Any], path: Path) -> None:
     """Two heat maps a method that selects: weight of each task's questions (rows) in each task's block, and overlap."""
-    Figure = require("matplotlib.figure", "pictures of a report").Figure
-
     studies = {name: result["selection"] for name, result in results["methods"].items() if result.get("selection")}
     size = max(len(study["tasks"]) for study in studies.values())
     full = _is_full(size, 2 * len(studies))
     side = 0.62 * size if full else min(0.62 * size, SIDE)  # inches
-    figure = Figure(figsize=(2 * (side + 1.7), len(studies) * (side + 1.7)), layout="constrained")
-    grid = figure.subplots(len(studies), 2, squeeze=False)
+    figure, grid = panels(2 * len(studies), 2, (side + 1.7, side + 1.7))
     for (blocks, shared), (name, study) in zip(grid, studies.items(), strict=True):
         tasks = [_plain(task) for task in study["tasks"]]
         _heat_map(blocks, study["block_weight"], tasks, full)
@@ -115,21 +121,14 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
     Along the stream, or, where the tasks came in several orders, a line each along the number of tasks learned since.
     Of more than ``PANELS`` tasks, evenly spread ones.
     """
-    Figure = require("matplotlib.figure", "pictures of a report").Figure
-
     names, methods, several = results["stream"], results["methods"], bool(results.get("orders"))
     every = math.ceil(len(names) / PANELS)
     tasks = names[::every]
     labels = [str(i) for i in range(len(names))] if several else [_plain(task) for task in names]
     places, ticks = _ticks(range(len(names)), labels, PANEL_TICKS)
-    columns = min(4, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(2.6 * columns + 1.2, 2.9 * rows + 0.8), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    panels, size = list(grid.flat), 5 if every == 1 else 2
-    for axes in panels[len(tasks) :]:
-        axes.set_visible(False)
-    for task, axes in zip(tasks, panels, strict=False):
+    figure, grid = panels(len(tasks), min(4, len(tasks)), (2.6, 2.9), (1.2, 0.8), sharey=True)
+    size = 5 if every == 1 else 2
+    for task, axes in zip(tasks, grid.flat, strict=False):
         for number, (method, result) in enumerate(methods.items()):
             color = COLORS[number % len(COLORS)]
             marker = MARKERS[(number + number // len(COLORS)) % len(MARKERS)]  # another one in each round of colours
@@ -153,7 +152,7 @@ def plot_forgetting(results: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel(f"{quantity(results)} (%)")
     shown = f" (one task in {every} is shown)" if every > 1 else ""
     figure.supxlabel(("tasks learned since" if several else "after learning") + shown, fontsize=10)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(methods)), frameon=False)
     _save(figure, path)
 
@@ -186,18 +185,11 @@ def plot_losses(results: Mapping[str, Any], path: Path) -> None:
 
     Of many tasks, names at the axis tell where some of them begin, not a legend.
     """
-    Figure = require("matplotlib.figure", "pictures of a report").Figure
-
     logged = {name: result.get("losses") or {} for name, result in results["methods"].items()}
     methods = {name: losses for name, losses in logged.items() if any(losses.values())}
     few = max(map(len, methods.values())) <= FEW
     inches, width, size = (3.4, 1.4, 6) if few else (6.8, 0.8, 2)  # of a panel, and points of a line and its markers
-    columns = min(4, len(methods))
-    rows = math.ceil(len(methods) / columns)
-    figure = Figure(figsize=(inches * columns + 0.6, 3.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for axes in grid.flat[len(methods) :]:
-        axes.set_visible(False)
+    figure, grid = panels(len(methods), min(4, len(methods)), (inches, 3.2), (0.6, 0.0), sharey=True)
     for (method, losses), axes in zip(methods.items(), grid.flat, strict=False):
         start, starts = 1, []
         for number, (task, values) in enumerate(losses.items()):
