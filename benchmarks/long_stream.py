@@ -117,9 +117,9 @@ def learn(tasks: int, run: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def select_seconds(rows: int, width: int = 384, samples: int = 32) -> float:
+def select_seconds(rows: int) -> float:
     """Processor time of one `select` of 4 rows out of many, median of 20, by the backend that the library picks."""
-    query, keys = torch.randn(samples, width), torch.randn(rows, width)
+    query, keys = torch.randn(32, 384), torch.randn(rows, 384)
     times = []
     for _ in range(20):
         start = time.process_time()
@@ -141,12 +141,19 @@ def growth(points: list[dict[str, float]], name: str) -> tuple[float, float]:
     return tuple(statistics.median(p[name] for p in part) for part in (first, last))  # type: ignore[return-value]
 
 
-PANELS = (
-    ("step_seconds", "tuning step, ms", 1e3), ("evaluate_seconds", "evaluation, s", 1.0),
-    ("commit_seconds", "commit, ms", 1e3), ("write_seconds", "writing, ms", 1e3),
-    ("resident_bytes", "resident memory, MiB", 1 / (1 << 20)),
-    ("increments_bytes", "one saved folder, MiB", 1 / (1 << 20)),
-    ("all_folders_bytes", "all saved folders, MiB", 1 / (1 << 20)), ("run_json_bytes", "run.json, KiB", 1 / 1024),
+IN_MIB = 1 / (1 << 20)
+ROWS = {  # of the table, what they are called, and the factor to that unit
+    "step_seconds": ("tuning step, ms", 1e3), "tune_seconds": ("tuning, s", 1.0),
+    "evaluate_seconds": ("evaluation, s", 1.0), "evaluated_samples": ("samples evaluated", 1.0),
+    "commit_seconds": ("commit, ms", 1e3), "write_seconds": ("writing, ms", 1e3),
+    "resident_bytes": ("resident memory, MiB", IN_MIB), "open_files": ("open files", 1.0),
+    "increments_bytes": ("one saved folder, MiB", IN_MIB), "all_folders_bytes": ("all saved folders, MiB", IN_MIB),
+    "run_json_bytes": ("run.json, KiB", 1 / 1024), "results_json_bytes": ("results.json, KiB", 1 / 1024),
+    "context_error": ("error of a shortened mean", 1.0),
+}  # fmt: skip
+PANELS = (  # of the picture
+    "step_seconds", "evaluate_seconds", "commit_seconds", "write_seconds", "resident_bytes", "increments_bytes",
+    "all_folders_bytes", "run_json_bytes",
 )  # fmt: skip
 
 
@@ -155,7 +162,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     axes = figure.subplots(2, 4).flat
-    for ax, (name, label, factor) in zip(axes, PANELS, strict=True):
+    for ax, name in zip(axes, PANELS, strict=True):
+        label, factor = ROWS[name]
         for run, found in results["runs"].items():
             ax.plot([factor * point[name] for point in found["points"]], label=run, linewidth=1)
         top = max(
@@ -174,23 +182,11 @@ def report(results: dict[str, Any], docs: Path) -> int:
     return 0
 
 
-ROWS = (
-    ("step_seconds", "tuning step, ms", 1e3), ("tune_seconds", "tuning, s", 1.0),
-    ("evaluate_seconds", "evaluation, s", 1.0), ("evaluated_samples", "samples evaluated", 1.0),
-    ("commit_seconds", "commit, ms", 1e3), ("write_seconds", "writing, ms", 1e3),
-    ("resident_bytes", "resident memory, MiB", 1 / (1 << 20)), ("open_files", "open files", 1.0),
-    ("increments_bytes", "one saved folder, MiB", 1 / (1 << 20)),
-    ("all_folders_bytes", "all saved folders, MiB", 1 / (1 << 20)),
-    ("run_json_bytes", "run.json, KiB", 1 / 1024), ("results_json_bytes", "results.json, KiB", 1 / 1024),
-    ("context_error", "error of a shortened mean", 1.0),
-)  # fmt: skip
-
-
 def table(results: dict[str, Any]) -> str:
     """First to last tasks of every run; `select` by rows; the guard's speed."""
     runs = results["runs"]
     lines = [f"| {results['tasks']} tasks | {' | '.join(runs)} |", "| --- |" + " ---: |" * len(runs)]
-    for name, label, factor in ROWS:
+    for name, (label, factor) in ROWS.items():
         cells = []
         for found in runs.values():
             ends = found["growth"].get(name)

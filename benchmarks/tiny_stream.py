@@ -24,7 +24,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "long-streams.md"
 METHOD: dict[str, Any] = dict(rows_per_task=8, top_m=4, rank=4, a_std=0.1, scale=4.0, surrogate="backbone")
 
 
-def new_model(width: int = 64, layers: int = 2) -> tuple[Any, Any]:
+def new_model() -> tuple[Any, Any]:
     """A LLaVA with random weights, and its processor."""
     processor = build_processor()
     tokenizer = processor.tokenizer
@@ -35,7 +35,7 @@ def new_model(width: int = 64, layers: int = 2) -> tuple[Any, Any]:
         patch_size=PATCH, projection_dim=32, initializer_range=0.08,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.08,
         tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, **special,
     )  # fmt: skip
