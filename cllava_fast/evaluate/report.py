@@ -271,25 +271,28 @@ def _markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]], texts: 
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _markdown_list(named: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"- *{name}*: {_md(text)}" if name else f"- {_md(text)}" for name, text in named)
+
+
 def _md(text: str) -> str:
     """A stranger's text as plain text within a line or a table cell."""
     return re.sub(r"([\\`*_{}\[\]<>|$~])", r"\\\1", printable(" ".join(text.split())))
 
 
 def _markdown(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    settings, meanings = json.dumps(results.get("config", {}), indent=2), explanations(results)
+    settings = json.dumps(results.get("config", {}), indent=2)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
     versions = "\n".join(
         f"| {_md(str(key))} | {_md(str(value))} |" for key, value in results["environment"].items() if value is not None
     )
-    meaning = "\n".join(f"- *{name}*: {_md(text)}" if name else f"- {_md(text)}" for name, text in meanings)
     images = "\n\n".join(f"![{text}]({name})" for name, text in pictures.items())
     examples = "".join(_markdown_examples(_md(title_of(name)), result) for name, result in results["methods"].items())
     return f"""# {_md(headline(results))}
 
 {markdown_table(results)}
 
-{meaning}
+{_markdown_list(explanations(results))}
 
 {images}
 {_markdown_selection(results)}{examples}
@@ -311,7 +314,7 @@ def _markdown_selection(results: Mapping[str, Any]) -> str:
     found = selection_table(results)
     if found is None:
         return ""
-    meaning = "\n".join(f"- *{name}*: {text}" for name, text in selection_explanations())
+    meaning = _markdown_list(selection_explanations())
     return f"\n## What is selected\n\n{_markdown_rows(*found, texts=2)}\n\n{meaning}\n"
 
 

@@ -37,11 +37,6 @@ def metric_title(name: str) -> str:
     return SCORES[name].title if name in SCORES else name
 
 
-def finished(results: Mapping[str, Any]) -> bool:
-    count, tasks = learned(results)
-    return count == tasks
-
-
 def learned(results: Mapping[str, Any]) -> tuple[int, int]:
     """How many tasks were learned, of how many: an evaluation says it, of the run that it measured."""
     config = results.get("config", {})
@@ -80,41 +75,44 @@ def headline(results: Mapping[str, Any]) -> str:
 def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the table's numbers mean: a text, or a column's name and what it says."""
     split = results.get("config", {}).get("split", "test")
-    what, (steps, size) = quantity(results), learned(results)
+    what, (steps, size), compared_with = quantity(results), learned(results), yardstick(results)
     plural = "Accuracies" if what == "accuracy" else "Scores"
     judged = "exact match" if only_exact(results) else "each task's metric"
-    texts = [
-        ("", f"{plural} in %, measured on the {split} split over {over_runs(results)}, by greedy generation "
-             f"and {judged}, without telling the model which task a question belongs to."),
-        ("average", "over all tasks after the last one, ± standard deviation over the runs where there are several."),
+    texts = [("", f"{plural} in %, measured on the {split} split over {over_runs(results)}, by greedy generation and "
+                  f"{judged}, without telling the model which task a question belongs to.")]  # fmt: skip
+    told = [METHODS[name][0].title for name in results["methods"] if name in METHODS and METHODS[name][1].uses_task]
+    if told:
+        texts.append(("", f"Except {', '.join(told)}: told each question's task, so an oracle."))
+    if steps < size:
+        measured = min(learned_tasks(result["accuracy_matrix"]) for result in results["methods"].values())
+        over = "these" if measured == steps else f"all {measured} that were measured"
+        texts.append(("", f"The run has learned {steps} of {size} tasks; all numbers are over {over}."))
+    texts.append(
+        ("average", "over all tasks after the last one, ± standard deviation over the runs where there are several.")
+    )
+    if compared_with is not None:
+        texts.append((P_VALUE, (
+            f"of a difference in average from {title_of(compared_with)} as large by chance: two-sided permutation test "
+            "by flipping signs, runs paired by seed and order, not corrected for the number of methods. With fewer "
+            f"than {MIN_PAIRS} pairs, none below 0.05 is possible: n too small."
+        )))  # fmt: skip
+    texts += [
         ("forgetting", f"best {what} on a task before the last one was learned, minus that at the end; mean over the "
                        "earlier tasks, negative where they gained."),
         ("BWT", f"last {what} minus the one just after learning."),
         ("MAA", "mean over the steps of the average on the tasks seen so far."),
         ("right block", "share of the selection weight that falls into the rows of the question's own task."),
+    ]  # fmt: skip
+    if measures_base(results):
+        texts.append(("base kept", "what the base could do before and no task asks for (captions, listings), as a "
+                                   "share of what the frozen model does."))  # fmt: skip
+    texts += [
         ("trainable", "parameters of the block that a task learns, keys included."),
         ("seconds", "of learning and evaluation; of an evaluation in place of a run, its own."),
         ("–", "was not measured, or has no meaning for the method."),
-    ]  # fmt: skip
-    if measures_base(results):
-        texts.insert(6, ("base kept", "what the base could do before and no task asks for (captions, listings), as a "
-                                      "share of what the frozen model does."))  # fmt: skip
-    compared_with = yardstick(results)
-    if compared_with is not None:
-        texts.insert(2, (P_VALUE, (
-            f"of a difference in average from {title_of(compared_with)} as large by chance: two-sided permutation test "
-            "by flipping signs, runs paired by seed and order, not corrected for the number of methods. With fewer "
-            f"than {MIN_PAIRS} pairs, none below 0.05 is possible: n too small."
-        )))  # fmt: skip
+    ]
     if results.get("orders"):
         texts += [("", f"Order {i}: {' → '.join(order)}.") for i, order in enumerate(results["orders"])]
-    if steps < size:
-        measured = min(learned_tasks(result["accuracy_matrix"]) for result in results["methods"].values())
-        over = "these" if measured == steps else f"all {measured} that were measured"
-        texts.insert(1, ("", f"The run has learned {steps} of {size} tasks; all numbers are over {over}."))
-    told = [METHODS[name][0].title for name in results["methods"] if name in METHODS and METHODS[name][1].uses_task]
-    if told:
-        texts.insert(1, ("", f"Except {', '.join(told)}: told each question's task, so an oracle."))
     if results.get("note"):
         texts.append(("", results["note"]))
     return texts
