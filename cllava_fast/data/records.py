@@ -119,7 +119,7 @@ class RecordReader:
         question = self._first(record, QUESTIONS)
         if question is None or not answers:
             missing, names = ("question", QUESTIONS) if question is None else ("answer", ANSWERS)
-            known = [self.columns.get(name, name) for name in self._read(names)]
+            known = [self.columns.get(name, name) for name in self._looked_for(names)]
             raise ValueError(
                 f"{where} has no {missing}; it has {', '.join(map(brief, list(record)[:8])) or 'nothing'}, expected "
                 f"'conversations' or one of {', '.join(known)} (columns={{{missing!r}: its name}} for another name)"
@@ -190,11 +190,11 @@ class RecordReader:
 
     def _answers(self, record: Mapping[str, Any], where: str) -> list[str]:
         """All accepted answers."""
-        names = self._read(("references", "answers", "answer", "answer_bbox"))
+        names = self._looked_for(("references", "answers", "answer", "answer_bbox"))
         return next((texts for name in names if (texts := self._texts(record, name, where))), [])
 
     def _learned(self, record: Mapping[str, Any], where: str) -> list[str]:
-        return self._texts(record, "answer", where) if "answer" in self._read(ANSWERS) else []
+        return self._texts(record, "answer", where) if "answer" in self._looked_for(ANSWERS) else []
 
     def _texts(self, record: Mapping[str, Any], name: str, where: str) -> list[str]:
         """Answers under one name; those of VQA's annotators are objects with an ``answer``."""
@@ -237,7 +237,7 @@ class RecordReader:
     def _get(self, record: Mapping[str, Any], name: str) -> Any:
         return _given(record.get(self.columns.get(name, name)))
 
-    def _read(self, names: Sequence[str]) -> Sequence[str]:
+    def _looked_for(self, names: Sequence[str]) -> Sequence[str]:
         """Those of one meaning that are looked for: where ``columns`` has some, no others."""
         if not self.columns:
             return names
@@ -247,7 +247,7 @@ class RecordReader:
         return mapped or names
 
     def _first(self, record: Mapping[str, Any], names: Sequence[str]) -> Any:
-        return next((value for name in self._read(names) if (value := self._get(record, name)) is not None), None)
+        return next((value for name in self._looked_for(names) if (value := self._get(record, name)) is not None), None)
 
 
 def _conversation(turns: Any, where: str, image: bool) -> dict[str, Any]:

@@ -114,17 +114,17 @@ class ContinualTrainer:
         self.model = patch(model, processor=processor)
         self.increments = get_increments(model)
         try:
-            self._fresh = self._check()
+            self._fresh = self._start()
         except BaseException:
             if not was_patched:
                 unpatch(model)
             raise
         self._train_collate = Collator(stream.encoder, stream.features, training=True)
 
-    def _check(self) -> str:
-        """What ``run.json`` says before the first task, as JSON."""
+    def _start(self) -> str:
+        """What ``run.json`` says before the first task, as JSON; refuses what no run can go on with."""
         check_not_merged(self.increments)
-        self._check_learned()
+        self._note_learned()
         patch(self.model, processor=self.data.encoder.processor)  # refused, if it is another than the model's
         self._warn_of_another_end()
         if self.increments.surrogate is not None and self.increments.reader is None:
@@ -160,8 +160,8 @@ class ContinualTrainer:
                 stacklevel=4,
             )
 
-    def _check_learned(self) -> None:
-        """What the model has learned before this run, and whether the stream can come after it."""
+    def _note_learned(self) -> None:
+        """What the model has learned before this run; refused, where the stream cannot come after it."""
         pool, method = self.increments.pool, self.increments.method
         self._before = list(pool.task_names)
         if self.increments.is_within_a_task:
