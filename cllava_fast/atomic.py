@@ -130,7 +130,9 @@ def check_replaceable(path: Path, names: Collection[str], what: str) -> None:
     check_writable(path)
     if not path.exists():
         return
-    strangers = [path.name] if not path.is_dir() else sorted(p.name for p in path.iterdir() if p.name not in names)
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file; give an empty or a new folder")
+    strangers = sorted(p.name for p in path.iterdir() if p.name not in names)
     if strangers:
         raise FileExistsError(
             f"{path} holds something else than {what}: {', '.join(strangers[:3])}; give an empty or a new folder"
@@ -155,7 +157,8 @@ def check_empty(path: Path) -> None:
     """Raises FileExistsError where ``is_empty`` does not hold, and SaveError where it cannot be made."""
     check_writable(path)
     if not is_empty(path):
-        raise FileExistsError(f"{path} holds something already; give an empty or a new folder")
+        what = "is a file" if path.is_file() else "holds something already"
+        raise FileExistsError(f"{path} {what}; give an empty or a new folder")
 
 
 @contextmanager

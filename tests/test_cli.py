@@ -275,7 +275,7 @@ def stream_file(folder: Path, **values: Any) -> Path:
         ({}, ["--model.device_map", "cuda:99"], "model.device_map is 'cuda:99', and torch finds"),
         ({}, ["--model.quantization", "4bit"], "needs bitsandbytes"),
         ({}, ["--output", "{tmp}"], "holds other files than a run's"),
-        ({}, ["--output", "{tmp}/stream.yaml"], "stream.yaml"),
+        ({}, ["--output", "{tmp}/stream.yaml"], "stream.yaml is a file; give a new output_dir"),
         ({"model": "{tmp}/text"}, [], "a GPT2LMHeadModel; expected one of Llava"),
         ({}, [], "AssertionError: weights were loaded"),  # nothing is wrong
     ],

@@ -33,6 +33,8 @@ def test_a_directory_with_another_run(new_llava: Callable, processor: Any, tmp_p
     (tmp_path / "notes" / "a.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="holds other files than a run's"):
         trainer(new_llava(), processor, tmp_path / "notes")
+    with pytest.raises(FileExistsError, match="a.txt is a file; give a new output_dir"):
+        trainer(new_llava(), processor, tmp_path / "notes" / "a.txt")
     assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
 
 

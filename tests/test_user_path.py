@@ -310,6 +310,8 @@ def _batch(processor: Any, image: Path) -> dict[str, Any]:
         (["eval", "{run}", "--after", "digits"], "no state after task 'digits'; expected one of color, shape"),
         (["ask", "{run}", "--image", "{run}/run.json", "what?"], "cannot be read as an image"),
         (["export", "{run}", "--task", "color", "--output", "{run}"], "holds something already"),
+        (["export", "{run}", "--task", "color", "--output", "{run}/run.json"], "run.json is a file; give"),
+        (["eval", "{run}", "--output", "{run}/run.json"], "run.json is a file; give"),
         (["export", "{run}", "--output", "{run}/new"], "nothing says what; expected --task or --instruction"),
         (["export", "{run}", "--task", "digits", "--output", "{run}/new"], "digits"),
         (["eval", "{run}/increments"], "config.yaml does not exist"),

@@ -111,17 +111,20 @@ def find_run(output_dir: Path, identity: dict[str, Any], resume: bool) -> dict[s
     measured is the same.
 
     Raises:
-        FileExistsError: ``output_dir`` holds another run or other files, or this one and ``resume`` is off.
+        FileExistsError: ``output_dir`` is a file or holds another run or other files, or this one and ``resume`` is
+            off.
         DamagedError: see ``RunFile``.
         InUseError: another process runs in it.
     """
     check_free(output_dir)
     if not output_dir.exists():
         return None
+    if not output_dir.is_dir():
+        raise FileExistsError(f"{output_dir} is a file; give a new output_dir (--output)")
     ours = (CONFIG, LOCK)
-    if output_dir.is_dir() and all(file.name in ours or PARTIAL in file.name for file in output_dir.iterdir()):
+    if all(file.name in ours or PARTIAL in file.name for file in output_dir.iterdir()):
         return None
-    found = RunFile(output_dir).read() if output_dir.is_dir() else None
+    found = RunFile(output_dir).read()
     if found is None:
         raise FileExistsError(f"{output_dir} holds other files than a run's; give a new output_dir")
     identity, do = json.loads(json.dumps(identity)), ""
