@@ -375,6 +375,9 @@ def test_increments_of_a_template_of_ones_own_are_asked_with_it(
     assert cli.main([*export, "--chat-template", str(template)]) == 0
     assert cli.main([*ask, "--chat-template", str(tmp_path)]) == 1
     assert "which is no file; expected a template in Jinja" in capsys.readouterr().err
+    template.write_text("{% for m in messages %}\n{{ m['role'] }\n{% endfor %}")
+    assert cli.main([*ask, "--chat-template", str(template)]) == 1
+    assert "own.jinja', which is no Jinja in line 2: unexpected '}'; expected what" in capsys.readouterr().err
     template.write_bytes(b"\xff")
     (finished / "config.yaml").write_text("stream: coin\nmodel: path/of/llava\n")
     for folder, message in (

@@ -247,6 +247,7 @@ class TestRefusals:
         ("template", "message"),
         [
             ("{{ messages[-1]['content'][0]['text'] }}", "does not write every turn as it is"),
+            ("{% if messages %}\n{{ messages }\n{% endif %}", "user.*: no Jinja in line 2, unexpected '}'; leave out"),
             ("{% for m in messages %}{{ m['content'][-1]['text'] | upper }}{% endfor %}", "does not write every turn"),
             ("{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}", "0 image tokens"),
         ],

@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import TrainingArguments
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import cllava_fast as cf
 from cllava_fast import distributed
@@ -165,9 +167,16 @@ def _text_of(file: str) -> str:
     if not Path(file).is_file():
         raise FileNotFoundError(f"--chat-template is {file!r}, which is no file; expected a template in Jinja")
     try:
-        return read_file(Path(file), MAX_TEMPLATE_BYTES).decode()
+        text = read_file(Path(file), MAX_TEMPLATE_BYTES).decode()
+        render_jinja_template([], chat_template=text)  # of no conversation: it is compiled alone
     except UnicodeDecodeError as error:
         raise ValueError(f"--chat-template is {file!r}, which is no text in UTF-8: {error}") from None
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"--chat-template is {file!r}, which is no Jinja in line {error.lineno}: {error.message}; expected what "
+            "processor.chat_template held in training"
+        ) from None
+    return text
 
 
 def run_config(folder: Path, base: str | None = None) -> RunConfig:

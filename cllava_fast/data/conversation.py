@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateSyntaxError
+
 from cllava_fast.model.instructions import message
 from cllava_fast.model.text import PlainText, Token, overlapping
 
@@ -142,9 +144,10 @@ class Conversation:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
         except Exception as error:  # whatever a template raises
             roles = ", ".join(str(message["role"]) for message in messages[:4])
+            line = f"no Jinja in line {error.lineno}, " if isinstance(error, TemplateSyntaxError) else ""
             raise ValueError(
                 f"the chat template does not write {len(messages)} turns ({roles}{', ...' * (len(messages) > 4)}): "
-                f"{str(error) or type(error).__name__}; leave out what it does not know, or {SET_TEMPLATE}"
+                f"{line}{str(error) or type(error).__name__}; leave out what it does not know, or {SET_TEMPLATE}"
             ) from error
         literals = []
         for mark in marks:
