@@ -54,6 +54,8 @@ def task(name: str = "a", **splits: Any) -> Task:
         ([task(test=[Sample("what?", "x", system=5)])], ValueError, r"a/test\[0\]: system is 5; expected a text"),
         ([task(5)], ValueError, r"'stream': tasks\[0\].name is 5; expected a text"),
         ([task("a"), task(" ")], ValueError, r"tasks\[1\].name is ' '; expected a text in UTF-8 that is not blank"),
+        ([task("a"), task("a ")], ValueError, r"tasks\[1\].name is 'a '; .* without blanks at its ends"),
+        ([task("\u2003a")], ValueError, r"tasks\[0\].name is .*a'; .* without blanks at its ends"),
         *(([task(f"a{c}b")], ValueError, r"name is 'a.*b'; .* without control") for c in "\0\t\n\r\x1b\x85"),
         ([task("\ud800")], ValueError, r"tasks\[0\].name is '\\ud800'; expected a text in UTF-8"),
         (

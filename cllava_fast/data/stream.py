@@ -157,11 +157,11 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 def check_name(name: Any, what: str) -> None:
     """Raises ValueError for a task's name that no file could hold or table show. ``what`` is what errors call it."""
-    is_text = isinstance(name, str) and name.strip() and _is_unicode(name)
+    is_text = isinstance(name, str) and name and name == name.strip() and _is_unicode(name)
     if not is_text or any(unicodedata.category(character) == "Cc" for character in name):
         raise ValueError(
             f"{what} is {brief(name)}; expected a text in UTF-8 that is not blank, without control characters such as "
-            "line ends"
+            "line ends, and without blanks at its ends"
         )
 
 
