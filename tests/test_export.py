@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import cllava_fast as cf
+from cllava_fast import cli
+from cllava_fast.cli.base import load_base
+from cllava_fast.config import ModelConfig
 from cllava_fast.data import chat_template, pad_to_square
+from cllava_fast.demo.base import FOLDER
+from cllava_fast.methods import config_from_dict
 from cllava_fast.model import files
 from tests.helpers import QUESTIONS, inputs, learn, logits
 
@@ -174,6 +179,16 @@ def test_the_card_says_what_was_not_as_the_bases_processor_has_it(
     assert "`vicuna_v1` (cllava_fast.data.chat_template), images with do_pad `True`, unlike the base's own" in line
     other.chat_template += " "
     assert "chat template of its own, images with do_pad" in row(other, "own")[0]
+
+
+def test_a_method_that_is_told_the_task_is_asked_for_none_but_that(
+    tmp_path: Path, generator: torch.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = load_base(ModelConfig(path=str(FOLDER)))
+    learn(cf.patch(model, config_from_dict({"method": "per_task_lora"}), processor=processor), 1, generator)
+    saved = cf.save_pretrained(model, tmp_path / "saved")
+    assert cli.main(["export", str(saved), "--output", str(tmp_path / "lora")]) == 1
+    assert capsys.readouterr().err.rstrip().endswith("selects, and nothing says what; expected --task")
 
 
 def test_refusals_write_nothing(llava: Any, processor: Any, tmp_path: Path, generator: torch.Generator) -> None:

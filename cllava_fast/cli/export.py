@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--task", help="the mean of what acted on this task's training samples")
     what.add_argument(
-        "--instruction", metavar="TEXT", help="what this question selects; neither for a method that does not select"
+        "--instruction",
+        metavar="TEXT",
+        help="what this question selects, unless the method is told the task; neither for one that does not select",
     )
     parser.add_argument("--rank", type=int, metavar="N", help="at most this rank; the answer says what it costs")
     parser.add_argument("--after", metavar="TASK", help="as the model was after this task (default: after the last)")
@@ -39,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, _ = open_run(arguments.run_dir, arguments.after, arguments.model, arguments.chat_template)
     method = model.increments.method
     if method.uses_query and not method.routes and arguments.task is None and arguments.instruction is None:
-        raise ValueError(f"{method.config.method} selects, and nothing says what; expected --task or --instruction")
+        wanted = "--task" if method.uses_task else "--task or --instruction"
+        raise ValueError(f"{method.config.method} selects, and nothing says what; expected {wanted}")
     report = cf.export_peft(
         model, arguments.output, task=arguments.task, instruction=arguments.instruction, rank=arguments.rank
     )
