@@ -185,6 +185,15 @@ def test_a_long_stream_fits_a_narrow_terminal(results: dict) -> None:
     assert printed.count("relaxed accuracy") == 8 and "Continual LLaVA" in printed
 
 
+def test_a_title_is_not_as_narrow_as_its_table(results: dict) -> None:
+    narrow = {**results, "stream": ["a"], "orders": [["a"]] * 3, "methods": {"slm": method([[0.5]])}}
+    console = Console(record=True, width=80, file=open("/dev/null", "w"))
+    report.print_table({**narrow, "metrics": {"a": "exact_match"}}, console)
+    title, *table = console.export_text().splitlines()
+    assert title == "accuracy in % after the last task, 2 seed(s) and 3 orders of the tasks"
+    assert max(map(len, table)) < len(title)
+
+
 @pytest.mark.parametrize("tasks", [4, 8])
 @pytest.mark.parametrize("width", [30, 80])
 def test_no_number_and_no_name_is_cut_off(results: dict, tasks: int, width: int) -> None:

@@ -138,12 +138,13 @@ def print_table(results: Mapping[str, Any], console: Any = None) -> None:
     split = results.get("config", {}).get("split", "test")
     where = "" if split == "test" else f" on the {escape(printable(split))} split"
     title = f"{quantity(results)} in %{where} {after}, {over_runs(results)}"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for position, name in enumerate(lines[0]):
         shown.add_column(escape(printable(name)), justify="left" if position == 0 else "right", no_wrap=True)
     for line in lines[1:]:
         shown.add_row(*(escape(printable(cell)) for cell in line))
     console.width = max(console.width, _width(lines))  # a number that is cut off would be another number
+    console.print(title, style="italic", highlight=False)  # of a Table it would be as narrow as that
     console.print(shown)
 
 
