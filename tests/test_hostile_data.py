@@ -80,6 +80,8 @@ def test_encodings_and_empty_files(tmp_path: Path) -> None:
     for data in (b"", json.dumps([GOOD]).encode("utf-16"), json.dumps([GOOD], ensure_ascii=False).encode() + b"\xff"):
         path.write_bytes(data)
         refused(path, "is no JSON in UTF-8")
+    path.write_bytes(b" \n")
+    refused(path, "is empty; expected a list of records")
     path.write_bytes(b"[]")
     assert read_samples(path) == []
     lines = tmp_path / "a.jsonl"

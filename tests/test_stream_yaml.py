@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def spec(**task: Any) -> dict[str, Any]:
-    first = {"name": "charts", "train": "charts.json", "test": "charts.json", **task}
+    first = {"name": "charts", "train": "charts.json", "test": "forms.jsonl", **task}
     return {"name": "mine", "images": "images", "tasks": [{k: v for k, v in first.items() if v is not None}]}
 
 
@@ -111,6 +111,15 @@ def test_a_wrong_stream_is_refused_before_its_files_are_sought(tmp_path: Path, c
     with pytest.raises(ValueError, match=message) as raised:
         load_stream(save(tmp_path, content))
     assert "stream.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [("none.json", "[]"), ("none.jsonl", "\n")])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_file_is_named(folder: Path, name: str, text: str, split: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} is empty; expected at least one {split} sample of task 'charts'"):
+        load_stream(spec(**{split: name}), base=folder)
+    assert len(load_stream(spec(validation=name), base=folder).tasks[0].validation) == 0
 
 
 def test_a_prompt_without_a_place_for_the_question(folder: Path) -> None:

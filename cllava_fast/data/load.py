@@ -78,6 +78,10 @@ class _TaskSpec:
 
     def read(self, root: Path) -> Task:
         read = {split: self._samples(source, root) for split, source in self.splits.items()}
+        for split in ("train", "test"):
+            if not len(read[split]):
+                path, what = under(root, self.splits[split].path), f"{split} sample of task {self.name!r}"
+                raise ValueError(f"{path} is empty; expected at least one {what}")
         return Task(self.name, metric=self.metric, **read)
 
     def _samples(self, source: _Source, root: Path) -> Sequence[Sample]:

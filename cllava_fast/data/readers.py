@@ -131,8 +131,13 @@ class JsonLines(_LazySamples):
 
 
 def _from_json(path: Path, reader: RecordReader) -> list[Sample]:
+    data = read_file(path, MAX_JSON_BYTES)
+    if not data.strip():
+        raise ValueError(
+            f"{reader.source} is no JSON in UTF-8: it is empty; expected a list of records, [{{...}}, ...]"
+        )
     try:
-        records = parse_json(read_file(path, MAX_JSON_BYTES), reader.source)
+        records = parse_json(data, reader.source)
     except ValueError as error:
         hint = "; a file of one record a line is called .jsonl" if "Extra data" in str(error) else ""
         raise ValueError(f"{error}{hint}") from None
