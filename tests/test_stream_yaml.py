@@ -113,6 +113,18 @@ def test_a_wrong_stream_is_refused_before_its_files_are_sought(tmp_path: Path, c
     assert "stream.yaml" in str(raised.value)
 
 
+def test_what_is_measured_on_what_was_learned_is_said_once(folder: Path) -> None:
+    content = spec(test="./charts.json")
+    content["tasks"] += [
+        {"name": "forms", "train": "forms.jsonl", "test": str(folder / "forms.jsonl")},
+        {"name": "both", "train": "charts.json", "test": "forms.jsonl"},
+    ]
+    with pytest.warns(UserWarning) as warned:
+        load_stream(content, base=folder)
+    assert len(warned) == 1
+    assert "train and test of ['charts', 'forms'] are one file" in str(warned[0].message)
+
+
 @pytest.mark.parametrize(("name", "text"), [("none.json", "[]"), ("none.jsonl", "\n")])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_empty_file_is_named(folder: Path, name: str, text: str, split: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def ready_streams() -> list[str]:
 
 
 def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None = None) -> Stream:
-    """A stream from YAML, checked whole before anything is read; see ``docs/data.md``.
+    """A stream from YAML, checked whole before anything is read; see ``docs/data.md``. Warns of tasks whose train and
+    test are one file.
 
     Args:
         source: the path of a stream's YAML, the mapping that such a file holds, or one of ``ready_streams()``.
@@ -48,6 +50,13 @@ def load_stream(source: str | Path | Mapping[str, Any], base: str | Path | None 
         raise FileNotFoundError(
             f"{title}: {len(missing)} files or folders are missing; relative paths start from base={str(root)!r}\n  "
             + "\n  ".join(missing)
+        )
+    same = [task.name for task in tasks if task.place("train", root) == task.place("test", root)]
+    if same:
+        warnings.warn(
+            f"{title}: train and test of {brief(same)} are one file, so that what is measured is what was learned; "
+            "give questions that are not trained as test",
+            stacklevel=2,
         )
     return Stream([task.read(root) for task in tasks], name=spec.get("name", "stream"))
 
@@ -75,6 +84,11 @@ class _TaskSpec:
         if self.images is not None and not os.path.isdir(under(root, self.images)):
             lines.append(f"image folder: {self.images}")
         return lines
+
+    def place(self, split: str, root: Path) -> _Source:
+        """Where the samples of ``split`` are read from."""
+        source = self.splits[split]
+        return replace(source, path=os.path.realpath(under(root, source.path)))
 
     def read(self, root: Path) -> Task:
         read = {split: self._samples(source, root) for split, source in self.splits.items()}
