@@ -116,7 +116,7 @@ def load_config(
         FileNotFoundError: there is no such file.
         ValueError: unknown names, values of a wrong type or out of range, a missing ``model``, no YAML mapping.
     """
-    file = Path(source)
+    file, flags = Path(source), flags or {}
     if file.suffix in (".yaml", ".yml") or file.is_file():
         values, where, folder = read_yaml(file), f"{file}: ", file.parent.resolve()
     else:
@@ -129,26 +129,20 @@ def load_config(
     if "stream" in values:
         _text(values["stream"], f"{where}stream")
     own_base = _text(values.get("base", "."), f"{where}base")
-    sections = {name: _section(name, values.get(name), where) for name in SECTIONS}
-    _rebase(sections["model"], "path", folder)
-    _rebase(sections["model"], "increments", folder)
-    _rebase(sections["training"], "output_dir", folder, always=True)
-    for name, value in (flags or {}).items():
-        section, _, key = name.partition(".")
-        sections[section][key] = value
+    sections = _sections(values, flags, where, folder)
     if isinstance(sections["model"].get("increments"), str):
         learned_by = _method_of(sections["model"]["increments"])
         if sections["method"].get("name", learned_by["name"]) == learned_by["name"]:
             sections["method"] = {**learned_by, **sections["method"]}
     method = sections["method"].pop("name", IncrementConfig.method)
     if not isinstance(method, str) or method not in METHODS:
-        given = "--method.name" if "method.name" in (flags or {}) else f"{where}method.name"
         raise ValueError(
-            f"{given} is {brief(method)}; {nearest(str(method), METHODS)}, or import the module that registers it"
+            f"{_given('method', 'name', where, flags)} is {brief(method)}; {nearest(str(method), METHODS)}, or import "
+            "the module that registers it"
         )
     if "path" not in sections["model"]:
         raise ValueError(f"{where}model is missing; give --model PATH, or model: PATH in the file")
-    _check_fields(method, sections["method"], where, flags or {})
+    _check_fields(method, sections["method"], where, flags)
     stream: dict[str, Any] | str = {key: values[key] for key in STREAM_KEYS if key in values}
     stream = values.get("stream", stream)
     name = stream if isinstance(stream, str) else stream.get("name") or file.stem
@@ -180,26 +174,31 @@ def _check_fields(method: str, values: Mapping[str, Any], where: str, flags: Map
     for name in values:
         theirs = [other for other, (config, _) in METHODS.items() if name in config.__dataclass_fields__]
         if theirs and method not in theirs:
-            given = f"--method.{name}" if f"method.{name}" in flags else f"{where}method.{name}"
+            given = _given("method", name, where, flags)
             raise ValueError(f"{given} is a field of {', '.join(theirs)}; this run's method is {method}")
 
 
-def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, flags: Mapping[str, Any] | None) -> Any:
+def _given(section: str, key: str, where: str, flags: Mapping[str, Any]) -> str:
+    """What errors call a field: the flag that gave it, or its place in the file."""
+    name = f"{section}.{key}"
+    return f"--{name}" if name in flags else f"{where}{name}"
+
+
+def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, flags: Mapping[str, Any]) -> Any:
     """The dataclass that ``values`` describe, each converted to its field's type."""
     hints = get_type_hints(cls)
     names = [f.name for f in fields(cls)]
     check_names(values, names, f"{where}{section}.")
     result: dict[str, Any] = {}
     for key, value in values.items():
-        given = f"--{section}.{key}" if f"{section}.{key}" in (flags or {}) else f"{where}{section}.{key}"
-        if given.startswith("--") and isinstance(value, str):
+        if f"{section}.{key}" in flags and isinstance(value, str):
             value = from_text(value, hints[key])
-        result[key] = convert(value, hints[key], given)
+        result[key] = convert(value, hints[key], _given(section, key, where, flags))
     try:
         return cls(**result)
     except (ValueError, TypeError) as error:
         flag = f"{section}.{str(error).partition(' ')[0]}"  # an error begins with the field's name
-        raise type(error)(f"{f'--{flag}' if flag in (flags or {}) else where + section}: {error}") from error
+        raise type(error)(f"{f'--{flag}' if flag in flags else where + section}: {error}") from error
 
 
 def from_text(text: str, kind: Any) -> Any:
@@ -226,6 +225,20 @@ def typed_fields(*classes: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
         for entry in fields(cls):
             found.setdefault(entry.name, (entry, hints[entry.name]))
     return found
+
+
+def _sections(
+    values: Mapping[str, Any], flags: Mapping[str, Any], where: str, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Of the file, its relative paths from ``folder``, with what flags say in their place."""
+    sections = {name: _section(name, values.get(name), where) for name in SECTIONS}
+    _rebase(sections["model"], "path", folder)
+    _rebase(sections["model"], "increments", folder)
+    _rebase(sections["training"], "output_dir", folder, always=True)
+    for name, value in flags.items():
+        section, _, key = name.partition(".")
+        sections[section][key] = value
+    return sections
 
 
 def _section(name: str, value: Any, where: str) -> dict[str, Any]:
