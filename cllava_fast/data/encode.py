@@ -60,8 +60,8 @@ class Encoder:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
         self._conversation = Conversation(processor)
+        self.tokenizer = self._conversation.tokenizer
         image_token = getattr(processor, "image_token", None)
         # a tokenizer alone, of a model without images, has none; -1 is no token's id
         self.image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)

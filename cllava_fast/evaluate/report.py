@@ -164,15 +164,14 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
     The first row names each task's metric, unless all are exact match.
     """
     tasks, compared_with = results["stream"], yardstick(results)
+    significance = functools.partial(_significance, results["methods"].get(compared_with))
     averages: list[Column] = [
         ("average", True, _summary("average_accuracy", spread=True)),
-        (P_VALUE, False, functools.partial(_significance, results["methods"].get(compared_with))),
+        *([] if compared_with is None else [(P_VALUE, False, significance)]),
         ("forgetting", True, _summary("average_forgetting", spread=not brief)),
         ("BWT", False, _summary("backward_transfer", spread=True)),
         ("MAA", False, _summary("mean_average_accuracy", spread=True)),
     ]
-    if compared_with is None:
-        del averages[1]
     columns: list[Column] = [
         *averages,
         *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
