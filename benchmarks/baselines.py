@@ -68,8 +68,7 @@ def grouped(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
 ) -> Tensor:
     """The thin products as grouped ones, a group a sample."""
-    if past:
-        A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
+    A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
     samples, tokens, _ = x.shape
     ends = torch.arange(1, samples + 1, device=x.device, dtype=torch.int32) * tokens
     low = grouped_mm()(x.flatten(0, 1), rows(A, index).transpose(1, 2), offs=ends)  # [B * S, P * R]
@@ -137,8 +136,7 @@ def dense_by_sample(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
 ) -> Tensor:
     """A dense weight for each sample."""
-    if past:
-        A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
+    A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
     scaled = _strength(coefficient, B, x).transpose(1, 2) * rows(B, index)  # [B, P * R, d_out]
     offset = torch.bmm(scaled.transpose(1, 2), rows(A, index))  # [B, d_out, d_in]
     return torch.bmm(x, (weight + offset).transpose(1, 2))
@@ -148,8 +146,7 @@ def dense_by_batch(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor
 ) -> Tensor:
     """The ancestor: one selection for the whole batch, the first sample's, added to the frozen weight."""
-    if past:
-        A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
+    A, B, index, coefficient = _joined(A, B, index, coefficient, *past)
     offset = torch.einsum("p,pro,pri->oi", coefficient[0].to(x.dtype), B[index[0]], A[index[0]])  # [d_out, d_in]
     return F.linear(x, weight + offset)
 
@@ -181,6 +178,8 @@ def _strength(coefficient: Tensor, factor: Tensor, x: Tensor) -> Tensor:  # [B, 
 
 
 def _joined(A: Tensor, B: Tensor, index: Tensor, coefficient: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    if not past:
+        return A, B, index, coefficient
     past_A, past_B, past_coefficient = past
     every = torch.arange(len(past_A), device=index.device).expand(len(index), -1)
     indices = torch.cat([index, every + A.shape[0]], 1)

@@ -162,12 +162,10 @@ class State:
                 row |= {kind: f"{type(found).__name__}: {found}"}
             else:
                 row |= {
-                    "ours": name == own(module),
-                    "rival": is_rival(name, module, ways),
-                }
-                row |= {"note": ways[name].note, "median": found.median, "iqr": found.iqr, "error": found.error}
-                row |= {"rounds": len(found.seconds), "extra_memory": found.extra_memory}
-                row |= module.work(point)._asdict()
+                    "ours": name == own(module), "rival": is_rival(name, module, ways), "note": ways[name].note,
+                    "median": found.median, "iqr": found.iqr, "error": found.error, "rounds": len(found.seconds),
+                    "extra_memory": found.extra_memory, **module.work(point)._asdict(),
+                }  # fmt: skip
             self.content["rows"].append(row)
         self._write()  # after each, so that a session that is cut off leaves what it found
 

@@ -138,9 +138,9 @@ def loses(ways: Mapping[str, Row]) -> bool:
 
 def table(grouped: Mapping[tuple[str, ...], Mapping[str, Row]], content: Mapping[str, Any]) -> str:
     """A line a comparison, a column a way: the ratio to the floor or the fastest rival; memory and error below it."""
-    timed = dict.fromkeys(way for ways in grouped.values() for way, row in ways.items() if "median" in row)
-    names = [*timed, *dict.fromkeys(w for ways in grouped.values() for w, row in ways.items() if "wrong" in row)]
-    names = list(dict.fromkeys(names))
+    found = [(name, row) for ways in grouped.values() for name, row in ways.items()]
+    # those that have a time come first
+    names = list(dict.fromkeys(name for kind in ("median", "wrong") for name, row in found if kind in row))
     on_gpu = not content["device"].startswith("CPU")
     whole_steps = any("tokens" in row for ways in grouped.values() for row in ways.values())
     device_columns = ["ms", "tokens/s", "GiB"] if whole_steps else ["us", "GB/s", "TFLOP/s"]
@@ -246,17 +246,18 @@ def pictures(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+BARS: dict[str, tuple[Callable[[Row, Row], float], str]] = {  # how long each is, and what that says
+    "time": (lambda row, to: row["median"] / to["median"], "times the floor or the fastest rival"),
+    "memory": (lambda row, to: (row.get("extra_memory") or 0) / 2**20, "MiB at the peak beyond the inputs"),
+}
+
+
 def draw(stem: str, content: Mapping[str, Any], folder: Path) -> None:
     for name, title in pictures(content):
         path = folder / f"{stem}-{name}.png"
         op, _, kind = name.partition("-")
-        if kind == "":
-            figure = roofline(content["rows"])
-        else:
-            relative = lambda row, to: row["median"] / to["median"]  # noqa: E731
-            memory = lambda row, to: (row.get("extra_memory") or 0) / 2**20  # noqa: E731
-            label = "MiB at the peak beyond the inputs" if kind == "memory" else "times the floor or the fastest rival"
-            figure = bars(whole(content["rows"], op), memory if kind == "memory" else relative, label)
+        rows = content["rows"]
+        figure = bars(whole(rows, op), *BARS[kind]) if kind else roofline(rows)
         figure.suptitle(f"{title}\n{content['device']}", fontsize=10)
         atomic.write_file(path, lambda to, figure=figure: figure.savefig(to, dpi=110, format="png", facecolor="white"))
 
