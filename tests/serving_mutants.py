@@ -426,7 +426,8 @@ SERVING_MUTANTS = [
     ("activity is each process's own", BRANCH, "distributed.average(gates)", "pass", PROCESSES),
     (
         "each process takes the lock to look", "cllava_fast/cli/running.py",
-        "distributed.on_main(lambda: _check_output(config, stream))", "_check_output(config, stream)", PROCESSES,
+        "distributed.on_main(lambda: _check_output(config, stream, processor))",
+        "_check_output(config, stream, processor)", PROCESSES,
     ),
     (
         "an evaluation alone is each process's own", "cllava_fast/evaluate/evaluation.py", "distributed.start()",

@@ -9,11 +9,13 @@ import sys
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import AutoProcessor
 
 import cllava_fast as cf
 from cllava_fast import cli
@@ -50,6 +52,19 @@ def command(tmp_path: Path) -> list[str]:
 
 def damage(image: Path) -> None:
     image.write_bytes(image.read_bytes()[:60])
+
+
+@pytest.mark.parametrize("end", [["--dry-run"], ["--resume"]])
+def test_the_processor_is_loaded_once(
+    command: list[str], end: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what a run that was killed at once has left, too."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    load = Mock(wraps=AutoProcessor.from_pretrained)
+    monkeypatch.setattr("cllava_fast.cli.base.AutoProcessor.from_pretrained", load)
+    assert cli.main([*command[:-1], *end]) == (end == ["--resume"])  # the base has no weights
+    assert load.call_count == 1
 
 
 def test_a_sound_stream_is_counted_and_nothing_is_written(

@@ -57,13 +57,13 @@ def check_base(config: ModelConfig, method: MethodConfig) -> None:
     adapted_linears(model, method.targets)
 
 
-def load_base(config: ModelConfig) -> tuple[Any, Any]:
-    """The model in evaluation mode, and its processor (a tokenizer, for a text-only model).
+def load_base(config: ModelConfig, processor: Any = None) -> tuple[Any, Any]:
+    """The model in evaluation mode, and its processor (a tokenizer, for a text-only model), the given one if any.
 
     Raises:
         ValueError: a processor that cannot encode, such as one without a chat template; before weights are loaded.
     """
-    processor = load_processor(config)
+    processor = load_processor(config) if processor is None else processor
     Encoder(processor)
     options: dict[str, Any] = {
         "dtype": config.dtype,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cllava_fast.cli.base import check_base, load_processor, model_config
+from cllava_fast.cli.base import model_config
 from cllava_fast.config import RunConfig
 from cllava_fast.data import Sample, Stream
 from cllava_fast.data.encode import Encoder, Example, ImageFeatures
@@ -31,16 +31,14 @@ SHOWN = 20  # faults
 AT_ONCE = 1024  # images that wait for a thread
 
 
-def look_through(config: RunConfig, stream: Stream) -> None:
-    """Decodes every image and encodes every sample that a run would use, and prints a table of them.
+def look_through(config: RunConfig, stream: Stream, processor: Any) -> None:
+    """Decodes every image and encodes every sample that a run would use, and prints a table of them. ``stream`` and
+    ``processor`` are of ``open_new``.
 
     Raises:
         ValueError: what would stop the run: all images that cannot be decoded, and of each split the samples longer
             than the model allows, or the first whose turns the chat template does not write.
-        FileNotFoundError, TypeError: as ``check_base``.
     """
-    check_base(config.model, config.method)
-    processor = load_processor(config.model)
     encoder = Encoder(processor)
     limit = token_limit(encoder.tokenizer, model_config(config.model))
     used = ("train", config.training.eval_split)

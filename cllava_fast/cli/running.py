@@ -36,8 +36,8 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 def train(config: RunConfig) -> cf.ContinualResult:
     """Learns the configuration's stream, with everything that can be refused refused before a weight is loaded."""
-    stream, before = open_new(config), config.model.increments
-    model, processor = open_base(config)  # which checks what it loads first
+    (stream, processor), before = open_new(config), config.model.increments
+    model, _ = open_base(config, processor)
     if before is None:
         model = cf.patch(model, config.method, processor=processor)
     else:
@@ -48,8 +48,9 @@ def train(config: RunConfig) -> cf.ContinualResult:
         return trainer.train()
 
 
-def open_new(config: RunConfig) -> Stream:
-    """The stream of a run that is to begin or to go on. Raises for what of its configuration stands against it."""
+def open_new(config: RunConfig) -> tuple[Stream, Any]:
+    """The stream of a run that is to begin or to go on, and its processor. Raises for what of its configuration stands
+    against it."""
     distributed.start()
     _check_trainer_options(config)
     before = config.model.increments
@@ -62,8 +63,10 @@ def open_new(config: RunConfig) -> Stream:
     check_tasks(stream, config.training.eval_split)
     if before is not None:
         _check_new(stream, Path(before))
-    distributed.on_main(lambda: _check_output(config, stream))
-    return stream
+    check_base(config.model, config.method)
+    processor = load_processor(config.model)
+    distributed.on_main(lambda: _check_output(config, stream, processor))
+    return stream, processor
 
 
 def _check_method(config: RunConfig, increments: Path) -> None:
@@ -90,16 +93,12 @@ def _check_new(stream: Stream, increments: Path) -> None:
         raise ValueError(f"{increments} has learned {brief(again)} already; leave them out of the stream")
 
 
-def _check_output(config: RunConfig, stream: Stream) -> None:
+def _check_output(config: RunConfig, stream: Stream, processor: Any) -> None:
     """By the main process alone: whoever looks holds the run's lock for a moment."""
     output = Path(config.training.output_dir)
     check_writable(output)
     if not is_empty(output):
-        check_base(config.model, config.method)
-        identity = {
-            **run_identity(config.method, config.training, stream),
-            **processor_identity(load_processor(config.model)),
-        }
+        identity = {**run_identity(config.method, config.training, stream), **processor_identity(processor)}
         if config.model.increments is None:
             identity["learned_before"] = None
         find_run(output, identity, config.training.resume)
@@ -128,11 +127,12 @@ def open_stream(config: RunConfig) -> Stream:
         raise kind(f"{config.source}: {str(error).removeprefix('stream: ')}") from error
 
 
-def open_base(config: RunConfig) -> tuple[Any, Any]:
-    """The frozen base of a run, and its processor."""
-    check_base(config.model, config.method)
+def open_base(config: RunConfig, processor: Any = None) -> tuple[Any, Any]:
+    """The frozen base of a run, and its processor: that of ``open_new``, which has checked the base, if any."""
+    if processor is None:
+        check_base(config.model, config.method)
     logging.disable_progress_bar()
-    return load_base(config.model)
+    return load_base(config.model, processor)
 
 
 def open_run(

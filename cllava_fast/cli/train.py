@@ -67,10 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from cllava_fast.cli.dry_run import look_through
 
-        stream, is_main = open_new(config), distributed.is_main()
+        (stream, processor), is_main = open_new(config), distributed.is_main()
         distributed.finish()  # the others would wait for longer than they may
         if is_main:
-            look_through(config, stream)
+            look_through(config, stream, processor)
             print("\nNothing was found that would stop this run; the same command without --dry-run begins it.")
         return 0
     learned = train(config).task_names
