@@ -17,6 +17,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -50,13 +51,23 @@ def main() -> None:
             sys.exit(f"CLLAVA_BUILD_CUDA=1, but {reason}")
         else:
             print(f"cllava_fast: {builder.LIBRARIES[kind]}.so is not built: {reason}", file=sys.stderr)
-    setup(ext_modules=extensions, cmdclass={"build_ext": NativeBuild, "bdist_wheel": AnyPython})
+    commands = {"build": FreshBuild, "build_ext": NativeBuild, "bdist_wheel": AnyPython}
+    setup(ext_modules=extensions, cmdclass=commands)
 
 
 def no_cuda() -> str | None:
     import torch
 
     return "this torch has no CUDA (CLLAVA_BUILD_CUDA=1 builds all the same)" if torch.version.cuda is None else None
+
+
+class FreshBuild(build):
+    """A wheel would ship what an earlier build left: a library that this one leaves out or failed to make, a module
+    that is gone."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, "cllava_fast"), ignore_errors=True)
+        super().run()
 
 
 class NativeBuild(build_ext):

@@ -307,6 +307,16 @@ def test_a_wheel_is_free_of_the_python_version(tmp_path: Path) -> None:
     assert "cllava_fast/_native_cpu.so" in zipfile.ZipFile(wheel).namelist()
 
 
+def test_a_build_ships_nothing_that_the_one_before_left(tmp_path: Path) -> None:
+    left = [tmp_path / "cllava_fast" / name for name in ("_native_cpu.so", "_native_cuda.so", "renamed.py")]
+    left[0].parent.mkdir()
+    for file in left:
+        file.write_text("of an earlier build")
+    done = setup("build", "--build-lib", str(tmp_path), CLLAVA_BUILD_CUDA="0", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "cllava_fast" / "pool.py").exists() and not [file for file in left if file.exists()]
+
+
 def test_the_source_distribution_has_what_the_readme_speaks_of_and_no_tests(tmp_path: Path) -> None:
     done = setup("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
