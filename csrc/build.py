@@ -90,6 +90,16 @@ def architectures() -> list[str]:
     return flags
 
 
+def most_jobs() -> int | None:
+    """MAX_JOBS, or None."""
+    given = os.environ.get("MAX_JOBS")
+    if not given:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise BuildError(f"MAX_JOBS: expected a number from 1 on, got {given!r}")
+    return int(given)
+
+
 def build(kind: str) -> Path:
     """Compiles what changed and links; the library's path, under build/native."""
     import torch
@@ -134,7 +144,8 @@ def _with_ninja(
         f"build {name}.so: link {' '.join(objects.values())}",
     ]
     (BUILD / f"{name}.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    most = most_jobs()
+    jobs = [] if most is None else ["-j", str(most)]
     tool = ninja()
     assert tool is not None
     if subprocess.run([tool, *jobs, "-C", str(BUILD), "-f", f"{name}.ninja"]).returncode:
@@ -150,7 +161,7 @@ def _without_ninja(
         if done.returncode:
             raise BuildError(f"{name}.so: the compiler failed; its messages are above (pip shows them with -v)")
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(most_jobs() or os.cpu_count() or 1) as pool:
         list(pool.map(lambda item: run([*compiler, "-c", str(item[0]), "-o", item[1]]), objects.items()))
     run([*linker, *objects.values(), *libraries, "-o", f"{name}.so"])
 

@@ -266,6 +266,10 @@ def test_it_builds_without_ninja(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(copy)!r}); import build; build.ninja = lambda: None; build.main(['cpu'])"
     )
+    refused = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"MAX_JOBS": "0"}, capture_output=True, text=True
+    )
+    assert refused.stderr == "MAX_JOBS: expected a number from 1 on, got '0'\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "cllava_fast" / "_native_cpu.so").exists(), done.stderr
 
