@@ -19,6 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -51,8 +52,8 @@ def main() -> None:
             sys.exit(f"CLLAVA_BUILD_CUDA=1, but {reason}")
         else:
             print(f"cllava_fast: {builder.LIBRARIES[kind]}.so is not built: {reason}", file=sys.stderr)
-    commands = {"build": FreshBuild, "build_ext": NativeBuild, "bdist_wheel": AnyPython}
-    setup(ext_modules=extensions, cmdclass=commands)
+    commands = {"build": FreshBuild, "editable_wheel": FreshEditable}
+    setup(ext_modules=extensions, cmdclass={**commands, "build_ext": NativeBuild, "bdist_wheel": AnyPython})
 
 
 def no_cuda() -> str | None:
@@ -67,6 +68,15 @@ class FreshBuild(build):
 
     def run(self) -> None:
         shutil.rmtree(Path(self.build_lib, "cllava_fast"), ignore_errors=True)
+        super().run()
+
+
+class FreshEditable(editable_wheel):
+    """The same of the source tree: a library of older sources reads the arguments of newer ones wrongly."""
+
+    def run(self) -> None:
+        for kind in ("cpu", "cuda"):
+            (ROOT / "cllava_fast" / f"{builder.LIBRARIES[kind]}.so").unlink(missing_ok=True)
         super().run()
 
 

@@ -332,6 +332,22 @@ def test_a_build_ships_nothing_that_the_one_before_left(tmp_path: Path) -> None:
     assert (tmp_path / "cllava_fast" / "pool.py").exists() and not [file for file in left if file.exists()]
 
 
+def test_an_editable_install_uses_no_library_that_it_does_not_build(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "cllava_fast/__init__.py"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    left = [tree / "cllava_fast" / name for name in ("_native_cpu.so", "_native_cuda.so")]
+    for file in left:
+        file.write_text("of an earlier build")
+    command = [sys.executable, "setup.py", "--quiet", "editable_wheel", "--dist-dir", str(tmp_path)]
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and list(tmp_path.glob("*.whl")), done.stderr[-4000:]
+    assert not [file for file in left if file.exists()]
+
+
 def test_the_source_distribution_has_what_the_readme_speaks_of_and_no_tests(tmp_path: Path) -> None:
     done = setup("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
