@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,7 +116,8 @@ def build(kind: str) -> Path:
     else:
         compiler = [*cxx(), *HOST, *(EMULATION if kind == "emulated" else [])]
         linker = [*cxx(), "-shared"]
-    compiler += [STABLE_ABI, "-isystem", str(installed / "include")]
+    schemas = zlib.crc32((ROOT / "csrc" / "schemas.h").read_bytes())
+    compiler += [STABLE_ABI, f"-DCLLAVA_SCHEMAS={schemas}u", "-isystem", str(installed / "include")]
     libraries = [f"-L{installed / 'lib'}", "-ltorch_cpu", "-ldl"]
     name = LIBRARIES[kind]
     (BUILD / name).mkdir(parents=True, exist_ok=True)

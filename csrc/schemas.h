@@ -5,6 +5,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+// Each library says of which schemas it is: arguments go by position, and those of others would be misread.
+#define CLLAVA_SAYS_ITS_SCHEMAS \
+  extern "C" __attribute__((visibility("default"))) unsigned cllava_schemas() { return CLLAVA_SCHEMAS; }
+
 namespace cllava {
 
 inline void define(torch::stable::detail::StableLibrary& library) {

@@ -163,7 +163,23 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     assert "is not built: build it with a C++ compiler" in str(native.cpu_usable.__wrapped__())
     (tmp_path / "_native_cpu.so").write_text("no library")
-    assert "does not load" in str(native.cpu_usable.__wrapped__())
+    assert re.search(r"does not load \(.*file too short\): build it", str(native.cpu_usable.__wrapped__()))
+
+
+@on_cpu
+@can_build
+@pytest.mark.parametrize("says", ["unsigned cllava_schemas() { return 1; }", ""])
+def test_cuda_kernels_of_other_sources_than_the_cpu_s_are_not_used(
+    says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "_native_cpu.so").symlink_to(native.FOLDER / "_native_cpu.so")  # loaded once
+    (tmp_path / "old.cpp").write_text(f'extern "C" {{ {says} }}')
+    library = tmp_path / "_native_cuda_emulated.so"
+    subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "old.cpp", "-o", library], check=True)
+    monkeypatch.setattr(native, "EMULATED", True)
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    why = "is of other sources than _native_cpu.so, and would misread arguments: python csrc/build.py emulated"
+    assert why in str(native.cuda_usable.__wrapped__())
 
 
 @on_cpu

@@ -20,7 +20,6 @@ from cllava_fast.ops.inject import check_frozen, inject_add_unchecked, inject_un
 from cllava_fast.pool import Factors, LinearShape, OwnTensors, Pool
 from cllava_fast.surrogate import BackboneSurrogate, Surrogate, TextImageSurrogate, sentence_surrogate
 
-
 IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end")  # as configurations name them
 
 

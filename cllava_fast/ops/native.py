@@ -7,8 +7,10 @@ when asked for by name: for tests (`_native_cuda_emulated.so`, made by `python c
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from cllava_fast.ops import dispatch
 FOLDER = Path(__file__).resolve().parents[1]
 HOW = "build it with a C++ compiler: pip install --no-build-isolation . in the source tree"
 HOW_CUDA = "build it with the CUDA toolkit: CLLAVA_BUILD_CUDA=1 pip install --no-build-isolation . in the source tree"
+if not sys.platform.startswith("linux"):
+    HOW = HOW_CUDA = "native kernels are for Linux"
 EMULATED = os.environ.get("CLLAVA_EMULATE_CUDA", "0") == "1"
 
 
@@ -44,14 +48,28 @@ def cuda_usable() -> str | None:
     if refusal is not None:
         return refusal
     if EMULATED:
-        return _load("_native_cuda_emulated.so", "python csrc/build.py emulated")
+        return _load_beside_cpu("_native_cuda_emulated.so", "python csrc/build.py emulated")
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     if not (FOLDER / "_native_cuda.so").exists():
         return f"_native_cuda.so is not built: {HOW_CUDA}"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return dispatch.too_old() or _load("_native_cuda.so", HOW_CUDA)
+    return dispatch.too_old() or _load_beside_cpu("_native_cuda.so", HOW_CUDA)
+
+
+def _load_beside_cpu(name: str, how: str) -> str | None:
+    """A library whose ops those of the CPU have defined."""
+    refusal = _load(name, how)
+    if refusal is None and _schemas(name) != _schemas("_native_cpu.so"):
+        return f"{name} is of other sources than _native_cpu.so, and would misread arguments: {how}"
+    return refusal
+
+
+def _schemas(name: str) -> int | None:
+    """Which ``schemas.h`` a library was built with; None where it cannot say yet."""
+    says = getattr(ctypes.CDLL(str(FOLDER / name)), "cllava_schemas", None)
+    return None if says is None else int(says())
 
 
 def _load(name: str, how: str) -> str | None:
@@ -61,7 +79,7 @@ def _load(name: str, how: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as e:
-        return f"{name} does not load ({e}): {how}"
+        return f"{name} does not load ({e.__cause__ or e}): {how}"
     return None
 
 

@@ -21,6 +21,8 @@ struct Cpu {
 
 }  // namespace
 
+CLLAVA_SAYS_ITS_SCHEMAS
+
 STABLE_TORCH_LIBRARY(cllava_fast_native, library) { cllava::define(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(cllava_fast_native, CPU, library) {

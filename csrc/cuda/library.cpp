@@ -2,11 +2,10 @@
 //
 // With CLLAVA_EMULATED the kernels run on the CPU through tests/cuda_emulator, on CPU tensors, in ops of another name.
 #include "../bind.h"
+#include "../schemas.h"
 #include "ops.cuh"
 
-#ifdef CLLAVA_EMULATED
-#include "../schemas.h"
-#else
+#ifndef CLLAVA_EMULATED
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -91,6 +90,8 @@ struct Cuda {
 };
 
 }  // namespace
+
+CLLAVA_SAYS_ITS_SCHEMAS
 
 #ifdef CLLAVA_EMULATED
 STABLE_TORCH_LIBRARY(cllava_fast_emulated, library) { cllava::define(library); }
