@@ -10,6 +10,7 @@ import transformers
 
 import cllava_fast as cf
 from cllava_fast.data.encode import Encoder
+from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import paths
 from tests.base_models import FOR_IMAGES, new_model
 from tests.helpers import learn
@@ -48,6 +49,16 @@ def test_a_language_model_that_is_not_llama_like(language: str) -> None:
         with pytest.raises(TypeError, match=f"language layers are .*{language}.*; expected Llama-like layers"):
             refused()
     assert not hasattr(model, "increments")
+
+
+def test_queries_whose_heads_stand_before_tokens_are_not_read(generator: torch.Generator) -> None:
+    """As where Gemma 3 norms them; DIKI attends with them."""
+    batch, model = batch_of(NAME, generator), new_model(NAME, processor_of(NAME), "Gemma3Text")
+    cf.patch(model, DikiConfig(), processor=processor_of(NAME))
+    learn(model, 1, generator)
+    heads, tokens = model.config.text_config.num_attention_heads, batch["input_ids"].shape[1]
+    with pytest.raises(TypeError, match=rf"queries are \[3, {heads}, {tokens}, 16\] beside x \[3, {tokens}, 64\]"):
+        model(**batch)
 
 
 def test_a_class_without_a_row_is_told_how_to_get_one(generator: torch.Generator, monkeypatch: Any) -> None:

@@ -202,7 +202,7 @@ def test_refusals_write_nothing(llava: Any, processor: Any, tmp_path: Path, gene
     for options, message in (
         ({}, "expected one of instruction=, task= and query=, got none"),
         ({"task": "task7"}, "'task7' was not learned"),
-        ({"task": "task0"}, "keeps no mean of a task; name an instruction instead"),
+        ({"task": "task0"}, "continual_llava with context='factor' keeps no mean of a task; name an instruction"),
         *(
             ({"instruction": "x", "rank": rank}, f"rank is {rank!r}; expected a whole number of at least 1")
             for rank in (0, 2.5, "x")

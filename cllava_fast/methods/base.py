@@ -336,7 +336,8 @@ class Method(ABC):
 
     def task_mean(self, pool: Pool, task: int) -> Selection:
         """What acted on the training samples of a committed task, on average: one sample's selection."""
-        raise ValueError(f"{self.config.method} keeps no mean of a task; name an instruction instead")
+        context = " with context='factor'" if getattr(self.config, "context", None) == "factor" else ""
+        raise ValueError(f"{self.config.method}{context} keeps no mean of a task; name an instruction instead")
 
 
 def layers_of(pool: Pool) -> list[Any]:

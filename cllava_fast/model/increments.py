@@ -268,6 +268,11 @@ class Increments(nn.Module):
         selection, queries = self._selection_for(x), self.call.queries
         self.call.queries = None  # those of this attention are not the next one's
         assert queries is not None
+        if queries.shape[:2] != x.shape[:2] or queries.shape[2:].numel() != x.shape[2]:
+            raise TypeError(
+                f"the attention's queries are {list(queries.shape)} beside x {list(x.shape)}; {self.config.method} "
+                "expects [B, S, heads, width], as Llama's attention computes them"
+            )
         x, queries = x.to(factors.A.device), queries.to(factors.A.device)
         return self.method.read(selection, factors, x, queries)
 
