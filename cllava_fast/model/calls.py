@@ -96,7 +96,7 @@ def get_image_features(llava: Any, original: Any, pixel_values: Tensor, *args: A
 def backbone_forward(backbone: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     """``model.model``: a part of the model's own forward, or called by itself, as for embeddings or another head."""
     model = backbone.__dict__["_patched_model"]
-    if model.increments.call.given is not None:
+    if SELECTION in kwargs or model.increments.call.given is not None:
         return original(*args, **kwargs)
     kwargs.update(zip(model._patch.parameters_of_backbone, args, strict=False))
     return _forward(model, original, **kwargs)
