@@ -404,8 +404,7 @@ SERVING_MUTANTS = [
     ),
     (
         "a stranger's template is rendered", "cllava_fast/model/files.py",
-        "if saved.chat_template not in map(conversation.chat_template, conversation.conversations()):", "if False:",
-        "tests/test_hub.py",
+        "if name_of(saved.chat_template) is None:", "if False:", "tests/test_hub.py",
     ),
     (
         "biases that a forward casts count", "cllava_fast/surrogate.py",
