@@ -154,6 +154,23 @@ def test_a_question_within_generate_has_rows_of_its_own(llava: Any, processor: A
     assert all(torch.equal(*pair) for each in found for pair in zip(each, wanted, strict=True))
 
 
+def test_a_question_within_a_layer_leaves_the_rest_of_it_its_rows(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    """Asked by a hook, while values and what goes into ``o_proj`` are still to come."""
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, targets=("self_attn.*",)), processor=processor)
+    learn(llava, 3, generator, b_std=0.3)
+    batch, other = inputs(processor, QUESTIONS[:2], generator), inputs(processor, QUESTIONS[3:], generator)
+    wanted, alone, found = last_logits(llava, batch), last_logits(llava, other), []
+
+    def ask(*_: Any) -> None:
+        hook.remove()
+        found.append(last_logits(llava, other))
+
+    hook = llava.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(ask)
+    assert torch.equal(last_logits(llava, batch), wanted) and torch.equal(found[0], alone)
+
+
 def test_a_decoding_loop_of_ones_own_has_the_rows_of_its_generate(
     llava: Any, processor: Any, generator: torch.Generator
 ) -> None:

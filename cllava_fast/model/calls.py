@@ -126,13 +126,15 @@ def _forward(
         kwargs["pixel_values"] = image_features
     prompt = _length(kwargs) if instructions is None and query is None else None
     remember = _Remember(increments, kwargs, selection, prompt) if pending is None else None
-    output, outer = None, increments.call.given
-    increments.call.given = selection is not None
+    output, call = None, increments.call
+    # a hook that calls the model within a layer must not end what acts in the rest of that layer
+    outer = (None, None, None) if call.given is None else (call.given, call.active, call.queries)
+    call.given = selection is not None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
             output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
     finally:
-        increments.call.given, increments.call.active, increments.call.queries = outer, None, None
+        call.given, call.active, call.queries = outer
         if remember is not None:
             remember(output)
     return output
