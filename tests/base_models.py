@@ -67,7 +67,8 @@ def new_processor(name: str) -> Any:
         marks = [f"<|{name}|>" for name in ("vision_start", "vision_end")]
         tokenizer.add_special_tokens({"additional_special_tokens": marks})
         tokenizer.video_token = VIDEO
-        bounds = dict(shortest_edge=SIDE**2, longest_edge=4 * SIDE**2)  # pixels
+        # pixels: two tokens on a side at least, so that what stands behind an image moves up, and several windows
+        bounds = dict(shortest_edge=4 * SIDE**2, longest_edge=16 * SIDE**2)
         images = Qwen2VLImageProcessorPil(size=bounds, patch_size=PATCH, merge_size=MERGE, **looks)
         return _QwenImages(images, tokenizer, chat_template=QWEN_TEMPLATE)
     many = name.startswith("LlavaNext")
