@@ -67,7 +67,9 @@ class FreshBuild(build):
     that is gone."""
 
     def run(self) -> None:
-        shutil.rmtree(Path(self.build_lib, "cllava_fast"), ignore_errors=True)
+        built = Path(self.build_lib, "cllava_fast").resolve()
+        if built != ROOT / "cllava_fast":  # --build-lib . is the source tree
+            shutil.rmtree(built, ignore_errors=True)
         super().run()
 
 

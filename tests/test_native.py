@@ -357,11 +357,17 @@ def test_an_editable_install_uses_no_library_that_it_does_not_build(tmp_path: Pa
     left = [tree / "cllava_fast" / name for name in ("_native_cpu.so", "_native_cuda.so")]
     for file in left:
         file.write_text("of an earlier build")
-    command = [sys.executable, "setup.py", "--quiet", "editable_wheel", "--dist-dir", str(tmp_path)]
-    environment = os.environ | {"CXX": "no-such-compiler"}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and list(tmp_path.glob("*.whl")), done.stderr[-4000:]
-    assert not [file for file in left if file.exists()]
+
+    def setup_there(*arguments: str) -> None:
+        command = [sys.executable, "setup.py", "--quiet", *arguments]
+        environment = os.environ | {"CXX": "no-such-compiler"}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    setup_there("build", "--build-lib", ".")
+    assert all(file.exists() for file in (tree / "cllava_fast" / "__init__.py", *left))  # a build is no clean-up of it
+    setup_there("editable_wheel", "--dist-dir", str(tmp_path))
+    assert list(tmp_path.glob("*.whl")) and not [file for file in left if file.exists()]
 
 
 def test_the_source_distribution_has_what_the_readme_speaks_of_and_no_tests(tmp_path: Path) -> None:
