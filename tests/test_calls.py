@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import cllava_fast as cf
+from cllava_fast.methods import config_from_dict
 from cllava_fast.model import get_increments, paths
 from cllava_fast.model.caches import returned
 from tests.helpers import QUESTIONS, at_once, cached, inputs, last_logits, learn, selected, take
@@ -86,7 +87,13 @@ def test_no_part_of_the_model_answers_without_its_increments(
     language = llava.model.language_model
     embeds = llava.get_input_embeddings()(inputs(processor, QUESTIONS, generator)["input_ids"])
     frozen = language(inputs_embeds=embeds).last_hidden_state
-    learn(llava, 1, generator, b_std=0.1)
+    increments = learn(llava, 1, generator, b_std=0.1, commit_last=False)
+    assert torch.equal(language(inputs_embeds=embeds).last_hidden_state, frozen)  # in evaluation, nothing acts yet
+    llava.train()
+    with pytest.raises(RuntimeError, match="called from outside the model"):
+        language(inputs_embeds=embeds)
+    llava.eval()
+    increments.close_task("task0", torch.randn(40, increments.pool.key_dim, generator=generator))
     with pytest.raises(RuntimeError, match="called from outside the model, and no increments would act; call the mod"):
         language(inputs_embeds=embeds)
     cf.merge(llava, task="task0")
@@ -94,6 +101,10 @@ def test_no_part_of_the_model_answers_without_its_increments(
     cf.unmerge(llava)
     cf.unpatch(llava)
     assert torch.equal(language(inputs_embeds=embeds).last_hidden_state, frozen)
+    cf.patch(llava, config_from_dict({"method": "sequential_lora"}), processor=processor)
+    learn(llava, 1, generator, commit_last=False)  # it does in evaluation, too
+    with pytest.raises(RuntimeError, match="called from outside the model"):
+        language(inputs_embeds=embeds)
 
 
 @pytest.mark.parametrize(

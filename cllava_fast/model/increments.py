@@ -190,8 +190,9 @@ class Increments(nn.Module):
 
     @property
     def may_act(self) -> bool:
-        """Whether there are rows of which a call may select."""
-        return not self.pristine and (self.pool.num_tasks > 0 or self.pool.block_rows > 0)
+        """Whether there are rows of which a call may select, as ``selecting.select`` goes."""
+        learning = self.pool.block_rows > 0 and (self.training or not self.method.uses_query)
+        return not self.pristine and (self.pool.num_tasks > 0 or learning)
 
     @property
     def is_within_a_task(self) -> bool:
