@@ -180,7 +180,7 @@ SERVING_MUTANTS = [
     ),
     (
         "layers that hand nothing on have no increments", "cllava_fast/model/calls.py",
-        "if call.active is None and call.given:", "if False:", "tests/test_backbones.py",
+        "if not handed and call.given:", "if False:", "tests/test_backbones.py",
     ),
     (
         "the caller's tokenizer reads instructions", INSTRUCTIONS,

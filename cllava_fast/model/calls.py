@@ -62,14 +62,14 @@ def linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
 
 
 def receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    call = increments.call
+    call, handed = increments.call, SELECTION in kwargs
     call.active = kwargs.pop(SELECTION, None)
-    if call.active is None and call.given:
+    if not handed and call.given:
         raise TypeError(
             f"a {type(module).__name__} is not handed its layer's keyword arguments, and no increments would act; "
             "expected Llama-like layers"
         )
-    if call.active is None and call.given is None and increments.may_act:
+    if not handed and call.given is None and increments.may_act:
         raise RuntimeError(
             f"a {type(module).__name__} was called from outside the model, and no increments would act; call the model "
             "itself, or model.model for what its head reads"
@@ -132,7 +132,7 @@ def _forward(
     call.given = selection is not None
     try:
         with answers.for_loss_alone(model, kwargs, answer_positions):
-            output = original(**kwargs, **({} if selection is None else {SELECTION: selection}))
+            output = original(**kwargs, **{SELECTION: selection})
     finally:
         call.given, call.active, call.queries = outer
         if remember is not None:
