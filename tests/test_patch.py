@@ -193,6 +193,24 @@ def test_what_others_put_on_a_linear_keeps_its_part(llava: Any, processor: Any, 
     torch.testing.assert_close(last_logits(llava, batch), before)
 
 
+def test_a_linear_that_was_replaced_is_missed(llava: Any, processor: Any, generator: torch.Generator) -> None:
+    """As tools that quantise a model do; one that stands around the linear leaves it where it is."""
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    batch = inputs(processor, QUESTIONS, generator)
+    before = last_logits(llava, batch)
+    attention = llava.model.language_model.layers[1].self_attn
+    linear, other = attention.o_proj, nn.Linear(128, 128, bias=False)
+    other.load_state_dict(linear.state_dict())
+    attention.o_proj = other
+    for model in (llava, copy.deepcopy(llava)):
+        for call in (model, model.model, model.generate):
+            with pytest.raises(RuntimeError, match="o_proj of a LlamaAttention was replaced after patch.. by a Linear"):
+                call(**batch)
+    attention.o_proj = nn.Sequential(linear)
+    assert torch.equal(last_logits(llava, batch), before)
+
+
 def test_the_base_is_not_saved_by_mistake(
     llava: Any, processor: Any, tmp_path: Any, generator: torch.Generator
 ) -> None:

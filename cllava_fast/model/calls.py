@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cllava_fast.methods import Selection
@@ -120,6 +121,8 @@ def _forward(
         pending = within if increments.call.custom else None
     check_images(model, kwargs, image_features)
     selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending, within=within)
+    if selection is not None and not torch.compiler.is_compiling():
+        _check_in_place(model)
     if kwargs.get("labels") is not None and not increments.training and increments.is_within_a_task:
         _warn_of_earlier_tasks(selection)
     if image_features is not None:
@@ -138,6 +141,17 @@ def _forward(
         if remember is not None:
             remember(output)
     return output
+
+
+def _check_in_place(model: Any) -> None:
+    for parent, name in model._patch.places:
+        found = parent._modules[name]
+        # adapters of another library may stand around it
+        if "_adapter" not in found.__dict__ and not any("_adapter" in part.__dict__ for part in found.modules()):
+            raise RuntimeError(
+                f"the {name} of a {type(parent).__name__} was replaced after patch() by a {type(found).__name__}, in "
+                "which no increments would act; quantise the base before you patch it"
+            )
 
 
 def _warn_of_earlier_tasks(selection: Selection | None) -> None:

@@ -22,10 +22,12 @@ from cllava_fast.model.processors import check_processor, find_processor, prepar
 
 @dataclass
 class _Patch:
-    """What unpatch needs to restore the model that came in, and the names of its forwards' parameters."""
+    """What unpatch needs to restore the model that came in, the names of its forwards' parameters, and where each
+    adapted linear is: the module that holds it, and its name there."""
 
     parameters: list[str]
     parameters_of_backbone: list[str]
+    places: list[tuple[nn.Module, str]]
     requires_grad: dict[str, bool]
     hooks: list[Any]
     kept_from_repacking: list[Any]
@@ -89,8 +91,9 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
         list(inspect.signature(type(module).forward).parameters)[1:]
         for module in (model, model.model)  # without self
     )
+    places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in linears]
     unwrapped = model.__dict__.pop("_original_forward", None)
-    record = _Patch(parameters, of_backbone, requires_grad, [], paths.repacked_on_cpu(model), unwrapped)
+    record = _Patch(parameters, of_backbone, places, requires_grad, [], paths.repacked_on_cpu(model), unwrapped)
     model.requires_grad_(False)
     for path, linear in linears.items():
         linear.__dict__["_adapter"] = calls.Adapter(increments, increments.pool.factors(path))
