@@ -235,6 +235,27 @@ def test_a_stream_is_learned(name: str, generator: torch.Generator, tmp_path: Pa
 
 
 @of_image_bases
+def test_each_token_of_an_answer_weighs_the_same_in_a_step(
+    name: str, generator: torch.Generator, tmp_path: Path
+) -> None:
+    """In one batch or accumulated over several, some of which have longer answers."""
+    answers, images = ("red", "which bar is the", "red color", "red", "what color"), pictures(generator)
+    samples = [cf.Sample(ASKED[0], answer, images[i % 3]) for i, answer in enumerate(answers)]
+    losses = []
+    for size in (4, 1):
+        config = cf.IncrementConfig(rows_per_task=2, top_m=1, rank=2, a_std=0.1, surrogate="backbone")
+        model = cf.patch(model_of(name), config, processor=processor_of(name))
+        arguments = cf.ContinualArguments(
+            output_dir=str(tmp_path / str(size)), max_steps=3, align_steps=1, learning_rate=1e-2, warmup_steps=0,
+            per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, max_new_tokens=1, progress=False,
+            logging_steps=1,
+        )  # fmt: skip
+        stream = cf.Stream([cf.Task("task", train=samples, test=samples[:1])])
+        losses += cf.ContinualTrainer(model, processor_of(name), stream, arguments).train().losses.values()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(set(losses[0])) == 3
+
+
+@of_image_bases
 def test_queries_of_text_and_image(name: str, generator: torch.Generator) -> None:
     """The trainer's pooled images and those of a call to the model are the same."""
     processor = processor_of(name)

@@ -14,6 +14,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cllava_fast import distributed
@@ -182,6 +183,8 @@ class TaskTrainer(Trainer):
 
     def __init__(self, task: str, numbers: NumberWatch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # a Qwen-VL says that it takes no count of a step's labels, and hands it to its loss as the others do
+        self.model_accepts_loss_kwargs |= kwargs["model"].loss_function is ForCausalLMLoss
         self.task, self.numbers = task, numbers
         self._hooks: list[Any] = []  # on parameters and the embedding, which outlive the trainer
         self._check_launcher()
