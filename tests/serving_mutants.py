@@ -179,6 +179,29 @@ SERVING_MUTANTS = [
         '"video", "vision_start", "vision_end")', '"video")', "tests/test_bases.py",
     ),
     (
+        "a hook that calls the model ends its layer's rows", "cllava_fast/model/calls.py",
+        "call.given, call.active, call.queries = outer", "call.given, call.active, call.queries = None, None, None",
+        "tests/test_calls.py",
+    ),
+    (
+        "a linear that was replaced answers as the frozen base", "cllava_fast/model/calls.py",
+        "        _check_in_place(model)\n", "        pass\n", "tests/test_patch.py",
+    ),
+    (
+        "queries of other shapes are read", "cllava_fast/model/increments.py",
+        "if queries.shape[:2] != x.shape[:2] or queries.shape[2:].numel() != x.shape[2]:", "if False:",
+        "tests/test_backbones.py",
+    ),
+    (
+        "a Qwen's step is a mean of means", "cllava_fast/train/tune.py",
+        'self.model_accepts_loss_kwargs |= kwargs["model"].loss_function is ForCausalLMLoss', "pass",
+        "tests/test_bases.py",
+    ),
+    (
+        "kernels of other sources are used", "cllava_fast/ops/native.py",
+        'refusal is None and _schemas(name) != _schemas("_native_cpu.so")', "False", "tests/test_native.py",
+    ),
+    (
         "layers that hand nothing on have no increments", "cllava_fast/model/calls.py",
         "if not handed and call.given:", "if False:", "tests/test_backbones.py",
     ),
