@@ -21,7 +21,7 @@ from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.images import pooled_image, to_vision_tower
 from cllava_fast.names import brief
 
-IMAGE_TOKENS = "mm_token_type_ids"  # what Qwen's models are told by: 1 where an image token stands
+TOKEN_TYPES = "mm_token_type_ids"  # what Qwen's models are told by: 1 where an image token stands
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Encoder:
         image_token = getattr(processor, "image_token", None)
         # a tokenizer alone, of a model without images, has none; -1 is no token's id
         self.image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
-        self.tells_images = IMAGE_TOKENS in getattr(processor, "model_input_names", ())
+        self.tells_images = TOKEN_TYPES in getattr(processor, "model_input_names", ())
         self._image_tokens: dict[tuple[int, int], int] = {}
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
@@ -238,7 +238,7 @@ class Collator:
                     label[start:end] = row[start:end]
             batch["labels"] = padded(labels, padding_value=IGNORE)
         if self.encoder.tells_images:
-            batch[IMAGE_TOKENS] = (batch["input_ids"] == self.encoder.image_token_id).long()
+            batch[TOKEN_TYPES] = (batch["input_ids"] == self.encoder.image_token_id).long()
         return {**batch, **self._images([e.sample for e in examples])}
 
     def _images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
