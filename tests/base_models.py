@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import CLIPVisionConfig, GenerationConfig, SiglipVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -21,13 +22,15 @@ SIDE, PATCH = 32, 16  # pixels: 4 tokens a view, and images of other sizes have 
 MERGE = 2  # patches on a side of one token, of a Qwen
 VIEWS = [[32, 64], [64, 32], [64, 64]]
 STD = 0.15  # of weights: loud enough that an increment moves the answer
-TEXT_OF = {"LlavaOnevision": "Qwen2", "LlavaNextVideo": "Mistral"}
+TEXT_OF = {"LlavaOnevision": "Qwen2", "LlavaNextVideo": "Mistral", "InternVL": "Qwen2"}
 VIDEO = "glyph"  # a word that no question of the tests holds
 QWEN = ("Qwen2_5_VL", "Qwen3VL")
 QWEN_WORDS = {
     "image": "<image>", "video": VIDEO, "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
 }  # fmt: skip
 QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><image><|vision_end|>")
+# of an InternVL, whose processor writes marks around an image's tokens
+INTERN_WORDS = {"context_image": "<image>", "start_image": "<img>", "end_image": "</img>", "video": VIDEO}
 FOR_IMAGES, FOR_TEXT = "ForConditionalGeneration", "ForCausalLM"
 
 
@@ -44,6 +47,10 @@ class _OnevisionImages(_WithoutVideos, transformers.LlavaOnevisionProcessor):
 
 class _QwenImages(_WithoutVideos, transformers.Qwen2_5_VLProcessor):
     """Of both kinds of Qwen, whose processors differ in videos alone."""
+
+
+class _InternImages(_WithoutVideos, transformers.InternVLProcessor):
+    pass
 
 
 def new_processor(name: str) -> Any:
@@ -71,6 +78,14 @@ def new_processor(name: str) -> Any:
         bounds = dict(shortest_edge=4 * SIDE**2, longest_edge=16 * SIDE**2)
         images = Qwen2VLImageProcessorPil(size=bounds, patch_size=PATCH, merge_size=MERGE, **looks)
         return _QwenImages(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    if name.startswith("InternVL"):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<img>", "</img>"]})
+        for kind, word in INTERN_WORDS.items():
+            setattr(tokenizer, f"{kind}_token", word)
+            setattr(tokenizer, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(word))
+        images = GotOcr2ImageProcessorPil(size=square, max_patches=4, **looks)
+        tokens = (SIDE // PATCH) ** 2 // MERGE**2
+        return _InternImages(images, tokenizer, image_seq_length=tokens, chat_template=CHAT_TEMPLATE)
     many = name.startswith("LlavaNext")
     views = dict(image_grid_pinpoints=VIEWS) if many else {}
     kind = LlavaNextImageProcessorPil if many else CLIPImageProcessorPil
@@ -97,6 +112,8 @@ def new_model(name: str, processor: Any, language: str | None = None) -> Any:
     text = getattr(transformers, f"{language}Config")(**sizes)
     if stem in QWEN:
         config = _qwen(stem, sizes, tokenizer, special)
+    elif stem == "InternVL":
+        config = _intern(text, tokenizer, special)
     else:
         config = text if name.endswith(FOR_TEXT) else _with_vision(stem, text, tokenizer, special)
     model = getattr(transformers, name)(config)
@@ -119,6 +136,17 @@ def _qwen(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) -> Any:
     return getattr(transformers, f"{stem}Config")(
         vision_config=vision, text_config={**text, "rope_parameters": rope}, tie_word_embeddings=False, **ids, **special
     )
+
+
+def _intern(text: Any, tokenizer: Any, special: dict[str, int]) -> Any:
+    vision = transformers.InternVLVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=PATCH, initializer_range=STD, layer_scale_init_value=1.0,
+    )  # fmt: skip
+    return transformers.InternVLConfig(
+        vision_config=vision, text_config=text, downsample_ratio=1 / MERGE, tie_word_embeddings=False,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **special,
+    )  # fmt: skip
 
 
 def _with_vision(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) -> Any:

@@ -27,6 +27,7 @@ EVERY = ("self_attn.*_proj", "mlp.*")
 CONFIG = cf.IncrementConfig(a_std=0.1, rank=2, surrogate="backbone", targets=EVERY)
 SIZES = ((40, 40), (64, 30), (30, 80))  # of images, in pixels
 ASKED = QUESTIONS[:3]
+LLAVA = "Llava" + FOR_IMAGES
 
 of_every_base = pytest.mark.parametrize("name", paths.BASES)
 of_image_bases = pytest.mark.parametrize("name", [name for name in paths.BASES if not name.endswith(FOR_TEXT)])
@@ -71,6 +72,10 @@ def alone(batch: dict[str, Any], i: int) -> dict[str, Any]:
     rows = {key: value[i : i + 1] for key, value in batch.items()}
     if "image_grid_thw" in batch:  # the patches of all images are one sequence
         rows["pixel_values"] = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())[i]
+    elif "pixel_values" in batch and batch["pixel_values"].dim() == 4:  # images or their tiles, of as many tokens each
+        tokens = (batch["input_ids"] == processor_of(LLAVA).image_token_id).sum(1)
+        tiles = tokens * len(batch["pixel_values"]) // tokens.sum()
+        rows["pixel_values"] = batch["pixel_values"].split(tiles.tolist())[i]
     of_tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
     return {**rows, **{key: rows[key][:, mask] for key in of_tokens if key in rows}}
 
@@ -214,7 +219,8 @@ def test_a_round_trip_through_files(name: str, generator: torch.Generator, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", [*(kind + FOR_IMAGES for kind in ("LlavaNext", "LlavaOnevision", "Qwen2_5_VL")), "Qwen2" + FOR_TEXT]
+    "name",
+    [*(kind + FOR_IMAGES for kind in ("LlavaNext", "LlavaOnevision", "Qwen2_5_VL", "InternVL")), "Qwen2" + FOR_TEXT],
 )
 def test_a_stream_is_learned(name: str, generator: torch.Generator, tmp_path: Path) -> None:
     images = pictures(generator) if not name.endswith(FOR_TEXT) else [None] * 3

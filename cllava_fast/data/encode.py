@@ -66,7 +66,8 @@ class Encoder:
         # a tokenizer alone, of a model without images, has none; -1 is no token's id
         self.image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
         self.tells_images = TOKEN_TYPES in getattr(processor, "model_input_names", ())
-        self._image_tokens: dict[tuple[int, int], int] = {}
+        self._of_text = {*self.tokenizer.model_input_names, TOKEN_TYPES}
+        self._image_ids: dict[tuple[int, int], list[int]] = {}
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
 
@@ -103,31 +104,36 @@ class Encoder:
         starts: list[int] = []  # where each token stands once the image has its many tokens
         for token in encoded.prompt:
             starts.append(len(ids))
-            ids += [token.id] * (self._tokens_of(sample) if token.id == self.image_token_id else 1)
+            ids += self._ids_of_image(sample) if token.id == self.image_token_id else [token.id]
         starts.append(len(ids))
         earlier = tuple((starts[first], starts[end]) for first, end in encoded.earlier)
         return Example(sample, ids, [*encoded.answer, self.tokenizer.eos_token_id], sample.instruction, earlier)
 
-    def _tokens_of(self, sample: Sample) -> int:
-        """Image tokens that the processor makes of an image; they depend on its size alone."""
+    def _ids_of_image(self, sample: Sample) -> list[int]:
+        """What the processor writes for an image, with its marks around it; it depends on the size alone."""
         size = sample.image_size()
         assert size is not None
-        if size not in self._image_tokens:
-            encoded = self.processor(text=self.processor.image_token, images=Image.new("RGB", size))
-            ids = torch.as_tensor(encoded["input_ids"]).flatten().tolist()
-            others = set(ids) - set(self.tokenizer(self.processor.image_token)["input_ids"])
+        if size not in self._image_ids:
+            mark = self.processor.image_token
+            added = set(self.tokenizer(mark)["input_ids"]) - {self.image_token_id}  # by itself
+            encoded = self.processor(text=mark, images=Image.new("RGB", size))
+            ids = [i for i in torch.as_tensor(encoded["input_ids"]).flatten().tolist() if i not in added]
+            others = set(ids) - set(self.processor.image_token_ids)
             if others:
                 raise ValueError(
                     f"the processor writes {self.tokenizer.convert_ids_to_tokens(sorted(others))} beside an image's "
-                    "tokens; expected image tokens alone, as LLaVA's processors write"
+                    "tokens; expected those of its image_token_ids alone"
                 )
-            self._image_tokens[size] = ids.count(self.image_token_id)
-        return self._image_tokens[size]
+            self._image_ids[size] = ids
+        return self._image_ids[size]
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """All that the image processor says: ``pixel_values [n, 3, H, W]``, in views beside ``image_sizes``, or the
-        patches of all images as one sequence beside ``image_grid_thw``."""
-        return dict(self.processor.image_processor(list(images), return_tensors="pt"))
+        """All that the processor says of images: ``pixel_values [n, 3, H, W]``, in views beside ``image_sizes``, in
+        tiles (more of them than images), or the patches of all images as one sequence beside ``image_grid_thw``."""
+        # some are cut into tiles by the processor's settings alone; one text, which needs no padding
+        text = self.processor.image_token * len(images)
+        given = self.processor(text=text, images=list(images), return_tensors="pt", text_kwargs={"verbose": False})
+        return {name: value for name, value in given.items() if name not in self._of_text}
 
 
 def samples_of(examples: Sequence[Example]) -> Sequence[Sample]:
@@ -179,17 +185,21 @@ class ImageFeatures:
             raise ValueError(
                 f"a sample has the image {next(iter(batch))}, but a {type(model).__name__} takes no images"
             )
-        images = [sample.open_image() for sample in batch.values()]
-        given = encoder.images([image for image in images if image is not None])
-        pixels, features = given["pixel_values"], list[Tensor | None]([None] * len(batch))
-        if paths.base_of(model).takes_features and len(given) == 1:
-            output = model.get_image_features(to_vision_tower(model, pixels), return_dict=True)
+        images = [image for sample in batch.values() if (image := sample.open_image()) is not None]
+        features = list[Tensor | None]([None] * len(images))
+        given = encoder.images(images) if paths.base_of(model).takes_features else {}
+        if len(given) == 1:
+            output = model.get_image_features(to_vision_tower(model, given["pixel_values"]), return_dict=True)
             means, features = output.last_hidden_state.mean(1), output.pooler_output
         else:
             self._full = True  # there is nothing to keep
             if not pooled:
                 return
-            means = pooled_image(model, pixels, given.get("image_grid_thw"))
+            # one by one: each may be many views, tiles or patches
+            inputs = map(encoder.images, ([image] for image in images))
+            means = torch.stack(
+                [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).mean(0) for one in inputs]
+            )
         for (key, sample), projected, mean in zip(batch.items(), features, means.float().cpu(), strict=True):
             if isinstance(sample.image, Image.Image):
                 self._alive.append(sample.image)

@@ -69,6 +69,8 @@ class Increments(nn.Module):
         self.processor = processor
         # of images and what stands around them; a model without any has no such id, and -1 is no token's
         self.image_token_id, *beside = (_token_id(model, f"{name}_token_id") for name in IMAGE_TOKENS)
+        if processor is not None and hasattr(processor, "image_processor"):
+            beside += processor.image_token_ids
         # otherwise an image has as many tokens as its size and its neighbours ask for
         self.equal_images = getattr(model.config, "image_grid_pinpoints", None) is None
         self.special_ids = _special_ids(model) | {self.image_token_id, *beside}

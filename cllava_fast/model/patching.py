@@ -48,8 +48,8 @@ def patch(model: Any, config: MethodConfig | None = None, *, processor: Any | No
     ``answers.answer_positions``) says which they are, where a collator knows; otherwise labels are read.
 
     Args:
-        model: a transformers model of a class in ``paths.BASES``: LLaVA, its successors, Qwen-VL, or a plain
-            language model. It may be quantised, spread over devices or offloaded; it is never moved.
+        model: a transformers model of a class in ``paths.BASES``: LLaVA, its successors, Qwen-VL, InternVL, or a
+            plain language model. It may be quantised, spread over devices or offloaded; it is never moved.
         config: the method's configuration; ``IncrementConfig()`` by default.
         processor: the processor, or a plain language model's tokenizer; by default the one saved beside the weights.
             Without any, only ``surrogate="backbone"`` works.

@@ -42,6 +42,8 @@ BASES = {
     # their towers take the patches of all images as one sequence
     "Qwen2_5_VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
     "Qwen3VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
+    # cut into tiles, which the tower takes as images of their own
+    "InternVLForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
     "LlamaForCausalLM": Base("model.layers"),
     "MistralForCausalLM": Base("model.layers"),
     "Qwen2ForCausalLM": Base("model.layers"),
