@@ -24,7 +24,7 @@ VIEWS = [[32, 64], [64, 32], [64, 64]]
 STD = 0.15  # of weights: loud enough that an increment moves the answer
 TEXT_OF = {"LlavaOnevision": "Qwen2", "LlavaNextVideo": "Mistral", "InternVL": "Qwen2"}
 VIDEO = "glyph"  # a word that no question of the tests holds
-QWEN = ("Qwen2_5_VL", "Qwen3VL")
+QWEN = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 QWEN_WORDS = {
     "image": "<image>", "video": VIDEO, "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
 }  # fmt: skip
@@ -46,7 +46,7 @@ class _OnevisionImages(_WithoutVideos, transformers.LlavaOnevisionProcessor):
 
 
 class _QwenImages(_WithoutVideos, transformers.Qwen2_5_VLProcessor):
-    """Of both kinds of Qwen, whose processors differ in videos alone."""
+    """Of every kind of Qwen, whose processors differ in videos alone."""
 
 
 class _InternImages(_WithoutVideos, transformers.InternVLProcessor):
@@ -70,7 +70,7 @@ def new_processor(name: str) -> Any:
             images, tokenizer, num_image_tokens=(SIDE // PATCH) ** 2, vision_feature_select_strategy="full",
             chat_template=CHAT_TEMPLATE,
         )  # fmt: skip
-    if name.startswith("Qwen"):
+    if name.startswith(QWEN):
         marks = [f"<|{name}|>" for name in ("vision_start", "vision_end")]
         tokenizer.add_special_tokens({"additional_special_tokens": marks})
         tokenizer.video_token = VIDEO
@@ -122,14 +122,16 @@ def new_model(name: str, processor: Any, language: str | None = None) -> Any:
 
 
 def _qwen(stem: str, text: Any, tokenizer: Any, special: dict[str, int]) -> Any:
-    third = stem == "Qwen3VL"
     vision: dict[str, Any] = dict(
-        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE,
-        temporal_patch_size=2, out_hidden_size=64, initializer_range=STD,
-    )  # fmt: skip
-    if third:
-        vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
+        depth=2, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE, initializer_range=STD
+    )
+    if stem == "Qwen2VL":
+        vision |= dict(embed_dim=128, hidden_size=64, mlp_ratio=2)
     else:
+        vision |= dict(hidden_size=64, intermediate_size=128, out_hidden_size=64)
+    if stem == "Qwen3VL":
+        vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
+    if stem == "Qwen2_5_VL":
         vision |= dict(window_size=2 * MERGE * PATCH, fullatt_block_indexes=[1])
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}  # halves of a head
     ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(word) for kind, word in QWEN_WORDS.items()}

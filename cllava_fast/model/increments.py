@@ -188,7 +188,9 @@ class Increments(nn.Module):
                 f'surrogate "text+image" looks at images, and a {type(model).__name__} has no vision tower; '
                 'use "sentence" or "backbone"'
             )
-        return TextImageSurrogate(sentence_surrogate("sentence", device), tower.config.hidden_size, tower)
+        # hidden_size of a Qwen2-VL's tower is the width of what its projector puts out
+        width = getattr(tower.config, "embed_dim", tower.config.hidden_size)
+        return TextImageSurrogate(sentence_surrogate("sentence", device), width, tower)
 
     @property
     def may_act(self) -> bool:

@@ -40,6 +40,7 @@ BASES = {
     # and this one wants its features as a tensor
     "VipLlavaForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
     # their towers take the patches of all images as one sequence
+    "Qwen2VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
     "Qwen2_5_VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
     "Qwen3VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
     # cut into tiles, which the tower takes as images of their own
