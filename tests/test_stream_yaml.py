@@ -160,27 +160,36 @@ def test_a_stream_that_is_nowhere() -> None:
 
 class TestReady:
     def test_which(self) -> None:
-        assert ready_streams() == ["coast-capability", "coast-dataset", "coast-domain", "coin"]
+        assert ready_streams() == ["coast-capability", "coast-dataset", "coast-domain", "coin", "mllm-dcl", "ucit"]
 
     @pytest.mark.parametrize("name", ready_streams())
     def test_names_what_it_needs_and_loads_where_that_is(self, tmp_path: Path, name: str) -> None:
         content = yaml.safe_load((READY / f"{name}.yaml").read_text())
         assert content["name"] == name
         files = {task[split] for task in content["tasks"] for split in ("train", "test")}
-        with pytest.raises(FileNotFoundError, match=f"{name}: {len(files) + 1} files or folders") as raised:
+        folders = {task.get("images") or content["images"] for task in content["tasks"]}
+        with pytest.raises(FileNotFoundError, match=f"{name}: {len(files | folders)} files or folders") as raised:
             load_stream(name, base=tmp_path)
-        assert all(f": {file}" in str(raised.value) for file in files) and str(tmp_path) in str(raised.value)
-        (tmp_path / content["images"]).mkdir()
+        assert all(f": {file}" in str(raised.value) for file in files | folders) and str(tmp_path) in str(raised.value)
+        for folder in folders:
+            (tmp_path / folder).mkdir()
         for file in files:
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_text(json.dumps([{"question": "Q?", "answer": "A"}]))
         stream = load_stream(name, base=tmp_path)
         assert stream.name == name and all(task.metric in SCORES for task in stream)
 
-    def test_the_order_of_coin(self) -> None:
-        tasks = yaml.safe_load((READY / "coin.yaml").read_text())["tasks"]
-        expected = ["ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCR-VQA"]
-        assert [task["name"] for task in tasks] == expected
+    @pytest.mark.parametrize(
+        ("name", "order"),
+        [
+            ("coin", "ScienceQA TextVQA ImageNet GQA VizWiz Grounding VQAv2 OCR-VQA"),
+            ("ucit", "ImageNet-R ArxivQA VizWiz IconQA CLEVR Flickr30k"),
+            ("mllm-dcl", "RS Med AD Sci Fin"),
+        ],
+    )
+    def test_tasks_come_in_the_order_of_the_benchmark(self, name: str, order: str) -> None:
+        tasks = yaml.safe_load((READY / f"{name}.yaml").read_text())["tasks"]
+        assert [task["name"] for task in tasks] == order.split()
 
     @pytest.mark.parametrize(
         ("name", "task"), [("coin", "TextVQA"), ("coast-dataset", "vqav2"), ("coast-dataset", "textvqa")]
