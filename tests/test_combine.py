@@ -115,6 +115,8 @@ def changed(**values: Any) -> dict[str, Any]:
     [
         (run_of("continual_llava", 0, [0.4, 0.4]), "runs/0 and runs/1 both hold 'continual_llava' with seed 0"),
         (run_of("continual_llava", 1, [0.4, 0.4], learning_rate=0.3), "with learning_rate 0.3, runs/0 with 0.1; give"),
+        (run_of("continual_llava", 1, [0.4, 0.4], base={"base_fingerprint": "B"}),
+         "with base_fingerprint 'B', runs/0 with 'A'"),
         (run_of("continual_llava", 1, [0.4, 0.4], ["a", "c"]), "the tasks of runs/1: .*'c'.*; of"),
         (run_of("continual_llava", 1, [0.4, 0.4], split="validation"), "the split of runs/1: 'validation'; of runs/0"),
         (run_of("continual_llava", 1, [0.4, 0.4], max_new_tokens=8), "max_new_tokens of runs/1: 8; of runs/0: None"),
@@ -126,7 +128,15 @@ def changed(**values: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_what_does_not_belong_together_is_refused(other: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        combine(sources(run_of("continual_llava", 0, [0.5, 0.9]), other))
+        combine(sources(run_of("continual_llava", 0, [0.5, 0.9], base={"base_fingerprint": "A"}), other))
+
+
+def test_files_that_do_not_say_their_base_go_with_any_and_hide_nothing() -> None:
+    old = run_of("continual_llava", 0, [0.5, 0.9])
+    new = [run_of("continual_llava", n, [0.5, 0.9], base={"chat_template_sha256": "AB"[n // 2]}) for n in (1, 2)]
+    assert combine(sources(old, new[0]))["seeds"] == [0, 1]
+    with pytest.raises(ValueError, match="runs/2 holds .* with chat_template_sha256 'B', runs/1 with 'A'; give"):
+        combine(sources(old, *new))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from cllava_fast.evaluate.predict import predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, load_results
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import get_increments
+from cllava_fast.model.files import base_fingerprint
 from tests.helpers import QUESTIONS, learn
 from tests.train_helpers import CONFIG, arguments, stream
 
@@ -166,6 +167,8 @@ def test_evaluate_stream_of_a_learned_model(
     samples = results["config"]["samples_sha256"]
     assert samples == load_results(folder / "results.json")["config"]["samples_sha256"]
     assert samples == {task.name: fingerprint(task.test) for task in graded_stream()}
+    assert results["config"]["base"] == load_results(folder / "results.json")["config"]["base"]
+    assert results["config"]["base"]["base_fingerprint"] == base_fingerprint(model)
     for task in ("task0", "task1"):
         file = f"{task}.jsonl"
         assert records(tmp_path / "eval" / "predictions" / file) == records(folder / "predictions" / "02-task1" / file)
@@ -190,6 +193,7 @@ def test_evaluate_stream_of_a_plain_model_is_that_of_one_that_has_learned_nothin
     named = cf.evaluate_stream(llava, processor, stream(2), max_new_tokens=3, progress=False, name="merged")
     assert named["methods"]["merged"]["accuracy_matrix"] == plain["methods"]["frozen"]["accuracy_matrix"]
     assert named["config"]["method_configs"] == {"merged": {"method": "frozen"}} and len(named["methods"]) == 1
+    assert set(named["config"]["base"]) == {"chat_template_sha256", "image_settings"}  # weights may be what was learned
     assert plain["methods"]["frozen"]["selection_accuracy"] is None
     assert not hasattr(llava, "increments")
     llava.train()

@@ -11,6 +11,8 @@ from cllava_fast.evaluate.results import METRICS, check_results
 from cllava_fast.evaluate.wording import learned
 from cllava_fast.names import brief
 
+# settings that not every file says: earlier versions' do not, nor evaluations of weights that hold what was learned
+OF_BASE = ("base_fingerprint", "surrogate_fingerprint", "chat_template_sha256", "image_settings")
 MEASURED = (*METRICS, "base_kept", "selection")
 
 Results = Mapping[str, Any]
@@ -40,7 +42,8 @@ class _Run(NamedTuple):
         if "settings" in config:  # of runs that were combined
             return dict(_mapping(_mapping(config["settings"]).get(self.method)))
         arguments = {key: value for key, value in _mapping(config.get("arguments")).items() if key != "seed"}
-        return {**arguments, **_mapping(_mapping(config.get("method_configs")).get(self.method))}
+        method = _mapping(_mapping(config.get("method_configs")).get(self.method))
+        return {**arguments, **method, **_mapping(config.get("base"))}
 
 
 def combine(sources: Sequence[Source]) -> dict[str, Any]:
@@ -144,20 +147,28 @@ def _is_frozen(runs: Mapping[tuple[int, Order], _Run]) -> bool:
 
 def _add(runs: dict[tuple[int, Order], _Run], source: Source, method: str, result: Mapping[str, Any]) -> None:
     for seed, order, values in _each(source.results, result):
-        run, first = _Run(source, method, values), next(iter(runs.values()), None)
+        run = _Run(source, method, values)
         name = source.name or method
         hint = f"give one of them another name, such as mine={source.where}"
         if (seed, order) in runs:
             earlier = runs[seed, order].source.where
             raise ValueError(f"{earlier} and {source.where} both hold {name!r} with seed {seed}; {hint}")
-        if first is not None and run.settings != first.settings:
-            both = {**first.settings, **run.settings}
-            key = next(key for key in both if first.settings.get(key) != run.settings.get(key))
-            raise ValueError(
-                f"{source.where} holds {name!r} with {key} {brief(run.settings.get(key))}, {first.source.where} with "
-                f"{brief(first.settings.get(key))}; {hint}"
-            )
+        for other in runs.values():
+            if (key := _differing(run.settings, other.settings)) is not None:
+                raise ValueError(
+                    f"{source.where} holds {name!r} with {key} {brief(run.settings.get(key))}, {other.source.where} "
+                    f"with {brief(other.settings.get(key))}; {hint}"
+                )
         runs[seed, order] = run
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first setting that is another."""
+    for key in {**theirs, **ours}:
+        one, other = ours.get(key), theirs.get(key)
+        if one != other and not (key in OF_BASE and (one is None or other is None)):
+            return key
+    return None
 
 
 def _each(results: Results, result: Mapping[str, Any]) -> Iterator[tuple[int, Order, Mapping[str, Any]]]:

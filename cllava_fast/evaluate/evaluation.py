@@ -35,6 +35,7 @@ from cllava_fast.evaluate.selection import selection_study
 from cllava_fast.model.processors import prepared_otherwise
 from cllava_fast.pool import Pool
 from cllava_fast.train.as_it_was import same_mode
+from cllava_fast.train.identity import base_identity, processor_identity
 from cllava_fast.train.progress import stage
 from cllava_fast.train.result import ContinualResult
 
@@ -390,12 +391,24 @@ def evaluate_stream(
         "model": model.name_or_path or None, "split": split,
         "samples_sha256": {task.name: fingerprint(getattr(task, split)) for task in data.stream},
         "batch_size": batch_size, "max_new_tokens": max_new_tokens, "method_configs": {method: method_config},
+        "base": _base_of(model, data.encoder.processor),
         **(run or {}),
     }  # fmt: skip
     results = results_of_run(data.stream, method, seed, measured, config)
     if folder is not None:
         distributed.on_main(functools.partial(_write, folder, evaluations, results))
     return results
+
+
+def _base_of(model: Any, processor: Any) -> dict[str, Any]:
+    """The base as a run says it. Of weights that hold what was learned (plain, merged), which are others for each seed,
+    and of some that FSDP has taken apart, the processor's part alone."""
+    increments = getattr(model, "increments", None)
+    if increments is None or increments.pristine:
+        return processor_identity(processor)
+    if increments.base_fingerprint is None and distributed.is_sharded(model):
+        return processor_identity(processor)
+    return base_identity(model, processor)
 
 
 def _write(folder: Path, evaluations: Sequence[TaskEvaluation], results: Mapping[str, Any]) -> None:

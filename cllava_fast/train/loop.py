@@ -134,9 +134,10 @@ class ContinualTrainer:
         check_engine(self.args, self.increments.pool.row_task.device)
         if distributed.count() > 1:
             self.increments.base_fingerprint = base_fingerprint(self.model)  # FSDP has not yet sharded the base
+        self._base = base_identity(self.model, self.data.encoder.processor)
         identity = {
             **run_identity(self.increments.config, self.args, self.stream),
-            **base_identity(self.model, self.data.encoder.processor),
+            **self._base,
             "learned_before": learned_before(self.increments.pool),
         }
         self._identity = identity
@@ -390,6 +391,7 @@ class ContinualTrainer:
             },
             "arguments": self.args.identity(),
             "method_configs": {method["method"]: method},
+            "base": self._base,
             **({} if self.args.eval_budget is None else {"evaluated": self._progress["evaluated"]}),
         }
         results = evaluation.results_of_run(self.stream, method["method"], self.args.seed, result, config)
