@@ -234,9 +234,29 @@ def test_a_foreign_config_is_refused() -> None:
         make_method({})
 
 
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
 def test_every_method_has_its_row_in_the_documentation() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) >= set(METHODS)
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) >= set(METHODS)
+
+
+def test_rehearsal_as_documented_learns_some_of_each_earlier_task_again() -> None:
+    def samples(task: str, size: int) -> list[cf.Sample]:
+        return [cf.Sample(f"{task} {number}?", "yes") for number in range(size)]
+
+    sizes = {"a": 120, "b": 7, "c": 5}
+    whole = cf.Stream([cf.Task(name, samples(name, size), samples(f"{name} test", 2)) for name, size in sizes.items()])
+    (code,) = re.findall(r"```python\n(import random.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {"cf": cf, "stream": whole}
+    exec(code, names)
+    *_, last = names["stream"]
+    assert [sample in last.train for sample in whole.tasks[0].train].count(True) == 100
+    assert {sample.instruction for sample in last.train} >= {
+        s.instruction for task in whole.tasks[1:] for s in task.train
+    }
+    assert len(last.train) == 100 + 7 + 5 and last.test == whole.tasks[2].test
+    assert names["stream"].tasks[0].train == whole.tasks[0].train
 
 
 def test_what_is_registered_has_a_name_of_its_own() -> None:
