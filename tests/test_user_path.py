@@ -173,6 +173,9 @@ def test_eval_after_the_first_task_says_so_and_is_no_finished_run(
     shown = printed("eval", run, "--after", "color", "--output", data / "half")
     assert "after 1 of 2 tasks" in shown and "after the last" not in shown
     assert "learned 1 of 2 tasks" in (data / "half" / "report.md").read_text()
+    half = json.loads((data / "half" / "results.json").read_text())
+    last = half["methods"]["continual_llava"]["accuracy_matrix"][-1]
+    assert half["stream"] == ["color", "shape"] and None not in last  # what is not learned yet is asked, too
     assert cli.main(["report", str(run), f"half={data / 'half'}", "--output", str(data / "table")]) == 1
     assert "half has learned 1 of 2 tasks; finish it first" in capsys.readouterr().err
 
