@@ -21,7 +21,7 @@ from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import fingerprint
 from cllava_fast.evaluate import evaluation, scores
-from cllava_fast.evaluate.predict import predict, queries_of
+from cllava_fast.evaluate.predict import Answer, predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, load_results
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.model import get_increments
@@ -77,6 +77,7 @@ def test_predictions_of_every_task_after_every_task(run: tuple[Path, cf.Continua
         assert record["score"] == scores.anls(record["prediction"], record["answers"])
         assert len(record["rows"]) == len(record["weights"]) == CONFIG.top_m
         assert sum(record["weights"]) == pytest.approx(1.0, abs=1e-4)
+        assert "cut_off" not in record  # the answers are words, learned with their end
     mean = sum(r["score"] for r in last) / 6
     assert result.accuracy_matrix[1][1] == pytest.approx(mean)
 
@@ -300,12 +301,23 @@ def test_each_answer_stays_with_its_sample(
     assert len(seen) > 2
 
 
+def test_predictions_say_where_a_model_would_have_gone_on(llava: Any, processor: Any, tmp_path: Path) -> None:
+    encoder, questions = Encoder(processor), stream(2)
+    cf.evaluate_stream(llava, processor, questions, tmp_path / "cut", max_new_tokens=3, progress=False)
+    said = [r for task in ("task0", "task1") for r in records(tmp_path / "cut" / "predictions" / f"{task}.jsonl")]
+    samples = [sample for task in questions for sample in task.test]
+    for record, sample in zip(said, samples, strict=True):
+        batch = Collator(encoder, None, training=False)(encoder.encode([sample]))
+        ids = llava.generate(**batch, max_new_tokens=3)[0, batch["input_ids"].shape[1] :]
+        assert record.get("cut_off", False) == (processor.tokenizer.eos_token_id not in ids)
+
+
 def test_answers_are_greedy_whatever_the_base_generates_by(llava: Any, processor: Any) -> None:
     encoder = Encoder(processor)
     sample = stream(1).tasks[0].test[0]
     examples = encoder.encode([dataclasses.replace(sample, instruction=question) for question in QUESTIONS])
 
-    def answers() -> list[str]:
+    def answers() -> list[Answer]:
         return predict(llava, examples, None, Collator(encoder, None, training=False), batch_size=3, max_new_tokens=8)
 
     plain = answers()
@@ -322,14 +334,15 @@ def test_answers_end_where_training_ends_them(others: Any, llava: Any, processor
     llava.generation_config.eos_token_id = others
     sample = dataclasses.replace(stream(1).tasks[0].test[0], instruction=QUESTIONS[0])
 
-    def answer() -> str:
+    def answer() -> Answer:
         encoder = Encoder(processor)
         collate = Collator(encoder, None, training=False)
-        return predict(llava, encoder.encode([sample]), None, collate, batch_size=1, max_new_tokens=4)[0]
+        (found,) = predict(llava, encoder.encode([sample]), None, collate, batch_size=1, max_new_tokens=4)
+        return found
 
-    first, *rest = answer().split()
+    (first, *rest), is_cut_off = answer().text.split(), answer().is_cut_off
     processor.tokenizer.eos_token = first
-    assert rest and answer() == first and llava.generation_config.eos_token_id == others
+    assert rest and is_cut_off and answer() == (first, False) and llava.generation_config.eos_token_id == others
 
 
 @pytest.mark.parametrize(("system", "between"), [("", ""), ("you are it", ""), ("you are it", "</sys>")])

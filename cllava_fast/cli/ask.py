@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     collate = Collator(encoder, None, training=False)
     query = _told(model, arguments.task)
     (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)
-    print(printable(answer))
+    print(printable(answer.text))
     if not arguments.quiet:
         rows = explain(model, collate(examples))
         _print(rows, f"({model.increments.config.method} {_why_no_rows(model.increments.method)})")

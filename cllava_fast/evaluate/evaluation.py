@@ -27,7 +27,7 @@ from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Sample, Stream, fingerprint
 from cllava_fast.environment import environment
-from cllava_fast.evaluate.predict import batches_of, predict, queries_of
+from cllava_fast.evaluate.predict import Answer, batches_of, predict, queries_of
 from cllava_fast.evaluate.report import REPORT_FILES, write_report
 from cllava_fast.evaluate.results import MAX_TASKS
 from cllava_fast.evaluate.scores import find_metric
@@ -49,8 +49,8 @@ class TaskEvaluation:
     """What a model answered to the samples of one task.
 
     Attributes:
-        records: one for each sample: id, question, answers, prediction, score, and where rows were selected, rows,
-            weights and strength.
+        records: one for each sample: id, question, answers, prediction, score, cut_off where the model would have gone
+            on, and where rows were selected, rows, weights and strength.
         right_block: for each sample the share of the selection weight in the task's own rows; None where nothing was
             selected or the model has no rows of a task of this name.
         examples: a few of the records, right and wrong ones, with a small picture.
@@ -185,19 +185,20 @@ def _evaluation(
     name: str,
     examples: Sequence[Example],
     places: Sequence[int],
-    answers: Sequence[str],
+    answers: Sequence[Answer],
     metric: Any,
     selected: _Selected | None,
 ) -> TaskEvaluation:
     samples = [example.sample for example in examples]
-    scores = metric.each(answers, [references_of(sample) for sample in samples])
+    scores = metric.each([answer.text for answer in answers], [references_of(sample) for sample in samples])
     records: list[dict[str, Any]] = []
     for position, (sample, answer, score) in enumerate(zip(samples, answers, scores, strict=True)):
         record = {
             "id": sample.id or str(places[position]),
             "question": sample.instruction,
             "answers": list(references_of(sample)),
-            "prediction": answer,
+            "prediction": answer.text,
+            **({"cut_off": True} if answer.is_cut_off else {}),
             "score": score,
         }
         if selected:

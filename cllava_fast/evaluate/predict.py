@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example, ImageFeatures
 from cllava_fast.data.stream import Sample
 from cllava_fast.model.paths import execution_device, input_embedding
+
+
+class Answer(NamedTuple):
+    """What a model said, and whether it would have gone on behind ``max_new_tokens``."""
+
+    text: str
+    is_cut_off: bool
 
 
 @torch.no_grad()
@@ -28,7 +35,7 @@ def predict(
     max_new_tokens: int,
     advance: Callable[[str], None] = lambda note: None,
     together: Callable[[], None] = lambda: None,
-) -> list[str]:
+) -> list[Answer]:
     """One answer for each example. The query alone decides what acts.
 
     Several processes share the batches, which hold the same samples on any number of them; each returns all answers.
@@ -47,16 +54,17 @@ def predict(
     sharded = distributed.is_sharded(model)
     if sharded and len(share) < len(batches[:: distributed.count()]):
         share.append(batches[0])  # no process may leave the others alone in a forward pass
-    mine: dict[int, str] = {}
+    mine: dict[int, Answer] = {}
     for turn, rows in enumerate(share):
         batch: dict[str, Any] = {name: t.to(device) for name, t in collate([examples[i] for i in rows]).items()}
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
         with _greedy(model, tokenizer):
-            generated = model.generate(**batch, max_new_tokens=max_new_tokens, synced_gpus=sharded)
-        for row, ids in zip(rows, generated[:, width:], strict=True):
-            mine[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            generated = model.generate(**batch, max_new_tokens=max_new_tokens, synced_gpus=sharded)[:, width:].cpu()
+            cut_off = ~torch.isin(generated, torch.tensor(_ends(model))).any(1)
+        for row, ids, is_cut_off in zip(rows, generated, cut_off.tolist(), strict=True):
+            mine[row] = Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), is_cut_off)
         advance("")
         if turn < len(batches) // distributed.count():
             together()
