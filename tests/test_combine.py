@@ -139,6 +139,21 @@ def test_files_that_do_not_say_their_base_go_with_any_and_hide_nothing() -> None
         combine(sources(old, *new))
 
 
+def test_runs_that_learned_from_more_samples_are_no_seeds_of_the_same() -> None:
+    """Rehearsal, say, whose numbers of samples may change with the order."""
+
+    def learned_from(seed: int, a: int, b: int, stream: list[str] = TASKS) -> dict[str, Any]:
+        return run_of("sequential_lora", seed, [0.5, 0.9], stream, train_samples={"a": a, "b": b})
+
+    replayed = [learned_from(0, 40, 48), learned_from(1, 40, 48)]
+    turned = [learned_from(seed, 47, 40, TASKS[::-1]) for seed in (0, 1)]
+    found = combine(sources(*replayed, *turned))
+    assert combine([Source("all", found)])["seeds"] == [0, 1]
+    assert combine(sources(replayed[0], run_of("sequential_lora", 1, [0.5, 0.9])))["seeds"] == [0, 1]  # an evaluation
+    with pytest.raises(ValueError, match="runs/1 holds .* with .*40.* training samples, runs/0 with .*48.*; give one"):
+        combine(sources(replayed[0], learned_from(1, 40, 40)))
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 1):
         (tmp_path / f"run{seed}").mkdir()

@@ -61,6 +61,7 @@ def test_a_run_leaves_its_results(run: tuple[Path, cf.ContinualResult, Any]) -> 
     assert method["accuracy_matrix"] == result.accuracy_matrix and method["losses"] == result.losses
     assert method["selection_accuracy"] == result.selection_accuracy
     assert method["average_accuracy"] == pytest.approx(sum(v or 0.0 for v in result.accuracy_matrix[1]) / 2)
+    assert results["config"]["train_samples"] == {task.name: len(task.train) for task in graded_stream()}
     assert results["config"]["arguments"]["max_steps"] == 40 and results["environment"]["torch"] == torch.__version__
     assert set(method["examples"]) == {"task0", "task1"}
 

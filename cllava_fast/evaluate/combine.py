@@ -45,6 +45,11 @@ class _Run(NamedTuple):
         method = _mapping(_mapping(config.get("method_configs")).get(self.method))
         return {**arguments, **method, **_mapping(config.get("base"))}
 
+    @property
+    def train_samples(self) -> Any:
+        """Of each task, how many it learned from, which its order may decide (rehearsal); None where nobody says."""
+        return self.source.results.get("config", {}).get("train_samples")
+
 
 def combine(sources: Sequence[Source]) -> dict[str, Any]:
     """What ``results.json`` holds for all of them together; runs of one name become its seeds and orders.
@@ -153,7 +158,13 @@ def _add(runs: dict[tuple[int, Order], _Run], source: Source, method: str, resul
         if (seed, order) in runs:
             earlier = runs[seed, order].source.where
             raise ValueError(f"{earlier} and {source.where} both hold {name!r} with seed {seed}; {hint}")
-        for other in runs.values():
+        for (_, its_order), other in runs.items():
+            sizes = run.train_samples, other.train_samples
+            if order == its_order and None not in sizes and sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"{source.where} holds {name!r} with {brief(sizes[0])} training samples, {other.source.where} with "
+                    f"{brief(sizes[1])}; {hint}"
+                )
             if (key := _differing(run.settings, other.settings)) is not None:
                 raise ValueError(
                     f"{source.where} holds {name!r} with {key} {brief(run.settings.get(key))}, {other.source.where} "

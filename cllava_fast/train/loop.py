@@ -389,6 +389,7 @@ class ContinualTrainer:
                 task: measured
                 for task, (_, measured) in zip(self.stream.task_names, self._identity["stream_sha256"], strict=True)
             },
+            "train_samples": {task.name: len(task.train) for task in self.stream},
             "arguments": self.args.identity(),
             "method_configs": {method["method"]: method},
             "base": self._base,
