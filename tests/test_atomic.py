@@ -112,16 +112,19 @@ def test_a_failing_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch
 
 def test_contents_reach_the_disk_before_their_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, str]] = []
+    flushed: list[int] = []
     to_disk, replace, rename = atomic._to_disk, os.replace, Path.rename
 
     def plain(path: Path) -> str:
         return "/".join(part for part in path.relative_to(tmp_path).parts if "partial" not in part)
 
     monkeypatch.setattr(atomic, "_to_disk", lambda path: (done.append(("sync", plain(path))), to_disk(path)))
+    monkeypatch.setattr(os, "fsync", flushed.append)
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append(("name", new.name)), replace(old, new)))
     monkeypatch.setattr(Path, "rename", lambda old, new: (done.append(("name", new.name)), rename(old, new))[1])
     write_text(tmp_path / "a.txt", "one")
     assert done == [("sync", ""), ("name", "a.txt"), ("sync", "")]  # the file, its name, the folder
+    assert len(flushed) == 2
     done.clear()
     with new_folder(tmp_path / "out") as folder:
         (folder / "sub").mkdir()

@@ -122,6 +122,14 @@ def test_a_report_of_few_tasks_leaves_nothing_out(figures: list, tmp_path: Path)
     assert "…" not in wording.headline(results)
 
 
+def test_a_map_says_its_average_where_it_was_measured(figures: list, tmp_path: Path) -> None:
+    results = two_tasks()
+    results["methods"]["joint_lora"]["average_accuracy"] = None
+    plots.plot_accuracy_matrices(results, tmp_path / "a.png")
+    titles = [axes.get_title() for axes in figures[0].axes[:3]]
+    assert titles == ["Sequential LoRA\naverage 45.0 %", "Joint LoRA", "Continual LLaVA\naverage 80.0 %"]
+
+
 @pytest.mark.parametrize(("size", "maps", "full"), [(12, 40, True), (13, 40, False), (30, 1, True), (32, 1, False)])
 def test_cells_have_texts_where_there_is_room(size: int, maps: int, full: bool) -> None:
     assert plots._is_full(size, maps) == full

@@ -101,6 +101,8 @@ def test_the_table_holds_the_numbers(results: dict, tmp_path: Path) -> None:
     assert cells[:8] == ["Continual LLaVA", *spread, "85.0", "75.0"]
     joint = next(line for line in lines if line.startswith("| Joint LoRA |"))
     assert [c.strip() for c in joint.strip("|").split("|")][2:4] == ["n too small", "–"]
+    explained = {name for name, _ in wording.explanations(results)}
+    assert {*report.table(results)[0]} - explained == {"method", "chart", "icon"}
     console = Console(record=True, width=160, file=open("/dev/null", "w"))
     report.print_table(results, console)
     assert "80.0 ± 7.1" in console.export_text()
