@@ -400,6 +400,22 @@ class TestLock:
         with run_lock(tmp_path / "run"):
             pass
 
+    def test_one_whose_holder_ends_meanwhile_is_taken_anew(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flock, asked = lock.fcntl.flock, list[int]()
+
+        def late(descriptor: int, how: int) -> None:
+            asked.append(descriptor)
+            if len(asked) == 1:
+                (tmp_path / ".lock").unlink()
+            flock(descriptor, how)
+
+        monkeypatch.setattr(lock.fcntl, "flock", late)
+        with run_lock(tmp_path), pytest.raises(InUseError), run_lock(tmp_path):
+            pass
+        assert asked[0] == asked[1], "nothing stays open"
+
     def test_a_fork_does_not_keep_it(self, tmp_path: Path) -> None:
         """Workers of a data loader outlive a killed run for seconds."""
         (reader, writer), (here, there) = os.pipe(), os.pipe()

@@ -78,17 +78,17 @@ def _take(path: Path) -> int | None:
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 _held.add(descriptor)
                 return descriptor
-            os.close(descriptor)  # of a run that has ended in between
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
             raise InUseError(f"{path.parent} is in use by {holder}; wait for it, or give another output_dir") from None
         except OSError as error:
-            os.close(descriptor)
             if error.errno not in NO_LOCKS:
                 raise
             warnings.warn(f"{path.parent} cannot be locked ({error.strerror}): start no second run in it", stacklevel=2)
             return None
+        finally:
+            if descriptor not in _held:  # where none is returned; without an error, of a run that has ended in between
+                os.close(descriptor)
 
 
 def _forget() -> None:
