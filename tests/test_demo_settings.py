@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from cllava_fast.cli import main
+from cllava_fast.cli.demo import add_arguments
 from cllava_fast.data.stream import Stream
 from cllava_fast.demo import capability, dataset, mixture
 from cllava_fast.demo.images import COLORS, SHAPES, draw_chart, draw_form, draw_glyph, draw_icon
@@ -255,6 +257,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     methods = ["--methods", "frozen", "continual_llava"]
     assert main(["demo", "--setting", "capability", "--output", str(output), *size, *methods]) == 0
     return output, load_results(output / "results.json")
+
+
+def test_flags_have_the_defaults_of_the_configuration() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = {name: value for name, value in vars(parser.parse_args([])).items() if value is not None}
+    assert given == {name: getattr(DemoConfig(), name) for name in given}
 
 
 def test_every_order_keeps_its_matrix(ran: tuple[Path, dict[str, Any]]) -> None:
