@@ -345,3 +345,4 @@ def test_a_task_name_is_shown_as_it_is_while_it_is_learned(terminal: bool) -> No
     with stage("[red]a[/red]\x1b[2J: tune", 1, console=console) as advance:
         advance("loss [1]")
     assert "[red]a[/red]\\x1b[2J: tune" in out.getvalue() and "loss [1]" in out.getvalue()
+    assert ("1/1" in out.getvalue()) == terminal
