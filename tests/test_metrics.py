@@ -28,6 +28,7 @@ def test_what_was_not_measured_is_none() -> None:
     assert metrics.average_accuracy(JOINT) == pytest.approx(0.6)
     assert metrics.average_forgetting(JOINT) is None and metrics.backward_transfer(JOINT) is None
     assert metrics.mean_average_accuracy(JOINT) is None
+    assert metrics.average_forgetting([[0.5, None, None], [None, 0.4, None], [0.3, 0.3, 0.3]]) is None
 
 
 def test_a_single_task_forgets_nothing() -> None:
