@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def test_init_writes_a_file_that_train_understands(tmp_path: Path, capsys: pytes
     before = file.read_text()
     assert cli.main(["init", str(file)]) == 1
     assert "exists" in capsys.readouterr().err and file.read_text() == before
+    file.write_text(re.sub(r"^( +)#(?=\w)", r"\1", before, flags=re.MULTILINE))
+    shown = load_config(file)
+    assert (shown.model, shown.method, shown.training) == (config.model, config.method, config.training)
 
 
 @pytest.mark.parametrize(
