@@ -292,6 +292,10 @@ def test_the_selection_has_a_table(strange: dict, tmp_path: Path) -> None:
     assert "2.0 of 2" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
     with Image.open(tmp_path / "selection.png") as picture:
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
+    three = selection_study({"a": [1.0, 1.0, 0.0], "b": [1.0, 0.0, 1.0], "c": [0.0, 0.0, 1.0]}, ["a", "b", "c"])
+    strange["methods"]["continual_llava"]["selection"] = three
+    _, rows = report.selection_table(strange)  # type: ignore[misc]
+    assert [row[-1] for row in rows] == ["50.0"] * 3, "a shares nothing with c"
 
 
 def test_orders_are_averaged_by_task(orders: dict, tmp_path: Path) -> None:
