@@ -478,6 +478,19 @@ class TestSignals:
         thread.join()
         assert seen == [signal.SIG_DFL]
 
+    def test_a_data_loaders_worker_is_ended_by_sigterm_alone(self) -> None:
+        """A terminal's Ctrl-C reaches it, too."""
+        with Watch().catching():
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                finally:
+                    os._exit(0)
+            _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
     def test_one_behind_the_last_step_is_not_lost(self) -> None:
         with pytest.raises(RunStopped, match="stopped by SIGINT"), Watch().catching():
             os.kill(os.getpid(), signal.SIGINT)
