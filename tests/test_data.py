@@ -46,6 +46,7 @@ def task(name: str = "a", **splits: Any) -> Task:
         ([task(test=[Sample("what?", "x", history="a")])], TypeError, r"a/test\[0\]: history is 'a'; expected pairs"),
         ([task(test=[Sample("what?", "x", references="x")])], TypeError, r"a/test\[0\]: references is 'x'"),
         ([task(test=[Sample("what?", "x", history=None)])], TypeError, r"a/test\[0\]: history is None; expected pairs"),
+        ([task(test=[Sample("what?", "x", history=(("a",),))])], TypeError, "expected pairs of texts"),
         (
             [task(test=[Sample("what?", "x", references=5)])],
             TypeError,
