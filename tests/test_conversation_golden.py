@@ -144,6 +144,16 @@ def test_ids_are_those_of_the_whole_text_and_labels_those_of_all_answers(
     assert said == [f"{reply}</s>" for _, reply in sample.history] + [f"{sample.answer}</s>"]
 
 
+def test_an_answer_on_a_line_of_its_own_gets_no_space_before_it(real: Any, monkeypatch: Any) -> None:
+    turn = "{{ m['role'] + ':\n' + m['content'][0]['text'] + '\n' }}"
+    start = "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    monkeypatch.setattr(real, "chat_template", f"{{% for m in messages %}}{turn}{{% endfor %}}{start}")
+    (example,) = Encoder(real).encode([Sample("What is it?", "A cat.")])
+    prompt = "user:\nWhat is it?\nassistant:\n"
+    assert example.prompt_ids == real.tokenizer(prompt)["input_ids"]
+    assert example.prompt_ids + example.answer_ids == real.tokenizer(f"{prompt}A cat.</s>")["input_ids"]
+
+
 def test_labels_token_by_token(processor: Any) -> None:
     """The tiny tokenizer: a word, a token."""
     sample = Sample("is it odd?", "no", PICTURE, history=(("which digit is it?", "6"), ("is it big?", "yes")))
