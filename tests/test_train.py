@@ -146,6 +146,18 @@ def test_alignment_moves_keys_to_their_queries_and_nothing_else(llava: Any, proc
     assert changed == {"block_keys"}
 
 
+def test_the_order_of_alignment_is_a_function_of_its_seed(llava: Any, processor: Any, tmp_path: Path) -> None:
+    increments = get_increments(cf.patch(llava, processor=processor))
+    queries, keys = torch.randn(40, 384), []
+    for seed in (3, 3, 4):
+        increments.open_task(queries, torch.Generator().manual_seed(0))
+        args = arguments(tmp_path, align_steps=3, align_batch_size=8)
+        align_keys(increments.pool, queries, 1, args, seed, "align", increments.method.alignment_loss)
+        keys.append(increments.pool.block_keys.detach().clone())
+        increments.drop_task()
+    assert torch.equal(keys[0], keys[1]) and not torch.equal(keys[0], keys[2])
+
+
 def test_a_run_is_a_function_of_its_seed(new_llava: Callable, processor: Any, tmp_path: Path) -> None:
     states = []
     for i, seed in enumerate((3, 3, 4)):
