@@ -23,6 +23,7 @@ from cllava_fast.model import get_increments
 from cllava_fast.model.caches import returned
 from cllava_fast.train.align import align_keys
 from cllava_fast.train.garbage import nothing_old_collected
+from cllava_fast.train.tune import training_options
 from tests.train_helpers import arguments, stream, trainer
 
 
@@ -300,6 +301,16 @@ def test_several_processes_move_the_model_to_their_device(
     stayed = {name.split(".")[1] for name, tensor in llava.state_dict().items() if tensor.device.type == "cpu"}
     assert {"vision_tower", "multi_modal_projector", "pool"} <= moved and bool(stayed) == sharded
     assert ("language_model" in stayed) == sharded and ("language_model" in moved) != sharded
+
+
+def test_what_transformers_calls_the_same_is_handed_on() -> None:
+    given = {
+        "num_train_epochs": 2.5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+        "learning_rate": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 7.0, "weight_decay": 0.25,
+        "max_grad_norm": 0.125, "bf16": True, "dataloader_num_workers": 3, "logging_steps": 4, "max_steps": 5,
+    }  # fmt: skip
+    options = training_options(cf.ContinualArguments("x", **given), torch.device("cpu"), seed=1)
+    assert given.items() <= options.items()
 
 
 def test_every_argument_has_help_and_an_option() -> None:
