@@ -282,7 +282,7 @@ def test_each_answer_stays_with_its_sample(
     ]
     increments = learn(cf.patch(llava, CONFIG, processor=processor), 2, rng)
     monkeypatch.setattr(evaluation, "predict", lambda model, examples, *args, **kwargs: [
-        example.instruction for example in examples])  # fmt: skip
+        evaluation.Answer(example.instruction, is_cut_off=False) for example in examples])  # fmt: skip
     found = evaluation.evaluate_tasks(
         llava, PreparedStream(cf.Stream(tasks), processor), list(asked), "test",
         batch_size=4, max_new_tokens=1, progress=False,
