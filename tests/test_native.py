@@ -139,6 +139,17 @@ def test_a_wrong_pointer_never_reaches_a_kernel(op: str, change: dict, message: 
 
 
 @on_cpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_cpu_s_select_takes_no_keys_of_two_bytes(dtype: torch.dtype) -> None:
+    arguments = select_arguments() | {"keys": torch.zeros(6, 8, dtype=dtype)}
+    query, keys, _, groups, by_batch, similarity, _, index = arguments.values()
+    with pytest.raises(RuntimeError, match="keys: expected Float on the CPU, got (Half|BFloat16)"):
+        LIBRARY.select(*arguments.values())
+    with pytest.raises(RuntimeError, match="keys: expected Float on the CPU, got (Half|BFloat16)"):
+        LIBRARY.select_backward(similarity, query, keys, index, groups, by_batch, torch.zeros(6, 8, dtype=dtype))
+
+
+@on_cpu
 def test_an_index_out_of_range_is_an_error_where_nobody_checked_it() -> None:
     A, index = torch.ones(3, 2, 4), torch.tensor([[0, 3]])
     with ops.backend("cpu"):

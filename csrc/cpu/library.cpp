@@ -10,8 +10,14 @@ namespace {
 struct Cpu {
   template <typename Call>
   static int64_t workspace(const Call&) { return 0; }
-  static void select(const cllava::Select& call, const cllava::Tensor&) { cllava::cpu::select(call); }
-  static void select_backward(const cllava::SelectBackward& call, const cllava::Tensor&) { cllava::cpu::select_backward(call); }
+  template <typename Call>
+  static const Call& of_float_keys(const Call& call) {
+    if (call.type != cllava::Type::float32)
+      cllava::refuse("keys: expected Float on the CPU, got ", call.type == cllava::Type::float16 ? "Half" : "BFloat16");
+    return call;
+  }
+  static void select(const cllava::Select& call, const cllava::Tensor&) { cllava::cpu::select(of_float_keys(call)); }
+  static void select_backward(const cllava::SelectBackward& call, const cllava::Tensor&) { cllava::cpu::select_backward(of_float_keys(call)); }
   static void aggregate(const cllava::Aggregate& call, const cllava::Tensor&) { cllava::cpu::aggregate(call); }
   static void aggregate_backward(const cllava::AggregateBackward& call, const cllava::Tensor&) { cllava::cpu::aggregate_backward(call); }
   static void mix_factors(const cllava::MixFactors& call, const cllava::Tensor&) { cllava::cpu::mix_factors(call); }
