@@ -125,3 +125,22 @@ def test_the_interpreter_and_the_emulation_never_volunteer() -> None:
         if usable() is None:
             with ops.backend(name):
                 assert ops.dispatch.choose("select", site).backend == name
+
+
+def test_triton_runs_only_where_it_can_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU in a small container lacks most often is a C compiler."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops.dispatch, "too_old", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert triton_backend.usable.__wrapped__() == "the kernels are for NVIDIA's GPUs"
+
+    def driver(_: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(driver))
+    assert "needs a C compiler and Python's headers: Failed to find" in str(triton_backend.usable.__wrapped__())
+    monkeypatch.setattr(type(triton.runtime.driver), "active", None)
+    assert triton_backend.usable.__wrapped__() is None

@@ -29,7 +29,18 @@ def usable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
-    return dispatch.too_old()
+    if torch.version.cuda is None:
+        return "the kernels are for NVIDIA's GPUs"
+    return dispatch.too_old() or _cannot_launch()
+
+
+def _cannot_launch() -> str | None:
+    """Triton compiles its driver for each machine, with the first kernel at the latest."""
+    try:
+        importlib.import_module("triton").runtime.driver.active  # noqa: B018
+    except Exception as error:
+        return f"triton cannot launch kernels, for which it needs a C compiler and Python's headers: {error}"
+    return None
 
 
 def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
