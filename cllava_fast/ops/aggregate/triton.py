@@ -26,25 +26,24 @@ def coefficient_kernel(
     M, N, T, tiles,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    exact: tl.constexpr = coefficient.dtype.element_ty
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     column = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     own = column < M
     n = column - M
     task = tl.load(row_task + n, mask=(n >= 0) & (n < N), other=T)  # of task T: earlier than none
-    past = tl.zeros((BLOCK,), dtype=exact)
+    past = tl.zeros((BLOCK,), dtype=tl.float32)
     read = tl.zeros((BLOCK,), dtype=tl.int1)
     for first in range(0, M, UNROLL):
         for step in tl.static_range(UNROLL):
             m = first + step
             chosen = tl.load(index + sample * M + m, mask=m < M, other=0)
-            strength = tl.load(weight + sample * M + m, mask=m < M, other=0).to(exact)
+            strength = tl.load(weight + sample * M + m, mask=m < M, other=0)
             from_task = tl.load(row_task + chosen, mask=m < M, other=-1)
             looks = task < from_task
-            past += strength * tl.load(context + from_task * T + task, mask=looks, other=0).to(exact)
+            past += strength * tl.load(context + from_task * T + task, mask=looks, other=0)
             read |= looks
-    mean = tl.load(row_mean + n, mask=read, other=0).to(exact)
-    value = tl.load(weight + sample * M + column, mask=own, other=0).to(exact)
+    mean = tl.load(row_mean + n, mask=read, other=0)
+    value = tl.load(weight + sample * M + column, mask=own, other=0)
     value = tl.where(own, value, tl.where(read, past * mean, 0))
     row = tl.load(index + sample * M + column, mask=own, other=0)
     place = sample * (M + N) + column
@@ -59,20 +58,19 @@ def weight_gradient_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each selected row of each sample."""
-    exact: tl.constexpr = grad.dtype.element_ty
     pair = tl.program_id(0).to(tl.int64)
     upstream = grad + (pair // M) * (M + N)
     from_task = tl.load(row_task + tl.load(index + pair))
-    total = tl.zeros((BLOCK,), dtype=exact)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, N, BLOCK):
         n = first + tl.arange(0, BLOCK)
         task = tl.load(row_task + n, mask=n < N, other=T)
         looks = task < from_task
-        scalar = tl.load(context + from_task * T + task, mask=looks, other=0).to(exact)
-        mean = tl.load(row_mean + n, mask=looks, other=0).to(exact)
+        scalar = tl.load(context + from_task * T + task, mask=looks, other=0)
+        mean = tl.load(row_mean + n, mask=looks, other=0)
         total += scalar * (mean * tl.load(upstream + M + n, mask=looks, other=0))
     own = tl.load(upstream + pair % M)
-    tl.store(grad_weight + pair, (own + tl.sum(total, axis=0)).to(grad_weight.dtype.element_ty))
+    tl.store(grad_weight + pair, own + tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -82,14 +80,13 @@ def task_sum_kernel(
     TASKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """task_sum[b, t] = sum over the rows n of task t of grad[b, M + n] * row_mean[n]. NaN where task t holds NaN."""
-    exact: tl.constexpr = task_sum.dtype.element_ty
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     t = (tl.program_id(0) % tiles) * TASKS + tl.arange(0, TASKS)
-    total = tl.zeros((TASKS, BLOCK), dtype=exact)
+    total = tl.zeros((TASKS, BLOCK), dtype=tl.float32)
     for first in range(0, N, BLOCK):
         n = first + tl.arange(0, BLOCK)
         task = tl.load(row_task + n, mask=n < N, other=-1)
-        mean = tl.load(row_mean + n, mask=n < N, other=0).to(exact)
+        mean = tl.load(row_mean + n, mask=n < N, other=0)
         value = mean * tl.load(grad + sample * (M + N) + M + n, mask=n < N, other=0)
         total += tl.where(task[None, :] == t[:, None], value[None, :], 0)
     tl.store(task_sum + sample * T + t, tl.sum(total, axis=1), mask=t < T)
@@ -102,20 +99,19 @@ def context_gradient_kernel(
     TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile [TILE, TILE] of the gradient, over the samples in fixed order."""
-    exact: tl.constexpr = task_sum.dtype.element_ty
     t = (tl.program_id(0) // tiles) * TILE + tl.arange(0, TILE)
     s = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
-    total = tl.zeros((TILE, TILE), dtype=exact)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
     # above the diagonal there is nothing to add up
     samples = tl.where(tl.program_id(0) % tiles <= tl.program_id(0) // tiles, B, 0)
     for first in range(0, samples, TILE):
         b = (first + tl.arange(0, TILE)).to(tl.int64)
         inside = b < samples
-        mass = tl.zeros((TILE, TILE), dtype=exact)  # weight that each sample puts on rows of each task
+        mass = tl.zeros((TILE, TILE), dtype=tl.float32)  # weight that each sample puts on rows of each task
         present = tl.zeros((TILE, TILE), dtype=tl.int1)
         for m in range(0, M):
             chosen = tl.load(index + b * M + m, mask=inside, other=0)
-            strength = tl.load(weight + b * M + m, mask=inside, other=0).to(exact)
+            strength = tl.load(weight + b * M + m, mask=inside, other=0)
             same = tl.load(row_task + chosen, mask=inside, other=-1)[:, None] == t[None, :]
             mass += tl.where(same, strength[:, None], 0)
             present |= same
@@ -124,7 +120,7 @@ def context_gradient_kernel(
         )  # [b, s]
         each = tl.where(present[:, :, None], mass[:, :, None] * by_task[:, None, :], 0)  # [b, t, s]
         total += tl.sum(each, axis=0)
-    total = tl.where(s[None, :] < t[:, None], total, 0).to(grad_context.dtype.element_ty)
+    total = tl.where(s[None, :] < t[:, None], total, 0)
     place = t[:, None].to(tl.int64) * T + s[None, :]
     tl.store(grad_context + place, total, mask=(t[:, None] < T) & (s[None, :] < T))
 
@@ -155,9 +151,8 @@ def aggregate_backward(
     context: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    grad, index, weight, row_task, row_mean, context = dense(grad, index, weight, row_task, row_mean, context)
+    grad, index, weight, row_task, row_mean, context = dense(grad.float(), index, weight, row_task, row_mean, context)
     (samples, chosen), pool, tasks = index.shape, len(row_task), len(context)
-    grad = grad.float()
     grad_weight, grad_context = weight.new_empty(0), context.new_empty(0)
     if needed[0]:
         grad_weight = weight.new_empty(samples, chosen)

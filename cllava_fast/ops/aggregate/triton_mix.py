@@ -30,9 +30,8 @@ def _add_up(
     source, apart, index, weight, out, tile, row, size, terms,
     GATHER: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    exact: tl.constexpr = tl.float32
     column = tile * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=exact)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, terms, UNROLL):
         for step in tl.static_range(UNROLL):
             term = first + step
@@ -43,7 +42,7 @@ def _add_up(
                 where = term.to(tl.int64)
             end = tl.where(strength != 0, size, 0)
             value = tl.load(source + where * apart + column, mask=column < end, other=0)
-            total += strength.to(exact) * value.to(exact)
+            total += strength * value.to(tl.float32)
     tl.store(out + row * size + column, total.to(out.dtype.element_ty), mask=column < size)
 
 
@@ -72,24 +71,23 @@ def strength_kernel(
     """strength[n, b] = sum of coefficient[b, p] over the pairs p that name row n."""
     sample = (tl.program_id(0) % B).to(tl.int64)
     n = (tl.program_id(0) // B) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, PAIRS), dtype=strength.dtype.element_ty)
+    total = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
     for first in range(0, P, PAIRS):
         p = first + tl.arange(0, PAIRS)
         row = tl.load(index + sample * P + p, mask=p < P, other=-1)
-        value = tl.load(coefficient + sample * P + p, mask=p < P, other=0).to(strength.dtype.element_ty)
+        value = tl.load(coefficient + sample * P + p, mask=p < P, other=0)
         total += tl.where(row[None, :] == n[:, None], value[None, :], 0)
     tl.store(strength + n.to(tl.int64) * B + sample, tl.sum(total, axis=1), mask=n < N)
 
 
 @triton.jit
 def _dot(grad, grad_apart, factor, factor_apart, sample, row, tile, size, SLICE: tl.constexpr, BLOCK: tl.constexpr):
-    exact: tl.constexpr = tl.float32
-    total = tl.zeros((BLOCK,), dtype=exact)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(tile * SLICE, tl.minimum(tile * SLICE + SLICE, size), BLOCK):
         column = first + tl.arange(0, BLOCK)
         upstream = tl.load(grad + sample * grad_apart + column, mask=column < size, other=0)
         value = tl.load(factor + row * factor_apart + column, mask=column < size, other=0)
-        total += upstream.to(exact) * value.to(exact)
+        total += upstream.to(tl.float32) * value.to(tl.float32)
     return tl.sum(total, axis=0)
 
 
@@ -106,11 +104,11 @@ def dot_kernel(
     place = partial + tile.to(tl.int64) * pairs + pair
     if tile < A_tiles:
         part = _dot(grad_A, grad_A_apart, A, A_apart, pair // P, row, tile, A_size, SLICE, BLOCK)
-        tl.store(place, part.to(partial.dtype.element_ty))
+        tl.store(place, part)
     else:
         tile -= A_tiles
         part = _dot(grad_B, grad_B_apart, B, B_apart, pair // P, row, tile, B_size, SLICE, BLOCK)
-        tl.store(place, part.to(partial.dtype.element_ty))
+        tl.store(place, part)
 
 
 def mix_factors(A: Tensor, B: Tensor, coefficient: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
