@@ -169,7 +169,7 @@ def _backward_shared(
     elif need_B:
         to_B = _gradient_of_B(low, grad, given)
     to_past = _past_backward(to_x, grad, given, past_low, need_past)
-    return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
+    return [to_x, to_A, to_B, to_coefficient, to_past]
 
 
 def _as_rows(given: Acting) -> Acting:
@@ -233,7 +233,7 @@ def _backward_whole(
             to_A = sum_over_all_tokens(weighed.grad[..., :of_pool], x, given.A)
         if need_x:
             to_x = _expand(weighed.grad, given.A, given.past_A)
-    return [to_x, to_A, to_B, to_coefficient if need_coefficient else None, to_past]
+    return [to_x, to_A, to_B, to_coefficient, to_past]
 
 
 def _readable(given: Acting, dtype: torch.dtype) -> Acting:
