@@ -199,7 +199,16 @@ SERVING_MUTANTS = [
     ),
     (
         "kernels of other sources are used", "cllava_fast/ops/native.py",
-        'refusal is None and _schemas(name) != _schemas("_native_cpu.so")', "False", "tests/test_native.py",
+        '_says(name, "cllava_schemas", ctypes.c_uint) != _says("_native_cpu.so", "cllava_schemas", ctypes.c_uint)',
+        "False", "tests/test_native.py",
+    ),
+    (
+        "kernels that this GPU cannot run are used", "cllava_fast/ops/native.py",
+        "return why and f", "return None and f", "tests/test_native.py",
+    ),
+    (
+        "Triton where it cannot launch is used", "cllava_fast/ops/triton_backend.py",
+        "dispatch.too_old() or _cannot_launch()", "dispatch.too_old()", "tests/test_backends.py",
     ),
     (
         "layers that hand nothing on have no increments", "cllava_fast/model/calls.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -194,6 +195,23 @@ def test_cuda_kernels_of_other_sources_than_the_cpu_s_are_not_used(
 
 
 @on_cpu
+@can_build
+def test_kernels_that_this_gpu_cannot_run_are_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "_native_cpu.so").symlink_to(native.FOLDER / "_native_cpu.so")  # loaded once
+    monkeypatch.setattr(native, "EMULATED", True)
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    schemas = native._says("_native_cpu.so", "cllava_schemas", ctypes.c_uint)
+    (tmp_path / "other.cpp").write_text(
+        f'extern "C" {{ unsigned cllava_schemas() {{ return {schemas}u; }}'
+        'const char* cllava_cannot_run() { return "no kernel image is available"; } }'
+    )
+    library = tmp_path / "_native_cuda_emulated.so"
+    subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "other.cpp", "-o", library], check=True)
+    why = "does not run on this GPU (no kernel image is available): python csrc/build.py emulated"
+    assert why in str(native.cuda_usable.__wrapped__())
+
+
+@on_cpu
 def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.cpu_usable.__wrapped__() is None
     monkeypatch.setattr(native, "OPS", (*native.OPS, "inject_tomorrow"))
@@ -274,6 +292,9 @@ def test_the_cuda_library_builds_for_every_chip_without_a_gpu(tmp_path: Path) ->
     sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
     assert kernels == {name for text in sources for name in re.findall(declared, text)}
     assert {row.arch for row in rows} == {80, 90} and len(rows) > 2 * len(kernels)
+    code = f"import ctypes, torch; says = ctypes.CDLL('{library}').cllava_cannot_run; print(bool(says()))"
+    cannot_run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert cannot_run == f"{not torch.cuda.is_available()}\n"
     # what a torch without CUDA lacks is looked up when a kernel is called: the library links against any
     symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True).stdout
     assert "aoti_torch_get_current_cuda_stream" not in symbols and "libtorch_cuda" not in symbols

@@ -61,15 +61,22 @@ def cuda_usable() -> str | None:
 def _load_beside_cpu(name: str, how: str) -> str | None:
     """A library whose ops those of the CPU have defined."""
     refusal = _load(name, how)
-    if refusal is None and _schemas(name) != _schemas("_native_cpu.so"):
+    if refusal is not None:
+        return refusal
+    # which schemas.h each was built with
+    if _says(name, "cllava_schemas", ctypes.c_uint) != _says("_native_cpu.so", "cllava_schemas", ctypes.c_uint):
         return f"{name} is of other sources than _native_cpu.so, and would misread arguments: {how}"
-    return refusal
+    why = _says(name, "cllava_cannot_run", ctypes.c_char_p)
+    return why and f"{name} does not run on this GPU ({why.decode()}): {how}"
 
 
-def _schemas(name: str) -> int | None:
-    """Which ``schemas.h`` a library was built with; None where it cannot say yet."""
-    says = getattr(ctypes.CDLL(str(FOLDER / name)), "cllava_schemas", None)
-    return None if says is None else int(says())
+def _says(name: str, what: str, kind: Any) -> Any:
+    """The answer of a library's function; None of one of older sources, which has none."""
+    function = getattr(ctypes.CDLL(str(FOLDER / name)), what, None)
+    if function is None:
+        return None
+    function.restype = kind
+    return function()
 
 
 def _load(name: str, how: str) -> str | None:

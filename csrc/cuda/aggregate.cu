@@ -101,6 +101,13 @@ __global__ void __launch_bounds__(THREADS) context_gradient(AggregateBackward p,
 
 }  // namespace
 
+const char* cannot_run() {
+  cudaFuncAttributes of_one;
+  const cudaError_t error = cudaFuncGetAttributes(&of_one, coefficients);
+  cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 void aggregate(const Aggregate& p, cudaStream_t stream) {
   const unsigned grid = blocks("aggregate", divide_up(p.B * (p.M + p.N), THREADS));
   launch("aggregate coefficients", coefficients, grid, THREADS, stream, p);

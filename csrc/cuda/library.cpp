@@ -93,6 +93,8 @@ struct Cuda {
 
 CLLAVA_SAYS_ITS_SCHEMAS
 
+extern "C" __attribute__((visibility("default"))) const char* cllava_cannot_run() { return cllava::cuda::cannot_run(); }
+
 #ifdef CLLAVA_EMULATED
 STABLE_TORCH_LIBRARY(cllava_fast_emulated, library) { cllava::define(library); }
 STABLE_TORCH_LIBRARY_IMPL(cllava_fast_emulated, CPU, library) {

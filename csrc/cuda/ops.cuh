@@ -16,6 +16,9 @@ constexpr int64_t SELECT_MOST_N = (int64_t(1) << 32) - 1;  // rows that a row nu
 constexpr int64_t SELECT_BACKWARD_MOST_D = 8192;           // the widest row that a block keeps
 constexpr int64_t INJECT_ADD_MOST_S = 16;                  // tokens of a sample
 
+// Why no kernel can run on the current device, or null: no code for such a chip, a driver older than the toolkit.
+const char* cannot_run();
+
 int64_t select_workspace(const Select&);
 void select(const Select&, cudaStream_t);
 
