@@ -11,7 +11,7 @@ from cllava_fast import ops
 from cllava_fast.ops import native
 from cllava_fast.ops.inject.cases import Case, make
 from cllava_fast.ops.inject.native import decode
-from tests.ops_helpers import Backend, backends, leaves
+from tests.ops_helpers import Backend, backends, leaves, on
 from tests.test_op_library import chain_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -168,3 +168,28 @@ def test_one_launch_decodes_as_float64_and_always_alike(samples, pairs, dtype, r
         for _ in range(100):
             assert torch.equal(found(), first)
     assert not arrived.any()
+
+
+def test_one_launch_in_a_graph(rng):
+    """The counts are zeros again behind each replay, and the sums' memory is the graph's own."""
+    refusal = native.cuda_usable()
+    if refusal is not None:
+        pytest.skip(refusal)
+    case = Case(B=3, S=1, d_in=192, d_out=264, N=64, R=8, P=60)
+    x, weight, A, B, index, coefficient, bias = on("cuda", make(case, torch.bfloat16, rng))
+    arrived = torch.zeros(case.B, dtype=torch.int32, device="cuda")
+
+    def layers(x):  # which share the counts, as those of a model do
+        return [decode(x, weight, bias, A, B, index, scale * coefficient, 0.5, arrived) for scale in (1.0, 2.0)]
+
+    with torch.no_grad():
+        layers(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layers(x)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            assert all(map(torch.equal, captured, layers(x)))
+            assert not arrived.any()
