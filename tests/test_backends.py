@@ -144,3 +144,21 @@ def test_triton_runs_only_where_it_can_launch(monkeypatch: pytest.MonkeyPatch) -
     assert "needs a C compiler and Python's headers: Failed to find" in str(triton_backend.usable.__wrapped__())
     monkeypatch.setattr(type(triton.runtime.driver), "active", None)
     assert triton_backend.usable.__wrapped__() is None
+
+
+def test_an_old_gpu_beside_a_new_one_is_left_to_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[getattr(device, "index", device)]
+    )
+    assert ops.dispatch.too_old() is None
+    for accepts in (triton_backend.accepts, functools.partial(native.accepts_on, "cuda", lambda *_: None)):
+        old, new = (
+            accepts("select", ops.dispatch.Site(torch.device("cuda", i), torch.float32, ()), False) for i in (0, 1)
+        )
+        assert old == "compute capability (7, 5) is below (8, 0)" and new is None
+    del capabilities[1]
+    assert ops.dispatch.too_old() == old

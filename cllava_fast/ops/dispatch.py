@@ -91,9 +91,9 @@ def other_dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"{dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
 
 
-def too_old() -> str | None:
-    """What kernels say of a GPU that they are not made for; None of another."""
-    capability = torch.cuda.get_device_capability()
+def too_old(*devices: torch.device) -> str | None:
+    """What kernels say of GPUs that they are not made for, of all there are by default; None if they are for one."""
+    capability = max(map(torch.cuda.get_device_capability, devices or range(torch.cuda.device_count())))
     return None if capability >= LOWEST_CAPABILITY else f"compute capability {capability} is below {LOWEST_CAPABILITY}"
 
 

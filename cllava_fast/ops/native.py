@@ -132,7 +132,8 @@ def accepts_on(backend: str, accepts: Accepts, op: str, site: dispatch.Site, ask
         return f"the tensors are on {site.device}"
     if emulated and not asked:
         return "the emulation runs only when asked for by name"
-    return dispatch.other_dtype(site.dtype) or accepts(op, site, asked)
+    refusal = dispatch.too_old(site.device) if site.device.type == "cuda" else None
+    return refusal or dispatch.other_dtype(site.dtype) or accepts(op, site, asked)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     if refusal is not None:
         return refusal
     if site.device.type == "cuda":
-        return "this process interprets its kernels (TRITON_INTERPRET=1)" if INTERPRETED else None
+        if INTERPRETED:
+            return "this process interprets its kernels (TRITON_INTERPRET=1)"
+        return dispatch.too_old(site.device)
     if not INTERPRETED:
         return f"the tensors are on {site.device}"
     return None if asked else "the interpreter runs only when asked for by name"
