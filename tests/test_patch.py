@@ -16,6 +16,7 @@ import cllava_fast as cf
 from cllava_fast.data import chat_template, pad_to_square
 from cllava_fast.methods.diki import DikiConfig
 from cllava_fast.methods.lora import LoraConfig
+from cllava_fast.model import calls
 from tests.helpers import QUESTIONS, inputs, last_logits, learn, selected
 
 CONFIG = cf.IncrementConfig(a_std=0.1)
@@ -209,6 +210,17 @@ def test_a_linear_that_was_replaced_is_missed(llava: Any, processor: Any, genera
                 call(**batch)
     attention.o_proj = nn.Sequential(linear)
     assert torch.equal(last_logits(llava, batch), before)
+
+
+def test_linears_are_looked_for_once_an_answer(
+    llava: Any, processor: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cf.patch(llava, CONFIG, processor=processor)
+    learn(llava, 1, generator)
+    looked: list[Any] = []
+    monkeypatch.setattr(calls, "_check_in_place", looked.append)
+    llava.generate(**inputs(processor, QUESTIONS, generator), min_new_tokens=3, max_new_tokens=3)
+    assert looked == [llava]
 
 
 def test_the_base_is_not_saved_by_mistake(

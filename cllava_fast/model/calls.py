@@ -121,8 +121,6 @@ def _forward(
         pending = within if increments.call.custom else None
     check_images(model, kwargs, image_features)
     selection = _select(model, kwargs, instructions, query, goes_on=True, pending=pending, within=within)
-    if selection is not None and not torch.compiler.is_compiling():
-        _check_in_place(model)
     if kwargs.get("labels") is not None and not increments.training and increments.is_within_a_task:
         _warn_of_earlier_tasks(selection)
     if image_features is not None:
@@ -319,7 +317,11 @@ def _select(
         packed=kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None,
         by_hand=goes_on and (cache is not None or bool(kwargs.get("use_cache"))),
     )
-    return select(model.increments, request, functools.partial(pooled_image, model), goes_on, pending, within)
+    selection = select(model.increments, request, functools.partial(pooled_image, model), goes_on, pending, within)
+    # a step of generate, which has looked already, need not wait for it
+    if selection is not None and pending is None and not torch.compiler.is_compiling():
+        _check_in_place(model)
+    return selection
 
 
 OF_THE_MODEL: dict[str, Callable[..., Any]] = {
