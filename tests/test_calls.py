@@ -176,6 +176,8 @@ def test_a_question_within_a_layer_leaves_the_rest_of_it_its_rows(
 
     def ask(*_: Any) -> None:
         hook.remove()
+        with pytest.raises(TypeError, match="call the model itself, not model.model"):
+            llava.model(**other)
         found.append(last_logits(llava, other))
 
     hook = llava.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(ask)

@@ -64,17 +64,17 @@ def linear_forward(linear: Any, original: Any, x: Tensor) -> Tensor:
 
 def receive_selection(increments: Increments, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     call, handed = increments.call, SELECTION in kwargs
-    call.active = kwargs.pop(SELECTION, None)
     if not handed and call.given:
         raise TypeError(
             f"a {type(module).__name__} is not handed its layer's keyword arguments, and no increments would act; "
-            "expected Llama-like layers"
+            "expected Llama-like layers, and hooks within a forward pass that call the model itself, not model.model"
         )
     if not handed and call.given is None and increments.may_act:
         raise RuntimeError(
             f"a {type(module).__name__} was called from outside the model, and no increments would act; call the model "
             "itself, or model.model for what its head reads"
         )
+    call.active = kwargs.pop(SELECTION, None)
     return args, kwargs
 
 
