@@ -81,8 +81,9 @@ def merge(
 def _merge_one(linear: nn.Linear, path: str, selection: Selection, increments: Increments, report: MergeReport) -> None:
     weight = linear.weight.data
     finer = weight.to(torch.float64 if weight.dtype.itemsize > 2 else torch.float32)
-    merged = _merged(weight, selection, increments, path)
-    exact = _merged(finer, selection, increments, path)
+    A, B, coefficient = acting_rows(selection, increments.pool.factors(path))
+    every, scale = torch.arange(len(A), device=A.device), increments.config.scale
+    merged, exact = (ops.merge(W, A, B, every, coefficient, scale, check_values=False) for W in (weight, finer))
     off, whole, increment = (torch.linalg.vector_norm(t) for t in (merged - exact, exact, exact - finer))
     report.output_error[path] = (off / whole).item() if whole > 0 else 0.0
     report.increment_error[path] = (off / increment).item() if increment > 0 else 0.0
@@ -193,9 +194,3 @@ def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor,
     if not len(coefficient):
         raise ValueError("no row acts on this query: nothing of it was learned")
     return A, B, coefficient
-
-
-def _merged(weight: Tensor, selection: Selection, increments: Increments, path: str) -> Tensor:
-    A, B, coefficient = acting_rows(selection, increments.pool.factors(path))
-    every = torch.arange(len(A), device=A.device)
-    return ops.merge(weight, A, B, every, coefficient, increments.config.scale, check_values=False)
