@@ -364,8 +364,8 @@ SERVING_MUTANTS = [
         'kwargs.get("custom_generate") is not None', "False", "tests/test_calls.py",
     ),
     (
-        "samples of a cache move alone", "cllava_fast/model/caches.py", "turn.samples.to(given.device)[given]",
-        "turn.samples", "tests/test_cache_moves.py",
+        "samples of a cache move alone", "cllava_fast/model/caches.py", "turn.selection.expand(rows).take(samples)",
+        "turn.selection.expand(rows)", "tests/test_cache_moves.py",
     ),
     (
         "later turns forget the images", "cllava_fast/model/selecting.py",

@@ -26,19 +26,13 @@ NAMES = ("cache", "past_key_values")  # of an argument and of an output: of tran
 @dataclass
 class _Turn:
     """What acts behind one prompt, before which the cache had ``begin`` tokens, and ``end`` with it; None where its
-    instruction was said, which no part of its tokens tells. ``samples [rows]`` int64: whose selection each row of the
-    cache now has; None until one was moved. ``open``: what goes on there may do so with ``selection``."""
+    instruction was said, which no part of its tokens tells. ``open``: what goes on there may do so with
+    ``selection``."""
 
     begin: int
     end: int | None
     selection: Selection
-    samples: Tensor | None = None
     open: bool = True
-
-    def settle(self) -> Selection:
-        if self.samples is not None:
-            self.selection, self.samples = self.selection.take(self.samples), None
-        return self.selection
 
 
 @dataclass
@@ -86,7 +80,7 @@ def remember(cache: Any, increments: Increments, selection: Selection, begin: in
         setattr(cache, FILLED, found)
     last = found.turns[-1] if found.turns else None
     if last is not None and (selection is last.selection or selection is found.going_on):
-        last.selection, last.samples = selection, None
+        last.selection = selection
     else:
         if not increments.method.uses_query:
             begin = 0  # every call selects anew, and the cache says how its prompt began
@@ -94,7 +88,7 @@ def remember(cache: Any, increments: Increments, selection: Selection, begin: in
         if end is None:
             for turn in before:
                 turn.open = False
-            if len(before) > 1 and _same(before[-1].settle().images, before[-2].settle().images):
+            if len(before) > 1 and _same(before[-1].selection.images, before[-2].selection.images):
                 before.pop()  # a caller may say it at every step, and a crop finds as much in the one before
         found.turns = [*before, _Turn(begin, end, selection)]
     found.rows, found.going_on = _rows(cache), None
@@ -120,7 +114,7 @@ def remembered(cache: Any, increments: Increments, whole: bool = True) -> Select
     if found.was_edited(cache):
         cache.__dict__.pop(FILLED, None)
         return None
-    return found.turns[-1].settle() if found.turns[-1].open or not whole else None
+    return found.turns[-1].selection if found.turns[-1].open or not whole else None
 
 
 def goes_on(cache: Any, selection: Selection) -> Selection:
@@ -152,26 +146,23 @@ class _Move:
             move()
         finally:
             found.moving = False
-        (given,) = (*args, *kwargs.values()) or (None,)
-        lasts = (
-            _crop(found, cache, given) if self.name == CROP else self.name in MOVES and self._take(found, rows, given)
-        )
+        if self.name == CROP:
+            lasts = _crop(found, cache)
+        else:
+            lasts = self.name in MOVES and self._take(found, rows, *args, **kwargs)
         found.rows = _rows(cache)
         if edited or not lasts:
             cache.__dict__.pop(FILLED, None)
 
-    def _take(self, found: _Filled, rows: int, given: Any) -> bool:
-        """False where the cache was emptied since, and is filled anew."""
+    def _take(self, found: _Filled, rows: int, *args: Any, **kwargs: Any) -> bool:
+        """False where the cache was emptied since, and may be filled anew."""
+        (given,) = (*args, *kwargs.values())
+        repeats = self.name == "batch_repeat_interleave"
+        samples = torch.arange(rows).repeat_interleave(given) if repeats else torch.as_tensor(given)
         for turn in found.turns:
-            if turn.samples is None and rows % turn.selection.batch_size == 0:
-                turn.selection, turn.samples = turn.selection.expand(rows), torch.arange(rows)
-            if turn.samples is None or len(turn.samples) != rows:
+            if not turn.selection.batch_size or rows % turn.selection.batch_size:
                 return False
-            if self.name == "batch_repeat_interleave":
-                turn.samples = turn.samples.repeat_interleave(given)
-            else:
-                given = torch.as_tensor(given)
-                turn.samples = turn.samples.to(given.device)[given]
+            turn.selection = turn.selection.expand(rows).take(samples)
         return True
 
 
@@ -191,17 +182,15 @@ class _State:
         return {name: value for name, value in state if not isinstance(value, (_Filled, _Move, _State))}
 
 
-def _crop(found: _Filled, cache: Any, given: Any) -> bool:
+def _crop(found: _Filled, cache: Any) -> bool:
     """Takes back the turns of which nothing is left; False where none is."""
-    if int(given) == 0:
-        return True
     length = int(cache.get_seq_length())
     found.turns = [turn for turn in found.turns if turn.begin < length]
     if not found.turns:
         return False
     *before, last = found.turns
     if last.end is not None and length < last.end - 1:  # its last token may be read once more
-        images, earlier = last.settle().images, before[-1].settle().images if before else None
+        images, earlier = last.selection.images, before[-1].selection.images if before else None
         if images is not None and not _same(images, torch.zeros_like(images) if earlier is None else earlier):
             last.selection = replace(last.selection, images=None)
         last.open = False
