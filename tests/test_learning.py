@@ -206,6 +206,7 @@ def test_packed_samples_are_refused_where_the_instruction_selects(llava: Any, pr
         masked = torch.ones_like(packed["input_ids"])  # by which transformers takes all for one sample
         model(packed["input_ids"], attention_mask=masked, position_ids=packed.get("position_ids"))
         model(**packed, instructions=[QUESTIONS[0]])
+        model(**packed, query=torch.ones(1, get_increments(model).pool.key_dim))
         assert parameters
     cf.unpatch(model)
     cf.patch(model, cf.LoraConfig(), processor=processor)
