@@ -302,3 +302,8 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match="surrogate 'nobody' was not found"):
             cf.patch(llava, cf.IncrementConfig(surrogate="nobody"), processor=processor)
         assert not hasattr(llava, "increments")
+
+    def test_a_processor_that_comes_later(self, llava: Any, processor: Any) -> None:
+        cf.patch(llava, BACKBONE)
+        with pytest.raises(ValueError, match="is patched without a processor; unpatch"):
+            cf.patch(llava, processor=processor)
