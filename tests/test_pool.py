@@ -61,6 +61,14 @@ def test_only_the_open_block_trains() -> None:
     assert not any(buffer.requires_grad for buffer in pool.buffers())
 
 
+def test_a_tensor_of_a_methods_own_trains_in_float32() -> None:
+    factors = make_pool().factors("a.0.o")
+    factors.keep("block_own", torch.ones(2, dtype=torch.bfloat16))
+    factors.keep("own", torch.ones(2, dtype=torch.bfloat16))
+    assert [(name, p.dtype) for name, p in factors.named_parameters()] == [("block_own", torch.float32)]
+    assert factors.own.dtype == torch.bfloat16
+
+
 def test_optimizer_steps_leave_committed_rows_alone() -> None:
     pool = make_pool(tasks=2)
     before = {name: tensor.clone() for name, tensor in pool.named_buffers()}
