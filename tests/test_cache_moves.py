@@ -183,6 +183,27 @@ def test_an_image_that_was_taken_back_counts_no_more(llava: Any, processor: Any,
             assert torch.equal(asked[-1], wanted)
 
 
+def test_an_image_before_what_was_said_counts_behind_a_crop(
+    llava: Any, processor: Any, generator: torch.Generator
+) -> None:
+    cf.patch(llava, cf.IncrementConfig(a_std=0.1, surrogate="text+image"), processor=processor)
+    increments = learn(llava, 2, generator, b_std=0.1)
+    asked: list[Tensor] = []
+    pick = increments.select_by_query
+    increments.select_by_query = lambda query: asked.append(query) or pick(query)  # type: ignore[method-assign]
+    first, second = (inputs(processor, [question], generator) for question in QUESTIONS[:2])
+    text = processor(text=[f"USER: {QUESTIONS[2]} ASSISTANT:"], return_tensors="pt")["input_ids"]
+    for says in (False, True):
+        cache = DynamicCache(config=llava.config.get_text_config())
+        last_logits(llava, first, **cached(cache))
+        last_logits(llava, {name: second[name] for name in ("input_ids", "pixel_values")}, **cached(cache))
+        if says:
+            last_logits(llava, {"input_ids": torch.tensor([[9]])}, **cached(cache), instructions=[QUESTIONS[3]])
+            cache.crop(-1)
+        last_logits(llava, {"input_ids": text}, **cached(cache))
+    assert torch.equal(asked[-1], asked[2])
+
+
 def test_what_was_said_holds_for_any_part_of_it(llava: Any, processor: Any, generator: torch.Generator) -> None:
     """A draft is cut off, and where nothing of what it was said with is left, what stood before may be edited."""
     cf.patch(llava, CONFIG, processor=processor)
