@@ -127,7 +127,7 @@ SERVING_MUTANTS = [
     ),
     (
         "weights under a merge are copied", "cllava_fast/model/sharing.py",
-        "        shared.update({id(weight): weight.detach() for weight in model.increments.pristine.values()})\n",
+        "        shared.update({id(weight): weight for weight in model.increments.pristine.values()})\n",
         "        pass\n", SHARING,
     ),
     (

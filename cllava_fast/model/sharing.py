@@ -37,7 +37,7 @@ def share(model: Any) -> Any:
         own = nn.Parameter(tensor.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor
         shared[id(tensor)] = own
     if hasattr(model, "increments"):
-        shared.update({id(weight): weight.detach() for weight in model.increments.pristine.values()})
+        shared.update({id(weight): weight for weight in model.increments.pristine.values()})
     twin = copy.deepcopy(model, shared)
     if hasattr(twin, "increments"):
         twin.increments.swaps = 0
