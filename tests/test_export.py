@@ -120,6 +120,8 @@ def test_compression_is_the_best_of_its_rank_and_says_what_it_costs(
         assert relative(increment, wanted[path]) == pytest.approx(least, rel=1e-4, abs=1e-6)
         assert report.error[path] == pytest.approx(least, rel=1e-4, abs=1e-6)
     assert ("compressed, largest" in str(report)) == (rank < 96)
+    card = (tmp_path / "small" / files.CARD).read_text()
+    assert ("| compression | relative error" if rank < 96 else "| compression | none; all rows that act |") in card
 
 
 def test_a_rank_above_the_width_is_padded(llava: Any, processor: Any, tmp_path: Path, generator: Any) -> None:
