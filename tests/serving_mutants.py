@@ -160,7 +160,7 @@ SERVING_MUTANTS = [
     ),
     (
         "a part of the model answers as the frozen base", "cllava_fast/model/calls.py",
-        "call.given is None and increments.may_act", "False", "tests/test_calls.py",
+        "if not handed and increments.may_act:", "if False:", "tests/test_calls.py",
     ),
     (
         "a merged model's parts are refused", "cllava_fast/model/increments.py",

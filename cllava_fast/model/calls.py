@@ -69,7 +69,7 @@ def receive_selection(increments: Increments, module: nn.Module, args: Any, kwar
             f"a {type(module).__name__} is not handed its layer's keyword arguments, and no increments would act; "
             "expected Llama-like layers, and hooks within a forward pass that call the model itself, not model.model"
         )
-    if not handed and call.given is None and increments.may_act:
+    if not handed and increments.may_act:
         raise RuntimeError(
             f"a {type(module).__name__} was called from outside the model, and no increments would act; call the model "
             "itself, or model.model for what its head reads"
