@@ -251,9 +251,7 @@ class PromptedClip(nn.Module):
         self, name: str, batches: DataLoader[Any], input_ids: Tensor, attention_mask: Tensor | None,
         epochs: int, learning_rate: float, progress: bool,
     ) -> list[float]:  # fmt: skip
-        self.pool.train_keys(False)
-        prompts = [parameter for parameter in self.pool.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(prompts, lr=learning_rate)
+        optimizer = torch.optim.SGD(self.pool.parameters(), lr=learning_rate)
         steps = epochs * len(batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         self.train()
