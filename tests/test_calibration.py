@@ -14,7 +14,7 @@ import cllava_fast as cf
 from cllava_fast.demo.skills import build_skills
 from cllava_fast.demo.stream import build_stream
 from cllava_fast.methods import Pairs, Selection, calibration
-from cllava_fast.methods.calibration import MARGIN, NOISE, TEMPERATURE
+from cllava_fast.methods.calibration import DIRECTIONS, MARGIN, NOISE, TEMPERATURE
 from cllava_fast.pool import LinearShape, Pool
 from tests.helpers import learn
 
@@ -48,6 +48,14 @@ def test_likelihood_is_the_gaussians(rng: torch.Generator) -> None:
         torch.testing.assert_close(found[:, t].double(), gaussian.log_prob(query.double()) / D, rtol=1e-3, atol=1e-3)
         own = gaussian.log_prob(exact).mean() / D
         torch.testing.assert_close(pool.query_level[t].double(), own, rtol=1e-3, atol=1e-3)
+
+
+def test_directions_beside_those_that_are_kept_share_what_is_left(rng: torch.Generator) -> None:
+    queries = clusters(rng, distinct=20)  # 19 directions
+    _, _, variances, _ = calibration.gaussian(queries)
+    whole = variances[0, :-1].sum() + (D - DIRECTIONS) * variances[0, -1]
+    trace = torch.cov(queries.double().t(), correction=0).trace() + NOISE
+    torch.testing.assert_close(whole.double(), trace, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("samples, distinct", [(2, 2), (10, 5), (20, 20)])
