@@ -160,6 +160,7 @@ def test_the_likeliest_task_acts(strength: str, rng: torch.Generator) -> None:
         torch.testing.assert_close(weight[0].double(), expected, atol=1e-2, rtol=0)
     assert selection.index[:15, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5
     strengths = selection.past.coefficient
+    assert torch.equal(selection.strength, strengths[:, 0])
     assert strengths[:15].min() > strengths[15:].max() and (selection.weight == 1).all()
     assert torch.equal(selection.past.index, selection.index) and selection.block is None
 
