@@ -13,6 +13,7 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from cllava_fast.data import Sample, chat_template
 from cllava_fast.data.encode import Collator, Encoder
 from cllava_fast.model.instructions import InstructionReader
+from cllava_fast.model.text import PlainText
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -212,6 +213,15 @@ def test_control_tokens_in_a_text_stay_text(real: Any) -> None:
         assert example.prompt_ids.count(tokenizer.bos_token_id) == 1
         text = "".join(tokenizer.decode(example.prompt_ids + example.answer_ids).split())
         assert "".join(CONTROL.split()) in text
+
+
+def test_a_sequence_begins_once(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bos = real.tokenizer.bos_token_id
+    assert bos not in PlainText(real.tokenizer).ids("what is it?")
+    for template in (real.chat_template, "{{ bos_token }}" + real.chat_template):
+        monkeypatch.setattr(real, "chat_template", template)
+        (example,) = Encoder(real).encode([Sample("what is it?", "yes", PICTURE)])
+        assert [i for i, token in enumerate(example.prompt_ids) if token == bos] == [0]
 
 
 def test_control_tokens_of_the_tiny_tokenizer_stay_text(processor: Any) -> None:
