@@ -188,7 +188,9 @@ def outcome(run: Path) -> dict[str, str]:
         name = str(file.relative_to(run))
         if name in ("run.json", "results.json"):
             values = json.loads(file.read_text())
-            found[name] = json.dumps(without(values, {"seconds", "sha256", "environment"}), sort_keys=True)
+            found[name] = json.dumps(
+                without(values, {"seconds", "seconds_of", "sha256", "environment"}), sort_keys=True
+            )
         elif name not in ("run.previous.json", "config.yaml", ".lock"):
             found[name] = file.read_bytes().hex()
     return found

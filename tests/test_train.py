@@ -39,6 +39,13 @@ def test_learns_and_keeps_what_it_learned(llava: Any, processor: Any, tmp_path: 
     assert result.selection_accuracy is not None and result.selection_accuracy > 0.9
     block = 4 * 2 * (128 + 128) * 3 + 4 * 384
     assert result.trainable_parameters == block + 1  # and one w
+    spent = result.seconds_of
+    assert list(spent) == list(result.losses) and {tuple(parts) for parts in spent.values()} == {
+        ("learning", "evaluation")
+    }
+    assert sum(sum(parts.values()) for parts in spent.values()) == pytest.approx(result.seconds)
+    (saved,) = json.loads((tmp_path / "run" / "results.json").read_text())["methods"].values()
+    assert saved["seconds_of"] == spent
 
 
 def test_base_and_committed_rows_stay_to_the_bit(llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:

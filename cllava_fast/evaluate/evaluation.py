@@ -284,11 +284,12 @@ def results_of_run(
 ) -> dict[str, Any]:
     """What ``results.json`` holds for one method and one seed."""
     numbers = result.to_dict()
+    details = {name: getattr(result, name) for name in ("losses", "seconds_of", "examples")}
     return {
         "stream": stream.task_names,
         "metrics": {task.name: task.metric for task in stream},
         "seeds": [seed],
-        "methods": {method: {**numbers, "per_seed": [numbers], "losses": result.losses, "examples": result.examples}},
+        "methods": {method: {**numbers, "per_seed": [numbers], **details}},
         "environment": environment(),
         "config": dict(config),
     }

@@ -146,7 +146,7 @@ class ContinualTrainer:
         self._run_file.last = None if found is None else json.dumps(found)
         fresh = {
             **identity, "matrix": [], "selection_accuracy": None, "selection": None, "examples": {}, "losses": {},
-            "seconds": 0.0, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
+            "seconds": 0.0, "seconds_of": {}, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
         }  # fmt: skip
         return json.dumps(fresh)
 
@@ -267,7 +267,7 @@ class ContinualTrainer:
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
-            progress["seconds"] += time.perf_counter() - start
+            self._spent(number, "evaluation", time.perf_counter() - start)
             self._progress = distributed.on_main(functools.partial(self._write, self._folder(number), evaluations))
             events.end()
         return self._result()
@@ -449,11 +449,15 @@ class ContinualTrainer:
         progress["losses"][", ".join(names)] = tuned.losses
         if tuned.bad_numbers:
             progress["bad_numbers"][", ".join(names)] = tuned.bad_numbers.to_dict()
-        progress["seconds"] += saver.seconds
+        self._spent(number, "learning", saver.seconds)
         progress["parameters"] = max(progress["parameters"], parameters)
         self._progress = distributed.on_main(lambda: self._write_learned(self._folder(number)))
         self._watch.check()
         return tuned
+
+    def _spent(self, number: int, stage: str, seconds: float) -> None:
+        self._progress["seconds"] += seconds
+        self._progress["seconds_of"].setdefault(", ".join(self._phases[number]), {})[stage] = seconds
 
     def _saver(self, number: int) -> TaskSaver:
         name = distributed.on_main(functools.partial(self._checkpoints.newest, number))

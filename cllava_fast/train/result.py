@@ -15,7 +15,8 @@ class ContinualResult:
 
     ``selection_accuracy`` is the share of selection weight that falls into the right task's block at the end, over
     the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
-    right and wrong ones. ``selection`` says which rows the tasks use, see ``cllava_fast.evaluate.selection``, and
+    right and wrong ones. ``seconds_of`` says how many of the ``seconds`` went into each task's ``learning``, and into
+    ``evaluation`` behind it. ``selection`` says which rows the tasks use, see ``cllava_fast.evaluate.selection``, and
     ``bad_numbers`` what was skipped, by task (``ContinualArguments.on_bad_numbers``). See
     ``cllava_fast.evaluate.metrics`` for the others.
     """
@@ -29,6 +30,7 @@ class ContinualResult:
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)  # pictures
     selection: dict[str, Any] | None = field(default=None, repr=False)
     bad_numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds_of: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         numbers = {
@@ -61,6 +63,7 @@ def result_of(progress: Mapping[str, Any], task_names: list[str], joint: bool) -
         examples=progress["examples"],
         selection=progress["selection"],
         bad_numbers=progress["bad_numbers"],
+        seconds_of=progress["seconds_of"],
     )
 
 
