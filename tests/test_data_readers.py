@@ -417,6 +417,22 @@ class TestLazy:
         tracemalloc.stop()
         assert len(samples) == 2000 and held < size / 20
 
+    def test_images_of_many_sizes_are_not_kept_token_by_token(self, processor: Any, monkeypatch: Any) -> None:
+        import tracemalloc
+
+        tokens, mark = 3000, processor.image_token
+        monkeypatch.setattr(
+            type(processor), "__call__", lambda self, images, text: self.tokenizer(text.replace(mark, mark * tokens))
+        )
+        encoder = Encoder(processor)
+        samples = [Sample("is it?", "no", Image.new("RGB", (width, 9))) for width in range(1, 41)]
+        encoder.encode_one(samples.pop())
+        tracemalloc.start()
+        assert all(len(encoder.encode_one(sample).prompt_ids) > tokens for sample in samples)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held < tokens * len(samples)  # bytes: less than one a token
+
     def test_what_was_checked_is_not_read_again(self, folder: Path, monkeypatch: Any) -> None:
         samples = read_samples(write(folder / "a.jsonl", self.records(5)), folder / "images")
         monkeypatch.setattr(type(samples), "at", lambda *args: pytest.fail("was read"))

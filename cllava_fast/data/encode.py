@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class Encoder:
         self.image_token_id: int = -1 if image_token is None else self.tokenizer.convert_tokens_to_ids(image_token)
         self.tells_images = TOKEN_TYPES in getattr(processor, "model_input_names", ())
         self._of_text = {*self.tokenizer.model_input_names, TOKEN_TYPES}
-        self._image_ids: dict[tuple[int, int], list[int]] = {}
+        # runs of equal ids: a data set may have as many sizes as images, of thousands of tokens each
+        self._image_ids: dict[tuple[int, int], list[tuple[int, int]]] = {}
         if self.tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no eos_token; answers could not end")
 
@@ -124,8 +126,8 @@ class Encoder:
                     f"the processor writes {self.tokenizer.convert_ids_to_tokens(sorted(others))} beside an image's "
                     "tokens; expected those of its image_token_ids alone"
                 )
-            self._image_ids[size] = ids
-        return self._image_ids[size]
+            self._image_ids[size] = [(i, len(list(run))) for i, run in groupby(ids)]
+        return [i for i, times in self._image_ids[size] for _ in range(times)]
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """All that the processor says of images: ``pixel_values [n, 3, H, W]``, in views beside ``image_sizes``, in
