@@ -15,7 +15,7 @@ from cllava_fast.model import paths
 
 SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
-    "image_mean", "image_std", "do_pad", "image_grid_pinpoints",
+    "image_mean", "image_std", "do_pad", "image_grid_pinpoints", "min_patches", "max_patches",
 )  # fmt: skip
 KINDS = ("CLIPImageProcessor", "LlavaImageProcessor")  # the second is the first, and pads where it is told to
 
