@@ -137,6 +137,8 @@ def test_files_that_do_not_say_their_base_go_with_any_and_hide_nothing() -> None
     assert combine(sources(old, new[0]))["seeds"] == [0, 1]
     with pytest.raises(ValueError, match="runs/2 holds .* with chat_template_sha256 'B', runs/1 with 'A'; give"):
         combine(sources(old, *new))
+    with pytest.raises(ValueError, match="runs/2 holds .* with chat_template_sha256 'B', all with 'A'; give"):
+        combine([Source("all", combine(sources(old, new[0]))), Source("runs/2", new[1])])
 
 
 def test_runs_that_learned_from_more_samples_are_no_seeds_of_the_same() -> None:

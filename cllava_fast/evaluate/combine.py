@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -87,7 +88,8 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
                 str(seed): {task: digest for task, (digest, _) in samples.items()} for seed, samples in measured.items()
             },
             "runs": {name: list(dict.fromkeys(r.source.where for r in runs.values())) for name, runs in named.items()},
-            "settings": {name: next(iter(runs.values())).settings for name, runs in named.items()},
+            # an old file beside others does not say all of them
+            "settings": {name: dict(ChainMap(*(r.settings for r in runs.values()))) for name, runs in named.items()},
         },
     }
     check_results(results, "the report of all runs")
