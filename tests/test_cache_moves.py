@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import cllava_fast as cf
 from cllava_fast.model import caches
@@ -116,6 +117,8 @@ def test_a_cache_that_was_edited_by_hand_needs_instructions(
 def test_a_turn_that_was_taken_back_acts_no_more(
     way: str, static: bool, llava: Any, processor: Any, generator: torch.Generator
 ) -> None:
+    if static and not hasattr(StaticLayer, "crop"):
+        pytest.skip("transformers 5.17 cannot crop a static cache")
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, generator, b_std=0.1)
     first = inputs(processor, QUESTIONS[:1], generator)
@@ -299,7 +302,8 @@ def test_a_shallow_copy_of_a_cache_moves_its_own_samples(
     assert torch.equal(last_logits(llava, step, **cached(cache)), last_logits(llava, step, **cached(other)))
     del cache
     copied.reset()
-    assert copied.get_seq_length() == 0
+    # transformers 5.17 keeps zeros
+    assert not copied.get_seq_length() or not any(layer.keys.any() for layer in copied.layers)
 
 
 def test_a_cache_that_was_emptied_stands_for_nothing(llava: Any, processor: Any, generator: torch.Generator) -> None:
