@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor
 import cllava_fast as cf
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.model import get_increments, paths
-from cllava_fast.model.images import images_per_sample
+from cllava_fast.model.images import images_per_sample, pooled_image
 from cllava_fast.model.instructions import message
+from cllava_fast.model.selecting import Request, images_of
 from tests.base_models import FOR_IMAGES, FOR_TEXT, VIDEO, new_model, new_processor
 from tests.helpers import QUESTIONS, learn
 
@@ -287,6 +288,23 @@ def test_queries_of_text_and_image(name: str, generator: torch.Generator) -> Non
     for i in range(3):
         single = Collator(encoder, None, training=False)(examples[i : i + 1])
         torch.testing.assert_close(logits(model, single)[0], logits(model, by_model)[i], atol=1e-4, rtol=1e-3)
+
+
+@of_image_bases
+def test_in_bfloat16_queries_are_as_precise(name: str, generator: torch.Generator) -> None:
+    """The trainer's mean over an image's tiles is no rounder than that of a call to the model."""
+    processor, config = processor_of(name), cf.IncrementConfig(surrogate="text+image")
+    model = cf.patch(model_of(name).bfloat16(), config, processor=processor)
+    samples = [cf.Sample(ASKED[0], "red", picture) for picture in pictures(generator)]
+    encoder, features = Encoder(processor), ImageFeatures()
+    features.add(samples, encoder, model)
+    learned = features.pooled(samples, model.increments.surrogate.image_dim)
+    for sample, by_trainer in zip(samples, learned, strict=True):
+        batch = Collator(encoder, None, training=False)(encoder.encode([sample]))
+        request = Request(1, **{key: batch[key] for key in batch.keys() & set(Request._fields)})
+        with torch.no_grad():
+            count, *total = images_of(model.increments, request, partial(pooled_image, model))[0]
+        torch.testing.assert_close(torch.stack(total) / count, by_trainer.double(), atol=1e-6, rtol=1e-5)
 
 
 @of_image_bases

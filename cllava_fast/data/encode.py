@@ -200,7 +200,8 @@ class ImageFeatures:
             # one by one: each may be many views, tiles or patches
             inputs = map(encoder.images, ([image] for image in images))
             means = torch.stack(
-                [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).mean(0) for one in inputs]
+                # the mean over tiles is no rounder than a call to the model has it
+                [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).float().mean(0) for one in inputs]
             )
         for (key, sample), projected, mean in zip(batch.items(), features, means.float().cpu(), strict=True):
             if isinstance(sample.image, Image.Image):
