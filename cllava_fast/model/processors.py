@@ -17,6 +17,7 @@ SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
     "image_mean", "image_std", "do_pad", "image_grid_pinpoints", "min_patches", "max_patches",
 )  # fmt: skip
+EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # of a Qwen, where set they win over size
 KINDS = ("CLIPImageProcessor", "LlavaImageProcessor")  # the second is the first, and pads where it is told to
 
 
@@ -57,6 +58,9 @@ def image_settings(processor: Any) -> dict[str, Any] | None:
     if not hasattr(prepares, "to_json_string"):
         return None
     values = json.loads(prepares.to_json_string())
+    for name, edge in EDGES.items():
+        if values.get(name) is not None:
+            values["size"] = {**values.get("size", {}), edge: values[name]}
     return {"do_pad": False} | {name: values[name] for name in SETTINGS if values.get(name) is not None}
 
 
