@@ -241,15 +241,6 @@ def test_views_that_are_made_otherwise_than_learned_are_told(tmp_path: Path) -> 
     assert all(text.endswith("set processor.image_processor so") for text in said)
 
 
-def test_a_tiling_other_than_learned_is_told(tmp_path: Path) -> None:
-    name = "InternVLForConditionalGeneration"
-    learned, fewer = new_processor(name), new_processor(name)
-    saved = cf.save_pretrained(cf.patch(new_model(name, learned), processor=learned), tmp_path / "mine")
-    fewer.image_processor.max_patches = 2
-    with pytest.warns(UserWarning, match="images have max_patches 2, and .* was learned with 4"):
-        cf.load_pretrained(new_model(name, learned), saved, processor=fewer)
-
-
 def test_padding_is_refused_where_there_is_none() -> None:
     for name, given in (("LlavaNextForConditionalGeneration", "a LlavaNextImage"), ("LlamaForCausalLM", "none")):
         with pytest.raises(ValueError, match=f"image_processor is {given}.*expected one of CLIPImageProcessor"):
