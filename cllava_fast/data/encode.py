@@ -197,12 +197,7 @@ class ImageFeatures:
             self._full = True  # there is nothing to keep
             if not pooled:
                 return
-            # one by one: each may be many views, tiles or patches
-            inputs = map(encoder.images, ([image] for image in images))
-            means = torch.stack(
-                # the mean over tiles is no rounder than a call to the model has it
-                [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).float().mean(0) for one in inputs]
-            )
+            means = _pooled(images, encoder, model)
         for (key, sample), projected, mean in zip(batch.items(), features, means.float().cpu(), strict=True):
             if isinstance(sample.image, Image.Image):
                 self._alive.append(sample.image)
@@ -226,6 +221,17 @@ class ImageFeatures:
         """``[n, width]``; zeros for samples without an image."""
         rows = [torch.zeros(width) if s.image is None else self._pooled[self.key(s.image)] for s in samples]
         return torch.stack(rows)
+
+
+def _pooled(images: Sequence[Image.Image], encoder: Encoder, model: Any) -> Tensor:
+    """``[images, d]``, as a call to the model pools them."""
+    if not paths.base_of(model).packs_images:
+        return pooled_image(model, encoder.images(images)["pixel_values"])
+    # one by one, of thousands of patches each; the mean over tiles is taken in float32
+    inputs = map(encoder.images, ([image] for image in images))
+    return torch.stack(
+        [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).float().mean(0) for one in inputs]
+    )
 
 
 class Collator:

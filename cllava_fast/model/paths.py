@@ -22,11 +22,13 @@ class Base(NamedTuple):
         layers: path of the language layers.
         vision_tower: path of the vision tower; None for a model that takes no images.
         takes_features: projected image features, all of one shape, may pass in place of pixels.
+        packs_images: the tower takes the tiles or patches of all images as one sequence.
     """
 
     layers: str
     vision_tower: str | None = None
     takes_features: bool = False
+    packs_images: bool = False
 
 
 _LLAVA_LAYERS, _LLAVA_TOWER = "model.language_model.layers", "model.vision_tower"
@@ -39,12 +41,10 @@ BASES = {
     "LlavaOnevisionForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
     # and this one wants its features as a tensor
     "VipLlavaForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
-    # their towers take the patches of all images as one sequence
-    "Qwen2VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
-    "Qwen2_5_VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
-    "Qwen3VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual"),
-    # cut into tiles, which the tower takes as images of their own
-    "InternVLForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER),
+    "Qwen2VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual", packs_images=True),
+    "Qwen2_5_VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual", packs_images=True),
+    "Qwen3VLForConditionalGeneration": Base(_LLAVA_LAYERS, "model.visual", packs_images=True),
+    "InternVLForConditionalGeneration": Base(_LLAVA_LAYERS, _LLAVA_TOWER, packs_images=True),
     "LlamaForCausalLM": Base("model.layers"),
     "MistralForCausalLM": Base("model.layers"),
     "Qwen2ForCausalLM": Base("model.layers"),
