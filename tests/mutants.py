@@ -47,6 +47,7 @@ MODEL = ("tests/test_pool.py", "tests/test_methods.py", "tests/test_patch.py", "
 SCORES, REPORT, PLOTS = ("tests/test_scores.py",), ("tests/test_report.py",), ("tests/test_plots.py",)
 EVALUATION, SETTINGS = ("tests/test_evaluation.py",), ("tests/test_demo_settings.py",)
 CLIP, CHECKS = ("tests/test_clip.py",), ("tests/test_checks.py",)
+LOCK = ("tests/test_lock_and_signals.py",)
 RESUME, ATOMIC, NATIVE = ("tests/test_checkpoint.py",), ("tests/test_atomic.py",), ("tests/test_native.py",)
 
 MUTANTS = [
@@ -397,10 +398,10 @@ MUTANTS = [
     ),
     Mutant(
         "resume: nobody is locked out", "cllava_fast/train/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB", RESUME,
+        "fcntl.LOCK_SH | fcntl.LOCK_NB", LOCK,
     ),
     Mutant(
-        "resume: signal handlers stay", "cllava_fast/train/signals.py", "signal.signal(signum, handler)", "pass", RESUME
+        "resume: signal handlers stay", "cllava_fast/train/signals.py", "signal.signal(signum, handler)", "pass", LOCK
     ),
     Mutant(
         "atomic: a name before its contents", "cllava_fast/atomic.py",

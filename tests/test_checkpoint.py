@@ -12,7 +12,6 @@ import random
 import shlex
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +32,12 @@ from cllava_fast.methods import LoraConfig
 from cllava_fast.methods.branch_lora import BranchLoraConfig
 from cllava_fast.methods.smora import SmoraConfig
 from cllava_fast.model import get_increments
-from cllava_fast.train import checkpoint, lock, loop
+from cllava_fast.train import checkpoint, loop
 from cllava_fast.train.checkpoint import Checkpoints, TaskSaver, pack, unpack
-from cllava_fast.train.lock import InUseError, run_lock
+from cllava_fast.train.lock import InUseError
 from cllava_fast.train.loop import saved_increments
 from cllava_fast.train.runfile import RunFile
-from cllava_fast.train.signals import RunStopped, Watch
+from cllava_fast.train.signals import RunStopped
 from tests.train_helpers import CONFIG, arguments, stream, trainer
 
 OPTIONS: dict[str, Any] = dict(
@@ -388,121 +387,6 @@ def test_random_states_come_back() -> None:
     assert draw() != first
     checkpoint.set_random_state(unpack(values, tensors))
     assert draw() == first
-
-
-class TestLock:
-    def test_a_second_run_is_refused_and_the_lock_goes(self, tmp_path: Path) -> None:
-        with run_lock(tmp_path / "run"):
-            with pytest.raises(InUseError, match=f"is in use by process {os.getpid()} on "), run_lock(tmp_path / "run"):
-                pass
-        assert not list((tmp_path / "run").iterdir())
-        (tmp_path / "run" / ".lock").write_text("process 1 on a machine that was switched off\n")
-        with run_lock(tmp_path / "run"):
-            pass
-
-    def test_one_whose_holder_ends_meanwhile_is_taken_anew(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        flock, asked = lock.fcntl.flock, list[int]()
-
-        def late(descriptor: int, how: int) -> None:
-            asked.append(descriptor)
-            if len(asked) == 1:
-                (tmp_path / ".lock").unlink()
-            flock(descriptor, how)
-
-        monkeypatch.setattr(lock.fcntl, "flock", late)
-        with run_lock(tmp_path), pytest.raises(InUseError), run_lock(tmp_path):
-            pass
-        assert asked[0] == asked[1], "nothing stays open"
-
-    def test_a_fork_does_not_keep_it(self, tmp_path: Path) -> None:
-        """Workers of a data loader outlive a killed run for seconds."""
-        (reader, writer), (here, there) = os.pipe(), os.pipe()
-        descriptor = lock._take(tmp_path / ".lock")
-        child = os.fork()
-        if child == 0:
-            os.write(there, b"x")
-            os.read(reader, 1)
-            os._exit(0)
-        os.read(here, 1)
-        try:
-            assert descriptor is not None
-            lock._held.discard(descriptor)
-            os.close(descriptor)  # as the kernel does for who is killed
-            with run_lock(tmp_path):
-                pass
-        finally:
-            os.write(writer, b"x")
-            os.waitpid(child, 0)
-
-    def test_a_trainer_asks_before_anything_else(self, llava: Any, processor: Any, tmp_path: Path) -> None:
-        cf.patch(llava, CONFIG, processor=processor)
-        trainer = cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
-        with run_lock(tmp_path / "run"):
-            with pytest.raises(InUseError):
-                trainer.train()
-            with pytest.raises(InUseError):
-                cf.ContinualTrainer(llava, processor, stream(), arguments(tmp_path / "run"))
-
-    def test_a_folder_that_another_run_wrote_to_meanwhile(
-        self, new_llava: Callable, processor: Any, tmp_path: Path
-    ) -> None:
-        first, second = (trainer(new_llava(), processor, tmp_path / "run", max_steps=1) for _ in range(2))
-        first.train()
-        with pytest.raises(FileExistsError, match="was written by another run meanwhile"):
-            second.train()
-
-
-class TestSignals:
-    def test_handlers_of_the_caller_stay(self) -> None:
-        def own(*args: Any) -> None:
-            """Of whoever uses the library."""
-
-        before = signal.signal(signal.SIGTERM, own)
-        try:
-            with Watch().catching():
-                assert signal.getsignal(signal.SIGTERM) is own
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def test_a_thread_gets_none(self) -> None:
-        seen: list[Any] = []
-
-        def work() -> None:
-            with Watch().catching():
-                seen.append(signal.getsignal(signal.SIGTERM))
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        assert seen == [signal.SIG_DFL]
-
-    def test_a_data_loaders_worker_is_ended_by_sigterm_alone(self) -> None:
-        """A terminal's Ctrl-C reaches it, too."""
-        with Watch().catching():
-            child = os.fork()
-            if child == 0:
-                try:
-                    os.kill(os.getpid(), signal.SIGINT)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                finally:
-                    os._exit(0)
-            _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
-
-    def test_one_behind_the_last_step_is_not_lost(self) -> None:
-        with pytest.raises(RunStopped, match="stopped by SIGINT"), Watch().catching():
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def test_the_second_stops_at_once(self) -> None:
-        watch = Watch()
-        with pytest.raises(RunStopped, match="stopped at once by SIGINT"), watch.catching():
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert watch.requested == signal.SIGTERM
-            os.kill(os.getpid(), signal.SIGINT)
-        with watch.catching():
-            watch.check()  # of an earlier run, nothing stays
 
 
 @pytest.mark.parametrize(
