@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import json
+import multiprocessing
 import os
 import random
 import shlex
@@ -155,6 +156,26 @@ def test_accumulated_batches_and_workers(learn: Callable[..., Any], tmp_path: Pa
     whole = learn(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         learn(tmp_path / "cut", At("tune", 6, killed), **options)  # 4 in an epoch
+    same(learn(tmp_path / "cut", resume=True, **options), whole)
+
+
+@pytest.mark.parametrize("stage, step, saved", [("tune", 2, ["0002-tune-000002"]), ("evaluate", 1, [])])
+def test_workers_outlive_sigterm_to_all_processes(
+    stage: str, step: int, saved: list[str], learn: Callable[..., Any], whole: Any, tmp_path: Path
+) -> None:
+    workers: list[Any] = []
+
+    def tell() -> None:
+        workers.extend(multiprocessing.active_children())
+        for process in (os.getpid(), *(worker.pid for worker in workers)):
+            os.kill(process, signal.SIGTERM)
+        for worker in workers:
+            worker.join(0.2)  # of one that ends, torch would tell the main process now
+
+    options: dict[str, Any] = dict(save_steps=0, dataloader_num_workers=2)
+    with pytest.raises(RunStopped, match="stopped by SIGTERM"):
+        learn(tmp_path / "cut", At(stage, step, tell), **options)
+    assert workers and Checkpoints(tmp_path / "cut").names() == saved
     same(learn(tmp_path / "cut", resume=True, **options), whole)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,32 @@ def test_images_go_through_the_vision_tower_once(llava: Any, processor: Any, gen
     torch.testing.assert_close(batch["image_features"][4], direct[1], atol=1e-5, rtol=1e-5)
     pooled = features.pooled(samples, 128)
     assert torch.equal(pooled[0], pooled[3]) and torch.count_nonzero(pooled[7]) == 0
+
+
+def test_other_processes_open_images_for_the_vision_tower(llava: Any, processor: Any, generator: Any) -> None:
+    pictures = [image(generator) for _ in range(5)]
+    samples = [Sample("is it?", "no", pictures[i % 5]) for i in range(7)]
+    found = []
+    for workers in (0, 2):
+        features, done = ImageFeatures(), list[int]()
+        features.add(samples, Encoder(processor), llava, batch_size=2, workers=workers, advance=done.append)
+        found.append((features.projected(pictures), features.pooled(samples, 128)))
+        assert done == [2, 2, 3], "samples, of which the last two show what is known"
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_features_go_to_other_processes_without_images_that_have_other_ids_there(
+    llava: Any, processor: Any, generator: Any, tmp_path: Path
+) -> None:
+    features, picture = ImageFeatures(), image(generator)
+    picture.save(tmp_path / "a.png")
+    samples = [Sample("is it?", "no", picture), Sample("is it?", "no", tmp_path / "a.png")]
+    features.add(samples, Encoder(processor), llava)
+    sent = pickle.loads(pickle.dumps(features))
+    assert sent.projected([picture]) is None and features.projected([picture]) is not None
+    assert torch.equal(sent.projected([tmp_path / "a.png"]), features.projected([picture]))
+    assert torch.equal(sent.pooled(samples[1:], 128), features.pooled(samples[:1], 128))
 
 
 def test_without_a_use_for_features_nothing_is_computed(

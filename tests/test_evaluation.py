@@ -237,6 +237,28 @@ def test_features_are_computed_where_a_plain_model_came_first(llava: Any, proces
     assert len(data.features._projected) == 3
 
 
+def test_other_processes_open_the_images(
+    llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cf.patch(llava, dataclasses.replace(CONFIG, surrogate="text+image"), processor=processor)
+    learn(llava, 2, torch.Generator().manual_seed(0))
+    opened_here: list[int] = []
+    images = Encoder.images
+    monkeypatch.setattr(Encoder, "images", lambda self, given: opened_here.append(len(given)) or images(self, given))
+    found, before = [], torch.get_rng_state()
+    for workers in (0, 2):
+        results = cf.evaluate_stream(
+            llava, processor, stream(2), tmp_path / str(workers), batch_size=5, max_new_tokens=2, progress=False,
+            image_feature_bytes=0, dataloader_num_workers=workers,
+        )  # fmt: skip
+        predictions = [records(file) for file in sorted((tmp_path / str(workers) / "predictions").iterdir())]
+        found.append((predictions, results["methods"]["continual_llava"]["examples"]))
+        # for the tower, which sees each image once, and for the batches
+        assert opened_here == [3, 5, 5, 2], "nothing more with workers"
+    assert found[0] == found[1]
+    assert torch.equal(torch.get_rng_state(), before), "what is drawn next is not to depend on an evaluation"
+
+
 def test_tasks_that_the_model_does_not_know(llava: Any, processor: Any, rng: torch.Generator) -> None:
     cf.patch(llava, CONFIG, processor=processor)
     learn(llava, 2, rng)

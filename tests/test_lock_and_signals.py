@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import cllava_fast as cf
+from cllava_fast.data.encode import ImageFeatures
+from cllava_fast.data.workers import outlive_signals
 from cllava_fast.train import lock
 from cllava_fast.train.lock import InUseError, run_lock
 from cllava_fast.train.signals import RunStopped, Watch
@@ -118,6 +122,36 @@ class TestSignals:
                     os._exit(0)
             _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+    def test_a_worker_of_ours_outlives_ctrl_c_and_the_first_sigterm(self) -> None:
+        child = os.fork()
+        if child == 0:
+            outlive_signals(0)
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), signum)
+            outlive_signals(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+    def test_one_while_images_are_computed_stops_behind_the_batch(
+        self, llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cf.patch(llava, CONFIG, processor=processor)
+        trained, *_ = stream(1).tasks
+        images = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in range(130)]
+        task = dataclasses.replace(trained, train=[cf.Sample("which color?", "red", image) for image in images])
+        computed: list[int] = []
+
+        def compute(self: Any, batch: Any, *args: Any) -> None:
+            computed.append(len(batch))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(ImageFeatures, "_compute", compute)
+        with pytest.raises(RunStopped, match="stopped by SIGTERM"):
+            cf.ContinualTrainer(llava, processor, cf.Stream([task]), arguments(tmp_path / "run")).train()
+        assert computed == [64]
 
     def test_one_behind_the_last_step_is_not_lost(self) -> None:
         with pytest.raises(RunStopped, match="stopped by SIGINT"), Watch().catching():

@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size or config.training.eval_batch_size,
         max_new_tokens=arguments.max_new_tokens or config.training.max_new_tokens,
         image_feature_bytes=config.training.image_feature_bytes,
+        dataloader_num_workers=config.training.dataloader_num_workers,
         seed=0 if arguments.frozen else config.training.seed,
         run=said,
         overwrite=arguments.overwrite,

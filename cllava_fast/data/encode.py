@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from cllava_fast.data.conversation import SET_TEMPLATE, Conversation, Turns
 from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.stream import Sample, check_sample
+from cllava_fast.data.workers import outlive_signals
 from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.images import pooled_image, to_vision_tower
@@ -159,45 +162,81 @@ class ImageFeatures:
     _bytes: int = 0
     _full: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, where a PIL image has another id, and its own may be of another image."""
+        known = {name: {key: row for key, row in getattr(self, name).items() if not isinstance(key, int)}
+                 for name in ("_projected", "_pooled")}  # fmt: skip
+        return {**self.__dict__, **known, "_alive": []}
+
     @staticmethod
     def key(image: Any) -> Any:
         return id(image) if isinstance(image, Image.Image) else str(image)
 
     def add(
-        self, samples: Iterable[Sample], encoder: Encoder, model: Any, batch_size: int = 64, pooled: bool = True
-    ) -> None:
-        """Computes what is missing for the samples' images; without ``pooled``, no more than there is room for."""
-        known = self._pooled if pooled else self._projected
-        batch: dict[Any, Sample] = {}
-        for sample in samples:
+        self, samples: Iterable[Sample], encoder: Encoder, model: Any, batch_size: int = 64, pooled: bool = True,
+        workers: int = 0, advance: Callable[[int], None] = lambda samples: None,
+    ) -> None:  # fmt: skip
+        """Computes what is missing for the samples' images; without ``pooled``, no more than there is room for.
+
+        Args:
+            workers: processes that open images while others are computed.
+            advance: called with how many more samples are done, after each batch of images.
+        """
+        batches: deque[tuple[dict[Any, Sample], int]] = deque()  # those that are being opened, and the samples so far
+        loader: Any = DataLoader(
+            _Opened(encoder, one_by_one=paths.base_of(model).packs_images),
+            batch_size=None,
+            sampler=self._missing(samples, model, batch_size, pooled, batches),
+            num_workers=workers,
+            worker_init_fn=outlive_signals,
+            generator=torch.Generator(),  # a number is drawn, which is not to be one of the caller's
+        )
+        for opened in loader:
+            batch, done = batches.popleft()
+            self._compute(batch, opened, model, pooled)
+            advance(done)
             if self._full and not pooled:
                 return
+
+    def _missing(
+        self, samples: Iterable[Sample], model: Any, batch_size: int, pooled: bool, batches: deque[Any]
+    ) -> Iterator[list[Sample]]:
+        """Samples whose images are to be opened, a batch at a time, which is noted in ``batches``."""
+        known, asked = self._pooled if pooled else self._projected, set[Any]()
+        batch: dict[Any, Sample] = {}
+        done = 0
+        for sample in samples:
+            done += 1
             key = self.key(sample.image)
-            if sample.image is not None and key not in known and key not in batch:
-                batch[key] = sample
+            if sample.image is None or key in known or key in asked:
+                continue
+            if paths.vision_tower(model) is None:
+                raise ValueError(f"a sample has the image {sample.image}, but a {type(model).__name__} takes no images")
+            self._full |= not paths.base_of(model).takes_features  # then there is nothing to keep
+            if self._full and not pooled:
+                return
+            asked.add(key)
+            batch[key] = sample
             if len(batch) == batch_size:
-                self._compute(batch, encoder, model, pooled)
-                batch = {}
+                batches.append((batch, done))
+                yield list(batch.values())
+                batch, done = {}, 0
         if batch:
-            self._compute(batch, encoder, model, pooled)
+            batches.append((batch, done))
+            yield list(batch.values())
 
     @torch.no_grad()
-    def _compute(self, batch: dict[Any, Sample], encoder: Encoder, model: Any, pooled: bool) -> None:
-        if paths.vision_tower(model) is None:
-            raise ValueError(
-                f"a sample has the image {next(iter(batch))}, but a {type(model).__name__} takes no images"
-            )
-        images = [image for sample in batch.values() if (image := sample.open_image()) is not None]
-        features = list[Tensor | None]([None] * len(images))
-        given = encoder.images(images) if paths.base_of(model).takes_features else {}
-        if len(given) == 1:
-            output = model.get_image_features(to_vision_tower(model, given["pixel_values"]), return_dict=True)
+    def _compute(self, batch: dict[Any, Sample], opened: Sequence[dict[str, Tensor]], model: Any, pooled: bool) -> None:
+        features = list[Tensor | None]([None] * len(batch))
+        if paths.base_of(model).takes_features and len(opened[0]) == 1:
+            pixels = to_vision_tower(model, opened[0]["pixel_values"])
+            output = model.get_image_features(pixels, return_dict=True)
             means, features = output.last_hidden_state.mean(1), output.pooler_output
         else:
-            self._full = True  # there is nothing to keep
+            self._full = True
             if not pooled:
                 return
-            means = _pooled(images, encoder, model)
+            means = _pooled(opened, model)
         for (key, sample), projected, mean in zip(batch.items(), features, means.float().cpu(), strict=True):
             if isinstance(sample.image, Image.Image):
                 self._alive.append(sample.image)
@@ -223,14 +262,25 @@ class ImageFeatures:
         return torch.stack(rows)
 
 
-def _pooled(images: Sequence[Image.Image], encoder: Encoder, model: Any) -> Tensor:
+class _Opened(Dataset[list[dict[str, Tensor]]]):
+    """By samples, not by their places: what the processor says of their images, of all at once or of each."""
+
+    def __init__(self, encoder: Encoder, one_by_one: bool) -> None:
+        self.encoder, self.one_by_one = encoder, one_by_one
+
+    def __getitem__(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        images = [image for sample in samples if (image := sample.open_image()) is not None]
+        parts = [[image] for image in images] if self.one_by_one else [images]
+        return [self.encoder.images(part) for part in parts]
+
+
+def _pooled(opened: Sequence[dict[str, Tensor]], model: Any) -> Tensor:
     """``[images, d]``, as a call to the model pools them."""
     if not paths.base_of(model).packs_images:
-        return pooled_image(model, encoder.images(images)["pixel_values"])
-    # one by one, of thousands of patches each; the mean over tiles is taken in float32
-    inputs = map(encoder.images, ([image] for image in images))
+        return pooled_image(model, opened[0]["pixel_values"])
+    # of thousands of patches each; the mean over tiles is taken in float32
     return torch.stack(
-        [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).float().mean(0) for one in inputs]
+        [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).float().mean(0) for one in opened]
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cllava_fast.data.encode import Encoder, Example, ImageFeatures
@@ -14,20 +14,32 @@ class PreparedStream:
     """A stream encoded for one base model: ids, and what the frozen vision tower makes of each image.
 
     Several runs on equal base models (methods that are compared, seeds) can share one.
+
+    Args:
+        image_feature_bytes: memory for projected image features.
+        dataloader_num_workers: processes that open images while others are computed, and batches while others are
+            answered in evaluation.
     """
 
-    def __init__(self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self, stream: Stream, processor: Any, image_feature_bytes: int = 2 << 30, dataloader_num_workers: int = 0
+    ) -> None:
         if not isinstance(stream, Stream):
             raise TypeError(f"stream is a {type(stream).__name__}; expected cllava_fast.Stream([task, ...])")
         self.stream = stream
         self.encoder = Encoder(processor)
         self.features = ImageFeatures(image_feature_bytes)
+        self.workers = dataloader_num_workers
         self._examples: dict[tuple[str, str], Sequence[Example]] = {}
         self._seen: set[tuple[str, str, bool]] = set()
         self._fitting: set[tuple[str, str, Limit | None]] = set()
 
-    def examples(self, task: str, split: str, model: Any, with_features: bool = True) -> Sequence[Example]:
-        """The encoded samples; ``model`` says how long they may be and computes features of images that are new.
+    def examples(
+        self, task: str, split: str, model: Any, with_features: bool = True,
+        advance: Callable[[int], None] = lambda samples: None,
+    ) -> Sequence[Example]:  # fmt: skip
+        """The encoded samples; ``model`` says how long they may be and computes features of images that are new, and
+        ``advance`` is told of how many more samples.
 
         Raises:
             ValueError: a sample is longer than tokenizer or model allow, or the chat template does not write its turns.
@@ -37,7 +49,7 @@ class PreparedStream:
         surrogate = getattr(getattr(model, "increments", None), "surrogate", None)
         pooled = surrogate is not None and surrogate.uses_image
         if with_features and (*key, pooled) not in self._seen:
-            self.features.add(samples, self.encoder, model, pooled=pooled)
+            self.features.add(samples, self.encoder, model, pooled=pooled, workers=self.workers, advance=advance)
             self._seen.add((*key, pooled))
         where = f"task {task!r}, {split}"
         if key not in self._examples:

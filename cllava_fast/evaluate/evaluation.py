@@ -131,7 +131,8 @@ def evaluate_tasks(
     with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
         answers = predict(
             model, examples, queries, Collator(data.encoder, features, training=False),
-            batch_size=batch_size, max_new_tokens=max_new_tokens, advance=advance, together=after_batch,
+            batch_size=batch_size, max_new_tokens=max_new_tokens, workers=data.workers, advance=advance,
+            together=after_batch,
         )  # fmt: skip
     selected = None if queries is None else _selections(increments, queries, batches_of(examples, batch_size))
     metric_of = {task.name: find_metric(task.metric) for task in data.stream}
@@ -316,6 +317,7 @@ def evaluate_stream(
     batch_size: int = 32,
     max_new_tokens: int = 16,
     image_feature_bytes: int = 2 << 30,
+    dataloader_num_workers: int = 0,
     name: str | None = None,
     seed: int = 0,
     run: Mapping[str, Any] | None = None,
@@ -330,6 +332,7 @@ def evaluate_stream(
             moves it to its own device, unless it is offloaded.
         output_dir: receives ``predictions/<task>.jsonl`` and the report, from the main process; None writes nothing.
         split: ``"test"`` or ``"validation"``.
+        image_feature_bytes, dataloader_num_workers: see ``PreparedStream``, of which they are.
         name: what the results call the model; None for its method's name, or ``"frozen"`` for a plain one.
         seed: that the model learned with (0 unless you say it), for a report of several; nothing is drawn here.
         run: what the results' config shall say of the run that the model learned in, for a report of several: its
@@ -353,7 +356,9 @@ def evaluate_stream(
     if hasattr(model, "increments") and model.increments.is_within_a_task:
         raise ValueError("a task is being learned, whose rows do not act in evaluation; evaluate once it is committed")
     distributed.start()
-    data = stream if isinstance(stream, PreparedStream) else PreparedStream(stream, processor, image_feature_bytes)
+    data = stream
+    if not isinstance(data, PreparedStream):
+        data = PreparedStream(data, processor, image_feature_bytes, dataloader_num_workers)
     check_tasks(data.stream, split)
     _warn_of_another_processor(model, data.encoder.processor)
     folder = None if output_dir is None else Path(output_dir)

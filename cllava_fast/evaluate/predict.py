@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example, ImageFeatures
 from cllava_fast.data.stream import Sample
+from cllava_fast.data.workers import outlive_signals
 from cllava_fast.model.paths import execution_device, input_embedding
 
 
@@ -33,6 +35,7 @@ def predict(
     *,
     batch_size: int,
     max_new_tokens: int,
+    workers: int = 0,
     advance: Callable[[str], None] = lambda note: None,
     together: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
@@ -43,6 +46,7 @@ def predict(
     Args:
         queries: ``[n, D]``, or None for a model without queries (a frozen one, say).
         collate: a collator that is not for training.
+        workers: processes that open images and make batches while others are answered; 0 makes them in between.
         advance: called after every batch of this process.
         together: called after every batch that each process has, so that it may wait for the others.
     """
@@ -54,9 +58,17 @@ def predict(
     sharded = distributed.is_sharded(model)
     if sharded and len(share) < len(batches[:: distributed.count()]):
         share.append(batches[0])  # no process may leave the others alone in a forward pass
+    loader: Any = DataLoader(
+        examples,  # type: ignore[arg-type]
+        batch_sampler=share,
+        collate_fn=collate,
+        num_workers=min(workers, len(share)),
+        worker_init_fn=outlive_signals,
+        generator=torch.Generator(),  # a number is drawn, which is not to be one of the caller's
+    )
     mine: dict[int, Answer] = {}
-    for turn, rows in enumerate(share):
-        batch: dict[str, Any] = {name: t.to(device) for name, t in collate([examples[i] for i in rows]).items()}
+    for turn, (rows, made) in enumerate(zip(share, loader, strict=True)):
+        batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in made.items()}
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]

@@ -86,7 +86,9 @@ class ContinualArguments:
     fp16: bool = _option(False, "Tune in float16 by autocast, on a GPU with a gradient scaler.")
     activation_checkpointing: bool = _option(False, "Recompute activations in the backward pass, to save memory.")
     liger: bool = _option(False, "Tune with Liger's fused norms and SwiGLU in the language layers, on a GPU.")
-    dataloader_num_workers: int = _option(0, "Processes that make batches beside each training process.")
+    dataloader_num_workers: int = _option(
+        0, "Processes that open images and make batches, beside each process that tunes and evaluates."
+    )
     logging_steps: int = _option(10, "Steps of tuning between two logged losses.")
     report_to: list[str] = _option([], "Where transformers sends logs, such as wandb or tensorboard; none by default.")
     on_bad_numbers: Literal["stop", "skip"] = _option(

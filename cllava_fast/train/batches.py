@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from cllava_fast.data.encode import Collator, Example
+from cllava_fast.data.workers import outlive_signals
 from cllava_fast.model.answers import IGNORE, answer_positions, next_labels
 from cllava_fast.train.bad_numbers import Samples
 
@@ -65,6 +66,8 @@ class TuneCollator:
         self.collate = collate
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        if get_worker_info() is not None:  # transformers leaves no other place
+            outlive_signals()
         batch: dict[str, Any] = self.collate([item.example for item in items])
         batch["labels"][torch.tensor([not item.counts for item in items])] = IGNORE
         # found here, where reading the labels waits for no device

@@ -49,6 +49,7 @@ from cllava_fast.train.committed import CommittedRows
 from cllava_fast.train.garbage import nothing_old_collected
 from cllava_fast.train.identity import base_identity, learned_before, run_identity
 from cllava_fast.train.lock import run_lock
+from cllava_fast.train.progress import Advance, stage
 from cllava_fast.train.result import ContinualResult, result_of
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
@@ -101,7 +102,7 @@ class ContinualTrainer:
             )
         distributed.start()
         if not isinstance(stream, PreparedStream):
-            stream = PreparedStream(stream, processor, args.image_feature_bytes)
+            stream = PreparedStream(stream, processor, args.image_feature_bytes, args.dataloader_num_workers)
         self.args = args
         self.callbacks = listeners
         self.data = stream
@@ -246,7 +247,7 @@ class ContinualTrainer:
             for name in ("matrix", "evaluated"):
                 self._progress[name] = self._progress[name][:-1]
         self._committed = CommittedRows(self.increments.pool)
-        self._read_ahead(tasks)
+        self._read_ahead()
         if self.callbacks or self.args.report_to:
             distributed.on_main(self._begin_files)  # they may write beside it from the first step on
         for number in range(first + len(self._progress["matrix"]), len(self._phases)):
@@ -332,18 +333,30 @@ class ContinualTrainer:
     def _result(self) -> ContinualResult:
         return result_of(self._progress, self.stream.task_names, self.increments.method.joint)
 
-    def _read_ahead(self, tasks: list[str]) -> None:
+    def _read_ahead(self) -> None:
         """Encodes everything: what cannot be read fails now, and FSDP has not yet sharded the base.
 
         What a resumed run needs no more, too: an embedding's last bit may depend on what it is computed beside.
         """
-        wanted = [(name, "train") for name in tasks] + [(name, self.args.eval_split) for name in tasks]
-        for name, split in wanted:
+        splits = "train", self.args.eval_split
+        sizes = {(task.name, split): len(getattr(task, split)) for split in splits for task in self.stream}
+        with stage("prepare", sum(sizes.values()), self.args.progress) as advance:
+            for (task, split), samples in sizes.items():
+                self._prepare(task, split, samples, advance)
+
+    def _prepare(self, task: str, split: str, samples: int, advance: Advance) -> None:
+        def move_on(done: int) -> None:
+            nonlocal samples
+            samples -= done
+            advance(task, done)
             self._watch.check()
-            examples = self.data.examples(name, split, self.model)
-            most = None if split == "train" else self.args.max_new_tokens
-            warn_of_answers(examples, most, self.data.encoder.tokenizer, f"task {name!r}, {split}")
-            queries_of(self.model, samples_of(examples), self.data.features, [name] * len(examples))
+
+        move_on(0)
+        examples = self.data.examples(task, split, self.model, advance=move_on)
+        most = None if split == "train" else self.args.max_new_tokens
+        warn_of_answers(examples, most, self.data.encoder.tokenizer, f"task {task!r}, {split}")
+        queries_of(self.model, samples_of(examples), self.data.features, [task] * len(examples))
+        advance("", samples)
 
     def _place(self) -> None:
         """Several processes each compute on the device that the launcher gave them."""
