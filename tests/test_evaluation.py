@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+from collections import UserList
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -322,6 +323,42 @@ def test_each_answer_stays_with_its_sample(
             assert record["weights"] == pytest.approx(own.weight[0].tolist(), abs=1e-5)
             seen.add(tuple(record["rows"]))
     assert len(seen) > 2
+
+
+def test_samples_that_are_not_in_memory_are_encoded_once_a_stage(
+    llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    found: dict[str, int] = {}
+    encode = Encoder.encode_one
+
+    def noting(self: Encoder, sample: cf.Sample, where: str = "") -> Any:
+        encoded.append(sample.id)
+        return encode(self, sample, where)
+
+    class Counts(cf.ContinualCallback):
+        def on_task_begin(self, *args: Any, **kwargs: Any) -> None:
+            encoded.clear()
+
+        def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
+            found[f"before {stage}"] = len(encoded)
+            encoded.clear()
+
+        def on_stage_end(self, task: str, number: int, stage: str, *args: Any, **kwargs: Any) -> None:
+            found[stage] = len(encoded)
+
+    (task,) = stream(1)
+    lazy = dataclasses.replace(task, train=UserList(task.train), test=UserList(task.test))
+    monkeypatch.setattr(Encoder, "encode_one", noting)
+    cf.patch(llava, CONFIG, processor=processor)
+    trainer = cf.ContinualTrainer(
+        llava, processor, cf.Stream([lazy]), arguments(tmp_path / "run"), callbacks=[Counts()]
+    )
+    trainer.train()
+    assert found["before align"] == found["align"] == 0 and found["evaluate"] == len(task.test)
+    encoded.clear()
+    evaluation.evaluate_tasks(llava, trainer.data, ["task0"], "test", batch_size=4, max_new_tokens=1, progress=False)
+    assert len(encoded) == len(task.test)
 
 
 def test_predictions_say_where_a_model_would_have_gone_on(llava: Any, processor: Any, tmp_path: Path) -> None:

@@ -120,28 +120,30 @@ def evaluate_tasks(
         options |= {"after_batch": after_batch, "positions": positions}
         return [found for name in names for found in evaluate_tasks(model, data, [name], split, **options)]
     features = data.features if increments is not None else None  # a plain model takes pixels alone
-    tasks = {name: data.examples(name, split, model, with_features=features is not None) for name in names}
-    places = {name: range(len(task)) if positions is None else positions[name] for name, task in tasks.items()}
-    tasks = {name: task if positions is None else [task[i] for i in places[name]] for name, task in tasks.items()}
+    every = {name: data.examples(name, split, model, with_features=features is not None) for name in names}
+    if positions is None:
+        positions = {name: range(len(task)) for name, task in every.items()}
+    # in memory from here on: each is asked for more than once
+    tasks = {name: [task[i] for i in positions[name]] for name, task in every.items()}
     examples = [example for task in tasks.values() for example in task]
     queries = queries_of(
         model, samples_of(examples), data.features, [name for name, task in tasks.items() for _ in task]
     )
-    batches = -(-len(examples) // batch_size)
-    with stage(f"evaluate {len(names)} task(s)", batches, progress) as advance:
+    batches = batches_of(examples, batch_size)
+    with stage(f"evaluate {len(names)} task(s)", len(batches), progress) as advance:
         answers = predict(
             model, examples, queries, Collator(data.encoder, features, training=False),
             batch_size=batch_size, max_new_tokens=max_new_tokens, workers=data.workers, advance=advance,
             together=after_batch,
         )  # fmt: skip
-    selected = None if queries is None else _selections(increments, queries, batches_of(examples, batch_size))
+    selected = None if queries is None else _selections(increments, queries, batches)
     metric_of = {task.name: find_metric(task.metric) for task in data.stream}
     evaluations, start = [], 0
     for name, task in tasks.items():
         part = slice(start, start + len(task))
         start = part.stop
         own = selected and _of_task(model.increments.pool, name, *(tensor[part] for tensor in selected))
-        evaluations.append(_evaluation(name, task, places[name], answers[part], metric_of[name], own))
+        evaluations.append(_evaluation(name, task, positions[name], answers[part], metric_of[name], own))
     return evaluations
 
 

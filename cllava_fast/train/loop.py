@@ -426,7 +426,7 @@ class ContinualTrainer:
         set_seed(seed)
         parts = [self.data.examples(name, "train", self.model) for name in names]
         examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
-        owners = [name for name, part in zip(names, parts, strict=True) for _ in part]
+        owners = [name for name, part in zip(names, parts, strict=True) for _ in range(len(part))]
         queries = queries_of(self.model, samples_of(examples), self.data.features, owners)
         if queries is not None:
             check_queries(queries, examples, title)
