@@ -325,8 +325,9 @@ def test_each_answer_stays_with_its_sample(
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize("config", [CONFIG, cf.JointLoraConfig()], ids=["by queries", "joint"])
 def test_samples_that_are_not_in_memory_are_encoded_once_a_stage(
-    llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Any, llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[str] = []
     found: dict[str, int] = {}
@@ -349,13 +350,12 @@ def test_samples_that_are_not_in_memory_are_encoded_once_a_stage(
 
     (task,) = stream(1)
     lazy = dataclasses.replace(task, train=UserList(task.train), test=UserList(task.test))
+    tasks = cf.Stream([lazy, dataclasses.replace(lazy, name="task1")])
     monkeypatch.setattr(Encoder, "encode_one", noting)
-    cf.patch(llava, CONFIG, processor=processor)
-    trainer = cf.ContinualTrainer(
-        llava, processor, cf.Stream([lazy]), arguments(tmp_path / "run"), callbacks=[Counts()]
-    )
+    cf.patch(llava, config, processor=processor)
+    trainer = cf.ContinualTrainer(llava, processor, tasks, arguments(tmp_path / "run"), callbacks=[Counts()])
     trainer.train()
-    assert found["before align"] == found["align"] == 0 and found["evaluate"] == len(task.test)
+    assert found["before tune"] == found.get("before align", 0) == 0 and found["evaluate"] == 2 * len(task.test)
     encoded.clear()
     evaluation.evaluate_tasks(llava, trainer.data, ["task0"], "test", batch_size=4, max_new_tokens=1, progress=False)
     assert len(encoded) == len(task.test)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cllava_fast import distributed
-from cllava_fast.data.encode import Example, samples_of
+from cllava_fast.data.stream import Sample
 
 Policy = Literal["stop", "skip"]
 
@@ -196,12 +196,12 @@ class NumberWatch:
         self.found.diverged_at = step
 
 
-def check_queries(queries: Tensor, examples: Sequence[Example], title: str) -> None:
+def check_queries(queries: Tensor, samples: Sequence[Sample], title: str) -> None:
     """Raises FloatingPointError, naming samples, for ``queries [n, D]`` that hold NaN or Inf."""
     fine = torch.isfinite(queries).all(1)
     if fine.all():
         return
-    names = [sample.id or f"number {i}" for i, sample in enumerate(samples_of(examples)) if not fine[i]]
+    names = [sample.id or f"number {i}" for i, sample in enumerate(samples) if not fine[i]]
     raise FloatingPointError(f"{title}: queries hold NaN or Inf, of samples {_some(names)}; check the surrogate")
 
 

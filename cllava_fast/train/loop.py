@@ -425,11 +425,12 @@ class ContinualTrainer:
         seed = args.seed * 10_000 + number
         set_seed(seed)
         parts = [self.data.examples(name, "train", self.model) for name in names]
-        examples: Any = parts[0] if len(parts) == 1 else ConcatDataset(parts)  # type: ignore[arg-type]
+        examples: Any = ConcatDataset(parts)  # type: ignore[arg-type]
+        samples: Any = ConcatDataset(map(samples_of, parts))  # type: ignore[arg-type]
         owners = [name for name, part in zip(names, parts, strict=True) for _ in range(len(part))]
-        queries = queries_of(self.model, samples_of(examples), self.data.features, owners)
+        queries = queries_of(self.model, samples, self.data.features, owners)
         if queries is not None:
-            check_queries(queries, examples, title)
+            check_queries(queries, samples, title)
         try:
             increments.open_task(queries, torch.Generator().manual_seed(seed))
             parameters = pool.trainable_parameters()
