@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cllava_fast
 from cllava_fast.names import nearest
@@ -50,12 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in argv if word in COMMANDS), None)
     command = None if name is None else importlib.import_module(f"cllava_fast.cli.{name}")
-    top, chosen = _parser(name, command)
-    arguments, unknown = top.parse_known_args(argv)
+    arguments, unknown = _parser(name, command).parse_known_args(argv)
+    assert command is not None  # without one, argparse has complained
     if unknown:
-        assert chosen is not None  # without a command, argparse has complained
-        _refuse_unknown(chosen, unknown)
-    assert command is not None
+        _refuse_unknown(arguments.parser, unknown)
     as_usual, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         code: int = command.run(arguments)
@@ -81,35 +80,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = as_usual
 
 
-def _parser(
-    name: str | None, command: ModuleType | None
-) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
-    """The parser, in which only the command at hand has its arguments, and that command's own."""
-    top = _new(
-        argparse.ArgumentParser,
-        prog="cllava-fast",
-        description=(cllava_fast.__doc__ or "").partition("\n")[0],
-        epilog=EXAMPLE,
-    )
+def _parser(name: str | None, command: ModuleType | None) -> argparse.ArgumentParser:
+    """The parser, in which only the command at hand has its arguments."""
+    # a prefix of a flag would change its meaning as soon as another flag comes
+    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    description = (cllava_fast.__doc__ or "").partition("\n")[0]
+    top = argparse.ArgumentParser("cllava-fast", description=description, epilog=EXAMPLE, **style)
     top.add_argument("--version", action="version", version=f"cllava_fast {cllava_fast.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    chosen = None
     for each, line in COMMANDS.items():
-        if each != name:
+        if each != name or command is None:
             commands.add_parser(each, help=line)
             continue
-        assert command is not None
         words = {"help": line, "description": f"{line}.", "epilog": command.EXAMPLE}
-        chosen = _new(commands.add_parser, name=each, usage=getattr(command, "USAGE", None), **words)
+        chosen = commands.add_parser(each, usage=getattr(command, "USAGE", None), **words, **style)
         command.add_arguments(chosen)
         chosen.add_argument("--traceback", action="store_true", help="on an error show where it came from")
-    return top, chosen
-
-
-def _new(make: object, **options: object) -> argparse.ArgumentParser:
-    # a prefix of a flag would change its meaning as soon as another flag comes
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
-    return make(**options)  # type: ignore[operator]
+        chosen.set_defaults(parser=chosen)
+    return top
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:

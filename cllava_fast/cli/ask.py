@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from cllava_fast.cli.running import answer_tokens, check_positive, open_run
     from cllava_fast.data.encode import Collator, Encoder
     from cllava_fast.data.lengths import check_lengths, token_limit
-    from cllava_fast.data.stream import Sample, check_texts
+    from cllava_fast.data.stream import Sample, check_sample
     from cllava_fast.evaluate.predict import predict
     from cllava_fast.untrusted import printable
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.image is not None and not os.path.isfile(arguments.image):
         raise FileNotFoundError(f"--image is {arguments.image!r}, which is no file; expected a picture")
     sample = Sample(arguments.question, "", arguments.image, id="the question")
-    check_texts(replace(sample, answer="-"), "the question")
+    check_sample(sample, "the question", needs_answer=False)
     sample.open_image()  # refused now, not behind the weights
     model, processor = open_run(arguments.run_dir, arguments.after, arguments.model, arguments.chat_template)
     encoder = Encoder(processor)

@@ -20,7 +20,7 @@ from cllava_fast.cli.base import check_base, default_device, load_base, load_pro
 from cllava_fast.config import CONFIG, RunConfig, load_config
 from cllava_fast.data import Stream, load_stream
 from cllava_fast.evaluate.evaluation import check_tasks
-from cllava_fast.evaluate.report import RESULTS, load_results, no_task_yet
+from cllava_fast.evaluate.report import load_results, no_task_yet
 from cllava_fast.methods import METHODS
 from cllava_fast.model.files import CONFIG as INCREMENTS
 from cllava_fast.model.files import WEIGHTS, read_config, saved_increments
@@ -219,7 +219,7 @@ def said_of_run(folder: Path, config: RunConfig, after: str | None) -> dict[str,
     said: dict[str, Any] = {"arguments": config.training.identity()}
     newest = _newest_task(increments_of(folder, after))
     try:
-        tasks = load_results(folder / RESULTS)["stream"]
+        tasks = load_results(folder)["stream"]
     except (OSError, ValueError):  # an evaluation goes without
         tasks = []
     if METHODS[config.method.method][1].joint:

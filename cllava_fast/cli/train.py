@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if distributed.is_main():
         report = f"none, which has room for {MAX_TASKS} tasks; {output}/results.json holds these {len(learned)}"
         if len(learned) <= MAX_TASKS:
-            results, report = load_results(f"{output}/results.json"), f"{output}/report.md"
+            results, report = load_results(output), f"{output}/report.md"
             write_report(results, output)
             print_table(results)
         ask = shlex.join(["cllava-fast", "ask", output])
