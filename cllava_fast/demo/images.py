@@ -96,7 +96,7 @@ def draw_chart(rng: Random) -> Chart:
     high = rng.randint(max(42, low + 26), 58)
     heights = [low, high, *(rng.randint(low + 8, high - 8) for _ in range(count - 2))]
     rng.shuffle(heights)
-    image = Image.new("RGB", (SIZE, SIZE), _paper(rng))
+    image = Image.new("RGB", (SIZE, SIZE), _shade(rng, 242, 255))
     draw = ImageDraw.Draw(image)
     base = SIZE - rng.randint(1, 3)
     slot = (SIZE - 4) / count
@@ -110,10 +110,10 @@ def draw_chart(rng: Random) -> Chart:
 
 def draw_form(rng: Random) -> Form:
     """A coloured head, a line with a number, a line with a word, and a check-box."""
-    image = Image.new("RGB", (SIZE, SIZE), _paper(rng))
+    image = Image.new("RGB", (SIZE, SIZE), _shade(rng, 242, 255))
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 0, SIZE - 1, rng.randint(6, 10)), fill=_near(rng, COLORS[rng.choice(sorted(COLORS))], 40))
-    ink = _dark(rng)
+    ink = _shade(rng, 0, 60)
     word_label = rng.choice(sorted(WORD_LABELS))
     values = {rng.choice(NUMBER_LABELS): str(rng.randint(0, 9)), word_label: rng.choice(WORD_LABELS[word_label])}
     labels = sorted(values)
@@ -133,8 +133,7 @@ def draw_form(rng: Random) -> Form:
 
 def draw_icon(rng: Random, shapes: int = 1) -> Icon:
     """Shapes side by side on a pale ground, each of its own colour."""
-    ground = (rng.randint(225, 255), rng.randint(225, 255), rng.randint(225, 255))
-    image = Image.new("RGB", (SIZE, SIZE), ground)
+    image = Image.new("RGB", (SIZE, SIZE), _shade(rng, 225, 255))
     draw = ImageDraw.Draw(image)
     room = SIZE // shapes
     drawn = []
@@ -187,12 +186,8 @@ def _font_files() -> tuple[str, ...]:
     return tuple(str(folder / f"DejaVu{name}.ttf") for name in names)
 
 
-def _paper(rng: Random) -> RGB:
-    return (rng.randint(242, 255), rng.randint(242, 255), rng.randint(242, 255))
-
-
-def _dark(rng: Random) -> RGB:
-    return (rng.randint(0, 60), rng.randint(0, 60), rng.randint(0, 60))
+def _shade(rng: Random, low: int, high: int) -> RGB:
+    return (rng.randint(low, high), rng.randint(low, high), rng.randint(low, high))
 
 
 def _near(rng: Random, color: RGB, by: int = 24) -> RGB:

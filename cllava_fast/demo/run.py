@@ -180,11 +180,10 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
     details: dict[str, dict[str, Any]] = {}  # of the last seed, in the first order
     for run in every:
-        result = found[run]
         where = {"seed": run.seed, "order": run.order} if len(orders) > 1 else {}
-        runs[run.method].append({**result["result"], "base_kept": result["base_kept"], **where})
+        runs[run.method].append({**found[run]["values"], **where})
         if run.order == 0:
-            details[run.method] = result["details"]
+            details[run.method] = found[run]["details"]
     methods = {
         name: {**metrics.mean_over_orders(values, orders, orders[0]), "per_seed": values, **details[name]}
         for name, values in runs.items()
@@ -199,7 +198,10 @@ def _run_methods(config: DemoConfig, output: Path) -> dict[str, Any]:
         "environment": environment(),
         "config": {
             **config.identity(), "jobs": config.jobs, "seconds_in_all": time.perf_counter() - start,
-            **_method_settings(config),
+            "arguments": config.arguments(Path("."), 0).identity(),
+            "method_configs": {
+                name: config.method_config(name).to_dict() for name in config.methods if name != "frozen"
+            },
         },
     }  # fmt: skip
 
@@ -262,7 +264,7 @@ def _end_with_the_parent() -> None:
 
 
 def _one(config: DemoConfig, output: Path, run: _Run) -> dict[str, Any]:
-    data, scored_by = _tasks(config, run.seed, run.order)
+    data = _tasks(config, run.seed, run.order)
     # a fresh base for each: no method sees what another left
     model, processor = load_base()
     if run.method == "frozen":
@@ -273,16 +275,18 @@ def _one(config: DemoConfig, output: Path, run: _Run) -> dict[str, Any]:
         result = cf.ContinualTrainer(model, processor, data, config.arguments(folder, run.seed)).train()
     asked, able = _skills(run.seed)
     kept = (1.0 if run.method == "frozen" else base_ability(model, asked) / able) if able else None
-    details = {"losses": result.losses, "examples": result.examples}
-    return {"result": result.to_dict(), "base_kept": kept, "details": details, "metrics": scored_by}
+    return {
+        "values": {**result.to_dict(), "base_kept": kept},
+        "details": {"losses": result.losses, "examples": result.examples},
+        "metrics": {task.name: task.metric for task in data.stream},
+    }
 
 
 @functools.lru_cache(maxsize=1)
-def _tasks(config: DemoConfig, seed: int, order: int) -> tuple[cf.PreparedStream, dict[str, str]]:
-    """A seed's tasks in one order, prepared, and what each is scored by."""
+def _tasks(config: DemoConfig, seed: int, order: int) -> cf.PreparedStream:
+    """A seed's tasks in one order."""
     orders = task_orders(SETTINGS[config.setting].tasks, config.orders)
-    stream = in_order(config.stream(seed), orders[order])
-    return cf.PreparedStream(stream, load_base()[1]), {task.name: task.metric for task in stream}
+    return cf.PreparedStream(in_order(config.stream(seed), orders[order]), load_base()[1])
 
 
 @functools.lru_cache(maxsize=1)
@@ -291,13 +295,6 @@ def _skills(seed: int) -> tuple[cf.PreparedStream, float]:
     plain, processor = load_base()
     asked = build_skills(processor, seed)
     return asked, base_ability(plain, asked)
-
-
-def _method_settings(config: DemoConfig) -> dict[str, Any]:
-    arguments = config.arguments(Path("."), 0).identity()
-    return {"arguments": arguments, "method_configs": {
-        name: config.method_config(name).to_dict() for name in config.methods if name != "frozen"
-    }}  # fmt: skip
 
 
 def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> cf.ContinualResult:
