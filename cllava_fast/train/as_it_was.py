@@ -26,7 +26,7 @@ def same_mode(model: Any) -> Iterator[None]:
 def as_it_was(model: Any) -> Iterator[None]:
     """Behind the block, a task's engine has left nothing on ``model``, whether it came to its end or not."""
     with (
-        _quiet("transformers.trainer"),
+        _quiet_trainer(),
         keeps_forward(model),
         _counts_as_adapted(model),
         _without_cache(model),
@@ -94,9 +94,9 @@ def _kept(attributes: Sequence[dict[str, Any]], *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keeps a logger to errors for a while: the Trainer explains at length what is decided on purpose here."""
-    logger = logging.getLogger(name)
+def _quiet_trainer() -> Iterator[None]:
+    """Within the block the Trainer logs errors alone: it explains at length what is decided on purpose here."""
+    logger = logging.getLogger("transformers.trainer")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

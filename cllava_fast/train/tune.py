@@ -366,8 +366,7 @@ class _Saving(TrainerCallback):
         self.losses.losses += self.saved["losses"]
         self.trainer.numbers.load_state(self.saved["numbers"])
         self.trainer.go_on_behind(self.saved["step"])
-        for _ in range(self.saved["step"]):
-            self.losses.advance("")
+        self.losses.advance("", steps=self.saved["step"])
         # the loss of steps that are not logged yet
         own = self.saver.own()
         mine = own[distributed.rank()] if len(own) == distributed.count() else sum(own) / len(own)
