@@ -345,10 +345,10 @@ def _checked(pairs: Iterable[tuple[Sample, str]], reader: RecordReader) -> Itera
         if isinstance(sample.image, (str, Path)) and not os.path.isfile(sample.image):
             missing.add(f"{place}: {str(sample.image)[:200]!r}")
         if sample.id:
-            size, code = len(seen), hash(sample.id)
-            seen.add(code)
-            if len(seen) == size:
+            code = hash(sample.id)
+            if code in seen:
                 repeated.add(brief(sample.id))
+            seen.add(code)
         yield sample
     if total:
         reader.check_columns()
