@@ -31,9 +31,7 @@ def of(run: Callable[[], Any], device: str) -> dict[str, Any]:
     spent.sort(key=lambda event: -getattr(event, own_time))
     total = sum(getattr(event, own_time) for event in spent)
     ours = sum(getattr(event, whole_time) for event in profiler.events() if _outermost(event))
-    lines = [
-        {"name": e.key, "share": getattr(e, own_time) / total, "calls": e.count} for e in spent[:LINES]
-    ]  # fmt: skip
+    lines = [{"name": e.key, "share": getattr(e, own_time) / total, "calls": e.count} for e in spent[:LINES]]
     rest = sum(getattr(event, own_time) for event in spent[LINES:]) / total
     # two sums of the same microseconds may differ in their last bit
     return {"lines": lines, "rest": rest, "ours": round(ours / total, 9), "seconds": total / 1e6}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.util
 import random
 import statistics
 import time
@@ -36,6 +37,12 @@ BY_BATCH = "other semantics: one selection for the batch"
 
 class Unavailable(Exception):
     """Why a way cannot run here."""
+
+
+def need_peft() -> None:
+    """Raises Unavailable where the package of some rivals is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise Unavailable("peft is not installed")
 
 
 class Wrong(Exception):

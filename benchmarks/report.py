@@ -373,16 +373,17 @@ def main(arguments: list[str] | None = None) -> int:
     found = results.read_all(given.results)
     for stem, content in found.items():
         draw(stem, content, given.results)
-    body, cost = (text(found, results.sources_digest()) for text in (render, costs))
+    sources = results.sources_digest()
+    body = render(found, sources)
     results.fill(given.readme, MARK, body)
     if given.readme.resolve() == README:
-        results.fill(results.ROOT / "README.md", COST_MARK, cost)
+        results.fill(results.ROOT / "README.md", COST_MARK, costs(found, sources))
         for page, kind, table in TABLES:
             for file in re.findall(f"<!-- {kind} (\\S+) -->", (results.ROOT / page).read_text(encoding="utf-8")):
                 results.fill(results.ROOT / page, f"{kind} {file}", table(results.ROOT / file))
     print(body.split("\n\n")[0])
     for stem, content in found.items():
-        state = "stale" if content["sources"] != results.sources_digest() else "up to date"
+        state = "stale" if content["sources"] != sources else "up to date"
         print(f"{stem}: {len(content['rows'])} rows, {state}")
     return 0
 

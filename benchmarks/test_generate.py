@@ -7,13 +7,12 @@ where no other has a higher logit in the same model with a dense weight for each
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
 
 from benchmarks import exact, measure, models
-from benchmarks.measure import Job, Point, Tokens, Unavailable
+from benchmarks.measure import Job, Point, Tokens
 
 OP, OWN = "generate", "patched"
 WAYS = ("unpatched model", "patched", "PEFT mixed batch")
@@ -108,8 +107,7 @@ def generation(model, inputs, new):
 
 
 def peft_mixed_batch(setup):
-    if importlib.util.find_spec("peft") is None:
-        raise Unavailable("peft is not installed")
+    measure.need_peft()
     from peft import LoraConfig, get_peft_model
 
     model, names = None, [f"sample{b}" for b in range(setup.case.B)]

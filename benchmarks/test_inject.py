@@ -5,8 +5,6 @@ One token a sample is decoding, which has no backward.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from benchmarks import baselines, measure
@@ -74,8 +72,7 @@ def way(name, point, tensors):
     if name in OF_ROUTERS:
         raise Unavailable("for routers")
     if name.startswith("PEFT"):
-        if importlib.util.find_spec("peft") is None:
-            raise Unavailable("peft is not installed")
+        measure.need_peft()
         if name == "PEFT LoRA":
             return peft_lora(x, weight, *low_rank(0, A, B, index, coefficient, *past))
         if case.S > 1 or case.past:

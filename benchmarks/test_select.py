@@ -34,7 +34,7 @@ def way(name, point, tensors):
     tensors = (*tensors, case.M, case.groups)
     if name == "repeat, cosine, topk":
         note = "" if by_batch else measure.BY_BATCH
-        return Way(repeat_cosine_topk, exact_by_batch, tensors, note, rival=by_batch)
+        return Way(baselines.repeat_cosine_topk, exact_by_batch, tensors, note, rival=by_batch)
     if name in ("normalise, matmul, topk", "compiled"):
         if by_batch or case.groups > 1:
             raise Unavailable("selects by sample, from whole cosines")
@@ -59,10 +59,6 @@ def way(name, point, tensors):
 
 def normalise_matmul_topk(query, keys, top_m, groups):
     return baselines.normalise_matmul_topk(query, keys, top_m)
-
-
-def repeat_cosine_topk(query, keys, top_m, groups):
-    return baselines.repeat_cosine_topk(query, keys, top_m, groups)
 
 
 def cosines(query, keys, groups):  # float64 [B, N], one sample at a time

@@ -6,13 +6,12 @@ The vision tower is frozen and done once, so a step begins with its features. *p
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
 
 from benchmarks import baselines, exact, measure, models
-from benchmarks.measure import Job, Point, Tokens, Unavailable
+from benchmarks.measure import Job, Point, Tokens
 
 OP, OWN = "step", "patched"
 WAYS = ("frozen step", "patched", "dense offset", "PEFT LoRA")
@@ -173,8 +172,7 @@ def dense_offset(setup, checkpointing):
 
 
 def peft_lora(setup, checkpointing):
-    if importlib.util.find_spec("peft") is None:
-        raise Unavailable("peft is not installed")
+    measure.need_peft()
     from peft import LoraConfig, get_peft_model
 
     skeleton = setup.bare()
