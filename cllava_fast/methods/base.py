@@ -28,6 +28,11 @@ class Pairs:
     index: Tensor
     coefficient: Tensor
 
+    @staticmethod
+    def ones(index: Tensor) -> Pairs:
+        """Rows that act with coefficient 1."""
+        return Pairs(index, torch.ones(index.shape, device=index.device, dtype=torch.float32))
+
     def map(self, function: Any) -> Pairs:
         return Pairs(function(self.index), function(self.coefficient))
 

@@ -119,7 +119,7 @@ class BranchLora(Method):
                 self.end_step(pool)  # of a loop that does not say so
             self.step = step
             task = torch.full((len(query), 1), pool.num_tasks, device=query.device)
-            return Selection(block=Pairs(task, torch.ones(task.shape, device=query.device, dtype=torch.float32)))
+            return Selection(block=Pairs.ones(task))
         if not pool.num_tasks:
             return None
         task, weight, _ = ops.select(query, pool.keys, 1, groups=groups, check_values=False)

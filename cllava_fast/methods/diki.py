@@ -90,8 +90,7 @@ class Diki(Method):
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         assert query is not None
         if training and pool.block_rows:
-            index = torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)
-            return Selection(block=Pairs(index, torch.ones(index.shape, device=index.device, dtype=torch.float32)))
+            return Selection(block=Pairs.ones(torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)))
         if not pool.num_tasks:
             return None
         likelihood, above = calibration.likelihoods(pool, query)

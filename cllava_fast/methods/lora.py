@@ -67,9 +67,7 @@ class SequentialLora(Method):
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
         if not pool.block_rows:
             return None
-        device = pool.row_task.device
-        index = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        return Selection(block=Pairs(index, torch.ones(1, 1, device=device, dtype=torch.float32)))
+        return Selection(block=Pairs.ones(torch.arange(pool.block_rows, device=pool.row_task.device)[None]))  # [1, n]
 
 
 @register(JointLoraConfig)

@@ -106,5 +106,4 @@ def _gate(factors: Any) -> Tensor:
 
 
 def _all_rows(rows: int, device: torch.device) -> Pairs | None:
-    index = torch.arange(rows, device=device)[None]  # [1, rows]
-    return Pairs(index, torch.ones(index.shape, device=device, dtype=torch.float32)) if rows else None
+    return Pairs.ones(torch.arange(rows, device=device)[None]) if rows else None  # [1, rows]

@@ -63,12 +63,6 @@ class MoeLora(SequentialLora):
         for factors in layers_of(pool):
             factors.keep("block_router", new_router(experts, factors, generator))
 
-    def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
-        if not pool.block_rows:
-            return None
-        index = torch.arange(pool.block_rows, device=pool.row_task.device)[None]  # [1, E]
-        return Selection(block=Pairs(index, torch.ones(index.shape, device=index.device, dtype=torch.float32)))
-
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         assert selection.block is not None
         gates = self.gates(factors, router_logits(factors.block_router, x), selection)  # type: ignore[arg-type]

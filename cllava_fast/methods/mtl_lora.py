@@ -78,8 +78,7 @@ class MtlLora(Method):
         task = query.long()  # [B, 1]
         if checks.can_read(task, cuda=False) and not ((task >= 0) & (task <= pool.num_tasks)).all():
             raise ValueError(f"query is {task.flatten().tolist()}; expected task numbers from 0 to {pool.num_tasks}")
-        task = task.clamp(0, pool.num_tasks)
-        return Selection(block=Pairs(task, torch.ones(task.shape, device=task.device, dtype=torch.float32)))
+        return Selection(block=Pairs.ones(task.clamp(0, pool.num_tasks)))
 
     def route(self, selection: Selection, factors: Factors, x: Tensor) -> Selection:
         lambdas = torch.cat([factors.lambdas, factors.block_lambda])  # type: ignore[list-item]  # [T + 1, R, R]

@@ -60,13 +60,12 @@ class OLora(LoraForEachTask):
     config: OLoraConfig
 
     def select(self, pool: Pool, query: Tensor | None, groups: int, training: bool) -> Selection | None:
-        rows, device = pool.num_rows, pool.row_task.device
-        one, learns = torch.ones(1, 1, device=device, dtype=torch.float32), training and pool.block_rows > 0
-        if not learns and not rows:
+        learns, device = training and pool.block_rows > 0, pool.row_task.device
+        before = pool.num_rows if learns else pool.num_rows - 1
+        if before < 0:
             return None
         # the newest row is selected, all before it come as context, which needs no gathering
-        newest = Pairs(torch.full((1, 1), 0 if learns else rows - 1, device=device), one)
-        before = rows if learns else rows - 1
+        newest = Pairs.ones(torch.full((1, 1), 0 if learns else before, device=device))
         context = torch.ones(1, before, device=device, dtype=torch.float32) if before else None
         return Selection(block=newest, context=context) if learns else Selection(past=newest, context=context)
 

@@ -49,8 +49,7 @@ def _mixed(found: list[tuple[Tensor, Tensor, Pairs]]) -> tuple[Tensor, Tensor, P
     sums = [ops.mix_factors(A, B, pairs.coefficient.to(A.device), pairs.index.to(A.device)) for A, B, pairs in found]
     A = torch.stack([a.float() for a, _ in sums]).sum(0)  # [B, R, d_in]
     B = torch.stack([b.float() for _, b in sums]).sum(0)  # [B, R, d_out]
-    index = torch.arange(len(A), device=A.device)[:, None]
-    return A, B, Pairs(index, torch.ones(index.shape, device=A.device))
+    return A, B, Pairs.ones(torch.arange(len(A), device=A.device)[:, None])
 
 
 def pools(
