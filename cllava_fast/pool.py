@@ -231,16 +231,22 @@ class Pool(_Keeper):
         return self._block_rows
 
     def open_block(
-        self, rows: int, *, keys: Tensor | None, a_std: float, context_init: float | None, generator: torch.Generator
+        self,
+        rows: int,
+        *,
+        a_std: float,
+        generator: torch.Generator,
+        keys: Tensor | None = None,
+        context_init: float | None = None,
     ) -> None:
         """Adds the trainable block of a new task.
 
         Args:
             rows: number of new rows.
-            keys: ``[rows, D]`` at birth (``[1, D]`` with ``shared_rows``), or None for a pool without keys.
             a_std: standard deviation of ``A`` at birth (``B`` is zero). Rows that are there already stay as they are.
-            context_init: value of every ``w[t, l]`` at birth, or None to learn no context.
             generator: a CPU generator; the only source of randomness.
+            keys: ``[rows, D]`` at birth (``[1, D]`` with ``shared_rows``), or None for a pool without keys.
+            context_init: value of every ``w[t, l]`` at birth, or None to learn no context.
         """
         if self.block_rows:
             raise RuntimeError("a block is open already; commit or drop it before the next task begins")

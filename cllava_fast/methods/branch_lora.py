@@ -87,7 +87,7 @@ class BranchLora(Method):
         self.step_gates.clear()
         N = self.config.branches
         keys = task_key(queries, groups=2 if self.config.surrogate == "text+image" else 1)
-        pool.open_block(N, keys=keys, a_std=self.config.a_std, context_init=None, generator=generator)
+        pool.open_block(N, keys=keys, a_std=self.config.a_std, generator=generator)
         for factors in layers_of(pool):
             factors.keep("block_router", new_router(N, factors, generator))
             factors.keep("activity", torch.zeros(N, device=factors.A.device))

@@ -82,7 +82,7 @@ class Diki(Method):
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         assert queries is not None
         mean = queries.double().mean(0, keepdim=True).float()  # no key is compared with: it tells where the task lies
-        pool.open_block(1, keys=mean, a_std=self.config.a_std, context_init=None, generator=generator)
+        pool.open_block(1, keys=mean, a_std=self.config.a_std, generator=generator)
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         pool.commit(name, torch.ones(1))

@@ -44,7 +44,7 @@ class LoraForEachTask(Method):
     """Pool row t is task t's LoRA, frozen behind its task. What acts is for ``select`` to say."""
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
-        pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+        pool.open_block(1, a_std=self.config.a_std, generator=generator)
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         pool.commit(name, torch.ones(1))
@@ -59,7 +59,7 @@ class SequentialLora(Method):
 
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         if not pool.block_rows:
-            pool.open_block(1, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+            pool.open_block(1, a_std=self.config.a_std, generator=generator)
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         """Nothing is frozen: the next task overwrites what it needs."""

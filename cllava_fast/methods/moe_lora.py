@@ -59,7 +59,7 @@ class MoeLora(SequentialLora):
         if pool.block_rows:
             return
         experts = self.config.experts
-        pool.open_block(experts, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+        pool.open_block(experts, a_std=self.config.a_std, generator=generator)
         for factors in layers_of(pool):
             factors.keep("block_router", new_router(experts, factors, generator))
 

@@ -58,7 +58,7 @@ class MtlLora(Method):
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         ups, rank, is_new = self.config.ups, self.config.rank, not pool.block_rows
         if is_new:
-            pool.open_block(ups, keys=None, a_std=self.config.a_std, context_init=None, generator=generator)
+            pool.open_block(ups, a_std=self.config.a_std, generator=generator)
         for factors in layers_of(pool):
             if is_new:
                 factors.keep("lambdas", torch.empty(0, rank, rank, device=factors.A.device))

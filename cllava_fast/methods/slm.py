@@ -85,7 +85,7 @@ class Slm(Method):
         else:
             assert queries is not None
             keys = sample_keys(queries, config.rows_per_task, generator)
-        pool.open_block(config.rows_per_task, keys=keys, a_std=config.a_std, context_init=None, generator=generator)
+        pool.open_block(config.rows_per_task, keys=keys, a_std=config.a_std, generator=generator)
 
     def alignment_loss(self, pool: Pool, query: Tensor, groups: int, generator: torch.Generator) -> Tensor:
         assert pool.block_keys is not None
