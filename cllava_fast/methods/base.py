@@ -251,7 +251,7 @@ class MethodConfig:
                 raise ValueError(f"{name} is {value}; expected a finite number")
         if self.scale == 0:
             raise ValueError("scale is 0, and increments would add nothing; expected another number")
-        if not self.a_std > 0:
+        if self.a_std <= 0:
             raise ValueError(f"a_std is {self.a_std}; expected a positive number, since B is zero at birth")
         if not self.targets:
             raise ValueError("targets is empty; name at least one linear, such as 'self_attn.o_proj'")

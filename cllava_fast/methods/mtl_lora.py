@@ -43,7 +43,7 @@ class MtlLoraConfig(MethodConfig):
         super().__post_init__()
         if self.ups < 1:
             raise ValueError(f"ups is {self.ups}; expected at least 1")
-        if not 0.0 < self.temperature < float("inf"):
+        if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; expected a positive number")
 
 

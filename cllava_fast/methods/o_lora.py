@@ -48,7 +48,7 @@ class OLoraConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lambda_1", "lambda_2"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
 
 

@@ -49,7 +49,7 @@ class SmoraConfig(MoeLoraConfig):
         super().__post_init__()
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k is {self.top_k}; expected 1 to {self.experts} (experts)")
-        if not 0.0 <= self.bias_update_rate < float("inf"):
+        if self.bias_update_rate < 0:
             raise ValueError(f"bias_update_rate is {self.bias_update_rate}; expected a number of at least 0")
 
 
