@@ -130,16 +130,12 @@ class ContinualLlava(Method):
         context_rows = 0 if self.config.context == "none" else pool.last_block_start
         means = bool(self.config.context_rank)
         if means or not context_rows:
-            index, coefficient, _ = ops.select(query, pool.keys, top_m, groups=groups, check_values=False)
+            index, weight, _ = ops.select(query, pool.keys, top_m, groups=groups, check_values=False)
+            past, context = self._with_context(pool, index, weight, context_rows)
         else:
             tasks = pool.row_task, pool.row_mean, pool.context
-            index, coefficient = ops.select_aggregate(
-                query, pool.keys, top_m, *tasks, groups=groups, check_values=False
-            )
-        if means:
-            past, context = self._with_context(pool, index, coefficient, context_rows)
-        else:
-            past, context = split(index, coefficient, top_m, context_rows)  # later rows are the context of no one
+            found = ops.select_aggregate(query, pool.keys, top_m, *tasks, groups=groups, check_values=False)
+            past, context = split(*found, top_m, context_rows)  # later rows are the context of no one
         return Selection(
             past=past,
             context=context,
@@ -195,12 +191,11 @@ class ContinualLlava(Method):
         return split(index, coefficient, top_m, context_rows)
 
 
-def split(index: Tensor, coefficient: Tensor, top_m: int, context_rows: int) -> tuple[Pairs, Tensor | None]:
+def split(index: Tensor, coefficient: Tensor, top_m: int, context_rows: int) -> tuple[Pairs, Tensor]:
     """What ``aggregate`` returned, as selected pairs and the coefficients of the first ``context_rows`` rows; those of
     later rows are zero. In one piece each, since every layer reads them."""
     pairs = Pairs(index[:, :top_m].contiguous(), coefficient[:, :top_m].contiguous())
-    context = coefficient[:, top_m : top_m + context_rows].contiguous() if context_rows else None
-    return pairs, context
+    return pairs, coefficient[:, top_m : top_m + context_rows].contiguous()
 
 
 def sample_keys(queries: Tensor, rows: int, generator: torch.Generator) -> Tensor:
