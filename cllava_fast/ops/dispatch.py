@@ -57,10 +57,13 @@ class Row(NamedTuple):
     reason: str
 
 
+Accepts = Callable[[str, Site, bool], str | None]  # see `register`
+
+
 class _Kernel(NamedTuple):
     run: Callable[..., Any]
     usable: Callable[[], str | None]
-    accepts: Callable[[str, Site, bool], str | None]
+    accepts: Accepts
 
 
 _kernels: dict[str, dict[str, _Kernel]] = {}  # op -> backend -> kernel
@@ -68,14 +71,6 @@ _kernels: dict[str, dict[str, _Kernel]] = {}  # op -> backend -> kernel
 _advice: list[Callable[[str, str, Site], str | None]] = []
 # Process-wide rather than per thread or context: autograd runs backward ops on threads of its own.
 _asked: list[str] = [os.environ.get(VARIABLE) or AUTO]
-
-
-def _always_usable() -> None:
-    return None
-
-
-def _accepts_all(op: str, site: Site, asked: bool) -> None:
-    return None
 
 
 def above(site: Site, limits: Mapping[str, int]) -> str | None:
@@ -100,8 +95,8 @@ def too_old(*devices: torch.device) -> str | None:
 def register(
     backend: str,
     kernels: Mapping[str, Callable[..., Any]],
-    usable: Callable[[], str | None] = _always_usable,
-    accepts: Callable[[str, Site, bool], str | None] = _accepts_all,
+    usable: Callable[[], str | None] = lambda: None,
+    accepts: Accepts = lambda op, site, asked: None,
 ) -> None:
     """Add a backend for some ops.
 

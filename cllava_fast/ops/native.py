@@ -90,10 +90,7 @@ def _load(name: str, how: str) -> str | None:
     return None
 
 
-Accepts = Callable[[str, dispatch.Site, bool], str | None]
-
-
-def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: Accepts) -> None:
+def register(backend: str, kernels: Mapping[str, Callable[..., Any]], accepts: dispatch.Accepts) -> None:
     """Registers functions of (library, *arguments), where `library` holds the backend's native ops.
 
     `accepts` says what they take beyond device and dtype.
@@ -125,7 +122,7 @@ def refuse_without_memory(op: str, error: RuntimeError) -> None:
         raise torch.OutOfMemoryError(f"no memory for a workspace of {op}: {error}") from error
 
 
-def accepts_on(backend: str, accepts: Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:
+def accepts_on(backend: str, accepts: dispatch.Accepts, op: str, site: dispatch.Site, asked: bool) -> str | None:
     """Device and dtype, and what `accepts` says beyond."""
     emulated = backend == "cuda" and EMULATED
     if site.device.type != ("cpu" if emulated else backend):

@@ -56,11 +56,7 @@ def accepts(op: str, site: dispatch.Site, asked: bool) -> str | None:
     return None if asked else "the interpreter runs only when asked for by name"
 
 
-def register(
-    module: str,
-    *ops: str,
-    accepts: Callable[[str, dispatch.Site, bool], str | None] = accepts,
-) -> None:
+def register(module: str, *ops: str, accepts: dispatch.Accepts = accepts) -> None:
     """Registers the functions named `ops` of `module`, which is imported at the first call."""
     dispatch.register("triton", {op: _lazy(module, op) for op in ops}, usable=usable, accepts=accepts)
 
