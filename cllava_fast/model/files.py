@@ -30,7 +30,7 @@ from cllava_fast.model.patching import (
     unpatch,
 )
 from cllava_fast.model.processors import differing, find_processor, image_settings, pad_to_square, takes_padding
-from cllava_fast.names import brief, check_names
+from cllava_fast.names import brief, check_names, check_types
 from cllava_fast.pool import Pool
 from cllava_fast.surrogate import fingerprint
 from cllava_fast.untrusted import parse_json, read_file
@@ -296,15 +296,10 @@ def read_config(folder: Path) -> Saved:
             raise ValueError(f"tasks is {brief(names)}; expected names that are not blank and hold no NUL")
         if len(set(names)) != len(names):
             raise ValueError(f"tasks is {brief(names)}; expected each name once")
-        for field in ("base_fingerprint", "weights_sha256"):
-            if not isinstance(getattr(saved, field), str):
-                raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
-        for field in ("base_model", "base_dtype", "surrogate_fingerprint", "chat_template", "base_quantization"):
-            if not isinstance(getattr(saved, field), str | None):
-                raise ValueError(f"{field} is {brief(getattr(saved, field))}; expected a text")
         settings = saved.image_settings
         if settings is not None and not (isinstance(settings, dict) and type(settings.get("do_pad")) is bool):
             raise ValueError(f"image_settings is {brief(settings)}; expected a mapping with do_pad, true or false")
+        check_types(saved)
         if saved.base_dtype not in (None, *DTYPES):
             raise ValueError(f"base_dtype is {brief(saved.base_dtype)}; expected one of {', '.join(DTYPES)}")
     except KeyError as error:
