@@ -28,9 +28,6 @@ def check_types(config: Any) -> None:
     hints = get_type_hints(type(config))
     for entry in fields(config):
         value, kind = getattr(config, entry.name), hints[entry.name]
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            expected = ", ".join(map(repr, get_args(kind)))
-            raise ValueError(f"{entry.name} is {brief(value)}; expected one of {expected}")
         if not _is_known(kind):
             continue
         if isinstance(value, os.PathLike):
@@ -47,7 +44,7 @@ def _is_known(kind: Any) -> bool:
         return choices[1:] == (Ellipsis,) and _is_known(choices[0])
     if origin in (Union, types.UnionType, list):
         return all(map(_is_known, choices))
-    return (origin or kind) in (int, float, bool, str, dict, types.NoneType)
+    return (origin or kind) in (int, float, bool, str, dict, types.NoneType, Literal)
 
 
 def convert(value: Any, kind: Any, name: str) -> Any:
