@@ -207,7 +207,7 @@ MUTANTS = [
     ),
     Mutant(
         "inject: shared: A copied for each pair", f"{INJECT}/reference.py",
-        "return shrink(x, given.A, given, given.shared),",
+        "return shrink(x, given.A, given),",
         "return shrink(x, given.A.expand(len(given.B), -1, -1).clone(), given)[..., : given.A.shape[1]],", INJECT_TESTS,
     ),
     Mutant(

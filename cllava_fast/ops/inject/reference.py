@@ -60,6 +60,10 @@ class Acting:
             return False
         return torch.equal(index, _order(rows).expand_as(index))
 
+    def all_act(self, factor: Tensor) -> bool:
+        """Whether all rows of A or B act on every sample: those of a whole pool, and the one A that rows share."""
+        return self.whole or factor.shape[0] != self.B.shape[0]
+
     @property
     def columns(self) -> int:
         """K: what x is projected on, the past aside."""
@@ -112,7 +116,7 @@ def inject_add(
 
 def projections(x: Tensor, given: Acting) -> tuple[Tensor, Tensor]:
     """x on the pairs, and on the past."""
-    return shrink(x, given.A, given, given.shared), past_projection(x, given)
+    return shrink(x, given.A, given), past_projection(x, given)
 
 
 def past_projection(x: Tensor, given: Acting) -> Tensor:
@@ -169,11 +173,11 @@ def inject_backward(
         low_grad, to_B, to_coefficient = of_pairs(grad, given, low, needed)
         if need_A:
             assert x is not None and low_grad is not None
-            to_A = _sum_over_tokens(low_grad, x, given.A, given, given.shared)
+            to_A = _sum_over_tokens(low_grad, x, given.A, given)
         if need_x:
             assert low_grad is not None
             to_x = grad.new_zeros(*grad.shape[:2], given.A.shape[2]) if weight is None else grad @ weight
-            expand_(to_x, low_grad, given.A, given, given.shared)
+            expand_(to_x, low_grad, given.A, given)
     if given.past_A is not None and given.past_B is not None and (need_x or need_past):
         low_grad = project(grad, given.past_B)  # [B, S, C * Q]
         if need_past:
@@ -308,20 +312,17 @@ def sum_of_B_backward(
     return to_B, to_coefficient
 
 
-# `all_rows`: of a factor whose rows all act on every sample, as those of a whole pool do
-
-
-def shrink(x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:  # [B, S, d] -> [B, S, K]
-    if given.whole or all_rows:
+def shrink(x: Tensor, factor: Tensor, given: Acting) -> Tensor:  # [B, S, d] -> [B, S, K]
+    if given.all_act(factor):
         return project(x, factor)
     if _at_once(factor, given.index):
         return torch.bmm(x, _rows(factor, given.index, x.dtype).transpose(1, 2))
     return torch.cat([torch.bmm(part, rows.transpose(1, 2)) for rows, part in _turns(factor, given, x)])
 
 
-def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> None:
+def expand_(y: Tensor, low: Tensor, factor: Tensor, given: Acting) -> None:
     """[B, S, K] added to [B, S, d]."""
-    if given.whole or all_rows:
+    if given.all_act(factor):
         y.flatten(0, 1).addmm_(low.flatten(0, 1), columns(factor, y.dtype))
     elif _at_once(factor, given.index):
         y.baddbmm_(low, _rows(factor, given.index, y.dtype))
@@ -400,9 +401,9 @@ def _coefficient_grad(low_grad: Tensor, low: Tensor, given: Acting) -> Tensor:  
     return as_dtype(found, given.coefficient.dtype)
 
 
-def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting, all_rows: bool = False) -> Tensor:
+def _sum_over_tokens(low: Tensor, x: Tensor, factor: Tensor, given: Acting) -> Tensor:
     """The gradient of `factor` [N, R, d], summed in one order."""
-    if given.whole or all_rows:
+    if given.all_act(factor):
         return sum_over_all_tokens(low, x, factor)
     rows, rank, size = factor.shape
     exact = exact_dtype(x)
