@@ -67,10 +67,10 @@ def _increments(
             sums = _as_rows(given)
             y = launch.expand(low, sums.B, sums.index, bias=bias, base=base)
     else:
-        tiles = choose("shrink", x, given.columns)
-        _, low = shrunk = launch.shrink(x, given.A, given, tiles, scaled=True, bare=save)[:2]
-        assert shrunk[0] is not None
-        y = launch.expand(shrunk[0], given.B, given.index, bias=bias, base=base)
+        shrunk = launch.shrink(x, given.A, given, choose("shrink", x, given.columns), scaled=True, bare=save)
+        low = shrunk.bare
+        assert shrunk.scaled is not None
+        y = launch.expand(shrunk.scaled, given.B, given.index, bias=bias, base=base)
     past_low = x.new_empty(0)
     if given.past_A is not None and given.past_B is not None:
         past_low = project(x, given.past_A)
