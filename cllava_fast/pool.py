@@ -95,10 +95,12 @@ class Factors(_Keeper):
     def open_block(self, rows: int, a_std: float, generator: torch.Generator) -> None:
         # drawn on the CPU, so that a seed gives the same rows on every device
         a_rows = 1 if self.shares_A else rows
-        a = torch.randn(a_rows, self.rank, self.shape.d_in, generator=generator) * a_std
+        a = torch.randn(a_rows, self.rank, self.shape.d_in, generator=generator, dtype=torch.float32) * a_std
         self.block_A = nn.Parameter(a.to(self.A.device))
         # B is zero at birth: a new row changes nothing
-        self.block_B = nn.Parameter(torch.zeros(rows, self.rank, self.shape.d_out, device=self.B.device))
+        self.block_B = nn.Parameter(
+            torch.zeros(rows, self.rank, self.shape.d_out, device=self.B.device, dtype=torch.float32)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         # committed rows follow the model's dtype; what trains, and what methods keep, does not
@@ -193,12 +195,12 @@ class Pool(_Keeper):
         }
         self.layers: Mapping[str, Factors] = nn.ModuleDict(layers)  # type: ignore[assignment]
         device = next(iter(shapes.values())).device
-        self.register_buffer("keys", torch.empty(0, key_dim, device=device))
+        self.register_buffer("keys", torch.empty(0, key_dim, device=device, dtype=torch.float32))
         self.register_buffer("row_task", torch.empty(0, dtype=torch.int64, device=device))
-        self.register_buffer("row_mean", torch.empty(0, device=device))
-        self.register_buffer("context", torch.empty(0, 0, device=device))
+        self.register_buffer("row_mean", torch.empty(0, device=device, dtype=torch.float32))
+        self.register_buffer("context", torch.empty(0, 0, device=device, dtype=torch.float32))
         if context_rank:
-            self.register_buffer("context_error", torch.empty(0, device=device))
+            self.register_buffer("context_error", torch.empty(0, device=device, dtype=torch.float32))
         self.register_parameter("block_keys", None)
         self.register_parameter("block_context", None)
         self._block_rows = 0
@@ -265,7 +267,7 @@ class Pool(_Keeper):
         elif self.key_dim:
             raise ValueError(f"keys is None; this pool needs keys {wanted}")
         if context_init is not None and self.num_tasks:
-            self.block_context = nn.Parameter(torch.full((self.num_tasks,), float(context_init), device=device))
+            self.block_context = nn.Parameter(self.context.new_full((self.num_tasks,), context_init))
         for factors in self.layers.values():
             if again:
                 factors.reopen()

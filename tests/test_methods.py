@@ -327,6 +327,52 @@ def default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(config() for config, _ in METHODS.values()),
+        IncrementConfig(context_rank=2),
+        IncrementConfig(key_init="orthogonal"),
+    ],
+    ids=lambda config: config.method,
+)
+def test_what_a_pool_holds_does_not_depend_on_torchs_default(config: Any) -> None:
+    queries = torch.randn(5, D, generator=torch.Generator().manual_seed(1))
+    groups = getattr(config, "groups", 1)
+
+    def states(dtype: torch.dtype) -> list[dict[str, Tensor]]:
+        method, generator, found = make_method(config), torch.Generator().manual_seed(2), []
+        with default(dtype):
+            pool = Pool(
+                config.rank, D if getattr(config, "surrogate", None) else 0, {"o": LinearShape(6, 5)},
+                shares_A=method.shares_A, own_tensors=method.own_tensors, shared_rows=method.shared_rows,
+                context_rank=getattr(config, "context_rank", None) or 0,
+            )  # fmt: skip
+            for name in ("first", "second"):
+                method.open_task(pool, queries, generator)
+                found.append({key: tensor.clone() for key, tensor in pool.state().items()})
+                if method.aligns_keys:
+                    found.append({"loss": method.alignment_loss(pool, queries, groups, generator).detach()})
+                method.close_task(pool, name, queries, groups)
+        pool.check_state(pool.state(), pool.num_tasks)
+        return [*found, pool.state()]
+
+    for plain, other in zip(states(torch.float32), states(torch.bfloat16), strict=True):
+        assert plain.keys() == other.keys()
+        for key, tensor in plain.items():
+            assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key]), key
+
+
+def test_what_acts_does_not_depend_on_torchs_default(llava: Any, processor: Any, rng: torch.Generator) -> None:
+    learn(cf.patch(llava, IncrementConfig(context="factor"), processor=processor), 2, rng)
+    batch = inputs(processor, QUESTIONS[:1], rng)
+    expected = llava(**batch).logits
+    with default(torch.bfloat16), torch.no_grad():
+        assert torch.equal(llava(**batch).logits, expected)
+        cf.merge(llava, instruction=QUESTIONS[0])
+        torch.testing.assert_close(llava(**batch).logits, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # torch's default, as who loads a model may set it
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_selects_what_layers_can_take(

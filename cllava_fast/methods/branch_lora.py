@@ -90,7 +90,7 @@ class BranchLora(Method):
         pool.open_block(N, keys=keys, a_std=self.config.a_std, generator=generator)
         for factors in layers_of(pool):
             factors.keep("block_router", new_router(N, factors, generator))
-            factors.keep("activity", torch.zeros(N, device=factors.A.device))
+            factors.keep("activity", torch.zeros(N, device=factors.A.device, dtype=torch.float32))
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:
         self.end_step(pool)

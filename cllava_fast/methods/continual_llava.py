@@ -102,7 +102,8 @@ class ContinualLlava(Method):
         config = self.config
         assert queries is not None
         if config.key_init == "orthogonal":
-            keys = torch.nn.init.orthogonal_(torch.empty(config.rows_per_task, pool.key_dim), generator=generator)
+            keys = torch.empty(config.rows_per_task, pool.key_dim, dtype=torch.float32)
+            torch.nn.init.orthogonal_(keys, generator=generator)
         else:
             keys = sample_keys(queries, config.rows_per_task, generator)
         context_init = None if config.context == "none" else config.context_init
@@ -210,7 +211,7 @@ def sample_keys(queries: Tensor, rows: int, generator: torch.Generator) -> Tenso
     first = torch.full((len(distinct),), len(drawn)).scatter_reduce(0, inverse, torch.arange(len(drawn)), "amin")
     order = first.argsort()
     keys = distinct[order.repeat(rows // len(order) + 1)[:rows]]
-    noise = torch.randn(keys.shape, generator=generator) * (0.01 * keys.std())
+    noise = torch.randn(keys.shape, generator=generator, dtype=torch.float32) * (0.01 * keys.std())
     noise[: len(order)] = 0.0
     return keys + noise
 

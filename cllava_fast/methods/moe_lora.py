@@ -81,7 +81,7 @@ class MoeLora(SequentialLora):
 def new_router(experts: int, factors: Factors, generator: torch.Generator) -> Tensor:
     """``[E, d_in]``, born as ``nn.Linear`` is."""
     d_in = factors.shape.d_in
-    drawn = torch.rand(experts, d_in, generator=generator)  # on the CPU: the same on every device
+    drawn = torch.rand(experts, d_in, generator=generator, dtype=torch.float32)  # on the CPU: the same on every device
     return ((2 * drawn - 1) * d_in**-0.5).to(factors.A.device)
 
 

@@ -61,9 +61,9 @@ class MtlLora(Method):
             pool.open_block(ups, a_std=self.config.a_std, generator=generator)
         for factors in layers_of(pool):
             if is_new:
-                factors.keep("lambdas", torch.empty(0, rank, rank, device=factors.A.device))
-                factors.keep("weights", torch.empty(0, ups, device=factors.A.device))
-            drawn = (2 * torch.rand(1, ups, generator=generator) - 1) * ups**-0.5
+                factors.keep("lambdas", torch.empty(0, rank, rank, device=factors.A.device, dtype=torch.float32))
+                factors.keep("weights", torch.empty(0, ups, device=factors.A.device, dtype=torch.float32))
+            drawn = (2 * torch.rand(1, ups, generator=generator, dtype=torch.float32) - 1) * ups**-0.5
             begin(factors, drawn)
 
     def close_task(self, pool: Pool, name: str, queries: Tensor | None, groups: int) -> None:

@@ -40,7 +40,7 @@ class PerTaskLora(LoraForEachTask):
 
     def task_mean(self, pool: Pool, task: int) -> Selection:
         """Exact: every sample of a task gets the same."""
-        return Selection(past=_acting(torch.full((1, 1), float(task), device=pool.row_task.device), pool.num_rows))
+        return Selection(past=_acting(torch.full((1, 1), task, device=pool.row_task.device), pool.num_rows))
 
 
 def _acting(row: Tensor, rows: int) -> Pairs:

@@ -80,7 +80,7 @@ class Slm(Method):
     def open_task(self, pool: Pool, queries: Tensor | None, generator: torch.Generator) -> None:
         config = self.config
         if config.key_init == "orthogonal":
-            parts = torch.empty(config.groups, config.rows_per_task, pool.key_dim // config.groups)
+            parts = torch.empty(config.groups, config.rows_per_task, pool.key_dim // config.groups, dtype=torch.float32)
             keys = torch.cat([torch.nn.init.orthogonal_(part, generator=generator) for part in parts], dim=1)
         else:
             assert queries is not None
@@ -92,7 +92,7 @@ class Slm(Method):
         q = normalize(query.float().unflatten(1, (groups, -1)), dim=2)  # [B, G, D/G]
         k = normalize(pool.block_keys.unflatten(1, (groups, -1)), dim=2)  # [n, G, D/G]
         similarity = torch.einsum("bgc,ngc->bgn", q, k)
-        masked = torch.rand(similarity.shape, generator=generator) < self.config.key_dropout
+        masked = torch.rand(similarity.shape, generator=generator, dtype=torch.float32) < self.config.key_dropout
         # masked rows come behind all others, and are taken where none of those are left
         order = similarity.detach() - 4.0 * masked.to(similarity.device)
         return -similarity.gather(2, order.topk(self.config.top_m, dim=2).indices).mean()

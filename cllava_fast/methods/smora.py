@@ -64,7 +64,7 @@ class Smora(MoeLora):
         is_new, self.counted_at = not pool.block_rows, None
         super().open_task(pool, queries, generator)
         for factors in layers_of(pool):
-            idle = torch.zeros(self.config.experts, device=factors.A.device)
+            idle = torch.zeros(self.config.experts, device=factors.A.device, dtype=torch.float32)
             factors.keep("load", idle)  # of a task that failed, nothing counts
             if is_new:
                 factors.keep("balance", idle.clone())

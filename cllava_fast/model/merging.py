@@ -182,7 +182,7 @@ def acting_rows(selection: Selection, factors: Factors) -> tuple[Tensor, Tensor,
     """
     totals: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for A, B, pairs in terms(selection, factors):
-        _, _, total = totals.setdefault(id(A), (A, B, torch.zeros(len(A), device=A.device)))
+        _, _, total = totals.setdefault(id(A), (A, B, torch.zeros(len(A), device=A.device, dtype=torch.float32)))
         total.index_add_(0, pairs.index[0].to(A.device), pairs.coefficient[0].to(A.device))
     acting = [[rows[total != 0] for rows in (A, B, total)] for A, B, total in totals.values()]
     if len({A.shape[1] for A, _, _ in acting}) > 1:
