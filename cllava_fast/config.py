@@ -20,6 +20,7 @@ from cllava_fast import untrusted
 from cllava_fast.atomic import write_text
 from cllava_fast.data.load import SECTIONS, STREAM_KEYS, under
 from cllava_fast.methods import METHODS, IncrementConfig, MethodConfig
+from cllava_fast.model.processors import EDGES, SETTINGS
 from cllava_fast.names import brief, check_names, convert, nearest
 from cllava_fast.train.arguments import ContinualArguments
 
@@ -52,6 +53,11 @@ class ModelConfig:
         metadata={"help": "the image processor's own way, or pad: whole images, padded to squares, as LLaVA-1.5 was "
                   "trained on"},
     )  # fmt: skip
+    image_settings: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "of the image processor, in place of its own: {max_pixels: 1003520} of a Qwen's, "
+                  "{max_patches: 6} of an InternVL's"},
+    )  # fmt: skip
     increments: str | None = field(
         default=None,
         metadata={"help": "folder of saved increments: the stream's tasks come after those learned there, by the same "
@@ -61,6 +67,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise ValueError("path is empty; expected the folder or the hub name of the base model")
+        for name in self.image_settings:
+            if name not in (*SETTINGS, *EDGES):
+                raise ValueError(f"image_settings has {brief(name)}; {nearest(str(name), (*SETTINGS, *EDGES))}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.model import get_increments, paths
 from cllava_fast.model.images import images_per_sample, pooled_image
 from cllava_fast.model.instructions import message
+from cllava_fast.model.processors import follows
 from cllava_fast.model.selecting import Request, images_of
 from tests.base_models import FOR_IMAGES, FOR_TEXT, SIDE, VIDEO, new_model, new_processor
 from tests.helpers import QUESTIONS, learn
@@ -348,6 +349,7 @@ def test_how_many_pixels_an_image_may_have_is_remembered() -> None:
     fewer.image_processor.min_pixels = fewer.image_processor.max_pixels = 4 * SIDE**2
     sizes = [len(Encoder(one).images([image])["pixel_values"]) for one in (processor, fewer)]
     assert sizes[1] < sizes[0]
+    assert [follows(one, {"max_pixels": 4 * SIDE**2}) for one in (processor, fewer)] == [False, True]
     with pytest.raises(ValueError, match="another size of images than the one .*; unpatch"):
         cf.patch(model, processor=fewer)
 
@@ -356,6 +358,7 @@ def test_how_many_tiles_an_image_may_have_is_remembered(tmp_path: Path) -> None:
     name = "InternVL" + FOR_IMAGES
     processor, fewer = processor_of(name), copy.deepcopy(processor_of(name))
     fewer.image_processor.max_patches = 1
+    assert [follows(one, {"max_patches": 1}) for one in (processor, fewer)] == [False, True]
     model = cf.patch(model_of(name), CONFIG, processor=processor)
     with pytest.raises(ValueError, match="another max_patches of images than the one .*; unpatch"):
         cf.patch(model, processor=fewer)

@@ -24,13 +24,14 @@ import yaml
 
 import cllava_fast
 from cllava_fast import cli
-from cllava_fast.cli.base import load_base
+from cllava_fast.cli.base import load_base, load_processor
 from cllava_fast.config import ModelConfig
 from cllava_fast.data import chat_template
 from cllava_fast.demo.base import FOLDER
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.report import write_report
 from cllava_fast.methods import METHODS, Method, MethodConfig
+from cllava_fast.model.processors import image_settings
 from tests.helpers import learn
 
 
@@ -521,3 +522,15 @@ def test_a_base_is_loaded_with_images_that_are_padded() -> None:
         for how in ("processor", "pad")
     ]
     assert pads == [False, True]
+
+
+def test_a_base_is_loaded_with_other_settings_of_images() -> None:
+    def loaded(**settings: Any) -> Any:
+        return load_processor(ModelConfig(path=str(FOLDER), image_settings=settings))
+
+    half = {"height": 32, "width": 32}
+    assert image_settings(loaded(size=half, do_center_crop=False)) == {**image_settings(loaded()), "size": half}
+    with pytest.raises(ValueError, match="'max_patches': 6}, and the base's image processor has {'do_pad': False, "):
+        loaded(max_patches=6)
+    with pytest.raises(ValueError, match="image_settings has 'max_pixel'; did you mean max_pixels?"):
+        loaded(max_pixel=1)

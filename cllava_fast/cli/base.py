@@ -19,7 +19,7 @@ from cllava_fast.methods import MethodConfig
 from cllava_fast.model.card import is_repo_id
 from cllava_fast.model.hub import auto_class
 from cllava_fast.model.paths import BASES, adapted_linears, check_supported
-from cllava_fast.model.processors import pad_to_square
+from cllava_fast.model.processors import follows, image_settings, pad_to_square
 
 
 def check_base(config: ModelConfig, method: MethodConfig) -> None:
@@ -88,13 +88,18 @@ def load_processor(config: ModelConfig) -> Any:
     """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot be loaded or
     cannot pad images."""
     try:
-        processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False, **config.image_settings)
     except (OSError, ValueError) as error:
         _refuse_code(config, error)
         raise ValueError(
             f"model.path is {config.path!r}, and its processor cannot be loaded: {_first_sentence(error)}; expected "
             "the files that processor.save_pretrained writes, beside the model's config.json"
         ) from error
+    if not follows(processor, config.image_settings):
+        raise ValueError(
+            f"model.image_settings is {config.image_settings}, and the base's image processor has "
+            f"{image_settings(processor)}; expected other values of what stands there"
+        )
     if config.conversation != "template":
         # set here, training, the reading of instructions and serving all speak it
         processor.chat_template = chat_template(config.conversation)

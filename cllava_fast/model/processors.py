@@ -64,6 +64,15 @@ def image_settings(processor: Any) -> dict[str, Any] | None:
     return {"do_pad": False} | {name: values[name] for name in SETTINGS if values.get(name) is not None}
 
 
+def follows(processor: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether it prepares images by the settings that it was loaded with: transformers drops what it does not know."""
+    has = image_settings(processor) or {}
+    return all(
+        (has.get("size", {}).get(EDGES[name]) if name in EDGES else has.get(name)) == value
+        for name, value in wanted.items()
+    )
+
+
 def differing(settings: Mapping[str, Any] | None, others: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
     """What both say, and say differently, by name: that of ``settings`` and that of ``others``."""
     if settings is None or others is None:
