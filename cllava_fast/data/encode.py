@@ -189,7 +189,7 @@ class ImageFeatures:
             sampler=self._missing(samples, model, batch_size, pooled, batches),
             num_workers=workers,
             worker_init_fn=outlive_signals,
-            generator=torch.Generator(),  # a number is drawn, which is not to be one of the caller's
+            generator=torch.Generator(torch.get_default_device()),  # not the caller's, of which a number would be drawn
         )
         for opened in loader:
             batch, done = batches.popleft()

@@ -64,7 +64,7 @@ def predict(
         collate_fn=collate,
         num_workers=min(workers, len(share)),
         worker_init_fn=outlive_signals,
-        generator=torch.Generator(),  # a number is drawn, which is not to be one of the caller's
+        generator=torch.Generator(torch.get_default_device()),  # not the caller's, of which a number would be drawn
     )
     mine: dict[int, Answer] = {}
     for turn, (rows, made) in enumerate(zip(share, loader, strict=True)):
