@@ -19,7 +19,7 @@ from cllava_fast.methods import MethodConfig
 from cllava_fast.model.card import is_repo_id
 from cllava_fast.model.hub import auto_class
 from cllava_fast.model.paths import BASES, adapted_linears, check_supported
-from cllava_fast.model.processors import follows, image_settings, pad_to_square
+from cllava_fast.model.processors import follows, from_files, image_settings, pad_to_square
 
 
 def check_base(config: ModelConfig, method: MethodConfig) -> None:
@@ -86,9 +86,9 @@ def load_base(config: ModelConfig, processor: Any = None) -> tuple[Any, Any]:
 
 def load_processor(config: ModelConfig) -> Any:
     """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot be loaded or
-    cannot pad images."""
+    cannot pad images, ModuleNotFoundError for one that needs torchvision where that is not installed."""
     try:
-        processor = AutoProcessor.from_pretrained(_path(config), trust_remote_code=False, **config.image_settings)
+        processor = from_files(AutoProcessor, _path(config), **config.image_settings)
     except (OSError, ValueError) as error:
         _refuse_code(config, error)
         raise ValueError(

@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from cllava_fast.model import paths
 
 SETTINGS = (
@@ -35,11 +37,28 @@ def find_processor(model: Any, **options: Any) -> Any | None:
 
     kind = AutoProcessor if with_images else AutoTokenizer
     try:
-        return kind.from_pretrained(name, **{"local_files_only": True, **options, "trust_remote_code": False})
+        return from_files(kind, name, **{"local_files_only": True, **options})
     except (OSError, ValueError):  # a language model without a tokenizer is the latter
         if is_folder:
             raise
         return None
+
+
+def from_files(kind: Any, name: str, **options: Any) -> Any:
+    """What ``kind`` (AutoProcessor, say) makes of a folder or a hub's repository; no code from there is run.
+
+    Raises ModuleNotFoundError where its part for videos needs torchvision, which is not installed.
+    """
+    try:
+        return kind.from_pretrained(name, **{**options, "trust_remote_code": False})
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise ModuleNotFoundError(
+            f"the processor of {name} needs torchvision, which is not installed; install the release that fits torch "
+            f"{torch.__version__}",
+            name="torchvision",
+        ) from error
 
 
 def check_processor(model: Any, processor: Any) -> None:
