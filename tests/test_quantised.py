@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 import cllava_fast as cf
 from cllava_fast.model import get_increments, paths
 from cllava_fast.model.files import base_fingerprint, base_quantization
-from tests.base_models import new_model, new_processor
+from tests.base_models import FOR_IMAGES, new_model, new_processor
 from tests.helpers import QUESTIONS, image, inputs, learn
+from tests.test_bases import alone, batch_of, model_of, processor_of
 
 NAME = "LlavaForConditionalGeneration"
 CONFIG = cf.IncrementConfig(rows_per_task=4, top_m=2, rank=2, a_std=0.1, surrogate="backbone", targets=("*_proj",))
@@ -163,6 +165,28 @@ def test_files_and_refusals(
     exact = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     with pytest.raises(ValueError, match="another base model: its quantisation was '.*', this one's is 'none'; load"):
         cf.load_pretrained(exact, tmp_path / "out", processor=processor)
+
+
+@pytest.mark.parametrize("name", ["Qwen2VL" + FOR_IMAGES, "InternVL" + FOR_IMAGES])
+def test_bases_whose_tower_is_quantised_too(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    """And takes the patches or tiles of all images as one sequence."""
+    model_of(name).save_pretrained(tmp_path)
+    quantization = KINDS["bitsandbytes-nf4"]()
+    base = getattr(transformers, name).from_pretrained(tmp_path, quantization_config=quantization, device_map="cpu")
+    assert not any(paths.is_plain(part) for part in paths.vision_tower(base).modules() if hasattr(part, "in_features"))
+    config = dataclasses.replace(CONFIG, surrogate="text+image")
+    model = cf.patch(base.eval(), config, processor=processor_of(name))
+    before, batch = base_fingerprint(model), batch_of(name, generator, side="right")
+    learn(model, 2, generator, b_std=0.1)
+    with torch.no_grad():
+        found = model(**batch).logits
+        for i, mask in enumerate(batch["attention_mask"].bool()):
+            torch.testing.assert_close(found[i, mask], model(**alone(batch, i)).logits[0], atol=1e-4, rtol=1e-3)
+    pool = learn(model, 1, generator, commit_last=False).pool
+    pool.train_keys(False)
+    model.train()(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+    assert all(factors.block_A.grad.abs().sum() > 0 for factors in pool.layers.values())
+    assert base_fingerprint(model) == before
 
 
 class Packed(nn.Module):
