@@ -85,8 +85,8 @@ def load_base(config: ModelConfig, processor: Any = None) -> tuple[Any, Any]:
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot be loaded, cannot
-    pad images or has no such settings, ModuleNotFoundError for one that needs torchvision where there is none."""
+    """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot be loaded, or
+    lacks what is asked for, ModuleNotFoundError for one that needs torchvision where that is not installed."""
     try:
         processor = from_files(AutoProcessor, _path(config), **config.image_settings)
     except (OSError, ValueError) as error:
