@@ -291,6 +291,23 @@ def test_queries_of_text_and_image(name: str, generator: torch.Generator) -> Non
         torch.testing.assert_close(logits(model, single)[0], logits(model, by_model)[i], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name, base in paths.BASES.items() if base.packs_images])
+def test_images_of_many_patches_are_opened_one_by_one(
+    name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may have thousands of patches, and a batch no room beside the model."""
+    order: list[str] = []
+    images, compute = Encoder.images, ImageFeatures._compute
+    monkeypatch.setattr(Encoder, "images", lambda self, given: order.append("opened") or images(self, given))
+    monkeypatch.setattr(
+        ImageFeatures, "_compute", lambda self, *given: order.append(f"{len(given[0])} seen") or compute(self, *given)
+    )
+    model = patched(name, generator, cf.IncrementConfig(surrogate="text+image"))
+    samples = [cf.Sample("what is it?", "red", picture) for picture in pictures(generator)]
+    ImageFeatures().add(samples, Encoder(processor_of(name)), model)
+    assert order == ["opened", "1 seen"] * len(samples)
+
+
 @of_image_bases
 def test_in_bfloat16_queries_are_as_precise(name: str, generator: torch.Generator) -> None:
     """The trainer's mean over an image's tiles is no rounder than that of a call to the model."""

@@ -15,8 +15,10 @@ from cllava_fast.data import Sample, Stream, Task
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.lengths import Limit, check_lengths, token_limit
+from cllava_fast.data.pixels import ImageError
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import fingerprint
+from cllava_fast.data.workers import made_of
 from cllava_fast.model import paths
 from tests.helpers import image, prompt
 from tests.train_helpers import arguments
@@ -294,6 +296,31 @@ def test_other_processes_open_images_for_the_vision_tower(llava: Any, processor:
         assert done == [2, 2, 3], "samples, of which the last two show what is known"
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_other_processes_cannot_open_is_told_in_its_own_words(llava: Any, processor: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    found = []
+    for workers in (0, 1):
+        with pytest.raises(ImageError) as error:
+            ImageFeatures().add([Sample("q", "a", tmp_path / "a.png")], Encoder(processor), llava, workers=workers)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+    assert "in read_rgb" in "".join(error.value.__notes__), "where it came from is told, too"
+
+
+class Unpickled(Exception):
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def test_an_error_that_cannot_be_sent_is_told_as_torch_does() -> None:
+    def make(batch: int) -> int:
+        raise Unpickled(str(batch), "broken")
+
+    for workers, kind in ((0, Unpickled), (1, RuntimeError)):
+        with pytest.raises(kind, match="7: broken"):
+            list(made_of([7], make, workers))
 
 
 def test_features_go_to_other_processes_without_images_that_have_other_ids_there(

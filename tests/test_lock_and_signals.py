@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,17 +125,25 @@ class TestSignals:
             _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
-    def test_a_worker_of_ours_outlives_ctrl_c_and_the_first_sigterm(self) -> None:
-        child = os.fork()
-        if child == 0:
-            outlive_signals(0)
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-                os.kill(os.getpid(), signum)
-            outlive_signals(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+    def test_a_worker_of_ours_outlives_signals_to_all_and_ends_with_its_parents(self) -> None:
+        def work() -> None:
+            for _ in range(2):
+                outlive_signals(0)
+                for signum in (signal.SIGINT, signal.SIGTERM):
+                    os.kill(os.getpid(), signum)
+            ours.send("lives")
+            time.sleep(60)
+
+        theirs, ours = multiprocessing.Pipe()
+        worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+        worker.start()
+        try:
+            assert theirs.poll(30) and theirs.recv() == "lives"
+            worker.terminate()  # as multiprocessing ends it when Python ends, and then waits for it
+            worker.join(10)
+            assert worker.exitcode == 0
+        finally:
+            worker.kill()
 
     def test_one_while_images_are_computed_stops_behind_the_batch(
         self, llava: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -50,10 +50,17 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     ),
     (
         "workers of evaluation end with everyone's SIGTERM",
-        "cllava_fast/evaluate/predict.py",
+        "cllava_fast/data/workers.py",
         "worker_init_fn=outlive_signals",
         "worker_init_fn=None",
         ("tests/test_checkpoint.py",),
+    ),
+    (
+        "a worker outlives its own parent's SIGTERM",
+        "cllava_fast/data/workers.py",
+        ".si_pid != main:",
+        ".si_pid != -main:",
+        ("tests/test_lock_and_signals.py",),
     ),
     (
         "a signal waits until all images are computed",

@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from cllava_fast.data.conversation import SET_TEMPLATE, Conversation, Turns
 from cllava_fast.data.lazy import LazySequence
 from cllava_fast.data.stream import Sample, check_sample
-from cllava_fast.data.workers import outlive_signals
+from cllava_fast.data.workers import made_of
 from cllava_fast.model import paths
 from cllava_fast.model.answers import IGNORE
 from cllava_fast.model.images import pooled_image, to_vision_tower
@@ -182,16 +181,11 @@ class ImageFeatures:
             workers: processes that open images while others are computed.
             advance: called with how many more samples are done, after each batch of images.
         """
+        if paths.base_of(model).packs_images:
+            batch_size = 1  # of thousands of patches each
         batches: deque[tuple[dict[Any, Sample], int]] = deque()  # those that are being opened, and the samples so far
-        loader: Any = DataLoader(
-            _Opened(encoder, one_by_one=paths.base_of(model).packs_images),
-            batch_size=None,
-            sampler=self._missing(samples, model, batch_size, pooled, batches),
-            num_workers=workers,
-            worker_init_fn=outlive_signals,
-            generator=torch.Generator(torch.get_default_device()),  # not the caller's, of which a number would be drawn
-        )
-        for opened in loader:
+        missing = self._missing(samples, model, batch_size, pooled, batches)
+        for opened in made_of(missing, partial(_opened, encoder), workers):
             batch, done = batches.popleft()
             self._compute(batch, opened, model, pooled)
             advance(done)
@@ -226,10 +220,10 @@ class ImageFeatures:
             yield list(batch.values())
 
     @torch.no_grad()
-    def _compute(self, batch: dict[Any, Sample], opened: Sequence[dict[str, Tensor]], model: Any, pooled: bool) -> None:
+    def _compute(self, batch: dict[Any, Sample], opened: dict[str, Tensor], model: Any, pooled: bool) -> None:
         features = list[Tensor | None]([None] * len(batch))
-        if paths.base_of(model).takes_features and len(opened[0]) == 1:
-            pixels = to_vision_tower(model, opened[0]["pixel_values"])
+        if paths.base_of(model).takes_features and len(opened) == 1:
+            pixels = to_vision_tower(model, opened["pixel_values"])
             output = model.get_image_features(pixels, return_dict=True)
             means, features = output.last_hidden_state.mean(1), output.pooler_output
         else:
@@ -262,26 +256,15 @@ class ImageFeatures:
         return torch.stack(rows)
 
 
-class _Opened(Dataset[list[dict[str, Tensor]]]):
-    """By samples, not by their places: what the processor says of their images, of all at once or of each."""
-
-    def __init__(self, encoder: Encoder, one_by_one: bool) -> None:
-        self.encoder, self.one_by_one = encoder, one_by_one
-
-    def __getitem__(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
-        images = [image for sample in samples if (image := sample.open_image()) is not None]
-        parts = [[image] for image in images] if self.one_by_one else [images]
-        return [self.encoder.images(part) for part in parts]
+def _opened(encoder: Encoder, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    return encoder.images([image for sample in samples if (image := sample.open_image()) is not None])
 
 
-def _pooled(opened: Sequence[dict[str, Tensor]], model: Any) -> Tensor:
+def _pooled(opened: dict[str, Tensor], model: Any) -> Tensor:
     """``[images, d]``, as a call to the model pools them."""
-    if not paths.base_of(model).packs_images:
-        return pooled_image(model, opened[0]["pixel_values"])
-    # of thousands of patches each; the mean over tiles is taken in float32
-    return torch.stack(
-        [pooled_image(model, one["pixel_values"], one.get("image_grid_thw")).float().mean(0) for one in opened]
-    )
+    pooled = pooled_image(model, opened["pixel_values"], opened.get("image_grid_thw"))
+    # one image; the mean over tiles is taken in float32
+    return pooled.float().mean(0, keepdim=True) if paths.base_of(model).packs_images else pooled
 
 
 class Collator:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Collator, Example, ImageFeatures
 from cllava_fast.data.stream import Sample
-from cllava_fast.data.workers import outlive_signals
+from cllava_fast.data.workers import made_of
 from cllava_fast.model.paths import execution_device, input_embedding
 
 
@@ -58,17 +58,10 @@ def predict(
     sharded = distributed.is_sharded(model)
     if sharded and len(share) < len(batches[:: distributed.count()]):
         share.append(batches[0])  # no process may leave the others alone in a forward pass
-    loader: Any = DataLoader(
-        examples,  # type: ignore[arg-type]
-        batch_sampler=share,
-        collate_fn=collate,
-        num_workers=min(workers, len(share)),
-        worker_init_fn=outlive_signals,
-        generator=torch.Generator(torch.get_default_device()),  # not the caller's, of which a number would be drawn
-    )
+    made = made_of(share, partial(_batch, examples, collate), min(workers, len(share)))
     mine: dict[int, Answer] = {}
-    for turn, (rows, made) in enumerate(zip(share, loader, strict=True)):
-        batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in made.items()}
+    for turn, (rows, tensors) in enumerate(zip(share, made, strict=True)):
+        batch = {name: tensor.to(device) for name, tensor in tensors.items()}
         if queries is not None:
             batch["query"] = queries[rows].to(device)
         width = batch["input_ids"].shape[1]
@@ -82,6 +75,10 @@ def predict(
             together()
     answers = {row: answer for share in distributed.gather(mine) for row, answer in share.items()}
     return [answers[i] for i in range(len(examples))]
+
+
+def _batch(examples: Sequence[Example], collate: Collator, rows: Sequence[int]) -> dict[str, Tensor]:
+    return collate([examples[i] for i in rows])
 
 
 @contextmanager
