@@ -68,6 +68,8 @@ class ModelConfig:
         if not self.path.strip():
             raise ValueError("path is empty; expected the folder or the hub name of the base model")
         for name in self.image_settings:
+            if name == "do_pad":  # most image processors keep it, and pad nothing
+                raise ValueError(f"image_settings has {brief(name)}; images are padded by image_aspect_ratio: pad")
             if name not in (*SETTINGS, *EDGES):
                 raise ValueError(f"image_settings has {brief(name)}; {nearest(str(name), (*SETTINGS, *EDGES))}")
 

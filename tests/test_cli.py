@@ -20,7 +20,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import transformers
 import yaml
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import cllava_fast
 from cllava_fast import cli
@@ -534,3 +536,17 @@ def test_a_base_is_loaded_with_other_settings_of_images() -> None:
         loaded(max_patches=6)
     with pytest.raises(ValueError, match="image_settings has 'max_pixel'; did you mean max_pixels?"):
         loaded(max_pixel=1)
+    with pytest.raises(ValueError, match="image_settings has 'do_pad'; images are padded by image_aspect_ratio: pad"):
+        loaded(do_pad=True)
+
+
+def test_settings_of_images_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: str, **options: Any) -> Any:
+        return SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(**options))
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load)
+    size = {"longest_edge": 8192, "shortest_edge": 64}
+    settings: dict[str, Any] = {"max_pixels": 4096, "size": size}
+    with pytest.raises(ValueError, match="8192.*, and the base's image processor has .*4096"):
+        load_processor(ModelConfig(path="any", image_settings=settings))
+    assert size["longest_edge"] == 8192

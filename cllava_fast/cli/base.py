@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -88,7 +89,8 @@ def load_processor(config: ModelConfig) -> Any:
     """With the template and the images that ``config`` asks for. Raises ValueError for one that cannot be loaded, or
     lacks what is asked for, ModuleNotFoundError for one that needs torchvision where that is not installed."""
     try:
-        processor = from_files(AutoProcessor, _path(config), **config.image_settings)
+        # copied: a Qwen's writes max_pixels into the size that it is given
+        processor = from_files(AutoProcessor, _path(config), **copy.deepcopy(config.image_settings))
     except (OSError, ValueError) as error:
         _refuse_code(config, error)
         raise ValueError(
