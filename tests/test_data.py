@@ -336,6 +336,23 @@ def test_features_go_to_other_processes_without_images_that_have_other_ids_there
     assert torch.equal(sent.pooled(samples[1:], 128), features.pooled(samples[:1], 128))
 
 
+def test_many_features_go_to_another_process() -> None:
+    features = ImageFeatures()
+    features._projected = {str(i): torch.full((2, 3), float(i)) for i in range(300)}
+    context = torch.multiprocessing.get_context("forkserver")  # Python's default on Linux from 3.14 on
+    found = context.Queue()
+    process = context.Process(target=project, args=(features, found), daemon=True)
+    process.start()
+    assert found.get(timeout=60) == [[7.0] * 6, [299.0] * 6]
+    process.join()
+
+
+def project(features: ImageFeatures, found: Any) -> None:
+    projected = features.projected(["7", "299"])
+    assert projected is not None
+    found.put(projected.flatten(1).tolist())
+
+
 def test_without_a_use_for_features_nothing_is_computed(
     llava: Any, processor: Any, generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,10 +162,20 @@ class ImageFeatures:
     _full: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process, where a PIL image has another id, and its own may be of another image."""
-        known = {name: {key: row for key, row in getattr(self, name).items() if not isinstance(key, int)}
-                 for name in ("_projected", "_pooled")}  # fmt: skip
-        return {**self.__dict__, **known, "_alive": []}
+        """For another process, where a PIL image has another id, and its own may be of another image. Rows go as one
+        tensor: each tensor is an open file, of which a process is sent 256 at most."""
+        state = {**self.__dict__, "_alive": []}
+        for name in ("_projected", "_pooled"):
+            known = {key: row for key, row in state[name].items() if not isinstance(key, int)}
+            rows = torch.stack([*known.values()]) if known else ()
+            state[name] = list(known), rows
+            getattr(self, name).update(zip(known, rows, strict=True))  # the file stays until it has been sent
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("_projected", "_pooled"):
+            state[name] = dict(zip(*state[name], strict=True))
+        self.__dict__.update(state)
 
     @staticmethod
     def key(image: Any) -> Any:

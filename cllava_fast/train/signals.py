@@ -53,7 +53,7 @@ class Watch:
             raise RunStopped(self.requested)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a data loader's worker: Ctrl-C is its parent's, and SIGTERM ends it
+        if os.getpid() != self._pid:  # of a fork: Ctrl-C is its parent's, and SIGTERM ends it
             if signum == signal.SIGTERM:
                 os._exit(128 + signum)
             return
