@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +49,7 @@ class _ByBatch(Dataset[Any]):
                 raise
             error.add_note(traceback.format_exc())
             with suppress(Exception):  # in its own words, if it can be sent; torch buries them in the traceback
-                return pickle.loads(pickle.dumps(error))
+                return ForkingPickler.loads(ForkingPickler.dumps(error))
             raise
 
 
