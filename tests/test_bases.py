@@ -20,9 +20,8 @@ from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.model import get_increments, paths
 from cllava_fast.model.images import images_per_sample, pooled_image
 from cllava_fast.model.instructions import message
-from cllava_fast.model.processors import follows
 from cllava_fast.model.selecting import Request, images_of
-from tests.base_models import FOR_IMAGES, FOR_TEXT, SIDE, VIDEO, new_model, new_processor
+from tests.base_models import FOR_IMAGES, FOR_TEXT, VIDEO, new_model, new_processor
 from tests.helpers import QUESTIONS, learn
 
 EVERY = ("self_attn.*_proj", "mlp.*")
@@ -358,32 +357,6 @@ def test_image_features_are_taken_or_refused(name: str, generator: torch.Generat
             model(**rest, image_features=torch.zeros(3, 4, 64))
 
 
-def test_how_many_pixels_an_image_may_have_is_remembered() -> None:
-    name = "Qwen2VL" + FOR_IMAGES
-    processor, fewer = processor_of(name), copy.deepcopy(processor_of(name))
-    model, image = cf.patch(model_of(name), CONFIG, processor=processor), Image.new("RGB", (300, 300))
-    # deprecated names, which act
-    fewer.image_processor.min_pixels = fewer.image_processor.max_pixels = 4 * SIDE**2
-    sizes = [len(Encoder(one).images([image])["pixel_values"]) for one in (processor, fewer)]
-    assert sizes[1] < sizes[0]
-    assert [follows(one, {"max_pixels": 4 * SIDE**2}) for one in (processor, fewer)] == [False, True]
-    with pytest.raises(ValueError, match="another size of images than the one .*; unpatch"):
-        cf.patch(model, processor=fewer)
-
-
-def test_how_many_tiles_an_image_may_have_is_remembered(tmp_path: Path) -> None:
-    name = "InternVL" + FOR_IMAGES
-    processor, fewer = processor_of(name), copy.deepcopy(processor_of(name))
-    fewer.image_processor.max_patches = 1
-    assert [follows(one, {"max_patches": 1}) for one in (processor, fewer)] == [False, True]
-    model = cf.patch(model_of(name), CONFIG, processor=processor)
-    with pytest.raises(ValueError, match="another max_patches of images than the one .*; unpatch"):
-        cf.patch(model, processor=fewer)
-    cf.save_pretrained(model, tmp_path)
-    with pytest.warns(UserWarning, match="images have max_patches 1, and .* was learned with 4"):
-        cf.load_pretrained(model_of(name), tmp_path, processor=fewer)
-
-
 @of_text_bases
 def test_a_model_without_images_refuses_them(name: str, generator: torch.Generator, tmp_path: Path) -> None:
     processor = processor_of(name)
@@ -445,15 +418,6 @@ def test_images_of_other_sizes_are_not_shared_out(generator: torch.Generator) ->
         model(**mixed)
     model(**mixed, query=torch.zeros(2, model.increments.pool.key_dim))
     model(**batch([small, large]))  # one sample's are all its own
-
-
-def test_a_tokenizer_beside_the_weights_is_found(tmp_path: Path) -> None:
-    name = "Qwen2ForCausalLM"
-    model_of(name).save_pretrained(tmp_path)
-    processor_of(name).save_pretrained(tmp_path)
-    model = cf.patch(transformers.Qwen2ForCausalLM.from_pretrained(tmp_path), CONFIG)
-    assert model.increments.processor.chat_template == processor_of(name).chat_template
-    assert model.increments.reader.user.endswith("USER:")
 
 
 @of_every_base

@@ -20,20 +20,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import transformers
 import yaml
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import cllava_fast
 from cllava_fast import cli
-from cllava_fast.cli.base import load_base, load_processor
+from cllava_fast.cli.base import load_base
 from cllava_fast.config import ModelConfig
-from cllava_fast.data import chat_template
 from cllava_fast.demo.base import FOLDER
 from cllava_fast.evaluate import metrics
 from cllava_fast.evaluate.report import write_report
 from cllava_fast.methods import METHODS, Method, MethodConfig
-from cllava_fast.model.processors import image_settings
 from tests.helpers import learn
 
 
@@ -509,44 +505,3 @@ def test_nothing_to_go_on_with_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert cli.main(command) == 130
     with pytest.warns(UserWarning, match="rnu holds nothing to go on with; the run begins anew"):
         assert cli.main([*command, "--resume"]) == 130
-
-
-def test_a_named_conversation_becomes_the_processors_template() -> None:
-    base = Path(cllava_fast.__file__).parent / "demo" / "base"
-    _, processor = load_base(ModelConfig(path=str(base), conversation="vicuna_v1"))
-    assert processor.chat_template == chat_template("vicuna_v1")
-    assert load_base(ModelConfig(path=str(base)))[1].chat_template != processor.chat_template
-
-
-def test_a_base_is_loaded_with_images_that_are_padded() -> None:
-    pads = [
-        load_base(ModelConfig(path=str(FOLDER), image_aspect_ratio=how))[1].image_processor.do_pad or False
-        for how in ("processor", "pad")
-    ]
-    assert pads == [False, True]
-
-
-def test_a_base_is_loaded_with_other_settings_of_images() -> None:
-    def loaded(**settings: Any) -> Any:
-        return load_processor(ModelConfig(path=str(FOLDER), image_settings=settings))
-
-    half = {"height": 32, "width": 32}
-    assert image_settings(loaded(size=half, do_center_crop=False)) == {**image_settings(loaded()), "size": half}
-    with pytest.raises(ValueError, match="'max_patches': 6}, and the base's image processor has {'do_pad': False, "):
-        loaded(max_patches=6)
-    with pytest.raises(ValueError, match="image_settings has 'max_pixel'; did you mean max_pixels?"):
-        loaded(max_pixel=1)
-    with pytest.raises(ValueError, match="image_settings has 'do_pad'; images are padded by image_aspect_ratio: pad"):
-        loaded(do_pad=True)
-
-
-def test_settings_of_images_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(path: str, **options: Any) -> Any:
-        return SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(**options))
-
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load)
-    size = {"longest_edge": 8192, "shortest_edge": 64}
-    settings: dict[str, Any] = {"max_pixels": 4096, "size": size}
-    with pytest.raises(ValueError, match="8192.*, and the base's image processor has .*4096"):
-        load_processor(ModelConfig(path="any", image_settings=settings))
-    assert size["longest_edge"] == 8192
