@@ -201,7 +201,7 @@ def test_a_title_is_not_as_narrow_as_its_table(results: dict) -> None:
 def test_no_number_and_no_name_is_cut_off(results: dict, tasks: int, width: int) -> None:
     """Six methods, some with long titles, on a terminal or a log that has no room for them."""
     names = [f"task number {i}" for i in range(tasks)]
-    matrix: list[list[float | None]] = [[0.511] * tasks for _ in names]
+    matrix: list[list[float | None]] = [[0.511] * (i + 1) + [None] * (tasks - i - 1) for i in range(tasks)]
     methods = ["continual_llava", "sequential_lora", "moe_lora", "per_task_lora", "meteora", "slm"]
     wide = {**results, "stream": names, "methods": dict.fromkeys(methods, method(matrix))}
     wide["metrics"] = dict.fromkeys(names, "relaxed_accuracy")

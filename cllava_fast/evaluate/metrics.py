@@ -1,8 +1,8 @@
 """Metrics of continual learning, from an accuracy matrix.
 
-``matrix[i][j]`` is the accuracy on task j after task i was learned, a fraction in 0..1; None was not measured (tasks
-that were not seen yet; all rows but the last of a model that was trained on all tasks at once). "Accuracy" is whatever
-the task's metric measures, see ``scores``.
+``matrix[i][j]`` is the accuracy on task j after task i was learned, a fraction in 0..1; None was not measured (tasks to
+come, unless that was asked for; all rows but the last of a model that was trained on all tasks at once). "Accuracy" is
+whatever the task's metric measures, see ``scores``.
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ def mean_average_accuracy(matrix: Matrix) -> float | None:
     return _mean([_mean(row[: step + 1]) for step, row in enumerate(matrix)])
 
 
+def transfer(matrix: Matrix) -> float | None:
+    """Mean over all tasks but the first of the mean accuracy on each before it was learned (Zheng et al. 2023, ZSCL).
+
+    None for a stream of one task.
+    """
+    return _mean([_mean([row[task] for row in matrix[:task]]) for task in range(1, len(matrix))])
+
+
 def learned_tasks(matrix: Matrix) -> int:
     """Number of tasks learned so far: the rows up to the last one that holds a measurement."""
     return max((step for step, row in enumerate(matrix, 1) if any(value is not None for value in row)), default=0)
@@ -54,7 +62,7 @@ def learned_tasks(matrix: Matrix) -> int:
 
 def summarize(matrix: Matrix) -> dict[str, float | None]:
     """All metrics of a matrix by name; those of an unfinished run are over the tasks that it has learned so far."""
-    functions = (average_accuracy, average_forgetting, backward_transfer, mean_average_accuracy)
+    functions = (average_accuracy, average_forgetting, backward_transfer, mean_average_accuracy, transfer)
     size = learned_tasks(matrix)
     learned = [row[:size] for row in matrix[:size]]
     return {function.__name__: function(learned) if learned else None for function in functions}
@@ -74,13 +82,17 @@ def mean_over_orders(
     i of its accuracy matrix is what was measured after i + 1 tasks, whichever these were: None where not every run had
     learned the column's task by then. So its last row holds every task, and others few.
     """
-    return mean_over_seeds([_by_name(run, orders[run.get("order", 0)], names) for run in runs])
+    several = len(orders) > 1
+    return mean_over_seeds([_by_name(run, orders[run.get("order", 0)], names, several) for run in runs])
 
 
-def _by_name(run: Mapping[str, Any], order: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+def _by_name(run: Mapping[str, Any], order: Sequence[str], names: Sequence[str], several: bool) -> dict[str, Any]:
     places = [list(order).index(name) for name in names]
     values = {key: value for key, value in run.items() if key not in ("seed", "order")}
-    values["accuracy_matrix"] = [[row[place] for place in places] for row in run["accuracy_matrix"]]
+    values["accuracy_matrix"] = [
+        [None if several and place > step else row[place] for place in places]
+        for step, row in enumerate(run["accuracy_matrix"])
+    ]
     if run.get("selection"):
         values["selection"] = reorder(run["selection"], names)
     return values

@@ -24,6 +24,7 @@ from cllava_fast.evaluate.wording import (
     headline,
     learned,
     measures_base,
+    measures_transfer,
     metric_title,
     only_exact,
     over_runs,
@@ -171,6 +172,7 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
         ("forgetting", True, _summary("average_forgetting", spread=not brief)),
         ("BWT", False, _summary("backward_transfer", spread=True)),
         ("MAA", False, _summary("mean_average_accuracy", spread=True)),
+        *([("transfer", True, _summary("transfer", spread=not brief))] if measures_transfer(results) else []),
     ]
     columns: list[Column] = [
         *averages,
@@ -225,7 +227,7 @@ def _significance(yardstick: Mapping[str, Any], result: Mapping[str, Any]) -> st
 def _last_accuracy(position: int) -> Callable[[Mapping[str, Any]], str]:
     def last(result: Mapping[str, Any]) -> str:
         rows = result["accuracy_matrix"][: learned_tasks(result["accuracy_matrix"])]
-        return _percent(rows[-1][position] if rows else None)
+        return _percent(rows[-1][position] if position < len(rows) else None)
 
     return last
 

@@ -65,7 +65,7 @@ def _check_method(result: Any, size: int, orders: int, where: str, name: str) ->
         matrix = values.get("accuracy_matrix")
         if not _list_of(_list_of(_is_score))(matrix) or [len(row) for row in matrix] != [size] * size:
             raise ValueError(f"{where}: accuracy_matrix of {name} is not {size} x {size} numbers")
-        for metric in (*OF_THE_MATRIX, "base_kept"):
+        for metric in (*OF_THE_MATRIX, "transfer", "base_kept"):
             _check(where, f"{metric} of {name}", values.get(metric), _is_score, "a number or null")
         _check(
             where, f"selection of {name}", values.get("selection"), _is_study, f"{list(STUDY)} for each of its tasks"

@@ -64,6 +64,10 @@ def measures_base(results: Mapping[str, Any]) -> bool:
     return any(result.get("base_kept") is not None for result in results["methods"].values())
 
 
+def measures_transfer(results: Mapping[str, Any]) -> bool:
+    return any(result.get("transfer") is not None for result in results["methods"].values())
+
+
 def headline(results: Mapping[str, Any]) -> str:
     between = ", " if results.get("orders") else " → "
     tasks = results["stream"]
@@ -101,8 +105,11 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                        "earlier tasks, negative where they gained."),
         ("BWT", f"last {what} minus the one just after learning."),
         ("MAA", "mean over the steps of the average on the tasks seen so far."),
-        ("right block", "share of the selection weight that falls into the rows of the question's own task."),
     ]  # fmt: skip
+    if measures_transfer(results):
+        texts.append(("transfer", f"mean {what} on a task before it was learned; mean over all tasks but the first."))
+    right = "share of the selection weight that falls into the rows of the question's own task."
+    texts.append(("right block", right))
     if measures_base(results):
         texts.append(("base kept", "what the base could do before and no task asks for (captions, listings), as a "
                                    "share of what the frozen model does."))  # fmt: skip

@@ -116,6 +116,9 @@ class ContinualArguments:
         "Samples measured after each task, over all tasks: beyond it, earlier tasks are measured on a fixed part of "
         "theirs, one sample each at least, except after the last task. By default everything is.",
     )
+    eval_unseen: bool = _option(
+        False, "Measure the tasks still to come after each task, too: what the stream transfers to them."
+    )
     image_feature_bytes: int = _option(
         2 << 30, "Memory for projected image features, computed once; 0 opens images for every batch."
     )
@@ -197,7 +200,7 @@ class ContinualArguments:
         values = asdict(self)
         for name in (
             "output_dir", "resume", "progress", "image_feature_bytes", "dataloader_num_workers", "logging_steps",
-            "report_to", "save_minutes", "save_steps", "keep_increments", "on_bad_numbers",
+            "report_to", "save_minutes", "save_steps", "keep_increments", "on_bad_numbers", "eval_unseen",
         ):  # fmt: skip
             del values[name]
         return values

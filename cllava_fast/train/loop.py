@@ -50,7 +50,7 @@ from cllava_fast.train.garbage import nothing_old_collected
 from cllava_fast.train.identity import base_identity, learned_before, run_identity
 from cllava_fast.train.lock import run_lock
 from cllava_fast.train.progress import Advance, stage
-from cllava_fast.train.result import ContinualResult, result_of
+from cllava_fast.train.result import ContinualResult, begin, keep_measured, result_of
 from cllava_fast.train.runfile import RunFile, find_run
 from cllava_fast.train.signals import Watch
 from cllava_fast.train.tune import Tuned, check_engine, kept_whole, tune
@@ -115,15 +115,15 @@ class ContinualTrainer:
         self.model = patch(model, processor=processor)
         self.increments = get_increments(model)
         try:
-            self._fresh = self._start()
+            self._start()
         except BaseException:
             if not was_patched:
                 unpatch(model)
             raise
         self._train_collate = Collator(stream.encoder, stream.features, training=True)
 
-    def _start(self) -> str:
-        """What ``run.json`` says before the first task, as JSON; refuses what no run can go on with."""
+    def _start(self) -> None:
+        """Refuses what no run can go on with, and reads ``run.json``."""
         check_not_merged(self.increments)
         self._note_learned()
         patch(self.model, processor=self.data.encoder.processor)  # refused, if it is another than the model's
@@ -145,11 +145,6 @@ class ContinualTrainer:
         distributed.check_equal(identity, "the base model, the method, the arguments or the stream")
         found = distributed.on_main(lambda: find_run(self.output_dir, identity, self.args.resume))
         self._run_file.last = None if found is None else json.dumps(found)
-        fresh = {
-            **identity, "matrix": [], "selection_accuracy": None, "selection": None, "examples": {}, "losses": {},
-            "seconds": 0.0, "seconds_of": {}, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
-        }  # fmt: skip
-        return json.dumps(fresh)
 
     def _warn_of_another_end(self) -> None:
         tokenizer = self.data.encoder.tokenizer
@@ -237,15 +232,12 @@ class ContinualTrainer:
         tasks = self.stream.task_names
         first = len(self._before)
         self._place()
-        # of an earlier call that failed, what was not saved does not count; an earlier version's run.json lacks some
-        self._progress = distributed.on_main(
-            lambda: json.loads(self._fresh) | json.loads(self._run_file.last or "{}") | self._identity
-        )
+        # of an earlier call that failed, what was not saved does not count
+        self._progress = distributed.on_main(lambda: begin(self._run_file.last, self._identity))
         learned = self._load()
         distributed.on_main(self._take_over)
         if self._ends_within_budget():
-            for name in ("matrix", "evaluated"):
-                self._progress[name] = self._progress[name][:-1]
+            keep_measured(self._progress, len(self._progress["matrix"]) - 1)
         self._committed = CommittedRows(self.increments.pool)
         self._read_ahead()
         if self.callbacks or self.args.report_to:
@@ -257,19 +249,21 @@ class ContinualTrainer:
             tuned = self._learn(number, events) if number >= learned else None
             start = time.perf_counter()
             with events.stage("evaluate") as measured:
-                evaluations = self._evaluate(tasks if self.increments.method.joint else tasks[: number + 1 - first])
-                measured.update({f"accuracy/{task.task}": task.score for task in evaluations})
+                every = self._evaluate(seen := len(tasks) if self.increments.method.joint else number + 1 - first)
+                measured.update({f"accuracy/{task.task}": task.score for task in every})
             if tuned is not None:
                 tuned.trainer.log(dict(events.metrics))
             progress = self._progress
+            evaluations, unseen = every[:seen], every[seen:]
             progress["matrix"].append([task.score for task in evaluations])
+            progress["unseen"].append({task.task: task.score for task in unseen})
             if self.args.eval_budget is not None:
-                progress["evaluated"].append({task.task: len(task.records) for task in evaluations})
+                progress["evaluated"].append({task.task: len(task.records) for task in every})
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
             self._spent(number, "evaluation", time.perf_counter() - start)
-            self._progress = distributed.on_main(functools.partial(self._write, self._folder(number), evaluations))
+            self._progress = distributed.on_main(functools.partial(self._write, self._folder(number), every))
             events.end()
         return self._result()
 
@@ -297,8 +291,7 @@ class ContinualTrainer:
             lost = list(progress["losses"])[good - first :]
             for name in ("losses", "bad_numbers"):
                 progress[name] = {task: found for task, found in progress[name].items() if task not in lost}
-            for name in ("matrix", "evaluated"):
-                progress[name] = progress[name][: good - first]
+            keep_measured(progress, good - first)
             distributed.on_main(lambda: self._go_back(good))
         distributed.on_main(lambda: self._tidy(good))  # a process may have died before it did so
         if progress["matrix"]:
@@ -307,7 +300,9 @@ class ContinualTrainer:
 
     def _take_over(self) -> None:
         """Nothing stays of tasks that were to come and are others now; checkpoints are of what ``run.json`` says."""
-        before = json.loads(self._run_file.last or self._fresh)
+        if self._run_file.last is None:
+            return
+        before = json.loads(self._run_file.last)
         if all(before.get(name) == value for name, value in json.loads(json.dumps(self._identity)).items()):
             return
         names = {self._folder(number).name for number in range(len(self._before), len(self._phases))}
@@ -482,18 +477,20 @@ class ContinualTrainer:
             self.increments.pool, self.args, self._checkpoints, self._watch, number, saved, self._begin_files
         )
 
-    def _evaluate(self, names: list[str]) -> list[evaluation.TaskEvaluation]:
-        sizes = {task.name: len(getattr(task, self.args.eval_split)) for task in self.stream if task.name in names}
+    def _evaluate(self, seen: int) -> list[evaluation.TaskEvaluation]:
+        """Of the first ``seen`` tasks, and of those to come where that is asked for."""
+        tasks = self.stream.tasks if self.args.eval_unseen else self.stream.tasks[:seen]
+        sizes = {task.name: len(getattr(task, self.args.eval_split)) for task in tasks}
         # what a run ends with is measured on everything
-        budget = None if len(names) == len(self.stream) else self.args.eval_budget
+        budget = None if seen == len(self.stream) else self.args.eval_budget
         return evaluation.evaluate_tasks(
             self.model,
             self.data,
-            names,
+            list(sizes),
             self.args.eval_split,
             batch_size=self.args.eval_batch_size,
             max_new_tokens=self.args.max_new_tokens,
             progress=self.args.progress,
             after_batch=self._watch.check,
-            positions=within_budget(sizes, names[-1], budget),
+            positions=within_budget(sizes, tasks[seen - 1].name, budget),
         )

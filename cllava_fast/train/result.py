@@ -1,7 +1,8 @@
-"""What a run measured."""
+"""What a run has measured, as ``run.json`` holds it and as it is returned."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,11 +52,40 @@ class ContinualResult:
         return metrics.average_forgetting(self.accuracy_matrix)
 
 
+NOTHING_YET: dict[str, Any] = {
+    "matrix": [], "unseen": [], "selection_accuracy": None, "selection": None, "examples": {}, "losses": {},
+    "seconds": 0.0, "seconds_of": {}, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
+}  # fmt: skip
+
+
+def keep_measured(progress: dict[str, Any], steps: int) -> None:
+    """What was measured after the first ``steps`` tasks alone."""
+    for name in ("matrix", "unseen", "evaluated"):
+        progress[name] = progress[name][:steps]
+
+
+def begin(saved: str | None, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run goes on with: ``saved`` is what ``run.json`` says, None without; ``identity`` may be of other tasks to
+    come."""
+    before = {**identity, **NOTHING_YET, **json.loads(saved or "{}")}  # an earlier version's run.json lacks some
+    then, now = _samples(before), _samples(identity)
+    same = {name for name in now if now[name] == then.get(name)}
+    unseen = [{name: score for name, score in step.items() if name in same} for step in before["unseen"]]
+    unseen += [{}] * (len(before["matrix"]) - len(unseen))
+    return json.loads(json.dumps({**before, **identity, "unseen": unseen}))
+
+
+def _samples(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each task of a run's identity what it is measured on, and by which metric."""
+    tasks = zip(run["stream"], run["stream_sha256"], strict=True)
+    return {name: (sha256, run["metrics"][name]) for name, (_, sha256) in tasks}
+
+
 def result_of(progress: Mapping[str, Any], task_names: list[str], joint: bool) -> ContinualResult:
     """What ``run.json`` says of a run so far; ``joint``: its method learns all tasks at once."""
     return ContinualResult(
         task_names=task_names,
-        accuracy_matrix=_square(progress["matrix"], len(task_names), joint),
+        accuracy_matrix=_square(progress, task_names, joint),
         selection_accuracy=progress["selection_accuracy"],
         trainable_parameters=progress["parameters"],
         seconds=progress["seconds"],
@@ -67,8 +97,12 @@ def result_of(progress: Mapping[str, Any], task_names: list[str], joint: bool) -
     )
 
 
-def _square(rows: list[list[float]], size: int, joint: bool) -> list[list[float | None]]:
-    """T x T; None was not measured: tasks that were not seen yet, steps to come, a joint method's earlier rows."""
-    measured = [[*row, *[None] * (size - len(row))] for row in rows]
-    missing: list[list[float | None]] = [[None] * size for _ in range(size - len(rows))]
+def _square(progress: Mapping[str, Any], names: list[str], joint: bool) -> list[list[float | None]]:
+    """T x T; None was not measured: tasks to come without ``eval_unseen``, steps to come, a joint method's earlier
+    rows."""
+    measured = [
+        [*row, *(unseen.get(name) for name in names[len(row) :])]
+        for row, unseen in zip(progress["matrix"], progress["unseen"], strict=True)
+    ]
+    missing: list[list[float | None]] = [[None] * len(names) for _ in range(len(names) - len(measured))]
     return missing + measured if joint else measured + missing
