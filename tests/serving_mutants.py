@@ -203,6 +203,10 @@ SERVING_MUTANTS = [
         "False", "tests/test_native.py",
     ),
     (
+        "kernels of another schemas.h than the source tree's are used", "cllava_fast/ops/native.py",
+        "built_with != zlib.crc32(", "False and zlib.crc32(", "tests/test_native.py",
+    ),
+    (
         "kernels that this GPU cannot run are used", "cllava_fast/ops/native.py",
         "return why and f", "return None and f", "tests/test_native.py",
     ),

@@ -219,6 +219,19 @@ def test_a_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 
 @on_cpu
+def test_a_library_of_other_schemas_than_the_source_tree_s_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changed = tmp_path / "schemas.h"
+    monkeypatch.setattr(native, "SCHEMAS", changed)
+    assert native.cpu_usable.__wrapped__() is None, "installed without sources"
+    changed.write_bytes((native.FOLDER.parent / "csrc" / "schemas.h").read_bytes())
+    assert native.cpu_usable.__wrapped__() is None
+    changed.write_text(changed.read_text() + "// another argument")
+    assert f"is of other sources than {changed}, and would misread" in str(native.cpu_usable.__wrapped__())
+
+
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strides", ["slice", "permuted", "step"])
 def test_cpu_inject_of_nothing_is_the_frozen_product_of_torch(strides: str, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from cllava_fast.ops import dispatch
 
 FOLDER = Path(__file__).resolve().parents[1]
+SCHEMAS = FOLDER.parent / "csrc" / "schemas.h"  # of a source tree
 HOW = "build it with a C++ compiler: pip install --no-build-isolation . in the source tree"
 HOW_CUDA = "build it with the CUDA toolkit: CLLAVA_BUILD_CUDA=1 pip install --no-build-isolation . in the source tree"
 if not sys.platform.startswith("linux"):
@@ -38,8 +40,15 @@ OPS = (
 @functools.cache
 def cpu_usable() -> str | None:
     refusal = _load("_native_cpu.so", HOW)
-    missing = [op for op in OPS if refusal is None and not hasattr(torch.ops.cllava_fast_native, op)]
-    return f"_native_cpu.so is of older sources, without {', '.join(missing)}: {HOW}" if missing else refusal
+    if refusal is not None:
+        return refusal
+    missing = [op for op in OPS if not hasattr(torch.ops.cllava_fast_native, op)]
+    if missing:
+        return f"_native_cpu.so is of older sources, without {', '.join(missing)}: {HOW}"
+    built_with = _says("_native_cpu.so", "cllava_schemas", ctypes.c_uint)
+    if SCHEMAS.exists() and built_with != zlib.crc32(SCHEMAS.read_bytes()):
+        return f"_native_cpu.so is of other sources than {SCHEMAS}, and would misread arguments: {HOW}"
+    return None
 
 
 @functools.cache
