@@ -14,7 +14,7 @@ import cllava_fast as cf
 from cllava_fast.data import Sample, Stream, Task
 from cllava_fast.data.encode import Collator, Encoder, ImageFeatures
 from cllava_fast.data.lazy import LazySequence
-from cllava_fast.data.lengths import Limit, check_lengths, token_limit
+from cllava_fast.data.lengths import Limit, check_lengths, count_tokens, token_limit
 from cllava_fast.data.pixels import ImageError
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import fingerprint
@@ -222,11 +222,12 @@ class TestLengths:
             assert token_limit(tokenizer, llava.config).tokens == positions
 
     def test_many_are_counted(self, processor: Any) -> None:
-        examples = Encoder(processor).encode([Sample("is it?", "no") for _ in range(8)])
+        samples = [Sample("is it?", "no") for _ in range(8)]
+        lengths = count_tokens(Encoder(processor).encode(samples), processor.tokenizer)
         with pytest.raises(
             ValueError, match=r"a: number 0 has \d+ tokens, number 1 .* and 3 others are too long, image"
         ):
-            check_lengths(examples, Limit(3, "mine"), "a", answers=False)
+            check_lengths(lengths, samples, Limit(3, "mine"), "a", answers=False)
 
 
 @pytest.mark.parametrize("lazy", [False, True])

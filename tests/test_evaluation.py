@@ -339,6 +339,7 @@ def test_samples_that_are_not_in_memory_are_encoded_once_a_stage(
 
     class Counts(cf.ContinualCallback):
         def on_task_begin(self, *args: Any, **kwargs: Any) -> None:
+            found.setdefault("before the first task", len(encoded))
             encoded.clear()
 
         def on_stage_begin(self, task: str, number: int, stage: str, **kwargs: Any) -> None:
@@ -355,10 +356,14 @@ def test_samples_that_are_not_in_memory_are_encoded_once_a_stage(
     cf.patch(llava, config, processor=processor)
     trainer = cf.ContinualTrainer(llava, processor, tasks, arguments(tmp_path / "run"), callbacks=[Counts()])
     trainer.train()
+    assert found["before the first task"] == 2 * (len(task.train) + len(task.test))
     assert found["before tune"] == found.get("before align", 0) == 0 and found["evaluate"] == 2 * len(task.test)
     encoded.clear()
     evaluation.evaluate_tasks(llava, trainer.data, ["task0"], "test", batch_size=4, max_new_tokens=1, progress=False)
     assert len(encoded) == len(task.test)
+    encoded.clear()
+    cf.evaluate_stream(llava, processor, tasks, max_new_tokens=1, progress=False)
+    assert len(encoded) == 2 * 2 * len(task.test), "looked through, then answered"
 
 
 def test_predictions_say_where_a_model_would_have_gone_on(llava: Any, processor: Any, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cllava_fast.cli.running import answer_tokens, check_positive, open_run
     from cllava_fast.data.encode import Collator, Encoder
-    from cllava_fast.data.lengths import check_lengths, token_limit
+    from cllava_fast.data.lengths import check_lengths, count_tokens, token_limit
     from cllava_fast.data.stream import Sample, check_sample
     from cllava_fast.evaluate.predict import predict
     from cllava_fast.untrusted import printable
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, processor = open_run(arguments.run_dir, arguments.after, arguments.model, arguments.chat_template)
     encoder = Encoder(processor)
     examples = encoder.encode([sample])
-    check_lengths(examples, token_limit(encoder.tokenizer, model.config), "ask", answers=False)
+    limit = token_limit(encoder.tokenizer, model.config)
+    check_lengths(count_tokens(examples, encoder.tokenizer), [sample], limit, "ask", answers=False)
     collate = Collator(encoder, None, training=False)
     query = _told(model, arguments.task)
     (answer,) = predict(model, examples, query, collate, batch_size=1, max_new_tokens=tokens)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import add
 from statistics import median
 from typing import Any
 
@@ -20,9 +21,9 @@ from rich.table import Table
 from cllava_fast.cli.base import model_config
 from cllava_fast.config import RunConfig
 from cllava_fast.data import Sample, Stream
-from cllava_fast.data.encode import Encoder, Example, ImageFeatures
+from cllava_fast.data.encode import Encoder, ImageFeatures
 from cllava_fast.data.lazy import LazySequence
-from cllava_fast.data.lengths import check_lengths, token_limit, warn_of_answers
+from cllava_fast.data.lengths import Lengths, check_lengths, count_tokens, token_limit, warn_of_answers
 from cllava_fast.data.stream import ImageSource
 from cllava_fast.train.progress import stage
 from cllava_fast.untrusted import printable
@@ -49,12 +50,12 @@ def look_through(config: RunConfig, stream: Stream, processor: Any) -> None:
         for task, split, samples in splits:
             where = f"task {task!r}, {split}"
             most = None if split == "train" else config.training.max_new_tokens
-            lengths: list[tuple[int, int]] = []
+            lengths = None
             sound = _Sound(samples, damaged) if damaged else samples
             try:
-                examples = encoder.encode(sound, f"{where}: ")
-                warn_of_answers(_noting(examples, lengths), most, encoder.tokenizer, where)
-                check_lengths(examples, limit, where, answers=split == "train")
+                lengths = count_tokens(encoder.encode(sound, f"{where}: "), encoder.tokenizer)
+                warn_of_answers(lengths, sound, most, where)
+                check_lengths(lengths, sound, limit, where, answers=split == "train")
             except ValueError as error:
                 faults.append(str(error))
             rows.append(_row(task, split, samples, lengths))
@@ -106,19 +107,13 @@ def _fault_of(image: ImageSource) -> str | None:
     return None
 
 
-def _noting(examples: Iterable[Example], lengths: list[tuple[int, int]]) -> Iterator[Example]:
-    for example in examples:
-        lengths.append((len(example.prompt_ids), len(example.answer_ids)))
-        yield example
-
-
-def _row(task: str, split: str, samples: Sequence[Sample], lengths: Sequence[tuple[int, int]]) -> list[str]:
+def _row(task: str, split: str, samples: Sequence[Sample], lengths: Lengths | None) -> list[str]:
     images = {ImageFeatures.key(sample.image) for sample in samples if sample.image is not None}
     row = [task, split, f"{len(samples)}", f"{len(images)}"]
-    if not lengths:
+    if not lengths or not lengths.prompts:
         return [*row, "", "", ""]
-    tokens = [prompt + answer for prompt, answer in lengths]
-    return [*row, f"{median(tokens):.0f}", f"{max(tokens)}", f"{max(answer for _, answer in lengths)}"]
+    tokens = list(map(add, lengths.prompts, lengths.answers))
+    return [*row, f"{median(tokens):.0f}", f"{max(tokens)}", f"{max(lengths.answers)}"]
 
 
 def _print(rows: Sequence[Sequence[str]], limit: str | None) -> None:

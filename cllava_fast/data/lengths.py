@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cllava_fast import distributed
 from cllava_fast.data.encode import Example
+from cllava_fast.data.stream import Sample
 from cllava_fast.names import brief
 
 UNKNOWN = 10**20  # a tokenizer's model_max_length from here on means that nobody said
@@ -28,28 +30,59 @@ def token_limit(tokenizer: Any, config: Any) -> Limit | None:
     return next((limit for limit in limits if limit.tokens < UNKNOWN), None)
 
 
-def warn_of_answers(examples: Iterable[Example], most: int | None, tokenizer: Any, what: str) -> None:
+class Lengths(NamedTuple):
+    """Tokens of each of a split's examples."""
+
+    prompts: array[int]
+    answers: array[int]  # the end-of-sequence token included
+    unknown: list[int]  # places of answers that hold what the tokenizer does not know
+
+
+def count_tokens(examples: Iterable[Example], tokenizer: Any) -> Lengths:
+    found, unknown_id = Lengths(array("l"), array("l"), []), getattr(tokenizer, "unk_token_id", None)
+    for place, example in enumerate(examples):
+        found.prompts.append(len(example.prompt_ids))
+        found.answers.append(len(example.answer_ids))
+        if unknown_id in example.answer_ids[:-1]:
+            found.unknown.append(place)
+    return found
+
+
+def warn_of_answers(lengths: Lengths, samples: Sequence[Sample], most: int | None, what: str) -> None:
     """Of answers that no evaluation meets: it generates ``most`` tokens, and none that the tokenizer does not know.
     None: these are learned."""
-    lengths, unknown, unknown_id = [], [], getattr(tokenizer, "unk_token_id", None)
-    for example in examples:
-        ids = example.answer_ids[:-1]  # without the end
-        lengths.append(len(ids))
-        if unknown_id in ids:
-            unknown.append(example.sample.answer)
-    said = []
-    if long := sum(most is not None and length > most for length in lengths):
+    count, said = len(samples), []
+    if long := sum(most is not None and length - 1 > most for length in lengths.answers):
         said.append(
-            f"{what}: {long} of {len(lengths)} answers have more than max_new_tokens={most} tokens, the longest "
-            f"{max(lengths)}; what a model answers is cut off there, and cannot equal them"
+            f"{what}: {long} of {count} answers have more than max_new_tokens={most} tokens, the longest "
+            f"{max(lengths.answers) - 1}; what a model answers is cut off there, and cannot equal them"
         )
-    if unknown:
+    if lengths.unknown:
         said.append(
-            f"{what}: {len(unknown)} of {len(lengths)} answers hold what the base's tokenizer does not know, such as "
-            f"{brief(unknown[0])}; the model can neither learn nor give them"
+            f"{what}: {len(lengths.unknown)} of {count} answers hold what the base's tokenizer does not know, such as "
+            f"{brief(samples[lengths.unknown[0]].answer)}; the model can neither learn nor give them"
         )
     for text in said if distributed.is_main() else []:
         warnings.warn(text, stacklevel=2)
+
+
+def check_lengths(lengths: Lengths, samples: Sequence[Sample], limit: Limit | None, what: str, answers: bool) -> None:
+    """Raises ValueError for samples that are longer than ``limit``, with their ``answers`` or by the prompt alone."""
+    if limit is None:
+        return
+    tokens = [prompt + answers * answer for prompt, answer in zip(lengths.prompts, lengths.answers, strict=True)]
+    long = [place for place, length in enumerate(tokens) if length > limit.tokens]
+    if not long:
+        return
+    named = [
+        f"{brief(name) if (name := samples[place].id) else f'number {place}'} has {tokens[place]} tokens"
+        for place in long[:SHOWN]
+    ]
+    more = f", and {len(long) - SHOWN} others are too long" if len(long) > SHOWN else ""
+    raise ValueError(
+        f"{what}: {', '.join(named)}{more}, image and chat template included; expected {limit.tokens} at most, "
+        f"{limit.name}: shorten or remove what is longer"
+    )
 
 
 def _positions(config: Any) -> int:
@@ -59,21 +92,3 @@ def _positions(config: Any) -> int:
     each = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]  # one for each kind of layer
     born = [one.get("original_max_position_embeddings") or positions for one in each]
     return max(positions, *(int(b * (one.get("factor") or 1)) for b, one in zip(born, each, strict=True)))
-
-
-def check_lengths(examples: Iterable[Example], limit: Limit | None, what: str, answers: bool) -> None:
-    """Raises ValueError for examples that are longer than ``limit``, with their ``answers`` or by the prompt alone."""
-    if limit is None:
-        return
-    long = []
-    for number, example in enumerate(examples):
-        tokens = len(example.prompt_ids) + answers * len(example.answer_ids)
-        if tokens > limit.tokens:
-            name = brief(example.sample.id) if example.sample.id else f"number {number}"
-            long.append(f"{name} has {tokens} tokens")
-    if long:
-        more = f", and {len(long) - SHOWN} others are too long" if len(long) > SHOWN else ""
-        raise ValueError(
-            f"{what}: {', '.join(long[:SHOWN])}{more}, image and chat template included; expected {limit.tokens} at "
-            f"most, {limit.name}: shorten or remove what is longer"
-        )

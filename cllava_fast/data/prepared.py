@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cllava_fast.data.encode import Encoder, Example, ImageFeatures
-from cllava_fast.data.lengths import Limit, check_lengths, token_limit
+from cllava_fast.data.encode import Encoder, Example, ImageFeatures, samples_of
+from cllava_fast.data.lengths import Lengths, check_lengths, count_tokens, token_limit, warn_of_answers
 from cllava_fast.data.stream import Stream
 
 
@@ -31,8 +31,8 @@ class PreparedStream:
         self.features = ImageFeatures(image_feature_bytes)
         self.workers = dataloader_num_workers
         self._examples: dict[tuple[str, str], Sequence[Example]] = {}
+        self._lengths: dict[tuple[str, str], Lengths] = {}
         self._seen: set[tuple[str, str, bool]] = set()
-        self._fitting: set[tuple[str, str, Limit | None]] = set()
 
     def examples(
         self, task: str, split: str, model: Any, with_features: bool = True,
@@ -53,9 +53,14 @@ class PreparedStream:
             self._seen.add((*key, pooled))
         where = f"task {task!r}, {split}"
         if key not in self._examples:
-            self._examples[key] = self.encoder.encode(samples, f"{where}: ")
+            examples = self.encoder.encode(samples, f"{where}: ")
+            self._lengths[key] = count_tokens(examples, self.encoder.tokenizer)
+            self._examples[key] = examples
         limit = token_limit(self.encoder.tokenizer, model.config)
-        if (*key, limit) not in self._fitting:
-            check_lengths(self._examples[key], limit, where, answers=split == "train")
-            self._fitting.add((*key, limit))
+        check_lengths(self._lengths[key], samples, limit, where, answers=split == "train")
         return self._examples[key]
+
+    def warn_of_answers(self, task: str, split: str, most: int | None) -> None:
+        """Of the answers of what ``examples`` has returned, see ``lengths.warn_of_answers``."""
+        key = (task, split)
+        warn_of_answers(self._lengths[key], samples_of(self._examples[key]), most, f"task {task!r}, {split}")

@@ -23,7 +23,6 @@ from torch import Tensor
 from cllava_fast import distributed
 from cllava_fast.atomic import check_replaceable, is_empty, new_folder
 from cllava_fast.data.encode import Collator, Example, samples_of
-from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Sample, Stream, fingerprint
 from cllava_fast.environment import environment
@@ -378,8 +377,8 @@ def evaluate_stream(
         if distributed.count() > 1 and model.device not in (distributed.device(), torch.device("meta")):
             model.to(distributed.device())
         for task in names:
-            examples = data.examples(task, split, model, with_features=False)
-            warn_of_answers(examples, max_new_tokens, data.encoder.tokenizer, f"task {task!r}, {split}")
+            data.examples(task, split, model, with_features=False)
+            data.warn_of_answers(task, split, max_new_tokens)
         evaluations = evaluate_tasks(
             model, data, names, split, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
         )

@@ -27,7 +27,6 @@ from cllava_fast.atomic import (
     write_text,
 )
 from cllava_fast.data.encode import Collator, samples_of
-from cllava_fast.data.lengths import warn_of_answers
 from cllava_fast.data.prepared import PreparedStream
 from cllava_fast.data.stream import Stream
 from cllava_fast.evaluate import evaluation
@@ -348,8 +347,7 @@ class ContinualTrainer:
 
         move_on(0)
         examples = self.data.examples(task, split, self.model, advance=move_on)
-        most = None if split == "train" else self.args.max_new_tokens
-        warn_of_answers(examples, most, self.data.encoder.tokenizer, f"task {task!r}, {split}")
+        self.data.warn_of_answers(task, split, None if split == "train" else self.args.max_new_tokens)
         queries_of(self.model, samples_of(examples), self.data.features, [task] * len(examples))
         advance("", samples)
 
