@@ -213,14 +213,18 @@ def make(cls: type[Any], values: Mapping[str, Any], section: str, where: str, fl
 
 
 def from_text(text: str, kind: Any) -> Any:
-    """What a flag's text means for a field of type ``kind``: YAML, or itself where a text is wanted."""
+    """What a flag's text means for a field of type ``kind``: itself where a text is wanted, otherwise YAML, and a list
+    without its brackets, too."""
     wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if str in wanted or any(get_origin(choice) is Literal for choice in wanted):  # of texts
         return None if types.NoneType in wanted and text in ("null", "none") else text
     try:
-        return untrusted.parse_yaml(text, "the flag")
+        value = untrusted.parse_yaml(text, "the flag")
     except ValueError:
-        return text
+        value = text
+    if isinstance(value, str) and any(get_origin(choice) in (list, tuple) for choice in wanted):
+        return [part.strip() for part in value.split(",")]
+    return value
 
 
 def default_of(entry: Field[Any]) -> Any:

@@ -215,6 +215,10 @@ def test_bad_numbers_as_yaml_and_people_write_them() -> None:
     assert convert("a", tuple[str, ...], "x") == ("a",)
     assert convert([], str | list[str], "x") == [] and convert("a", str | list[str], "x") == "a"
     assert from_text("none", Literal["4bit", "8bit"] | None) is None and from_text("8", Literal["8"]) == "8"
+    for text in ("*_proj, down", "*_proj,down", "['*_proj', down]"):  # a YAML text begins with no asterisk
+        assert from_text(text, list[str]) == from_text(text, tuple[str, ...]) == ["*_proj", "down"]
+    assert from_text("down", list[str]) == ["down"] and from_text("[]", list[str]) == []
+    assert from_text("a,b", dict[str, int]) == "a,b"
 
 
 def test_what_init_writes_shows_every_default_and_loads(tmp_path: Path) -> None:

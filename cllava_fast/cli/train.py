@@ -19,7 +19,7 @@ EXAMPLE = """examples:
   accelerate launch -m cllava_fast.cli train stream.yaml --model path/of/llava
 
 Every flag with a point is a field of the YAML's section of that name (--training.seed 1 is training: {seed: 1});
-flags win. Lists and mappings are written as in YAML: --method.targets "[self_attn.o_proj, mlp.down_proj]".
+flags win. Lists are written a,b (--method.targets self_attn.o_proj,mlp.down_proj) and mappings as in YAML, "{a: 1}".
 The stream's own keys are explained in what cllava-fast init writes."""
 
 
