@@ -23,7 +23,7 @@ def run_of(
     matrix = [[first, None], last] if method != "frozen" else [[None, None], last]
     measured = {
         "accuracy_matrix": matrix, **summarize(matrix), "selection_accuracy": None, "trainable_parameters": 8,
-        "seconds": 1.0,
+        "seconds": 1.0, "cut_off": {stream[0]: 0.0, stream[1]: last[1]}, "transfer": first / 4 + seed,
     }  # fmt: skip
     arguments = {"seed": seed, "learning_rate": config.pop("learning_rate", 0.1)}
     return {
@@ -46,7 +46,8 @@ def test_seeds_of_a_method_are_averaged_and_methods_stand_side_by_side() -> None
     assert list(found["methods"]) == ["continual_llava", "sequential_lora", "frozen"]
     mean = found["methods"]["continual_llava"]
     assert mean["accuracy_matrix"][1] == pytest.approx([0.55, 0.9]) and mean["accuracy_matrix"][0] == [1.0, None]
-    assert mean["average_accuracy"] == pytest.approx((0.55 + 0.9) / 2)
+    assert mean["average_accuracy"] == pytest.approx((0.55 + 0.9) / 2) and mean["transfer"] == pytest.approx(0.75)
+    assert mean["cut_off"] == {"a": 0.0, "b": 0.9}
     assert [run["accuracy_matrix"][1][0] for run in mean["per_seed"]] == [0.5, 0.6]  # by seed, however they were named
     assert found["methods"]["frozen"]["accuracy_matrix"][1] == [0.2, 0.3]
     assert found["config"]["runs"]["sequential_lora"] == ["runs/2", "runs/3"]
@@ -68,6 +69,7 @@ def test_orders_are_matched_by_the_names_of_their_tasks() -> None:
         [(0.5 + 0.3) / 2, (0.9 + 0.7) / 2]
     )
     assert found["methods"]["frozen"]["accuracy_matrix"][1] == [0.4, 0.2]
+    assert found["methods"]["continual_llava"]["cut_off"] == pytest.approx({"a": 0.3 / 2, "b": 0.9 / 2})
     assert [run["order"] for run in found["methods"]["continual_llava"]["per_seed"]] == [0, 1]
 
 

@@ -303,7 +303,7 @@ def test_one_order_is_the_stream_as_given(tmp_path: Path) -> None:
     one = run_demo(DemoConfig(output=str(tmp_path / "one"), **small))  # type: ignore[arg-type]
     assert "orders" not in one and set(one["methods"]["frozen"]["per_seed"][0]) == {
         "accuracy_matrix", "average_accuracy", "average_forgetting", "backward_transfer", "mean_average_accuracy",
-        "transfer", "selection_accuracy", "trainable_parameters", "seconds", "base_kept",
+        "transfer", "selection_accuracy", "trainable_parameters", "seconds", "cut_off", "base_kept",
     }  # fmt: skip
     assert json.dumps(one["stream"]) == json.dumps(list(SETTINGS["domain"].tasks))
 

@@ -64,7 +64,7 @@ def test_a_run_leaves_its_results(run: tuple[Path, cf.ContinualResult, Any]) -> 
     assert method["average_accuracy"] == pytest.approx(sum(v or 0.0 for v in result.accuracy_matrix[1]) / 2)
     assert results["config"]["train_samples"] == {task.name: len(task.train) for task in graded_stream()}
     assert results["config"]["arguments"]["max_steps"] == 40 and results["environment"]["torch"] == torch.__version__
-    assert set(method["examples"]) == {"task0", "task1"}
+    assert set(method["examples"]) == {"task0", "task1"} and method["cut_off"] == {"task0": 0.0, "task1": 0.0}
 
 
 def test_predictions_of_every_task_after_every_task(run: tuple[Path, cf.ContinualResult, Any]) -> None:
@@ -368,13 +368,15 @@ def test_samples_that_are_not_in_memory_are_encoded_once_a_stage(
 
 def test_predictions_say_where_a_model_would_have_gone_on(llava: Any, processor: Any, tmp_path: Path) -> None:
     encoder, questions = Encoder(processor), stream(2)
-    cf.evaluate_stream(llava, processor, questions, tmp_path / "cut", max_new_tokens=3, progress=False)
+    found = cf.evaluate_stream(llava, processor, questions, tmp_path / "cut", max_new_tokens=3, progress=False)
     said = [r for task in ("task0", "task1") for r in records(tmp_path / "cut" / "predictions" / f"{task}.jsonl")]
     samples = [sample for task in questions for sample in task.test]
     for record, sample in zip(said, samples, strict=True):
         batch = Collator(encoder, None, training=False)(encoder.encode([sample]))
         ids = llava.generate(**batch, max_new_tokens=3)[0, batch["input_ids"].shape[1] :]
         assert record.get("cut_off", False) == (processor.tokenizer.eos_token_id not in ids)
+    count = sum("cut_off" in record for record in said)
+    assert sum(found["methods"]["frozen"]["cut_off"].values()) == pytest.approx(count / 6) and count > 0
 
 
 def test_answers_are_greedy_whatever_the_base_generates_by(llava: Any, processor: Any) -> None:

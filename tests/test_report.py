@@ -154,6 +154,25 @@ def test_a_task_named_as_a_column_has_its_own(kept: float | None, behind: list[s
     assert all(len(row) == len(header) for row in rows)
 
 
+def test_answers_that_were_cut_off_have_a_column(results: dict, tmp_path: Path) -> None:
+    for result in results["methods"].values():
+        result["cut_off"] = {"chart": 0.0, "icon": 0.0}
+    assert "cut off" not in report.table(results)[0], "there are none"
+    results["methods"]["joint_lora"]["cut_off"]["icon"] = 0.5
+    results["methods"]["sequential_lora"]["cut_off"] = None  # as a mean with files that do not say it
+    header, rows = report.table(results)
+    assert {row[0]: row[header.index("cut off")] for row in rows} == {
+        "Sequential LoRA": "–", "Joint LoRA": "25.0", "Continual LLaVA": "0.0",
+    }  # fmt: skip
+    assert "cut off" not in report.table(results, brief=True)[0]
+    report.write_report(results, tmp_path)
+    assert "- *cut off*: share of the last answers" in (tmp_path / "report.md").read_text()
+    for wrong in ([1], {"chart": "all"}):
+        results["methods"]["joint_lora"]["cut_off"] = wrong
+        with pytest.raises(ValueError, match=r"cut_off of 'joint_lora' is .*; expected a"):
+            report.write_report(results, tmp_path)
+
+
 def test_the_wording_follows_the_metrics(results: dict, strange: dict, tmp_path: Path) -> None:
     report.write_report(results, tmp_path)
     text = (tmp_path / "report.md").read_text()

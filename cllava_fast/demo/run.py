@@ -313,6 +313,7 @@ def _frozen(model: Any, data: cf.PreparedStream, config: DemoConfig) -> cf.Conti
         trainable_parameters=0,
         seconds=time.perf_counter() - start,
         examples={evaluation.task: evaluation.examples for evaluation in evaluations},
+        cut_off={evaluation.task: evaluation.cut_off for evaluation in evaluations},
     )
 
 

@@ -14,7 +14,7 @@ from cllava_fast.names import brief
 
 # settings that not every file says: earlier versions' do not, nor evaluations of weights that hold what was learned
 OF_BASE = ("base_fingerprint", "surrogate_fingerprint", "chat_template_sha256", "image_settings")
-MEASURED = (*METRICS, "transfer", "base_kept", "selection")
+MEASURED = (*METRICS, "transfer", "base_kept", "selection", "cut_off")
 
 Results = Mapping[str, Any]
 Order = tuple[str, ...]

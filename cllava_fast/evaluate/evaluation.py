@@ -68,6 +68,11 @@ class TaskEvaluation:
     def score(self) -> float:
         return sum(record["score"] for record in self.records) / len(self.records)
 
+    @property
+    def cut_off(self) -> float:
+        """Share of the answers that the model would have gone on with."""
+        return sum("cut_off" in record for record in self.records) / len(self.records)
+
 
 def check_tasks(stream: Stream, split: str) -> None:
     """Raises ValueError for a task without samples of the split, an unknown metric, or references it cannot read."""
@@ -394,6 +399,7 @@ def evaluate_stream(
         seconds=time.perf_counter() - start,
         examples={evaluation.task: evaluation.examples for evaluation in evaluations},
         selection=study_of(evaluations),
+        cut_off={evaluation.task: evaluation.cut_off for evaluation in evaluations},
     )
     config = {
         "model": model.name_or_path or None, "split": split,

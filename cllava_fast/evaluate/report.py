@@ -20,6 +20,8 @@ from cllava_fast.evaluate.plots import plot_accuracy_matrices, plot_forgetting, 
 from cllava_fast.evaluate.results import MAX_RESULTS_BYTES, check_results, results_json
 from cllava_fast.evaluate.wording import (
     P_VALUE,
+    cut_off,
+    cuts_off,
     explanations,
     headline,
     learned,
@@ -179,6 +181,7 @@ def table(results: Mapping[str, Any], brief: bool = False) -> tuple[list[str], l
         *[(task, True, _last_accuracy(position)) for position, task in enumerate(tasks)],
         ("right block", True, lambda result: _percent(result["selection_accuracy"])),
         *([("base kept", True, lambda result: _percent(result.get("base_kept")))] if measures_base(results) else []),
+        *([("cut off", False, lambda result: _percent(cut_off(result)))] if cuts_off(results) else []),
         ("trainable", False, _trainable),
         ("seconds", True, lambda result: f"{result['seconds']:.0f}"),
     ]

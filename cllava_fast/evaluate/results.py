@@ -70,6 +70,9 @@ def _check_method(result: Any, size: int, orders: int, where: str, name: str) ->
         _check(
             where, f"selection of {name}", values.get("selection"), _is_study, f"{list(STUDY)} for each of its tasks"
         )
+        cut_off = values.get("cut_off") or {}
+        _check(where, f"cut_off of {name}", cut_off, _is_mapping, "a mapping")
+        _check(where, f"cut_off of {name}", list(cut_off.values()), _list_of(_is_number), "a number for each task")
         _check(
             where, f"order of {name}", values.get("order", 0), lambda n: n in range(max(1, orders)), "one of the orders"
         )

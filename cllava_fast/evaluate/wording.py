@@ -68,6 +68,16 @@ def measures_transfer(results: Mapping[str, Any]) -> bool:
     return any(result.get("transfer") is not None for result in results["methods"].values())
 
 
+def cut_off(result: Mapping[str, Any]) -> float | None:
+    """Mean over the tasks of the share of a method's answers that were cut off; None where nobody says."""
+    shares = list((result.get("cut_off") or {}).values())
+    return sum(shares) / len(shares) if shares else None
+
+
+def cuts_off(results: Mapping[str, Any]) -> bool:
+    return any(cut_off(result) for result in results["methods"].values())
+
+
 def headline(results: Mapping[str, Any]) -> str:
     between = ", " if results.get("orders") else " → "
     tasks = results["stream"]
@@ -113,6 +123,9 @@ def explanations(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if measures_base(results):
         texts.append(("base kept", "what the base could do before and no task asks for (captions, listings), as a "
                                    "share of what the frozen model does."))  # fmt: skip
+    if cuts_off(results):
+        texts.append(("cut off", "share of the last answers that the model would have gone on with behind "
+                                 "max_new_tokens, mean over the tasks."))  # fmt: skip
     texts += [
         ("trainable", "parameters of the block that a task learns, keys included."),
         ("seconds", "of learning and evaluation; of an evaluation in place of a run, its own."),

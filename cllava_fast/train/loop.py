@@ -261,6 +261,7 @@ class ContinualTrainer:
             progress["selection_accuracy"] = evaluation.selection_accuracy(evaluations)
             progress["selection"] = evaluation.study_of(evaluations)
             progress["examples"] = {task.task: task.examples for task in evaluations}
+            progress["cut_off"] = {task.task: task.cut_off for task in evaluations}
             self._spent(number, "evaluation", time.perf_counter() - start)
             self._progress = distributed.on_main(functools.partial(self._write, self._folder(number), every))
             events.end()

@@ -18,8 +18,8 @@ class ContinualResult:
     the evaluation samples; None for methods that do not select. ``examples`` are a few answers to each task's samples,
     right and wrong ones. ``seconds_of`` says how many of the ``seconds`` went into each task's ``learning``, and into
     ``evaluation`` behind it. ``selection`` says which rows the tasks use, see ``cllava_fast.evaluate.selection``, and
-    ``bad_numbers`` what was skipped, by task (``ContinualArguments.on_bad_numbers``). See
-    ``cllava_fast.evaluate.metrics`` for the others.
+    ``bad_numbers`` what was skipped, by task (``ContinualArguments.on_bad_numbers``). ``cut_off`` is for each task the
+    share of the last answers that ``max_new_tokens`` cut off. See ``cllava_fast.evaluate.metrics`` for the others.
     """
 
     task_names: list[str]
@@ -32,6 +32,7 @@ class ContinualResult:
     selection: dict[str, Any] | None = field(default=None, repr=False)
     bad_numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds_of: dict[str, dict[str, float]] = field(default_factory=dict)
+    cut_off: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         numbers = {
@@ -40,6 +41,7 @@ class ContinualResult:
             "selection_accuracy": self.selection_accuracy,
             "trainable_parameters": self.trainable_parameters,
             "seconds": self.seconds,
+            "cut_off": self.cut_off,
         }
         return numbers if self.selection is None else {**numbers, "selection": self.selection}
 
@@ -53,8 +55,8 @@ class ContinualResult:
 
 
 NOTHING_YET: dict[str, Any] = {
-    "matrix": [], "unseen": [], "selection_accuracy": None, "selection": None, "examples": {}, "losses": {},
-    "seconds": 0.0, "seconds_of": {}, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
+    "matrix": [], "unseen": [], "selection_accuracy": None, "selection": None, "examples": {}, "cut_off": {},
+    "losses": {}, "seconds": 0.0, "seconds_of": {}, "parameters": 0, "files": {}, "bad_numbers": {}, "evaluated": [],
 }  # fmt: skip
 
 
@@ -94,6 +96,7 @@ def result_of(progress: Mapping[str, Any], task_names: list[str], joint: bool) -
         selection=progress["selection"],
         bad_numbers=progress["bad_numbers"],
         seconds_of=progress["seconds_of"],
+        cut_off=progress["cut_off"],
     )
 
 
