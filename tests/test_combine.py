@@ -12,7 +12,7 @@ import pytest
 from cllava_fast import cli
 from cllava_fast.evaluate.combine import Source, combine
 from cllava_fast.evaluate.metrics import summarize
-from cllava_fast.evaluate.report import load_results
+from cllava_fast.evaluate.report import load_results, table
 
 TASKS = ["a", "b"]
 
@@ -50,6 +50,7 @@ def test_seeds_of_a_method_are_averaged_and_methods_stand_side_by_side() -> None
     assert mean["cut_off"] == {"a": 0.0, "b": 0.9}
     assert [run["accuracy_matrix"][1][0] for run in mean["per_seed"]] == [0.5, 0.6]  # by seed, however they were named
     assert found["methods"]["frozen"]["accuracy_matrix"][1] == [0.2, 0.3]
+    assert found["methods"]["frozen"]["transfer"] == 0.3, "what it answers before a task is learned, as ever"
     assert found["config"]["runs"]["sequential_lora"] == ["runs/2", "runs/3"]
     # what was combined can be combined again, with more seeds of the same
     more = [run_of("continual_llava", 2, [0.7, 0.9]), run_of("sequential_lora", 2, [0.2, 0.9], learning_rate=0.2)]
@@ -69,8 +70,20 @@ def test_orders_are_matched_by_the_names_of_their_tasks() -> None:
         [(0.5 + 0.3) / 2, (0.9 + 0.7) / 2]
     )
     assert found["methods"]["frozen"]["accuracy_matrix"][1] == [0.4, 0.2]
+    assert found["methods"]["frozen"]["transfer"] == pytest.approx((0.2 + 0.4) / 2), "on each order's second task"
     assert found["methods"]["continual_llava"]["cut_off"] == pytest.approx({"a": 0.3 / 2, "b": 0.9 / 2})
     assert [run["order"] for run in found["methods"]["continual_llava"]["per_seed"]] == [0, 1]
+
+
+def test_runs_that_measured_no_task_to_come_stand_beside_others() -> None:
+    old, frozen = run_of("sequential_lora", 0, [0.5, 0.9]), run_of("frozen", 0, [0.2, 0.3])
+    for results in (old, frozen):
+        for values in results["methods"].values():
+            del values["transfer"], values["per_seed"][0]["transfer"]
+    alone = combine(sources(old, frozen))
+    assert all(result.get("transfer") is None for result in alone["methods"].values())
+    header, rows = table(combine(sources(run_of("continual_llava", 0, [0.5, 0.9]), old, frozen)))
+    assert [row[header.index("transfer")] for row in rows] == ["25.0", "–", "30.0"]
 
 
 def test_settings_of_one_method_stand_side_by_side_under_names() -> None:

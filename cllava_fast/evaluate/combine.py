@@ -74,12 +74,16 @@ def combine(sources: Sequence[Source]) -> dict[str, Any]:
     learning = [runs for runs in named.values() if not _is_frozen(runs)] or list(named.values())
     seeds = sorted({seed for runs in learning for seed, _ in runs})
     orders = list(dict.fromkeys(order for runs in learning for _, order in runs))
+    methods = {name: _mean(name, runs, seeds, orders) for name, runs in named.items()}
+    if any(result.get("transfer") is not None for result in methods.values()):
+        for name in filter(lambda name: _is_frozen(named[name]), methods):
+            methods[name]["transfer"] = _frozen_transfer(methods[name]["accuracy_matrix"][-1], orders)
     results = {
         "stream": list(orders[0]),
         **({"orders": [list(order) for order in orders]} if len(orders) > 1 else {}),
         "metrics": _metrics(sources[0].results),
         "seeds": seeds,
-        "methods": {name: _mean(name, runs, seeds, orders) for name, runs in named.items()},
+        "methods": methods,
         "environment": sources[0].results["environment"],
         "config": {
             "split": _split(sources[0].results),
@@ -190,6 +194,14 @@ def _each(results: Results, result: Mapping[str, Any]) -> Iterator[tuple[int, Or
     for order, of_order in metrics.runs_by_order(results, {"per_seed": runs}):
         for seed, values in zip(results["seeds"], of_order, strict=False):
             yield seed, tuple(order), {key: values[key] for key in MEASURED if key in values}
+
+
+def _frozen_transfer(scores: Sequence[float | None], orders: Sequence[Order]) -> float | None:
+    """Of a model that learns nothing, with its score on each task of the first order."""
+    of_task = dict(zip(orders[0], scores, strict=True))
+    return metrics.mean_over_seeds(
+        [{"transfer": metrics.transfer([[of_task[task] for task in order]] * len(order))} for order in orders]
+    )["transfer"]
 
 
 def _mean(

@@ -208,7 +208,7 @@ def selection_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[st
 
 
 def _summary(name: str, spread: bool) -> Callable[[Mapping[str, Any]], str]:
-    return lambda result: _percent(result[name], _spread(result, name) if spread else None)
+    return lambda result: _percent(result.get(name), _spread(result, name) if spread else None)
 
 
 def _trainable(result: Mapping[str, Any]) -> str:
@@ -237,7 +237,7 @@ def _last_accuracy(position: int) -> Callable[[Mapping[str, Any]], str]:
 
 def _spread(result: Mapping[str, Any], name: str) -> float | None:
     """Standard deviation of a summary over the runs."""
-    values = [run[name] for run in result.get("per_seed", [])]
+    values = [run.get(name) for run in result.get("per_seed", [])]
     return None if len(values) < 2 or None in values else statistics.stdev(values)
 
 
