@@ -122,6 +122,16 @@ def test_the_report_has_a_column_where_it_was_measured(tmp_path: Path) -> None:
         report.write_report(results, tmp_path)
 
 
+def test_runs_of_earlier_versions_stand_beside_those_that_measured_it() -> None:
+    results = two_tasks()
+    lora, joint, ours = results["methods"].values()
+    for each in (lora, *lora["per_seed"], ours["per_seed"][1]):
+        del each["transfer"]
+    joint["transfer"] = ours["per_seed"][0]["transfer"] = 0.25
+    header, rows = report.table(results)
+    assert [row[header.index("transfer")] for row in rows] == ["–", "25.0", "–"]
+
+
 def test_an_unfinished_run_shows_no_task_to_come() -> None:
     results = two_tasks()
     tasks = results["stream"]

@@ -237,7 +237,7 @@ def _last_accuracy(position: int) -> Callable[[Mapping[str, Any]], str]:
 
 def _spread(result: Mapping[str, Any], name: str) -> float | None:
     """Standard deviation of a summary over the runs."""
-    values = [run.get(name) for run in result.get("per_seed", [])]
+    values = [run.get(name) for run in result.get("per_seed", [])]  # earlier versions' lack some
     return None if len(values) < 2 or None in values else statistics.stdev(values)
 
 
