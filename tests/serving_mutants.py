@@ -248,8 +248,8 @@ SERVING_MUTANTS = [
         "noise = 1e-3", "tests/test_calibration.py",
     ),
     (
-        "answers that cannot be met are not told of", "cllava_fast/data/lengths.py", "length > most for", "False for",
-        "tests/test_data.py",
+        "answers that cannot be met are not told of", "cllava_fast/data/lengths.py", "length - 1 > most for",
+        "False for", "tests/test_data.py",
     ),
     (
         "a question waits for another thread's data set", "cllava_fast/surrogate.py",
@@ -451,8 +451,8 @@ SERVING_MUTANTS = [
         "if len(accepted) > 1 and accepted !=", "tests/test_data_readers.py",
     ),
     (
-        "a sample may be one token too long", "cllava_fast/data/lengths.py", "if tokens > limit.tokens:",
-        "if tokens > limit.tokens + 1:", "tests/test_data.py",
+        "a sample may be one token too long", "cllava_fast/data/lengths.py", "if length > limit.tokens]",
+        "if length > limit.tokens + 1]", "tests/test_data.py",
     ),
     (
         "a run goes on in its first epoch", "cllava_fast/train/tune.py",
