@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,40 @@ def test_what_was_measured_on_other_samples_does_not_count() -> None:
     del saved["unseen"]  # as earlier versions wrote it
     assert matrix(saved, before)[0] == [0.5, None, None]
     assert matrix(None, before) == [[None] * 3] * 3
+
+
+def test_nothing_stays_of_tasks_to_come_that_are_others_now(
+    new_llava: Callable, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(cf.ContinualCallback):
+        def on_task_begin(self, task: str, number: int, **kwargs: Any) -> None:
+            if number == 1:
+                raise InterruptedError
+
+    def run(folder: str, tasks: cf.Stream, **values: Any) -> Any:
+        model = cf.patch(new_llava(), CONFIG, processor=processor)
+        values |= {"max_steps": 1, "align_steps": 1, "eval_unseen": True, "eval_budget": 100}
+        trainer = cf.ContinualTrainer(
+            model, processor, tasks, arguments(tmp_path / folder, **values), callbacks=[Stop()]
+        )
+        trainer.train()
+
+    def first_step(folder: str) -> tuple[list[str], dict[str, int]]:
+        answers = (tmp_path / folder / "predictions" / "01-task0").iterdir()
+        saved = json.loads((tmp_path / folder / "results.json").read_text())
+        return sorted(file.stem for file in answers), saved["config"]["evaluated"][0]
+
+    for folder in ("replaced", "cut"):
+        with pytest.raises(InterruptedError):
+            run(folder, stream(3))
+        assert first_step(folder) == (["task0", "task1", "task2"], {"task0": 6, "task1": 6, "task2": 6})
+    *same, last = stream(3).tasks
+    with pytest.raises(InterruptedError):
+        run("replaced", cf.Stream([*same, dataclasses.replace(last, test=last.test[:2])]), resume=True)
+    assert first_step("replaced") == (["task0", "task1"], {"task0": 6, "task1": 6})
+    monkeypatch.setattr("cllava_fast.evaluate.evaluation.evaluate_tasks", None)  # everything left has been measured
+    run("cut", stream(1), resume=True)
+    assert first_step("cut") == (["task0"], {"task0": 6})
 
 
 def test_transfer() -> None:

@@ -363,7 +363,7 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "answers that nobody can write are silent",
         "cllava_fast/data/lengths.py",
-        "    if unknown:",
+        "    if lengths.unknown:",
         "    if False:",
         ("tests/test_data.py",),
     ),
@@ -433,8 +433,15 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "an earlier version's run measures tasks to come a step too early",
         "cllava_fast/train/result.py",
-        '    unseen += [{}] * (len(before["matrix"]) - len(unseen))\n',
+        '    of_tasks["unseen"] += [{}] * (len(before["matrix"]) - len(of_tasks["unseen"]))\n',
         "",
+        ("tests/test_unseen.py",),
+    ),
+    (
+        "answers to tasks to come that are others now stay",
+        "cllava_fast/evaluate/evaluation.py",
+        "if file.stem not in kept",
+        "if False",
         ("tests/test_unseen.py",),
     ),
     (

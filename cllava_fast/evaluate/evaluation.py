@@ -12,7 +12,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,6 +270,14 @@ def write_predictions(folder: Path, evaluations: Sequence[TaskEvaluation]) -> No
             lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in evaluation.records]
             # "replace": half a surrogate pair, which JSON can hold and UTF-8 cannot
             (new / f"{name}.jsonl").write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "replace"))
+
+
+def keep_predictions(folder: Path, tasks: Sequence[str], measured: Collection[str]) -> None:
+    """Removes what ``folder`` holds of others than the ``measured`` ones of the stream's ``tasks``."""
+    kept = {name for task, name in zip(tasks, file_names(tasks), strict=True) if task in measured}
+    for file in folder.glob("*.jsonl"):
+        if file.stem not in kept:
+            file.unlink()
 
 
 def file_names(tasks: Sequence[str]) -> list[str]:

@@ -310,6 +310,11 @@ class ContinualTrainer:
             for other in folder.glob("[0-9]*-*"):
                 if other.name not in names:
                     remove_folder(other)
+        tasks = self.stream.task_names
+        steps = zip(self._progress["matrix"], self._progress["unseen"], strict=True)
+        for number, (row, unseen) in enumerate(steps, len(self._before)):
+            answers = self.output_dir / evaluation.PREDICTIONS / self._folder(number).name
+            evaluation.keep_predictions(answers, tasks, {*tasks[: len(row)], *unseen})
         for _ in range(2):  # in the one before it, too
             self._run_file.write(self._progress)
 

@@ -72,9 +72,12 @@ def begin(saved: str | None, identity: Mapping[str, Any]) -> dict[str, Any]:
     before = {**identity, **NOTHING_YET, **json.loads(saved or "{}")}  # an earlier version's run.json lacks some
     then, now = _samples(before), _samples(identity)
     same = {name for name in now if now[name] == then.get(name)}
-    unseen = [{name: score for name, score in step.items() if name in same} for step in before["unseen"]]
-    unseen += [{}] * (len(before["matrix"]) - len(unseen))
-    return json.loads(json.dumps({**before, **identity, "unseen": unseen}))
+    of_tasks = {
+        kind: [{name: value for name, value in step.items() if name in same} for step in before[kind]]
+        for kind in ("unseen", "evaluated")
+    }
+    of_tasks["unseen"] += [{}] * (len(before["matrix"]) - len(of_tasks["unseen"]))
+    return json.loads(json.dumps({**before, **identity, **of_tasks}))
 
 
 def _samples(run: Mapping[str, Any]) -> dict[str, Any]:
