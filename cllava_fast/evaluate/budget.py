@@ -1,4 +1,4 @@
-"""Which samples of earlier tasks are measured once measuring all of them has become too much."""
+"""Which samples of the other tasks are measured once measuring all of them has become too much."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 def within_budget(sizes: Mapping[str, int], newest: str, budget: int | None) -> dict[str, list[int]]:
     """Positions of the samples to measure, in order, by task: all of them while they are at most ``budget``.
 
-    Beyond it the newest task stays whole, and the earlier ones share what is left evenly, one sample each at least.
+    Beyond it the newest task stays whole, and the others share what is left evenly, one sample each at least.
     A task's samples are drawn once, by its name: a smaller share is a part of a larger one.
 
     Args:
-        sizes: samples of every task seen so far, by name.
+        sizes: samples of every task to measure, by name.
         budget: None for no limit.
     """
     if budget is None or sum(sizes.values()) <= budget:

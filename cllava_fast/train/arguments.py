@@ -113,8 +113,8 @@ class ContinualArguments:
     max_new_tokens: int = _option(16, "Longest answer of evaluation, in tokens.")
     eval_budget: int | None = _option(
         None,
-        "Samples measured after each task, over all tasks: beyond it, earlier tasks are measured on a fixed part of "
-        "theirs, one sample each at least, except after the last task. By default everything is.",
+        "Samples measured after each task, over all tasks: beyond it, all but the newest are measured on a fixed part "
+        "of theirs, one sample each at least, except after the last task. By default everything is.",
     )
     eval_unseen: bool = _option(
         False, "Measure the tasks still to come after each task, too: what the stream transfers to them."

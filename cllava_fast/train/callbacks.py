@@ -19,8 +19,8 @@ class ContinualCallback(TrainerCallback):
     its place, from 0, behind those that the model had learned before the run where its method counts them, and
     ``stage`` one of ``"align"``, ``"tune"``, ``"commit"``, ``"evaluate"``. ``metrics`` are: of the first two the last
     ``loss``; of ``"commit"`` the largest relative error of the shortened context, ``context_error``, where there is
-    one; of ``"evaluate"`` the ``accuracy/<task>`` of every task of the stream seen so far; of the whole task all of
-    these, as ``<stage>/<name>``.
+    one; of ``"evaluate"`` the ``accuracy/<task>`` of every task of the stream seen so far, and of those to come with
+    ``eval_unseen``; of the whole task all of these, as ``<stage>/<name>``.
     What is learned by then can be saved or measured behind ``"commit"``, and not while a task is being learned.
     """
 
