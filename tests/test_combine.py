@@ -62,6 +62,19 @@ def test_seeds_of_a_method_are_averaged_and_methods_stand_side_by_side() -> None
     assert again["config"]["settings"] == found["config"]["settings"] and again["seeds"] == [0, 1, 2]
 
 
+def test_transfer_is_averaged_where_every_run_measured_it() -> None:
+    runs = [run_of("continual_llava", seed, [0.5, 0.9]) for seed in (0, 1)]
+    for run, unseen in zip(runs, (0.2, 0.4), strict=True):
+        (result,) = run["methods"].values()
+        result["accuracy_matrix"][0][1], result["transfer"] = unseen, unseen
+        result["per_seed"] = []
+    mean = combine(sources(*runs))["methods"]["continual_llava"]
+    assert mean["transfer"] == pytest.approx(0.3) and [run["transfer"] for run in mean["per_seed"]] == [0.2, 0.4]
+    assert mean["accuracy_matrix"][0] == [1.0, pytest.approx(0.3)]
+    another = combine(sources(*runs, run_of("continual_llava", 2, [0.5, 0.9])))["methods"]["continual_llava"]
+    assert another["transfer"] is None and another["accuracy_matrix"][0] == [1.0, None]
+
+
 def test_orders_are_matched_by_the_names_of_their_tasks() -> None:
     runs = [run_of("continual_llava", 0, [0.5, 0.9]), run_of("continual_llava", 0, [0.7, 0.3], TASKS[::-1])]
     found = combine(sources(*runs, run_of("frozen", 0, [0.2, 0.4], TASKS[::-1])))

@@ -452,6 +452,20 @@ TRAINING_MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         ("tests/test_unseen.py",),
     ),
     (
+        "a report of several runs has no transfer",
+        "cllava_fast/evaluate/combine.py",
+        '(*METRICS, "transfer", "base_kept"',
+        '(*METRICS, "base_kept"',
+        ("tests/test_combine.py",),
+    ),
+    (
+        "a dry run counts no answer",
+        "cllava_fast/cli/dry_run.py",
+        "list(map(add, lengths.prompts, lengths.answers))",
+        "list(lengths.prompts)",
+        ("tests/test_dry_run.py",),
+    ),
+    (
         "an unfinished run shows tasks to come",
         "cllava_fast/evaluate/report.py",
         "if position < len(rows) else None",
