@@ -76,6 +76,7 @@ def test_what_was_measured_on_other_samples_does_not_count() -> None:
     assert matrix(saved, identity({"a": "1", "b": "4", "c": "3"}))[0] == [0.5, None, 0.75]
     assert matrix(saved, identity({"a": "1", "b": "2", "c": "3"}, c="rouge_l"))[0] == [0.5, 0.25, None]
     assert matrix(saved, identity({"a": "1", "d": "2"}))[0] == [0.5, None]
+    assert result_of(begin(json.dumps(saved), before), ["a", "b", "c"], joint=False).to_dict()["cut_off"] is None
     del saved["unseen"]  # as earlier versions wrote it
     assert matrix(saved, before)[0] == [0.5, None, None]
     assert matrix(None, before) == [[None] * 3] * 3

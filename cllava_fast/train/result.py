@@ -41,7 +41,7 @@ class ContinualResult:
             "selection_accuracy": self.selection_accuracy,
             "trainable_parameters": self.trainable_parameters,
             "seconds": self.seconds,
-            "cut_off": self.cut_off,
+            "cut_off": self.cut_off or None,  # of a run that an earlier version measured
         }
         return numbers if self.selection is None else {**numbers, "selection": self.selection}
 
