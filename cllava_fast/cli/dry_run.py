@@ -110,7 +110,7 @@ def _fault_of(image: ImageSource) -> str | None:
 def _row(task: str, split: str, samples: Sequence[Sample], lengths: Lengths | None) -> list[str]:
     images = {ImageFeatures.key(sample.image) for sample in samples if sample.image is not None}
     row = [task, split, f"{len(samples)}", f"{len(images)}"]
-    if not lengths or not lengths.prompts:
+    if lengths is None or not lengths.prompts:
         return [*row, "", "", ""]
     tokens = list(map(add, lengths.prompts, lengths.answers))
     return [*row, f"{median(tokens):.0f}", f"{max(tokens)}", f"{max(lengths.answers)}"]
