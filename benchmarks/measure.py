@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cllava_fast import ops
 from cllava_fast.ops import native, triton_backend
+from cllava_fast.train.garbage import nothing_old_collected
 
 # Largest error relative to the largest entry, the same for all ways. Roundings of sums over up to 16,384 tokens.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -216,19 +217,17 @@ def _take_turns(
                 found[name].seconds.append(seconds)
             rounds += 1
 
-    gc.collect()
-    gc.freeze()  # what is there by now need not be looked at again
-    gc.disable()
-    try:
-        least = 3 if whole else 4
-        if not whole or launch != HOST:  # of a whole step, the first one asks the GPU for its memory
-            first = turn(list(runs))
-            least = 9 if whole and sum(first.values()) < 1.0 else least
-        take(list(runs), least)
-        take(undecided(found, own, [name for name in rivals if name in runs]) if own in runs else [], 0)
-    finally:
-        gc.enable()
-        gc.unfreeze()
+    with nothing_old_collected():
+        gc.disable()
+        try:
+            least = 3 if whole else 4
+            if not whole or launch != HOST:  # of a whole step, the first one asks the GPU for its memory
+                first = turn(list(runs))
+                least = 9 if whole and sum(first.values()) < 1.0 else least
+            take(list(runs), least)
+            take(undecided(found, own, [name for name in rivals if name in runs]) if own in runs else [], 0)
+        finally:
+            gc.enable()
 
 
 def undecided(found: Mapping[str, Measured], own: str, rivals: Iterable[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import os
 import signal
 import zlib
@@ -21,6 +23,10 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; read when the first kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("CLLAVA_EMULATE_CUDA", "1")  # and native ones in an emulation
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_the_language_once
+
+        patch_the_language_once()
 # without it cuBLAS complains of torch's deterministic mode, which the tests of the ops use to fill empty memory
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -39,6 +45,18 @@ SEED = int(os.environ.setdefault("CLLAVA_TEST_SEED", str(int.from_bytes(os.urand
 
 def pytest_report_header() -> str:
     return f"CLLAVA_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_collected() -> None:
+    """Collections of garbage, which every run of the Trainer asks for, go through what the module's tests made, and not
+    through all that is imported and collected."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # which libraries ask for, that look for leaks at the end
 
 
 @pytest.fixture

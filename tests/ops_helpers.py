@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from cllava_fast import ops
 from cllava_fast.ops import dispatch, native, triton_backend
 from cllava_fast.ops.inject import cases as inject_cases
+from tests.interpreter import round_bfloat16_like_hardware
 
 LIBRARY: Any = torch.ops.cllava_fast
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,24 +108,9 @@ def running_on(backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch):
     """Ops run on `backend`, and empty memory holds NaN."""
     backend.take_way(op, monkeypatch)
     if backend.name == "triton" and triton_backend.INTERPRETED:
-        _round_bfloat16_like_hardware(monkeypatch)
+        round_bfloat16_like_hardware(monkeypatch)
     with nan_in_empty_memory(), ops.backend(backend.asked):
         yield
-
-
-def _round_bfloat16_like_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter cuts float32 off at bfloat16's last bit; hardware rounds to nearest even, as torch does."""
-    from triton.language import bfloat16, float32
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
-        if (source, target) != (float32, bfloat16):
-            return convert(data, source, target, mode)
-        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ lies between stretches of NaN, outputs and workspaces begin as NaN, and threads 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 
 import pytest
@@ -93,16 +94,18 @@ SELECT = (
     SelectCase(B=16, N=64, D=64, M=4),
     SelectCase(B=19, N=70, D=600, M=4, groups=2, allowed="sample", reduce="batch"),
     SelectCase(B=2, N=1000, D=12, M=40, allowed="row"),
-    SelectCase(B=17, N=2100, D=20, M=4, groups=5),
-    SelectCase(B=3, N=2600, D=56, M=64, allowed="sample"),
-    SelectCase(B=1, N=3000, D=68, M=33, groups=2),
     SelectCase(B=2, N=900, D=260, M=3),
+)
+LARGE_SELECT = (  # each in one dtype: they take seconds
+    (SelectCase(B=17, N=2100, D=20, M=4, groups=5), True, torch.bfloat16),
+    (SelectCase(B=3, N=2600, D=56, M=64, allowed="sample"), False, torch.float16),
+    (SelectCase(B=1, N=3000, D=68, M=33, groups=2), False, torch.float32),
 )
 
 
-@dtypes
-@pytest.mark.parametrize("odd", [False, True])
-@pytest.mark.parametrize("case", SELECT, ids=str)
+@pytest.mark.parametrize(
+    ("case", "odd", "dtype"), [*itertools.product(SELECT, (False, True), LOW), *LARGE_SELECT], ids=str
+)
 def test_select(case, odd, dtype, kernels, rng):
     query, keys, allowed = select_cases.make(case, dtype, rng)
     query, keys = guarded(query.float(), int(odd)), wide(keys, odd)
