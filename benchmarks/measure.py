@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import clocks
+from benchmarks.clocks import GRAPH, HOST, IDLE, QUEUED
 from cllava_fast import ops
 from cllava_fast.ops import native, triton_backend
 from cllava_fast.train.garbage import nothing_old_collected
@@ -29,9 +31,6 @@ LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 FEW, CLOSE = 25, 1.2  # rounds, and times over one another, that leave a comparison undecided
 THREADS = torch.get_num_threads()  # torch's choice, however many are timed
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "both")
-# How work reaches a device. host: there is none. queued: behind other work, so that only the device's own time counts,
-# as in training. idle: the device waits for each launch, as in decoding without graphs. graph: a CUDA graph's replay.
-HOST, QUEUED, IDLE, GRAPH = "host", "queued", "idle", "graph"
 
 BY_BATCH = "other semantics: one selection for the batch"
 
@@ -207,7 +206,7 @@ def _take_turns(
             gc.collect()  # a step leaves much behind
         for name in order:
             with ops.backend(ways[name].backend):
-                taken[name] = _seconds(runs[name], launch)
+                taken[name] = clocks.seconds(runs[name], launch)
         return taken
 
     def take(order: list[str], least: int) -> None:
@@ -333,50 +332,6 @@ def error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
             one = ((result.detach().double() - exact).abs().max() / exact.abs().max().clamp(min=1e-12)).item()
             worst = max(worst, one if one == one else float("inf"))
     return worst
-
-
-def _seconds(run: Callable[[], Any], launch: str) -> float:
-    if launch == HOST:
-        start = time.perf_counter()
-        results = run()  # kept, so that freeing them is not timed
-        took = time.perf_counter() - start
-        del results
-        return took
-    return _device_clock().seconds(run, wait=launch == IDLE)
-
-
-@functools.cache
-def _device_clock() -> DeviceClock:
-    return DeviceClock()
-
-
-class DeviceClock:
-    """Time on the device, from events before and after, with nothing of the last round left in its L2 cache."""
-
-    MOST_CYCLES = 2**26  # some 40 ms
-
-    def __init__(self) -> None:
-        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.flush = torch.empty(4 * max(size, 2**25), dtype=torch.int8, device="cuda")
-        self.cycles = 2**20  # of the wait behind which the host queues the work
-
-    def seconds(self, run: Callable[[], Any], wait: bool) -> float:
-        while True:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if not wait:
-                torch.cuda._sleep(self.cycles)
-            self.flush.zero_()
-            if wait:
-                torch.cuda.synchronize()
-            start.record()
-            results = run()
-            end.record()
-            late = not wait and start.query()  # the device was ahead of the host: launches would be timed too
-            end.synchronize()
-            del results
-            if not late or self.cycles >= self.MOST_CYCLES:
-                return start.elapsed_time(end) / 1e3
-            self.cycles *= 2
 
 
 class Took(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, tune, tune_backends, tune_tiles
+from benchmarks import clocks, measure, tune, tune_backends, tune_tiles
 from benchmarks.tune_tiles import AHEAD, Found, Point
 from cllava_fast.ops import dispatch, triton_backend, tuned
 from cllava_fast.ops.aggregate import cases as aggregate_cases
@@ -422,7 +422,8 @@ def test_the_interpreter_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unset TRITON_INTERPRET" in str(tune.missing())
 
 
-def test_turns_gives_medians_of_each() -> None:
+def test_turns_gives_medians_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocks.HostClock, "disturbed", lambda self: False)
     ran: list[str] = []
     found = measure.turns({name: partial(ran.append, name) for name in "ab"}, measure.HOST, 0.0)
     assert found.keys() == {"a", "b"} and all(0 < seconds < 1 for seconds in found.values())
