@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -103,85 +102,6 @@ def test_a_wrong_row_number_is_infinitely_wrong() -> None:
     wanted = (torch.ones(2).double(), torch.tensor([3, 4]))
     assert measure.error((torch.ones(2), torch.tensor([3, 4])), wanted) == 0
     assert measure.error((torch.ones(2), torch.tensor([4, 3])), wanted) == float("inf")
-
-
-def test_the_device_clock_queues_until_the_host_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a device made of words: `behind` says how long a wait hides the launches."""
-    said: list[Any] = []
-    behind = 2**22
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            said.append("event")
-
-        def query(self) -> bool:
-            return max((word for word in said if isinstance(word, int)), default=0) < behind
-
-        def synchronize(self) -> None:
-            said.append("end")
-
-        def elapsed_time(self, other: Event) -> float:
-            return 2.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", said.append)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("idle"))
-    clock = clocks.DeviceClock.__new__(clocks.DeviceClock)
-    clock.flush, clock.cycles = torch.ones(8), 2**20
-    assert clock.seconds(lambda: said.append("run"), wait=False) == 2e-3
-    assert clock.cycles == behind and not clock.flush.any()
-    assert said == [part for sleep in (2**20, 2**21, 2**22) for part in (sleep, "event", "run", "event", "end")]
-    said.clear()
-    clock.flush.fill_(1)
-    assert clock.seconds(lambda: said.append("run"), wait=True) == 2e-3
-    assert said == ["idle", "event", "run", "event", "end"] and not clock.flush.any()
-
-
-class Words(clocks.HostClock):
-    """A clock whose machine is disturbed as the words say; peace when they have all been said."""
-
-    def __init__(self, *words: bool) -> None:
-        self.words, self.peace = list(words), 1.0
-
-    def disturbed(self) -> bool:
-        return self.words.pop(0) if self.words else False
-
-
-@pytest.mark.parametrize(
-    ("words", "calls"),
-    [
-        ([], 1),
-        ([True, True, False, False], 1),  # waits for peace
-        ([False, True, True, False, False], 2),  # and calls again where it did not last
-        ([False, True] * 9, clocks.HostClock.MOST),
-    ],
-)
-def test_the_host_clock_takes_what_was_disturbed_again(words: list[bool], calls: int) -> None:
-    clock, ran = Words(*words), list[float]()
-    took = clock.seconds(lambda: ran.append(time.perf_counter()) or time.sleep(0.002 if len(ran) < calls else 0.02))
-    assert len(ran) == calls and 0.02 <= took < 0.4, "the last one counts"
-    assert clock.peace == 1.0
-
-
-def test_the_host_clock_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Words, "PATIENCE", 0.01)
-    monkeypatch.setattr(Words, "LONG", 0.0)
-    clock, ran = Words(*[True] * 10**6), list[str]()
-    clock.seconds(lambda: ran.append("long"))
-    assert ran == ["long"] and clock.peace > 1.0
-
-
-def test_the_host_clock_knows_a_disturbed_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, now = clocks.HostClock(), [0.0]
-    clock.peace = 1.0
-    for took, disturbed in ((1.2, False), (1.3, True), (0.9, False), (1.2, True)):
-        times = iter((now[0], now[0] + took))
-        monkeypatch.setattr(time, "perf_counter", lambda times=times: next(times))
-        assert clock.disturbed() is disturbed, took
-    assert clock.peace == pytest.approx(0.9)
 
 
 def test_every_module_has_its_place_in_the_order() -> None:
