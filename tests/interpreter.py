@@ -17,6 +17,8 @@ def patch_the_language_once() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # an older one, which is as slow as it was
+        return
     replace, modules, functions = interpreter._patch_lang, set(), set()
 
     def replace_once(fn: Any) -> Any:
