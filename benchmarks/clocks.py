@@ -32,9 +32,9 @@ def device() -> DeviceClock:
 class HostClock:
     """Time on the host, taken again where the machine was disturbed.
 
-    Who shares a machine has parts of a second in which everything takes half as long again. A small product, always the
-    same, is timed before and after a call: where it takes longer than in peace, that call does not count. Its own time
-    has no say in this. Calls of microseconds follow one another, with warm caches, and are looked at together.
+    Who shares a machine has parts of a second in which everything takes longer. A small product, always the same, is
+    timed before and after a call: where it takes longer than in peace, that call does not count. Its own time has no
+    say in this. Calls of microseconds follow one another, with warm caches, and are looked at together.
     """
 
     SLOWER = 1.25  # than in peace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import signal
@@ -18,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from PIL import Image
+
+from cllava_fast.train.garbage import nothing_old_collected
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; read when the first kernel is decorated
@@ -48,15 +49,10 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_old_collected() -> None:
-    """Collections of garbage, which every run of the Trainer asks for, go through what the module's tests made, and not
-    through all that is imported and collected."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # which libraries ask for, that look for leaks at the end
+def collections_of_what_the_module_makes() -> Iterator[None]:
+    """The Trainer asks for two a run, which would go through all that pytest has collected, too."""
+    with nothing_old_collected():
+        yield
 
 
 @pytest.fixture

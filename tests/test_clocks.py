@@ -46,15 +46,24 @@ def test_the_device_clock_queues_until_the_host_is_ahead(monkeypatch: pytest.Mon
     assert said == ["idle", "event", "run", "event", "end"] and not clock.flush.any()
 
 
-class Words(clocks.HostClock):
-    """A clock whose machine is disturbed as the words say; peace when they have all been said."""
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in one entry."""
+    found = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: found[0])
+    return found
 
-    def __init__(self, *words: bool) -> None:
-        self.words, self.peace, self.looked = list(words), 1.0, float("-inf")
+
+class Words(clocks.HostClock):
+    """A clock whose machine is disturbed as the words say, each in a millisecond; peace when all have been said."""
+
+    def __init__(self, now: list[float], *words: bool) -> None:
+        self.words, self.now, self.peace, self.looked = list(words), now, 1.0, float("-inf")
 
     def disturbed(self) -> bool:
         disturbed = self.words.pop(0) if self.words else False
-        self.looked = float("-inf") if disturbed else time.perf_counter()
+        self.now[0] += 1e-3
+        self.looked = float("-inf") if disturbed else self.now[0]
         return disturbed
 
 
@@ -67,35 +76,42 @@ class Words(clocks.HostClock):
         ([False, True] * 9, clocks.HostClock.MOST),
     ],
 )
-def test_the_host_clock_takes_what_was_disturbed_again(words: list[bool], calls: int) -> None:
-    clock, ran = Words(*words), list[float]()
-    took = clock.seconds(lambda: ran.append(time.perf_counter()) or time.sleep(0.015 if len(ran) < calls else 0.1))
-    assert len(ran) == calls and 0.1 <= took < 0.4, "the last one counts"
-    assert clock.peace == 1.0
+def test_the_host_clock_takes_what_was_disturbed_again(words: list[bool], calls: int, now: list[float]) -> None:
+    clock, ran = Words(now, *words), list[float]()
+
+    def run() -> None:
+        ran.append(0.1 * (1 + len(ran)))
+        now[0] += ran[-1]
+
+    assert clock.seconds(run) == pytest.approx(0.1 * calls), "the last one counts"
+    assert len(ran) == calls and clock.peace == 1.0
 
 
-def test_the_host_clock_does_not_come_between_short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Words, "TOGETHER", 60.0)
-    clock = Words(True, False, True)
-    for _ in range(9):
-        assert clock.seconds(lambda: None) < 1
-    assert clock.words == [True], "one look in a minute"
+def test_the_host_clock_looks_at_short_calls_together(now: list[float]) -> None:
+    clock = Words(now, *[False] * 9)
+    for _ in range(25):
+        now[0] += 1e-3
+        assert clock.seconds(lambda: None) == 0.0
+    assert len(clock.words) == 9 - 3, "in 25 milliseconds"
 
 
-def test_the_host_clock_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Words, "PATIENCE", 0.01)
-    monkeypatch.setattr(Words, "LONG", 0.0)
-    clock, ran = Words(*[True] * 10**6), list[str]()
-    clock.seconds(lambda: ran.append("long"))
-    assert ran == ["long"] and clock.peace > 1.0
+def test_the_host_clock_does_not_wait_for_ever(now: list[float]) -> None:
+    clock, ran = Words(now, *[True] * 9999), list[str]()
+
+    def long() -> None:
+        ran.append("long")
+        now[0] += 1.0
+
+    assert clock.seconds(long) == pytest.approx(1.0) and ran == ["long"]
+    assert clock.peace > 1.0 and now[0] < 1.0 + 2 * clock.PATIENCE
 
 
-def test_the_host_clock_knows_a_disturbed_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_clock_knows_a_disturbed_machine(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = clocks.HostClock()
     clock.peace = 1.0
     for took, disturbed in ((1.2, False), (1.3, True), (0.9, False), (1.2, True)):
-        times = iter((5.0, 5.0 + took))
-        monkeypatch.setattr(time, "perf_counter", lambda times=times: next(times))
+        products = [0.0, *[took / 8] * 8]  # the first one is not timed
+        monkeypatch.setattr(clock, "multiply", lambda products=products: now.append(now.pop() + products.pop(0)))
         assert clock.disturbed() is disturbed, took
-        assert clock.looked == (float("-inf") if disturbed else 5.0 + took)
+        assert clock.looked == (float("-inf") if disturbed else pytest.approx(now[0]))
     assert clock.peace == pytest.approx(0.9)
