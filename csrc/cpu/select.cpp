@@ -124,7 +124,8 @@ void finish(const Select& call, const int64_t* best, int64_t sample) {
   const int64_t M = call.M;
   float* similarity = call.similarity + sample * M;
   float* weight = call.weight + sample * M;
-  float total = 0, usable = 0;
+  double total = 0;  // of many, one after the other
+  float usable = 0;
   for (int64_t m = 0; m < M; ++m) {
     similarity[m] = similarity_of(best[m]);
     call.index[sample * M + m] = row_of(best[m]);
@@ -134,7 +135,7 @@ void finish(const Select& call, const int64_t* best, int64_t sample) {
   for (int64_t m = 0; m < M; ++m) {
     const float positive = similarity[m] < 0 ? 0.f : similarity[m];
     const bool counts = similarity[m] != -std::numeric_limits<float>::infinity();
-    weight[m] = total < sum_floor ? counts / std::max(usable, 1.f) : positive / total;
+    weight[m] = total < sum_floor ? counts / std::max(usable, 1.f) : static_cast<float>(positive / total);
   }
 }
 
