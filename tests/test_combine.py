@@ -188,6 +188,9 @@ def test_runs_that_learned_from_more_samples_are_no_seeds_of_the_same() -> None:
     assert combine(sources(replayed[0], run_of("sequential_lora", 1, [0.5, 0.9])))["seeds"] == [0, 1]  # an evaluation
     with pytest.raises(ValueError, match="runs/1 holds .* with .*40.* training samples, runs/0 with .*48.*; give one"):
         combine(sources(replayed[0], learned_from(1, 40, 40)))
+    with pytest.raises(ValueError, match="runs/1 holds .* with .*40.* training samples, all with .*48.*; give one"):
+        combine([Source("all", found), Source("runs/1", learned_from(2, 40, 40))])
+    assert "train_samples" not in found["methods"]["sequential_lora"]  # of single runs, of which a mean says nothing
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

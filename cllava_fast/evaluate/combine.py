@@ -15,6 +15,7 @@ from cllava_fast.names import brief
 # settings that not every file says: earlier versions' do not, nor evaluations of weights that hold what was learned
 OF_BASE = ("base_fingerprint", "surrogate_fingerprint", "chat_template_sha256", "image_settings")
 MEASURED = (*METRICS, "transfer", "base_kept", "selection", "cut_off")
+TRAIN_SAMPLES = "train_samples"  # of each task, how many it learned from, which its order may decide (rehearsal)
 
 Results = Mapping[str, Any]
 Order = tuple[str, ...]
@@ -45,11 +46,6 @@ class _Run(NamedTuple):
         arguments = {key: value for key, value in _mapping(config.get("arguments")).items() if key != "seed"}
         method = _mapping(_mapping(config.get("method_configs")).get(self.method))
         return {**arguments, **method, **_mapping(config.get("base"))}
-
-    @property
-    def train_samples(self) -> Any:
-        """Of each task, how many it learned from, which its order may decide (rehearsal); None where nobody says."""
-        return self.source.results.get("config", {}).get("train_samples")
 
 
 def combine(sources: Sequence[Source]) -> dict[str, Any]:
@@ -165,7 +161,7 @@ def _add(runs: dict[tuple[int, Order], _Run], source: Source, method: str, resul
             earlier = runs[seed, order].source.where
             raise ValueError(f"{earlier} and {source.where} both hold {name!r} with seed {seed}; {hint}")
         for (_, its_order), other in runs.items():
-            sizes = run.train_samples, other.train_samples
+            sizes = run.values.get(TRAIN_SAMPLES), other.values.get(TRAIN_SAMPLES)
             if order == its_order and None not in sizes and sizes[0] != sizes[1]:
                 raise ValueError(
                     f"{source.where} holds {name!r} with {brief(sizes[0])} training samples, {other.source.where} with "
@@ -191,9 +187,11 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None
 def _each(results: Results, result: Mapping[str, Any]) -> Iterator[tuple[int, Order, Mapping[str, Any]]]:
     """A method's runs, each with its seed and its order of the tasks."""
     runs = result.get("per_seed") or [result]
+    of_file = {key: value for key, value in results.get("config", {}).items() if key == TRAIN_SAMPLES}
     for order, of_order in metrics.runs_by_order(results, {"per_seed": runs}):
-        for seed, values in zip(results["seeds"], of_order, strict=False):
-            yield seed, tuple(order), {key: values[key] for key in MEASURED if key in values}
+        for seed, of_run in zip(results["seeds"], of_order, strict=False):
+            values = {**of_file, **of_run}
+            yield seed, tuple(order), {key: values[key] for key in (*MEASURED, TRAIN_SAMPLES) if key in values}
 
 
 def _frozen_transfer(scores: Sequence[float | None], orders: Sequence[Order]) -> float | None:

@@ -88,7 +88,7 @@ def mean_over_orders(
 
 def _by_name(run: Mapping[str, Any], order: Sequence[str], names: Sequence[str], several: bool) -> dict[str, Any]:
     places = [list(order).index(name) for name in names]
-    values = {key: value for key, value in run.items() if key not in ("seed", "order")}
+    values = {key: value for key, value in run.items() if key not in ("seed", "order", "train_samples")}
     values["accuracy_matrix"] = [
         [None if several and place > step else row[place] for place in places]
         for step, row in enumerate(run["accuracy_matrix"])
