@@ -152,6 +152,11 @@ def test_prompts_are_served_as_they_were_learned(
         for load in (lambda: cf.from_pretrained(saved), lambda: cf.load_pretrained(new_base()[0], saved)):
             with pytest.raises(ValueError, match="adapter_config.json is neither the base's own nor one of this libr"):
                 load()
+    light = shutil.copytree(base, tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match="chat_template in .* is neither"):  # before the weights are asked for
+        cf.from_pretrained(saved, base_model=str(light))
+    with pytest.raises(FileNotFoundError, match="light', and cannot be loaded; .* model.safetensors"):
+        cf.from_pretrained(saved, base_model=str(light), chat_template=template)
     assert cf.from_pretrained(saved, chat_template=template).increments.processor.chat_template == template
     with pytest.warns(UserWarning, match="chat template is not the one that .*out was learned with"):
         cf.from_pretrained(saved, chat_template="another")
@@ -410,7 +415,7 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
     assert asked[0]["allow_patterns"] == list(files.FILES) and asked[0]["token"] == "t"
     assert asked[0]["repo_id"] == "me/mine" and asked[0]["revision"] == "v1"
     # a folder's base comes from this machine alone
-    from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig
 
     loads: list[dict[str, Any]] = []
 
@@ -422,14 +427,18 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
         loads.append({"name": name, **options, "use_safetensors": True})
         return LlavaConfig()
 
+    def no_processor(name: str, **options: Any) -> None:
+        refuse(name, **options, use_safetensors=True)
+
     monkeypatch.setattr(AutoConfig, "from_pretrained", configuration)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", no_processor)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
     values = json.loads((saved / files.CONFIG).read_text())
     (saved / files.CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": "lab/llava"}))
     for source, options in ((saved, {}), (saved, {"local_files_only": False}), ("me/mine", {})):
         with pytest.raises(FileNotFoundError, match="model=base, or let it be downloaded by local_files_only=False"):
             cf.from_pretrained(source, **options)
-    assert [call["local_files_only"] for call in loads] == [True, True, False, False, False, False]
+    assert [call["local_files_only"] for call in loads] == [True] * 3 + [False] * 6
     with pytest.raises(
         FileNotFoundError, match="was given as 'lab/other', and cannot be loaded; expected its folder, or"
     ):

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from cllava_fast.model.card import EXACT, is_repo_id
 from cllava_fast.model.files import FILES, Saved, load_pretrained, read_config, save_pretrained, set_as_learned
-from cllava_fast.model.processors import find_processor
+from cllava_fast.model.processors import processor_beside
 from cllava_fast.names import brief, nearest
 
 SHOWN = 20  # names of a folder in an error
@@ -78,9 +78,8 @@ def from_pretrained(
     if base_model is not None:
         saved = replace(saved, base_model=base_model)
     if model is None:
-        model = _load_base(saved, folder, options, base_options, was_given=base_model is not None)
-        if processor is None:
-            processor = set_as_learned(find_processor(model, **options), saved, folder, chat_template)
+        given = processor, chat_template
+        model, processor = _load_base(saved, folder, given, options, base_options, was_given=base_model is not None)
     return load_pretrained(model, folder, processor=processor).eval()
 
 
@@ -111,15 +110,25 @@ def _find(path_or_repo: str | os.PathLike[str], revision: str | None, options: d
 def auto_class(base: Any) -> Any:
     """The class of transformers that loads a base by its configuration: with images, or of text alone."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _sees(base) else AutoModelForCausalLM
+
+
+def _sees(base: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    sees = base.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return base.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _load_base(
-    saved: Saved, folder: Path, options: dict[str, Any], base_options: dict[str, Any], was_given: bool
-) -> Any:
+    saved: Saved,
+    folder: Path,
+    given: tuple[Any | None, str | None],  # processor and chat template
+    options: dict[str, Any],
+    base_options: dict[str, Any],
+    was_given: bool,
+) -> tuple[Any, Any | None]:
+    """The base and its processor, which is looked at first: what is refused shall not wait for the weights."""
     give = "give its folder as from_pretrained(..., base_model=PATH) or --model PATH, or itself as model=base"
     if saved.base_model is None:
         raise ValueError(f"{folder} does not say where its base model is; {give}")
@@ -132,7 +141,11 @@ def _load_base(
     try:
         base = AutoConfig.from_pretrained(saved.base_model, **safe)
         _check_quantization(saved, folder, base, base_options)
-        return auto_class(base).from_pretrained(saved.base_model, **base_options, **safe)
+        processor, template = given
+        if processor is None:
+            processor = processor_beside(saved.base_model, _sees(base), **options)
+            processor = set_as_learned(processor, saved, folder, template)
+        return auto_class(base).from_pretrained(saved.base_model, **base_options, **safe), processor
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

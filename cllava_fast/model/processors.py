@@ -28,7 +28,11 @@ def find_processor(model: Any, **options: Any) -> Any | None:
 
     ``options`` are for transformers; by default nothing is downloaded, and a hub's name is looked up in its cache.
     """
-    name, with_images = model.name_or_path or "", paths.vision_tower(model) is not None
+    return processor_beside(model.name_or_path or "", paths.vision_tower(model) is not None, **options)
+
+
+def processor_beside(name: str, with_images: bool, **options: Any) -> Any | None:
+    """As ``find_processor``, of a model that is not loaded yet: in its folder, or under its name on a hub."""
     files = ("processor_config.json", "preprocessor_config.json") if with_images else ("tokenizer_config.json",)
     is_folder = os.path.isdir(name)
     if not name or is_folder and not any(os.path.isfile(os.path.join(name, file)) for file in files):
