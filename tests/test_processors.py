@@ -93,6 +93,20 @@ def test_a_base_is_loaded_with_other_settings_of_images() -> None:
         loaded(do_pad=True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"size": {"height": "a", "width": 3}}, "TypeError: 'str' object cannot be interpreted as an integer"),
+        ({"image_mean": [0.5, 0.5]}, "ValueError: mean must have 3 elements"),
+        ({"image_std": [0, 0, 0]}, "pixels that are no finite numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of a division by 0
+def test_settings_of_images_are_tried_before_the_weights_are_loaded(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=r"^model\.image_settings is .*, and an image prepared so ends in " + problem):
+        load_processor(ModelConfig(path=str(FOLDER), image_settings=settings))
+
+
 def test_settings_of_images_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: str, **options: Any) -> Any:
         return SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(**options))

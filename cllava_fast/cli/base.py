@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
 
 from cllava_fast import distributed
@@ -107,7 +108,23 @@ def load_processor(config: ModelConfig) -> Any:
         processor.chat_template = chat_template(config.conversation)
     if config.image_aspect_ratio == "pad":
         pad_to_square(processor)
+    if config.image_settings:
+        _check_prepares(processor, config)
     return processor
+
+
+def _check_prepares(processor: Any, config: ModelConfig) -> None:
+    """Transformers looks at settings when an image is prepared, in a run behind the weights."""
+    try:
+        pixels = processor.image_processor(Image.new("RGB", (64, 48), "gray"), return_tensors="pt")["pixel_values"]
+        problem = None if pixels.isfinite().all() else "pixels that are no finite numbers"
+    except Exception as error:  # whatever its arithmetic meets
+        problem = f"{type(error).__name__}: {_first_sentence(error)}"
+    if problem is not None:
+        raise ValueError(
+            f"model.image_settings is {config.image_settings}, and an image prepared so ends in {problem}; expected "
+            "values such as those in the base's preprocessor_config.json"
+        )
 
 
 def default_device() -> torch.device:
