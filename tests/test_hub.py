@@ -157,6 +157,16 @@ def test_prompts_are_served_as_they_were_learned(
         cf.from_pretrained(saved, base_model=str(light))
     with pytest.raises(FileNotFoundError, match="light', and cannot be loaded; .* model.safetensors"):
         cf.from_pretrained(saved, base_model=str(light), chat_template=template)
+    of_images = light / "processor_config.json"
+    for broken in (
+        '{"image',
+        json.dumps(
+            {**json.loads(of_images.read_text()), "auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "Evil"}
+        ),
+    ):
+        of_images.write_text(broken)
+        with pytest.raises(ValueError, match=r"^the processor beside .*light' cannot be loaded; give one as from_pre"):
+            cf.from_pretrained(saved, base_model=str(light), chat_template=template)
     assert cf.from_pretrained(saved, chat_template=template).increments.processor.chat_template == template
     with pytest.warns(UserWarning, match="chat template is not the one that .*out was learned with"):
         cf.from_pretrained(saved, chat_template="another")

@@ -96,8 +96,8 @@ def test_a_base_is_loaded_with_other_settings_of_images() -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"size": {"height": "a", "width": 3}}, "TypeError: 'str' object cannot be interpreted as an integer"),
-        ({"image_mean": [0.5, 0.5]}, "ValueError: mean must have 3 elements"),
+        ({"size": {"height": "a", "width": 3}}, "TypeError: "),
+        ({"image_mean": [0.5, 0.5]}, "(ValueError|RuntimeError): "),
         ({"image_std": [0, 0, 0]}, "pixels that are no finite numbers"),
     ],
 )
@@ -105,6 +105,15 @@ def test_a_base_is_loaded_with_other_settings_of_images() -> None:
 def test_settings_of_images_are_tried_before_the_weights_are_loaded(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=r"^model\.image_settings is .*, and an image prepared so ends in " + problem):
         load_processor(ModelConfig(path=str(FOLDER), image_settings=settings))
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_a_qwens_images_may_be_left_as_large_as_they_are(monkeypatch: pytest.MonkeyPatch, patch: int) -> None:
+    def load(path: str, **options: Any) -> Any:
+        return SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(patch_size=patch, **options))
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load)
+    load_processor(ModelConfig(path="any", image_settings={"do_resize": False}))
 
 
 def test_settings_of_images_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

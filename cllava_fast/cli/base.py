@@ -115,15 +115,16 @@ def load_processor(config: ModelConfig) -> Any:
 
 def _check_prepares(processor: Any, config: ModelConfig) -> None:
     """Transformers looks at settings when an image is prepared, in a run behind the weights."""
+    image = Image.new("RGB", (448, 224), "gray")  # sides of whole patches for a Qwen that does not resize
     try:
-        pixels = processor.image_processor(Image.new("RGB", (64, 48), "gray"), return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
         problem = None if pixels.isfinite().all() else "pixels that are no finite numbers"
     except Exception as error:  # whatever its arithmetic meets
         problem = f"{type(error).__name__}: {_first_sentence(error)}"
     if problem is not None:
         raise ValueError(
             f"model.image_settings is {config.image_settings}, and an image prepared so ends in {problem}; expected "
-            "values such as those in the base's preprocessor_config.json"
+            "values such as those in the base's processor_config.json or preprocessor_config.json"
         )
 
 

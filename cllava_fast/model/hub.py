@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +20,7 @@ from cllava_fast.model.processors import processor_beside
 from cllava_fast.names import brief, nearest
 
 SHOWN = 20  # names of a folder in an error
+GIVE = "give its folder as from_pretrained(..., base_model=PATH) or --model PATH, or itself as model=base"
 
 
 def from_pretrained(
@@ -129,39 +132,51 @@ def _load_base(
     was_given: bool,
 ) -> tuple[Any, Any | None]:
     """The base and its processor, which is looked at first: what is refused shall not wait for the weights."""
-    give = "give its folder as from_pretrained(..., base_model=PATH) or --model PATH, or itself as model=base"
     if saved.base_model is None:
-        raise ValueError(f"{folder} does not say where its base model is; {give}")
+        raise ValueError(f"{folder} does not say where its base model is; {GIVE}")
     from transformers import AutoConfig
 
     base_options.setdefault("use_safetensors", True)
     if saved.base_dtype is not None:
         base_options.setdefault("dtype", saved.base_dtype)
     safe = {**options, "trust_remote_code": False}
-    try:
+    with _saying_what_to_give(saved.base_model, folder, was_given):
         base = AutoConfig.from_pretrained(saved.base_model, **safe)
-        _check_quantization(saved, folder, base, base_options)
-        processor, template = given
-        if processor is None:
+    _check_quantization(saved, folder, base, base_options)
+    processor, template = given
+    if processor is None:
+        try:
             processor = processor_beside(saved.base_model, _sees(base), **options)
-            processor = set_as_learned(processor, saved, folder, template)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the processor beside the base model {brief(saved.base_model)} cannot be loaded; give one as "
+                f"from_pretrained(..., processor=...): {error}"
+            ) from error
+        processor = set_as_learned(processor, saved, folder, template)
+    with _saying_what_to_give(saved.base_model, folder, was_given):
         return auto_class(base).from_pretrained(saved.base_model, **base_options, **safe), processor
+
+
+@contextmanager
+def _saying_what_to_give(base_model: str, folder: Path, was_given: bool) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"the base model {brief(saved.base_model)} of {folder} brings code of its own, and code of others is never "
-            "run here; expected one of transformers' own classes: load the base yourself, and give it as model=base"
+            f"the base model {brief(base_model)} of {folder} brings code of its own, and code of others is never run "
+            "here; expected one of transformers' own classes: load the base yourself, and give it as model=base"
         ) from None
     except OSError as error:
         if was_given:
             raise FileNotFoundError(
-                f"the base model was given as {brief(saved.base_model)}, and cannot be loaded; expected its folder, or "
-                f"its name on a hub: {error}"
+                f"the base model was given as {brief(base_model)}, and cannot be loaded; expected its folder, or its "
+                f"name on a hub: {error}"
             ) from error
-        fetch = ", or let it be downloaded by local_files_only=False" if is_repo_id(saved.base_model) else ""
+        fetch = ", or let it be downloaded by local_files_only=False" if is_repo_id(base_model) else ""
         raise FileNotFoundError(
-            f"the base model {saved.base_model!r} of {folder} cannot be loaded; {give}{fetch}: {error}"
+            f"the base model {base_model!r} of {folder} cannot be loaded; {GIVE}{fetch}: {error}"
         ) from error
 
 
