@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -157,15 +158,9 @@ def test_prompts_are_served_as_they_were_learned(
         cf.from_pretrained(saved, base_model=str(light))
     with pytest.raises(FileNotFoundError, match="light', and cannot be loaded; .* model.safetensors"):
         cf.from_pretrained(saved, base_model=str(light), chat_template=template)
-    of_images = light / "processor_config.json"
-    for broken in (
-        '{"image',
-        json.dumps(
-            {**json.loads(of_images.read_text()), "auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "Evil"}
-        ),
-    ):
-        of_images.write_text(broken)
-        with pytest.raises(ValueError, match=r"^the processor beside .*light' cannot be loaded; give one as from_pre"):
+    for broken in ('{"image', '{"auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "Evil"}'):
+        (light / "processor_config.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"^the processor beside .*light' cannot be loaded; mend its files, or gi"):
             cf.from_pretrained(saved, base_model=str(light), chat_template=template)
     assert cf.from_pretrained(saved, chat_template=template).increments.processor.chat_template == template
     with pytest.warns(UserWarning, match="chat template is not the one that .*out was learned with"):
@@ -437,11 +432,8 @@ def test_only_our_files_are_downloaded_and_only_if_allowed(
         loads.append({"name": name, **options, "use_safetensors": True})
         return LlavaConfig()
 
-    def no_processor(name: str, **options: Any) -> None:
-        refuse(name, **options, use_safetensors=True)
-
     monkeypatch.setattr(AutoConfig, "from_pretrained", configuration)
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", no_processor)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", partial(refuse, use_safetensors=True))
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
     values = json.loads((saved / files.CONFIG).read_text())
     (saved / files.CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": "lab/llava"}))

@@ -187,7 +187,8 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None
 def _each(results: Results, result: Mapping[str, Any]) -> Iterator[tuple[int, Order, Mapping[str, Any]]]:
     """A method's runs, each with its seed and its order of the tasks."""
     runs = result.get("per_seed") or [result]
-    of_file = {key: value for key, value in results.get("config", {}).items() if key == TRAIN_SAMPLES}
+    config = results.get("config", {})
+    of_file = {TRAIN_SAMPLES: config[TRAIN_SAMPLES]} if TRAIN_SAMPLES in config else {}
     for order, of_order in metrics.runs_by_order(results, {"per_seed": runs}):
         for seed, of_run in zip(results["seeds"], of_order, strict=False):
             values = {**of_file, **of_run}

@@ -149,8 +149,8 @@ def _load_base(
             processor = processor_beside(saved.base_model, _sees(base), **options)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"the processor beside the base model {brief(saved.base_model)} cannot be loaded; give one as "
-                f"from_pretrained(..., processor=...): {error}"
+                f"the processor beside the base model {brief(saved.base_model)} cannot be loaded; mend its "
+                f"files, or give one as from_pretrained(..., processor=...): {error}"
             ) from error
         processor = set_as_learned(processor, saved, folder, template)
     with _saying_what_to_give(saved.base_model, folder, was_given):
